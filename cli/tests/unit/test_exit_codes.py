@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import httpx2
@@ -138,3 +140,19 @@ def test_help_has_the_exit_codes(run: Any, capsys: pytest.CaptureFixture[str]) -
     assert set(MEANINGS) == set(Exit)
     for code, meaning in MEANINGS.items():
         assert f"{code:>3}  {meaning}" in shown
+
+
+def test_help_loads_no_module_that_only_commands_need() -> None:
+    """The help of the whole command loads neither the client nor the models, most of what a command imports."""
+    program = """
+import sys
+from scanfleet_cli.main import main
+sys.argv = ["scanfleet", "--help"]
+try:
+    main()
+finally:
+    print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Commands:" in done.stdout
+    assert {"authlib", "httpx2", "keyring", "pydantic", "scanfleet", "tomlkit"}.isdisjoint(done.stderr.split())
