@@ -1,15 +1,22 @@
-"""A small OpenID provider behind the HTTP port, made with authlib: code flow with PKCE, device flow, refresh that rotates."""
+"""A small OpenID provider made with authlib: code flow with PKCE, device flow, refresh that rotates.
+
+It is a transport for clients in the same process; `served` makes it a server for others, and for browsers.
+"""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from typing import Any, Final
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 from uuid import uuid4
 
 import httpx2
 from authlib.oauth2.rfc6749 import (
-    AuthorizationCodeMixin,
     AuthorizationServer,
     ClientMixin,
     OAuth2Request,
@@ -19,6 +26,9 @@ from authlib.oauth2.rfc6749 import (
 from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
 from authlib.oauth2.rfc7636 import CodeChallenge
 from authlib.oauth2.rfc8628 import DeviceAuthorizationEndpoint, DeviceCodeGrant, DeviceCredentialDict
+from authlib.oidc.core import AuthorizationCodeMixin
+from authlib.oidc.core.grants import OpenIDCode
+from joserfc.jwk import OctKey
 
 URL: Final = "https://issuer.test"
 CLIENT_ID: Final = "scanfleet-cli"
@@ -56,6 +66,16 @@ class _Code(dict[str, Any], AuthorizationCodeMixin):  # type: ignore[misc] # as 
 
     def get_scope(self) -> str:
         return str(self["scope"])
+
+    def get_nonce(self) -> str | None:
+        return self.get("nonce")
+
+    def get_auth_time(self) -> int:
+        return int(time.time())
+
+    def get_acr(self) -> None: ...
+
+    def get_amr(self) -> None: ...
 
 
 class _Refresh(TokenMixin):  # type: ignore[misc] # as above
@@ -98,6 +118,7 @@ class _CodeGrant(grants.AuthorizationCodeGrant):  # type: ignore[misc] # as abov
             scope=request.payload.scope,
             code_challenge=data["code_challenge"],
             code_challenge_method=data["code_challenge_method"],
+            nonce=data.get("nonce"),
         )
 
     def query_authorization_code(self, code: str, _client: Any) -> Any:
@@ -108,6 +129,33 @@ class _CodeGrant(grants.AuthorizationCodeGrant):  # type: ignore[misc] # as abov
 
     def authenticate_user(self, _authorization_code: Any) -> str:
         return "7"
+
+
+class _OpenID(OpenIDCode):  # type: ignore[misc] # as above
+    """Adds an id token to the tokens of a code."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+        self._key = OctKey.generate_key()
+
+    def resolve_client_private_key(self, _client: Any) -> OctKey:
+        return self._key
+
+    def get_client_algorithm(self, _client: Any) -> str:
+        return "HS256"
+
+    def get_client_claims(self, _client: Any) -> dict[str, Any]:
+        return {"iss": self._url}
+
+    def get_encode_header(self, client: Any) -> dict[str, str]:
+        return {"alg": self.get_client_algorithm(client)}
+
+    def exists_nonce(self, _nonce: str, _request: Any) -> bool:
+        return False
+
+    def generate_user_info(self, user: str, _scope: str) -> dict[str, Any]:
+        return {"sub": user}
 
 
 class _RefreshGrant(grants.RefreshTokenGrant):  # type: ignore[misc] # as above
@@ -136,7 +184,7 @@ class _DeviceGrant(DeviceCodeGrant):  # type: ignore[misc] # as above
 
 class _DeviceEndpoint(DeviceAuthorizationEndpoint):  # type: ignore[misc] # as above
     def get_verification_uri(self) -> str:
-        return f"{URL}/device"
+        return f"{self.server.url}/device"
 
     def save_device_credential(self, client_id: str, scope: str, data: dict[str, Any]) -> None:
         self.server.devices[data["device_code"]] = DeviceCredentialDict(client_id=client_id, scope=scope, **data)
@@ -147,10 +195,18 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
 
     Args:
         beyond: carries requests to other hosts.
+        url: of the provider.
+        new_access_token: makes access tokens.
     """
 
-    def __init__(self, beyond: httpx2.BaseTransport) -> None:
+    def __init__(
+        self,
+        beyond: httpx2.BaseTransport,
+        url: str = URL,
+        new_access_token: Callable[[], str] = lambda: f"access-{uuid4().hex}",
+    ) -> None:
         super().__init__()
+        self.url = url
         self.codes: dict[str, _Code] = {}
         self.refresh_tokens: dict[str, _Refresh] = {}
         self.devices: dict[str, Any] = {}
@@ -160,14 +216,15 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
         """Errors returned to a device until the user has entered the code."""
 
         self._beyond = beyond
-        self.register_grant(_CodeGrant, [CodeChallenge(required=True)])
+        self._new_access_token = new_access_token
+        self.register_grant(_CodeGrant, [CodeChallenge(required=True), _OpenID(url)])
         self.register_grant(_RefreshGrant)
         self.register_grant(_DeviceGrant)
         self.register_endpoint(_DeviceEndpoint)
         self.register_token_generator("default", self._new_token)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        if request.url.host != "issuer.test":
+        if request.url.netloc.decode() != urlsplit(self.url).netloc:
             return self._beyond.handle_request(request)
         request.read()
         match request.url.path:
@@ -175,12 +232,14 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
                 return httpx2.Response(
                     200,
                     json={
-                        "issuer": URL,
-                        "authorization_endpoint": f"{URL}/authorize",
-                        "token_endpoint": f"{URL}/token",
-                        "device_authorization_endpoint": f"{URL}/device_authorization",
+                        "issuer": self.url,
+                        "authorization_endpoint": f"{self.url}/authorize",
+                        "token_endpoint": f"{self.url}/token",
+                        "device_authorization_endpoint": f"{self.url}/device_authorization",
                     },
                 )
+            case "/authorize":
+                return httpx2.Response(302, headers={"Location": self.sign_in(str(request.url))})
             case "/token":
                 answer = self.create_token_response(request)
             case "/device_authorization":
@@ -218,8 +277,35 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
     def _new_token(self, *, scope: str | None, **_how: object) -> dict[str, Any]:
         return {
             "token_type": "Bearer",
-            "access_token": f"access-{uuid4().hex}",
+            "access_token": self._new_access_token(),
             "refresh_token": f"refresh-{uuid4().hex}",
             "expires_in": LIFE,
             "scope": scope or "",
         }
+
+
+@contextmanager
+def served(issuer: Issuer) -> Iterator[None]:
+    """Serve the provider at its URL, which has a port of loopback."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # of the base class
+            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            request = httpx2.Request(self.command, issuer.url + self.path, headers=dict(self.headers), content=content)
+            answer = issuer.handle_request(request)
+            self.send_response(answer.status_code)
+            for each in answer.headers.items():
+                self.send_header(*each)
+            self.end_headers()
+            self.wfile.write(answer.content)
+
+        do_POST = do_GET  # noqa: N815 # as above
+
+        def log_message(self, *_of_request: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", urlsplit(issuer.url).port or 0), Handler) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield
+        server.shutdown()
+        thread.join()

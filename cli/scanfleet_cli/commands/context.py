@@ -66,7 +66,10 @@ def use(session: Session, /, *, name: str) -> None:
 @click.option("--no-use", is_flag=True, help="Do not make it the current context.")
 @with_session
 def add(session: Session, /, *, name: str, url: str | None, token_command: str | None, no_use: bool) -> None:
-    """Add a context, or change the given options of one, and make it the current context."""
+    """Add or change a context, and make it the current one.
+
+    Options that are not given keep their values.
+    """
     known = session.config.contexts().get(name)
     address = url or session.url or (known and known.url) or session.config.environment.get("SCANFLEET_URL") or LOCAL
     command = known.token_command if known else ()

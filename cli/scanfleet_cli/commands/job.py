@@ -170,9 +170,9 @@ def watch(
     no_exit_status: bool,
     cancel_on_interrupt: bool,
 ) -> int:
-    """Watch jobs to their final states; the exit code is that of the worst one.
+    """Watch jobs to their final states.
 
-    With -o jsonl each state is printed, in the other formats the final states.
+    The exit code is that of the worst one. With -o jsonl each state is printed, in the other formats the final states.
     """
     if found and session.output.fields is not None:
         raise CommandError("--json selects fields of jobs and cannot be combined with --found")
@@ -293,7 +293,10 @@ def events(session: Session, /, *, job_id: int) -> None:
 @formats(rest.JobSnapshot)
 @with_session
 def snapshot(session: Session, /, *, job_id: int) -> None:
-    """Show the request of a job as submitted, regardless of later changes to its subnet and policy."""
+    """Show the request of a job as submitted.
+
+    Later changes to its subnet and policy do not appear in it.
+    """
     found = _added(session, calls.read_snapshot(job_id), "snapshots of jobs")
     session.output.one(found, lambda: [json.dumps(found, indent=2)], "job_id")
 
@@ -327,7 +330,10 @@ def map_(
     width: int | None,
     plain: bool,
 ) -> None:
-    """Draw the outcome of each address of a job as a letter; for a large network the worst outcome of each block."""
+    """Draw the outcome of each address of a job.
+
+    An outcome is a letter; for a large network, each letter is the worst outcome of a block of addresses.
+    """
     found = _added(session, calls.read_map(job_id, ports=ports, first=first), "maps of jobs")
     drawn = rest.CoverageMap.model_validate(found)
     session.output.one(

@@ -91,7 +91,7 @@ def show(session: Session, /, *, which: str) -> None:
 @formats(rest.Policy)
 @with_session
 def edit(session: Session, /, *, which: str, name: str | None, **options: Any) -> None:
-    """Change fields of a policy; existing jobs keep the previous values."""
+    """Change a policy; existing jobs keep the previous values."""
     given = resolve.policy_fields(options)
     if not given and name is None:
         raise CommandError("nothing to change", hint="scanfleet policy edit --help")

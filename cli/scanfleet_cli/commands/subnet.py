@@ -137,7 +137,7 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
 @formats(rest.SubnetRetention)
 @with_session
 def retention(session: Session, /, *, which: str, days: int | None, unset: bool) -> None:
-    """Show or change how long the jobs of a subnet are kept after their end."""
+    """Show or change how long ended jobs of a subnet are kept."""
     if unset and days is not None:
         raise CommandError("--set and --unset exclude each other")
     subnet_id = resolve.subnet_id(session, which)

@@ -133,6 +133,15 @@ def test_examples_in_the_help_keep_their_lines(
     assert sum(line.startswith(("  scanfleet ", "  bash: ", "  zsh:  ", "  fish: ")) for line in lines) == 3
 
 
+@pytest.mark.parametrize("group", ["job", "subnet", "policy", "context", "audit", "deletion"])
+def test_help_of_a_group_has_whole_sentences(run: Any, capsys: pytest.CaptureFixture[str], group: str) -> None:
+    """In a terminal of 80 columns the summary of each command is whole."""
+    assert run(group, "--help").code == 0
+    summaries = capsys.readouterr().out.partition("Commands:")[2].splitlines()
+    assert len(summaries) > 1
+    assert not [line for line in summaries if line.endswith("...")]
+
+
 def test_help_has_the_exit_codes(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """--help shows every exit code with its meaning."""
     assert run("--help").code == 0
