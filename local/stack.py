@@ -308,7 +308,8 @@ class Stack:
 
     @property
     def _issuer(self) -> tokens.Issuer:
-        return tokens.Issuer(self.folder / "jwt")
+        of_gateway = self._settings_of.get(GATEWAY, {})
+        return tokens.Issuer(self.folder / "jwt", of_gateway.get("SCANFLEET_JWT_ISSUER") or tokens.ISSUER)
 
     @property
     def _servers(self) -> list[str]:
@@ -378,7 +379,7 @@ class Stack:
             variables["SCANFLEET_TRUSTED_PROXIES"] = "127.0.0.1/32"  # the gateway
         else:
             variables |= {
-                "SCANFLEET_JWT_ISSUER": tokens.ISSUER,
+                "SCANFLEET_JWT_ISSUER": self._issuer.name,
                 "SCANFLEET_JWT_AUDIENCE": tokens.AUDIENCE,
                 "SCANFLEET_JWT_PUBLIC_KEY_FILE": str(self._issuer.public_key_file),
                 "SCANFLEET_INTERNAL_KEY_FILE": str(key),

@@ -23,9 +23,15 @@ LIFE: Final = 12 * 3600  # seconds: a working day, below the limit of the servic
 
 
 class Issuer:
-    """Signs tokens for services that trust `public_key_file`. The pair is created on first use."""
+    """Signs tokens for services that trust `public_key_file`. The pair is created on first use.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the pair.
+        name: the `iss` of the tokens.
+    """
+
+    def __init__(self, folder: Path, name: str = ISSUER) -> None:
+        self.name = name
         self._private_key_file = folder / "private.pem"
         self.public_key_file = folder / "public.pem"
         if not self.public_key_file.exists():  # written last
@@ -34,7 +40,7 @@ class Issuer:
 
     def token(self, user: int, *, admin: bool = False) -> str:
         now = int(time.time())
-        claims: dict[str, object] = {"iss": ISSUER, "aud": AUDIENCE, "sub": str(user), "iat": now, "exp": now + LIFE}
+        claims: dict[str, object] = {"iss": self.name, "aud": AUDIENCE, "sub": str(user), "iat": now, "exp": now + LIFE}
         if admin:
             claims["roles"] = ["admin"]
         return jwt.encode(claims, self._private_key_file.read_bytes(), algorithm="ES256")

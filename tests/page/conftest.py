@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import httpx2
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Dialog, Page, Request, expect, sync_playwright
 
-from local import nmap
+from local import nmap, ports, tokens
 from local.stack import Stack
 from scanfleet.services import SERVICES
+from scanfleet_cli_testing.issuer import CLIENT_ID, Issuer, served
 
 USER = 7
 PATIENCE = 30_000  # ms that an expectation waits: this machine may be busy
@@ -30,14 +32,39 @@ document.addEventListener("securitypolicyviolation", (event) =>
 
 
 @pytest.fixture(scope="package")
-def stack(kafka: str, mongodb: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the stack."""
+    return tmp_path_factory.mktemp("stack")
+
+
+@pytest.fixture(scope="package")
+def issuer(folder: Path) -> Iterator[Issuer]:
+    """An OpenID provider on another site than the gateway, where the user is signed in; its tokens have the stack's key."""
+    url = f"http://localhost:{ports.choose()}"
+    own = tokens.Issuer(folder / "jwt", url)
+    issuer = Issuer(httpx2.HTTPTransport(), url, lambda: own.token(USER, admin=True))
+    with served(issuer):
+        yield issuer
+
+
+@pytest.fixture(scope="package")
+def stack(kafka: str, mongodb: str, folder: Path, issuer: Issuer) -> Iterator[Stack]:
+    gateway = ports.choose()
     stack = Stack(
-        tmp_path_factory.mktemp("stack"),
+        folder,
         replicas=dict.fromkeys(SERVICES, 1),
         kafka_at=kafka,
         mongodb_at=mongodb,
         topic_prefix="page-",
         database_prefix="page",
+        usual_ports={"api-gateway": gateway},
+        settings_of={
+            "api-gateway": {
+                "SCANFLEET_JWT_ISSUER": issuer.url,
+                "SCANFLEET_OIDC_CLIENT_ID": CLIENT_ID,
+                "SCANFLEET_PUBLIC_URL": f"http://127.0.0.1:{gateway}",
+            }
+        },
     )
     stack.up()
     yield stack
@@ -92,8 +119,8 @@ def browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def watched(context: BrowserContext, url: str) -> Iterator[Page]:
-    """A tab whose policy reports, dialogs, faults and requests to other origins fail the test at its end."""
+def watched(context: BrowserContext, *urls: str) -> Iterator[Page]:
+    """A tab whose policy reports, dialogs, faults and requests to other origins than these fail the test at its end."""
     context.set_default_timeout(PATIENCE)
     context.add_init_script(COLLECT_REPORTS)
     page = context.new_page()
@@ -106,7 +133,7 @@ def watched(context: BrowserContext, url: str) -> Iterator[Page]:
         dialog.dismiss()
 
     def requested(request: Request) -> None:
-        if not request.url.startswith((url, "blob:")):
+        if not request.url.startswith((*urls, "blob:")):
             wrong.append(f"request to {request.url}")
 
     page.on("dialog", opened)

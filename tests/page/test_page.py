@@ -11,10 +11,11 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, Request, Route, ViewportSize, expect
+from playwright.sync_api import Browser, Locator, Page, Request, Route, ViewportSize, expect
 
 from local.nmap import OpenPorts, open_ports
 from local.stack import Stack
+from scanfleet_cli_testing.issuer import Issuer
 from tests.client import Client
 from tests.page.conftest import NET, USER, watched
 
@@ -107,12 +108,6 @@ def finished(user: Client, servers: OpenPorts) -> int:
     return job_id
 
 
-def with_issuer(route: Route) -> None:
-    """Answer the platform's description with a sign-in at the issuer."""
-    info = route.fetch().json()
-    route.fulfill(json=info | {"sign_in_to_page": ["token", "oidc"]})
-
-
 def refuse(route: Route) -> None:
     route.fulfill(status=503, json={"error": "the service is unavailable; try again"})
 
@@ -181,27 +176,105 @@ def test_page_map_cursor_shows_the_open_ports_of_its_address(page: Page, stack: 
     expect(page.locator(".cursor")).to_have_text(f"{NET}.2 — answered, no port open")
 
 
-def test_page_keyboard_alone_cancels_a_job(page: Page, stack: Stack, user: Client) -> None:
-    """With only the keyboard a user finds a running job, navigates its map and cancels it."""
-    job_id = user.scan("127.44.9.0/24", **SLOW)
-    page.goto(f"{stack.url}/app/subnets")
-    expect(page.get_by_role("heading", name="Subnets")).to_be_focused()
-    page.keyboard.press("g")
-    page.keyboard.press("j")
-    expect(page.get_by_role("link", name=str(job_id), exact=True)).to_be_visible()
-    page.keyboard.press("j")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("heading", name=re.compile(f"Job {job_id}"))).to_be_visible()
-    page.get_by_role("application").focus()
-    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
-        page.keyboard.press(key)
-    expect(page.locator(".cursor")).to_contain_text("127.44.9.17 — ")
-    page.keyboard.press("x")
-    expect(page.get_by_role("dialog")).to_contain_text("No further packet is sent for it.")
-    page.keyboard.press("Tab")
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("heading", name=re.compile(f"Job {job_id} cancelled"))).to_be_visible()
-    expect(page.get_by_role("dialog")).to_have_count(0)
+def tab_to(page: Page, target: Locator) -> None:
+    """Press Tab until the target has the focus."""
+    expect(target).to_be_visible()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if target.evaluate("(element) => element === document.activeElement"):
+            return
+    raise AssertionError(f"{target} is not reached by Tab")
+
+
+def test_page_keyboard_alone_runs_the_whole_story(browser: Browser, stack: Stack) -> None:
+    """With only the keyboard a user signs in, starts a scan, reads each part of its job, and cancels it in a dialog."""
+    with browser.new_context() as context, watched(context, stack.url) as page:
+        page.goto(f"{stack.url}/app/")
+        expect(page.get_by_label("Token")).to_be_focused()
+        page.keyboard.insert_text(stack.token(10))
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", name="Jobs")).to_be_focused()
+
+        page.keyboard.press("n")
+        expect(page.get_by_role("heading", name="New scan")).to_be_focused()
+        tab_to(page, page.get_by_label("Another network"))
+        page.keyboard.insert_text("127.44.16.0/22")
+        tab_to(page, page.get_by_label("Ports"))
+        page.keyboard.insert_text("1-10000")
+        page.keyboard.press("Enter")
+        heading = page.get_by_role("heading", name=re.compile(r"Job \d+ running"))
+        expect(heading).to_be_visible()
+        job_id = page.url.rpartition("/")[2]
+
+        for name, shown in (
+            ("Results", page.get_by_text(re.compile("None yet|results"))),
+            ("Not probed", page.get_by_text("None so far.")),
+            ("Request", page.get_by_text("127.44.16.0/22").last),
+            ("Overview", page.get_by_role("application")),
+        ):
+            tab_to(page, page.get_by_role("navigation", name="parts of the job").get_by_role("link", name=name))
+            page.keyboard.press("Enter")
+            expect(shown).to_be_visible()
+        tab_to(page, page.get_by_role("application"))
+        for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+            page.keyboard.press(key)
+        expect(page.locator(".cursor")).to_contain_text(re.compile(r"127\.44\.16\.\d+ — "))
+
+        page.keyboard.press("?")
+        expect(page.get_by_role("dialog")).to_contain_text("next row, previous row")
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("dialog")).to_have_count(0)
+        page.keyboard.press("Control+k")
+        expect(page.get_by_role("dialog")).to_be_visible()
+        page.keyboard.insert_text("jobs")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("link", name=job_id, exact=True)).to_be_visible()
+        page.keyboard.press("j")
+        expect(page.get_by_role("link", name=job_id, exact=True)).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(heading).to_be_visible()
+
+        page.keyboard.press("x")
+        expect(page.get_by_role("dialog")).to_contain_text("No further packet is sent for it.")
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("dialog")).to_have_count(0)
+        expect(heading).to_be_visible()
+        page.keyboard.press("x")
+        tab_to(page, page.get_by_role("button", name="Cancel the job"))
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", name=f"Job {job_id} cancelled")).to_be_visible()
+        expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_page_sign_in_at_the_issuer_returns_to_the_page(browser: Browser, stack: Stack, issuer: Issuer) -> None:
+    """The code flow begins a session at the URL that was opened, in another tab renews one, and a refusal is shown."""
+    with browser.new_context() as context, watched(context, stack.url, issuer.url) as page:
+        page.goto(f"{stack.url}/app/subnets/new?from=here")
+        link = page.get_by_role("link", name=f"Sign in with {urlsplit(issuer.url).netloc}")
+        issuer.approves = False
+        link.click()
+        expect(page.get_by_role("alert")).to_contain_text("The sign-in was not completed")
+        issuer.approves = True
+        link.click()
+        expect(page.get_by_role("heading", name="New subnet")).to_be_visible()
+        assert page.url == f"{stack.url}/app/subnets/new?from=here"
+        assert page.evaluate("document.cookie") == ""
+        assert [each["name"] for each in context.cookies(stack.url)] == ["__Host-session"]
+
+        page.get_by_label("Network").fill("127.44.11.0/24")
+        context.clear_cookies()
+        page.get_by_role("button", name="Save").click()
+        with page.expect_popup() as opened:
+            page.get_by_role("dialog").get_by_role("link", name="Sign in with").click()
+        expect(opened.value.get_by_role("heading", name="New subnet")).to_be_visible()
+        opened.value.close()
+        page.evaluate("dispatchEvent(new Event('focus'))")  # a headless browser's tabs all have the focus
+        expect(page.get_by_role("dialog")).to_have_count(0)
+        expect(page.get_by_label("Network")).to_have_value("127.44.11.0/24")
+        page.locator("summary").click()
+        page.get_by_role("button", name="Sign out").click()
+        expect(page.get_by_role("heading", name="Sign in to Scanfleet")).to_be_visible()
+        assert context.cookies(stack.url) == []
 
 
 @pytest.mark.proves("A15", "A31")
@@ -277,6 +350,7 @@ def test_page_every_page_is_accessible_and_fits(
         ):
             page.goto(f"{stack.url}/app/")
             expect(page.get_by_label("Token")).to_be_visible()
+            page.screenshot(path=SCREENSHOTS / f"sign-in-{width}-{theme}.png")
             page.evaluate(AXE.read_text(encoding="utf-8"))
             found += [f"sign in, {width}: {each}" for each in page.evaluate(CHECK, RULES[theme])]
             context.add_cookies(cookies)  # type: ignore[arg-type] # as the browser has returned them
@@ -330,7 +404,6 @@ def test_page_gateway_restarted_says_so_and_recovers(page: Page, stack: Stack, u
 
 def test_page_session_that_ends_asks_again_and_keeps_what_was_typed(page: Page, stack: Stack) -> None:
     """When the session has ended the page shows a sign-in dialog above the form, and keeps its content."""
-    page.route("**/api/v1/info", with_issuer)
     page.goto(f"{stack.url}/app/subnets/new")
     page.get_by_label("Network").fill("127.44.11.0/24")
     page.get_by_label("Name").fill("typed before")
