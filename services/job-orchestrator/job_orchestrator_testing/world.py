@@ -111,15 +111,15 @@ class Worker:
                 case StopChunk() as stop if stop.worker_id == self.worker_id:
                     self.stops.append(stop)
 
-    async def claim(self, task: ScanChunk) -> None:
-        await self.publisher.publish(SCAN_PROGRESS, [ChunkClaimed(**_token(task))])
+    async def claim(self, task: ScanChunk, **fields: Any) -> None:
+        await self.publisher.publish(SCAN_PROGRESS, [ChunkClaimed(**_token(task), **fields)])
 
     async def progress(self, task: ScanChunk, outcomes: str) -> None:
         await self.publisher.publish(SCAN_PROGRESS, [ChunkProgressed(**_token(task), outcomes=outcomes)])
 
-    async def release(self, task: ScanChunk, outcomes: str | None = None) -> None:
+    async def release(self, task: ScanChunk, outcomes: str | None = None, **fields: Any) -> None:
         outcomes = outcomes or task.outcomes
-        released = ChunkReleased(**_token(task), outcomes=outcomes, reason="leaving", slot_seconds=0.1)
+        released = ChunkReleased(**_token(task), outcomes=outcomes, reason="leaving", slot_seconds=0.1, **fields)
         await self.publisher.publish(SCAN_PROGRESS, [released])
 
     async def fail(self, task: ScanChunk, reason: str = "nmap died", outcomes: str | None = None) -> None:
@@ -127,7 +127,9 @@ class Worker:
         failed = ChunkFailed(**_token(task), outcomes=outcomes, reason=reason, slot_seconds=0.1)
         await self.publisher.publish(SCAN_PROGRESS, [failed])
 
-    async def scanned(self, task: ScanChunk, outcomes: str | None = None, *, slot_seconds: float = 0.1) -> None:
+    async def scanned(
+        self, task: ScanChunk, outcomes: str | None = None, *, slot_seconds: float = 0.1, **fields: Any
+    ) -> None:
         """Tell result-store first, then the orchestrator."""
         scanned = ChunkScanned(
             **_token(task),
@@ -136,6 +138,7 @@ class Worker:
             slot_seconds=slot_seconds,
             technique="connect",
             grant=task.grant,
+            **fields,
         )
         await self.publisher.publish(SCAN_RESULTS, [scanned])
         await self.publisher.publish(SCAN_PROGRESS, [scanned])

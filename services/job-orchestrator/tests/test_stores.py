@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, ResourceRules
 from job_orchestrator.domain import plan
+from job_orchestrator.domain.attempts import Attempt, Probed
 from job_orchestrator.domain.census import DeletionCensus, OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, cancel, dispatch
 from job_orchestrator.domain.command import Command
@@ -31,7 +32,7 @@ from job_orchestrator_testing import MemoryStore, chunk, replanned, scan_job, sc
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
-from scanfleet.contracts.messages import AuditEntry, JobStatus
+from scanfleet.contracts.messages import AuditEntry, JobStatus, Run
 from scanfleet.runtime.mongo import Database
 
 LATER = THEN + timedelta(seconds=1)
@@ -642,6 +643,8 @@ async def test_chunks_of_a_job_are_deleted_up_to_a_limit(store: Store) -> None:
 
 async def test_chunk_round_trips(store: Store) -> None:
     """Every field of a chunk is kept, in every state."""
+    run = Run(nmap="7.93", arguments="a" * 64, source="10.0.0.5", egress="192.0.2.1", rules="b" * 64, began=1.5)
+    ended = Attempt(n=1, worker="w-0", at=THEN, claimed=THEN, ended=LATER, how="released", run=run)
     chunks = [
         chunk(
             id=f"1-{index}",
@@ -666,6 +669,9 @@ async def test_chunk_round_trips(store: Store) -> None:
             asked=5,
             outcomes="a.xs",
             rev=5,
+            attempts=(ended, Attempt(n=62, worker="w-1", zone="", at=LATER)),
+            dropped=60,
+            probed=Probed(common_ports="22", scripts=("banner",), detection="sV7/O/banner", discovery="none"),
         )
         for index, state in enumerate(ChunkState)
     ]

@@ -7,7 +7,7 @@ result; hosts without results do not have the field. `key` sorts the hosts that 
   `slice` is the first and last id of the hosts that were counted last: they may not be deleted yet.
 - `chunks`: `_id` is the chunk's id. The collection holds closed chunks only; `key` sorts them by address.
 
-Documents of release 0.1 have no `key`.
+`zone` is where a host or chunk was scanned. Documents of release 0.1 have no `key`, those of release 0.2 no `zone`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, Final
 from bson import decode_iter
 from pymongo import ASCENDING, DESCENDING, IndexModel, UpdateOne
 
-from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place, Removed, StoredHost, address_key
+from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place, Removed, StoredHost
 from scanfleet.contracts.messages import HostScanned
 from scanfleet.contracts.rest import Result
 from scanfleet.errors import NotFoundError
 from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
-from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.outcomes import Outcome, address_key
 from scanfleet.scanning.ports import parse_ranges, port_count
 from scanfleet.scanning.targets import Network
 
@@ -35,6 +35,8 @@ _SLICE: Final = 1_000  # documents deleted at once
 _KEEP_MARKS: Final = timedelta(days=30)  # longer than a dead letter can be replayed: 14 days
 
 SEQUENCE: Final = "results"
+
+_ZONE: Final = ""  # of every host and chunk: there is only one, without a name
 
 _WITH_RESULTS: Final = {"first_id": {"$exists": True}}
 _WITH_KEY: Final = {"key": {"$exists": True}}
@@ -334,6 +336,7 @@ def _host_document(host: Host) -> Document:
         **({"key": host.key} if host.found else {}),
         "created_at": host.place.created_at,
         "offset": host.place.offset,
+        "zone": _ZONE,
         **host.scanned.model_dump(exclude_defaults=True, exclude={"grant"}),
     }
 
@@ -362,6 +365,10 @@ def _chunk_document(chunk: ClosedChunk) -> Document:
         "nmap": chunk.nmap,
         "ports": chunk.ports,
         "arguments": chunk.arguments,
+        "detection": chunk.detection,
+        "discovery": chunk.discovery,
+        "zone": _ZONE,
+        "at": chunk.at,
     }
 
 
@@ -376,4 +383,7 @@ def _chunk(document: Mapping[str, Any]) -> ClosedChunk:
         document.get("nmap", ""),
         document.get("ports", ""),
         document.get("arguments", ""),
+        document.get("detection", ""),
+        document.get("discovery", ""),
+        document.get("at"),
     )

@@ -8,14 +8,14 @@ from ipaddress import ip_address
 from typing import Any, Final
 
 from result_store.domain.ports import Store
-from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Removed, Scanned, StoredHost, address_key
+from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Removed, Scanned, StoredHost
 from result_store.handlers import ResultsHandler
 from scanfleet.contracts.messages import ChunkScanned, HostScanned, PortFound
 from scanfleet.contracts.messages.topics import SCAN_RESULTS
 from scanfleet.contracts.rest import Result
 from scanfleet.errors import NotFoundError
 from scanfleet.runtime.bus import Publisher, Record
-from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.outcomes import Outcome, address_key
 from scanfleet.scanning.targets import Network
 from scanfleet.security.audit import Refusals
 from scanfleet.services import RESULT_STORE

@@ -23,7 +23,9 @@ def golden() -> dict[str, dict[str, Any]]:
     place = Place(EPOCH, 4_711)
     answered = Host(host("127.9.8.1", ssh, 80, open_filtered="U:53,161-162"), place)
     silent = Host(host("127.9.8.2", outcome="s"), place)
-    closed = ClosedChunk(1, "1-0", "127.9.8.0", "aadsddta", 7, "connect", "7.93", "22,80", "0" * 64)
+    closed = ClosedChunk(
+        1, "1-0", "127.9.8.0", "aadsddta", 7, "connect", "7.93", "22,80", "0" * 64, "sV7/banner", "default", EPOCH
+    )
     return {
         "host": _host_document(answered) | {"first_id": 100},
         "host-silent": _host_document(silent),

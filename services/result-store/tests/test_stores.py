@@ -288,8 +288,9 @@ async def test_hosts_of_a_job_deleted_while_they_are_read_end_in_an_error(store:
 
 async def test_closed_chunks_are_sorted_by_address(store: Store) -> None:
     """The closed chunks of a job are listed in order of their addresses, then of their numbers, as they were closed."""
+    facts: Any = (7, "syn", "7.93", "22", "0" * 64, "sV7/O", "none", EPOCH)
     places = [("1-10", "127.9.8.4"), ("1-2", "127.9.8.4"), ("1-11", "127.9.8.0")]
-    mine = [ClosedChunk(1, id_, first, "ad", 7, "syn", "7.93", "22", "0" * 64) for id_, first in places]
+    mine = [ClosedChunk(1, id_, first, "ad", *facts) for id_, first in places]
     await store.close([*mine, ClosedChunk(1, "1-3", "127.9.8.8", "a", 8), ClosedChunk(2, "2-0", "127.9.8.0", "a", 7)])
     found = [each async for each in store.chunks_by_address(1, 7)]
     assert found == [mine[2], mine[1], mine[0]]
@@ -440,6 +441,21 @@ async def test_page_read_while_its_job_is_erased_is_complete_or_refused(mongodb:
         await store.close([chunk("aaaa")])
         with pytest.raises(NotFoundError):
             await anext(ErasedMeanwhile(database).results(1, None, after=0))
+    finally:
+        await database.client.drop_database(database.name)
+        database.client.close()
+
+
+@pytest.mark.integration
+async def test_documents_have_their_zone(mongodb: str) -> None:
+    """Hosts and closed chunks name the only zone, so that documents of other ones can be told apart later."""
+    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
+    store = MongoStore(database)
+    try:
+        await store.add(hosts(host("127.9.8.0", 22)))
+        await store.close([chunk("a")])
+        for name in ("hosts", "chunks"):
+            assert [each["zone"] async for each in database[name].find()] == [""]
     finally:
         await database.client.drop_database(database.name)
         database.client.close()

@@ -48,6 +48,7 @@ def create_app() -> FastAPI:
             attempt_seconds=settings.attempt_seconds,
             scripts=settings.allowed_scripts,
             grants=grants,
+            egress=str(settings.egress_address) if settings.egress_address else None,
         )
         worker = Worker(worker_id, abilities, nmap, bus, refusals.add_denied_chunk)
         tasks = bus.tail(topics.SCAN_TASKS, worker, key=worker_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, IPvAnyAddress
 
 from scanfleet.runtime.settings import CommonSettings, GrantSettings, KafkaSettings, TargetSettings
 
@@ -38,6 +38,11 @@ class Settings(CommonSettings, KafkaSettings, TargetSettings, GrantSettings):
         32 << 20,  # 8,192 open ports with 4 KB of service and script output each
         ge=1 << 16,
         description="Maximum bytes of output about one host; then nmap is stopped and the attempt fails.",
+    )
+    egress_address: IPvAnyAddress | None = Field(
+        None,
+        description="Address that targets see as the source of scans, if they pass a NAT; it is recorded with each attempt. Without "
+        "it, only the worker's own address is.",
     )
     stop_grace_seconds: float = Field(
         20.0,  # of the 30 s between SIGTERM and SIGKILL, Kubernetes' default

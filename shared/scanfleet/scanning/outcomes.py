@@ -62,6 +62,12 @@ def address_at(first: str, index: int) -> IPv4Address | IPv6Address:
     return ip_address(first) + index
 
 
+def address_key(address: str) -> str:
+    """Return a text of fixed width per family; the order of these texts is the order of addresses, IPv4 first."""
+    parsed = ip_address(address)
+    return f"{parsed.version}{parsed.packed.hex()}"
+
+
 def index_of(first: str, address: str) -> int:
     """Return the position of `address` in a map that starts at `first`; it may be outside the map.
 

@@ -96,7 +96,8 @@ Discovery = Annotated[Literal["default", "none"], Field(description="`none` trea
 ServiceDetection = Annotated[StrictBool, Field(description="Detect the services on open ports.")]
 VersionIntensity = Annotated[StrictInt, Field(ge=0, le=9)]
 OsDetection = Annotated[StrictBool, Field(description="Needs a worker that can send raw packets.")]
-ScriptName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=64)]
+MAX_SCRIPT_CHARS: Final = 64
+ScriptName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", max_length=MAX_SCRIPT_CHARS)]
 MAX_SCRIPTS: Final = 64
 Scripts = Annotated[
     tuple[ScriptName, ...],

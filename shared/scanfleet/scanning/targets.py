@@ -6,9 +6,11 @@ created from it, and by the worker immediately before nmap starts.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address, ip_network
 from typing import Annotated, Final
 
@@ -99,6 +101,12 @@ class TargetRules:
     max_addresses: int = DEFAULT_MAX_ADDRESSES
     nat64: tuple[IPv6Network, ...] = ()
     """Prefixes of the site's NAT64, of a length in `NAT64_LENGTHS`."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the rules in canonical form, so that a record states which rules were in force."""
+        networks = [sorted(map(str, each)) for each in (self.allowed, self.denied, self.nat64)]
+        return sha256(json.dumps([*networks, self.max_addresses]).encode()).hexdigest()
 
     def refusal(self, network: Network) -> str | None:
         """Return the rule that forbids scanning `network` as a sentence for the user; None if all of it may be scanned.

@@ -407,3 +407,16 @@ def test_outcomes_mark_exactly_the_excluded_addresses(data: st.DataObject) -> No
     letters = ["x" if any(address in inner for inner in exclude) else "." for address in network]
     assert target.outcomes() == "".join(letters)
     assert target.included == letters.count(".")
+
+
+def test_digest_of_equal_rules_is_equal() -> None:
+    """The digest does not depend on the order in which networks are configured, and every rule changes it."""
+    one = rules("10.0.0.0/8", "127.0.0.0/8", denied=("10.9.0.0/16",))
+    assert one.digest == rules("127.0.0.0/8", "10.0.0.0/8", denied=("10.9.0.0/16",)).digest
+    others = [
+        rules("10.0.0.0/8", "127.0.0.0/8"),
+        rules("10.0.0.0/8", "127.0.0.0/8", "10.9.0.0/16"),
+        replace(one, max_addresses=1),
+        replace(one, nat64=(IPv6Network("64:ff9b:1::/48"),)),
+    ]
+    assert len({each.digest for each in (one, *others)}) == 1 + len(others)

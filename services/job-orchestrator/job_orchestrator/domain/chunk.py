@@ -12,17 +12,20 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
+from job_orchestrator.domain.attempts import Attempt, Probed, append
 from scanfleet.contracts.messages import (
     ChunkClaimed,
     ChunkFailed,
     ChunkProgressed,
     ChunkReleased,
     ChunkScanned,
+    Run,
     Technique,
     instance_of,
 )
 from scanfleet.errors import ScanfleetError
 from scanfleet.scanning.outcomes import Outcome, index_of, merge
+from scanfleet.scanning.ports import PortSet, parse_ranges, port_count
 
 MAX_FAILURES = 3  # one failure can be the network and two a coincidence; the third is attributed to the target
 MAX_FRUITLESS = 20  # dispatches without progress after which the chunk itself is assumed to end them
@@ -114,6 +117,8 @@ class Chunk:
     id: str
     job_id: int
     user_id: int
+    zone: str = ""
+    """Where it is scanned. There is only one zone, without a name."""
     index: int
     """Index in the job's plan; chunks are created and counted in this order."""
     turn: int
@@ -151,6 +156,12 @@ class Chunk:
     """Slot seconds of all attempts."""
     reason: str = ""
     technique: Technique | None = None
+    attempts: tuple[Attempt, ...] = ()
+    """The first and the last ones."""
+    dropped: int = 0
+    """Number of attempts between them that are not in `attempts`."""
+    probed: Probed | None = None
+    """By the last report on a chunk without blanks; None before, and in documents of earlier releases."""
     ask_at: datetime | None = None
     """When result-store is next asked to check the chunk again; None for immediately."""
     asked: int = 0
@@ -160,6 +171,16 @@ class Chunk:
     @property
     def token(self) -> Token:
         return Token(self.job_id, self.id, self.attempt, self.worker_id)
+
+    @property
+    def current(self) -> Attempt | None:
+        """The record of the current or last attempt; None if there was none, or an earlier release dispatched it."""
+        return self.attempts[-1] if self.attempts and self.attempts[-1].n == self.attempt else None
+
+    @property
+    def run(self) -> Run | None:
+        """The nmap of the last attempt that reported one."""
+        return next((attempt.run for attempt in reversed(self.attempts) if attempt.run), None)
 
     @property
     def expected(self) -> float:
@@ -184,11 +205,15 @@ class Chunk:
 
 def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, share: float, estimate: float) -> Chunk:
     """Return the chunk with a new token, for an attempt on its first `size` blanks that is expected to take `estimate`."""
+    attempt = Attempt(n=chunk.attempt + 1, worker=worker_id, zone=chunk.zone, at=now)
+    attempts, dropped = append(chunk.attempts, attempt)
     return _move(
         chunk,
         ChunkTrigger.DISPATCH,
         ChunkState.DISPATCHED,
-        attempt=chunk.attempt + 1,
+        attempt=attempt.n,
+        attempts=attempts,
+        dropped=chunk.dropped + dropped,
         worker_id=worker_id,
         reach=_reach(chunk.outcomes, size),
         share=share,
@@ -217,18 +242,21 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
     if not isinstance(report, ChunkClaimed):
         chunk = _with_report(chunk, report.outcomes)
     if isinstance(report, Ended):
+        chunk = _ended(chunk, report, now)
         chunk = replace(chunk, seconds=chunk.seconds + min(report.slot_seconds, elapsed(chunk, now)))
     match report:
         case ChunkClaimed() | ChunkProgressed():
             if chunk.state is ChunkState.RUNNING:
                 return chunk
-            return _move(chunk, ChunkTrigger.CLAIM, ChunkState.RUNNING)
+            run = report.run if isinstance(report, ChunkClaimed) else None
+            return _move(_noted(chunk, claimed=now, run=run), ChunkTrigger.CLAIM, ChunkState.RUNNING)
         case ChunkScanned() if not chunk.blank:
             return _move(
                 chunk,
                 ChunkTrigger.SCAN,
                 ChunkState.SCANNED,
                 technique=report.technique,
+                probed=_probed(chunk, report),
                 ask_at=now + patience,
                 reason=report.reason or chunk.reason,
             )
@@ -240,12 +268,18 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
             return fail(chunk, f"worker {report.worker_id}: {report.reason}", now, narrow=True)
 
 
-def final_report(chunk: Chunk, report: WorkerReport) -> Chunk:
-    """Return a cancelled chunk with the last map of its holder, so that the ledger shows the work before the cancel."""
-    mine = chunk.state is ChunkState.CANCELLED and chunk.token == Token.of(report)
-    if not mine or isinstance(report, ChunkClaimed):
+def late_report(chunk: Chunk, report: WorkerReport, now: datetime) -> Chunk:
+    """Return the chunk after a report of the last attempt, which has lost the chunk.
+
+    The end of the attempt is recorded. A cancelled chunk takes the map, so that the ledger shows the work before the cancel.
+    """
+    if chunk.token != Token.of(report) or isinstance(report, ChunkClaimed):
         return chunk
-    return replace(chunk, outcomes=_merged(chunk, report.outcomes))
+    if isinstance(report, Ended):
+        chunk = _ended(chunk, report, now)
+    if chunk.state is ChunkState.CANCELLED:
+        chunk = replace(chunk, outcomes=_merged(chunk, report.outcomes))
+    return chunk
 
 
 def elapsed(chunk: Chunk, now: datetime) -> float:
@@ -280,6 +314,7 @@ def expire(chunk: Chunk, reason: str, now: datetime) -> Chunk:
 
     A chunk that was never claimed goes to another worker at no cost: its task may not have been delivered.
     """
+    chunk = _lost(chunk, "expired")
     free = instance_of(chunk.worker_id) in chunk.failed_by or chunk.state is ChunkState.DISPATCHED
     if free and chunk.blank and chunk.fruitless < MAX_FRUITLESS:
         return _move(chunk, ChunkTrigger.FAIL, ChunkState.QUEUED, reason=reason, failed_by=_failed_by(chunk))
@@ -331,7 +366,7 @@ def incomplete(chunk: Chunk, attempt: int, addresses: Iterable[str], now: dateti
     blanked = replace(chunk, outcomes="".join(codes))
     if not blanked.blank:
         return chunk
-    return fail(blanked, "results were lost before they were stored", now)
+    return fail(_lost(blanked, "incomplete"), "results were lost before they were stored", now)
 
 
 def store(chunk: Chunk, outcomes: str) -> Chunk:
@@ -346,7 +381,7 @@ def store(chunk: Chunk, outcomes: str) -> Chunk:
         return replace(chunk, outcomes=outcomes)
     if chunk.state not in OPEN:
         return chunk
-    return _move(replace(chunk, outcomes=outcomes), ChunkTrigger.STORE, ChunkState.STORED)
+    return _move(_lost(replace(chunk, outcomes=outcomes), "stored"), ChunkTrigger.STORE, ChunkState.STORED)
 
 
 def request_check(chunk: Chunk, now: datetime, patience: timedelta) -> Chunk:
@@ -358,7 +393,47 @@ def request_check(chunk: Chunk, now: datetime, patience: timedelta) -> Chunk:
 
 
 def cancel(chunk: Chunk) -> Chunk:
-    return _move(chunk, ChunkTrigger.CANCEL, ChunkState.CANCELLED)
+    return _move(_lost(chunk, "cancelled"), ChunkTrigger.CANCEL, ChunkState.CANCELLED)
+
+
+_ENDS: Final[dict[type[Ended], str]] = {ChunkScanned: "scanned", ChunkReleased: "released", ChunkFailed: "failed"}
+
+
+def _ended(chunk: Chunk, report: Ended, now: datetime) -> Chunk:
+    """Record that the current attempt has ended, unless it was recorded before."""
+    current = chunk.current
+    if current is None or current.ended is not None:
+        return chunk
+    run = report.run
+    if run is None and isinstance(report, ChunkScanned) and report.nmap:  # of a worker of an earlier release
+        run = Run(nmap=report.nmap, arguments=report.arguments)
+    return _noted(chunk, ended=now, how=current.how or _ENDS[type(report)], run=run or current.run)
+
+
+def _lost(chunk: Chunk, how: str) -> Chunk:
+    """Record how the current attempt lost the chunk; its worker has not reported an end."""
+    return _noted(chunk, how=how) if chunk.state in HELD else chunk
+
+
+def _noted(chunk: Chunk, **facts: Any) -> Chunk:
+    """Return the chunk with these facts in the record of its current attempt, unless an earlier release dispatched it."""
+    current = chunk.current
+    return chunk if current is None else replace(chunk, attempts=(*chunk.attempts[:-1], replace(current, **facts)))
+
+
+def _probed(chunk: Chunk, report: ChunkScanned) -> Probed:
+    """Return what the worker has probed; without port numbers that cannot be those of the chunk."""
+    ports = PortSet.parse(chunk.ports)
+    try:
+        valid = port_count(parse_ranges(report.common_ports)) <= ports.tcp_count and ports.top
+    except ValueError:
+        valid = False
+    return Probed(
+        common_ports=report.common_ports if valid else "",
+        scripts=report.scripts,
+        detection=report.detection,
+        discovery=report.discovery,
+    )
 
 
 def _with_report(chunk: Chunk, news: str) -> Chunk:

@@ -126,6 +126,8 @@ class ScanJob:
     created_at: datetime
     updated_at: datetime
     command_id: str
+    zone: str = ""
+    """Where it is scanned. There is only one zone, without a name."""
     granted_by: str = ""
     """The user grant that it was accepted under; empty if there were none."""
     turn: int = 0

@@ -158,6 +158,7 @@ def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
             id=chunk_id(job, index),
             job_id=job.id,
             user_id=job.user_id,
+            zone=job.zone,
             index=index,
             turn=job.turn + index,
             partition=job.partition,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from job_orchestrator.domain.attempts import Probed
 from job_orchestrator.domain.chunk import HELD, Chunk, Token, elapsed
 from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
@@ -104,17 +105,26 @@ def granted(chunk: Chunk, signer: Signer) -> Grant:
 
 def scanned_again(chunks: Iterable[Chunk], signer: Signer) -> list[ChunkScanned]:
     """Return messages that ask result-store again to check these chunks."""
-    return [
-        ChunkScanned(
-            job_id=chunk.job_id,
-            chunk_id=chunk.id,
-            attempt=chunk.attempt,
-            worker_id=chunk.worker_id,
-            first_address=chunk.first_address,
-            outcomes=chunk.outcomes,
-            slot_seconds=0.0,
-            technique=chunk.technique or "connect",
-            grant=granted(chunk, signer),
-        )
-        for chunk in chunks
-    ]
+    return [_scanned_again(chunk, signer) for chunk in chunks]
+
+
+def _scanned_again(chunk: Chunk, signer: Signer) -> ChunkScanned:
+    run, probed = chunk.run, chunk.probed or Probed()
+    return ChunkScanned(
+        job_id=chunk.job_id,
+        chunk_id=chunk.id,
+        attempt=chunk.attempt,
+        worker_id=chunk.worker_id,
+        first_address=chunk.first_address,
+        outcomes=chunk.outcomes,
+        slot_seconds=0.0,
+        technique=chunk.technique or "connect",
+        grant=granted(chunk, signer),
+        nmap=run.nmap if run else "",
+        arguments=run.arguments if run else "",
+        scripts=probed.scripts,
+        common_ports=probed.common_ports,
+        detection=probed.detection,
+        discovery=probed.discovery,
+        run=run,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from job_orchestrator.domain.chunk import (
     HELD,
@@ -16,8 +16,8 @@ from job_orchestrator.domain.chunk import (
     WorkerReport,
     apply,
     expire,
-    final_report,
     holds,
+    late_report,
 )
 from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.ports import DispatchRepository
@@ -93,7 +93,7 @@ class Progress(PartitionListener):
                     effects[chunk.id].alive = True
                     chunk = apply(chunk, report, now, self._patience)
                 else:
-                    chunk = self._not_held(chunk, report, effects[chunk.id])
+                    chunk = self._not_held(chunk, report, effects[chunk.id], now)
             return chunk
 
         changed = await self._changer.change(by_chunk, decide, now)
@@ -160,12 +160,12 @@ class Progress(PartitionListener):
         self._wake()
         await self._reconciler.follow(changed)
 
-    def _not_held(self, chunk: Chunk, report: WorkerReport, effects: _Effects) -> Chunk:
+    def _not_held(self, chunk: Chunk, report: WorkerReport, effects: _Effects, now: datetime) -> Chunk:
         if chunk.state in OPEN:
             effects.stale += 1
         if _scans(report):
             effects.stops.append(stop(Token.of(report), f"the chunk is {chunk.state}, attempt {chunk.attempt}"))
-        return final_report(chunk, report)
+        return late_report(chunk, report, now)
 
     def _renew(self, changed: Sequence[Changed], effects: dict[str, _Effects]) -> None:
         for each in changed:

@@ -26,6 +26,7 @@ from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry, Job, JobEvent, instance_of
 from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_PROGRESS
 from scanfleet.runtime.mongo import Document
+from scanfleet.scanning.outcomes import address_key
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.ports import PortSet
 
@@ -161,17 +162,24 @@ def read_deletion(document: Document) -> Deletion:
 
 def write_chunk(chunk: Chunk) -> Document:
     # `held` marks the few chunks in the partial index for leases and dispatch.
-    return _shallow(chunk) | {"state": chunk.state.value, "held": chunk.state in HELD}
+    return _shallow(chunk) | {
+        "key": address_key(chunk.first_address),
+        "state": chunk.state.value,
+        "held": chunk.state in HELD,
+        "attempts": [_fields(each) | {"run": each.run and each.run.model_dump()} for each in chunk.attempts],
+        "probed": chunk.probed and _fields(chunk.probed),
+    }
 
 
 # Fields that never change: a save omits them.
 JOB_CONSTANTS: Final = frozenset(
     {"_id", "user_id", "policy_id", "subnet_id", "cidr", "exclude", "policy", "addresses", "excluded", "ports"}
     | {"chunk_addresses", "chunk_ports", "blocks", "chunk_count", "estimate", "partition", "created_at", "command_id"}
-    | {"granted_by", "blockwise", "traceparent"}
+    | {"granted_by", "blockwise", "traceparent", "zone"}
 )
 CHUNK_CONSTANTS: Final = frozenset(
-    {"_id", "job_id", "user_id", "index", "turn", "partition", "first_address", "ports", "port_count", "needs_raw"}
+    {"_id", "job_id", "user_id", "zone", "key", "index", "turn", "partition", "first_address", "ports", "port_count"}
+    | {"needs_raw"}
 )
 
 

@@ -29,9 +29,9 @@ from job_orchestrator.domain.chunk import (
     elapsed,
     expire,
     fail,
-    final_report,
     holds,
     incomplete,
+    late_report,
     release,
     request_check,
     store,
@@ -480,15 +480,15 @@ def test_missing_results_count_only_for_their_attempt() -> None:
         assert incomplete(other, 2, ["127.9.8.0"], NOW) == other
 
 
-def test_cancelled_chunk_takes_the_final_report_of_its_holder() -> None:
+def test_cancelled_chunk_takes_the_late_report_of_its_holder() -> None:
     """Work before the cancel is in the ledger; other tokens, claims and states change nothing."""
     cancelled = cancel(in_state(ChunkState.RUNNING))
-    assert final_report(cancelled, report(ChunkReleased)).outcomes == "as.."
-    assert final_report(cancelled, report(ChunkReleased)).state is ChunkState.CANCELLED
-    assert final_report(cancelled, report(ChunkReleased, attempt=1)) == cancelled
-    assert final_report(cancelled, report(ChunkClaimed)) == cancelled
+    assert late_report(cancelled, report(ChunkReleased), NOW).outcomes == "as.."
+    assert late_report(cancelled, report(ChunkReleased), NOW).state is ChunkState.CANCELLED
+    assert late_report(cancelled, report(ChunkReleased, attempt=1), NOW) == cancelled
+    assert late_report(cancelled, report(ChunkClaimed), NOW) == cancelled
     queued = in_state(ChunkState.QUEUED)
-    assert final_report(queued, report(ChunkReleased)) == queued
+    assert late_report(queued, report(ChunkReleased), NOW) == queued
 
 
 # Any order

@@ -74,7 +74,7 @@ async def test_job_completes_only_when_all_chunks_are_stored(world: World, task:
 
 
 async def test_stored_before_scanned_completes_the_job(world: World, task: ScanChunk) -> None:
-    """When the message of result-store arrives before the worker's report, the job completes, and the report changes nothing."""
+    """When the message of result-store arrives before the worker's report, the job completes; the report ends the attempt."""
     await claimed(world, task)
     await world.bus.publish(SCAN_STORED, [ChunkStored(job_id=1, chunk_id="1-0", outcomes="asds")])
     await world.settle()
@@ -82,7 +82,9 @@ async def test_stored_before_scanned_completes_the_job(world: World, task: ScanC
     before = await chunk_of(world)
     await world.worker.scanned(task, "asds")
     await world.settle()
-    assert replace(await chunk_of(world), rev=before.rev) == before
+    after = await chunk_of(world)
+    assert replace(after, rev=before.rev, attempts=before.attempts) == before
+    assert [(each.how, each.ended is not None) for each in after.attempts] == [("stored", True)]
 
 
 @pytest.mark.proves("F26", "G17")

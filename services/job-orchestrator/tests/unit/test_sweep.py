@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -19,7 +20,15 @@ from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_p
 from job_orchestrator_testing.repository import Data, MemoryChunks
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
-from scanfleet.contracts.messages import ChunkScanned, JobCancelled, JobCompleted, JobCreated, JobStarted, JobStatus
+from scanfleet.contracts.messages import (
+    ChunkScanned,
+    JobCancelled,
+    JobCompleted,
+    JobCreated,
+    JobStarted,
+    JobStatus,
+    Run,
+)
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.errors import DependencyError
 from scanfleet.scanning.policy import Preset, fill_in
@@ -390,3 +399,31 @@ async def test_event_added_during_the_cleanup_of_outboxes_is_kept(world: World) 
     await world.only.outbox.empty()
     (left,) = (await world.store.jobs.get([9]))[9].outbox
     assert isinstance(left.event, JobCancelled)
+
+
+async def test_repeated_request_for_a_check_has_what_the_worker_reported(world: World) -> None:
+    """After a loss of the worker's report result-store gets the facts of the scan, with which it closes the chunk."""
+    world.worker.hold, world.results = True, None
+    await world.submit("127.9.8.0/30", policy=scan_policy(ports="top:3"))
+    await world.settle()
+    [task] = world.worker.tasks
+    run = Run(nmap="7.93", arguments="a" * 64, source="127.0.0.1", rules="b" * 64, began=1.5)
+    facts: dict[str, Any] = {
+        "nmap": run.nmap,
+        "arguments": run.arguments,
+        "scripts": ("banner",),
+        "common_ports": "22,80,443",
+        "detection": "sV7/O/banner",
+        "discovery": "default",
+        "run": run,
+    }
+    await world.worker.scanned(task, **facts)
+    await world.settle()
+    world.now += 61.0
+    await world.only.sweeper.sweep()
+    reported, repeated = world.bus.messages(SCAN_RESULTS)
+    assert isinstance(repeated, ChunkScanned)
+    assert repeated.model_dump(exclude={"slot_seconds", "traceparent"}) == reported.model_dump(
+        exclude={"slot_seconds", "traceparent"}
+    )
+    assert {name: getattr(repeated, name) for name in facts} == facts

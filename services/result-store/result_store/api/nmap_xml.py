@@ -24,12 +24,12 @@ from result_store.api.hosts import UNSORTED, Machine, machines
 from result_store.api.port_xml import attribute, port
 from result_store.api.queries import owner
 from result_store.domain.ports import Findings
-from result_store.domain.results import ClosedChunk, Host, Parts, address_key
+from result_store.domain.results import ClosedChunk, Host, Parts
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.rest import ExportedJob
 from scanfleet.errors import ConflictError
 from scanfleet.runtime.service import PathId
-from scanfleet.scanning.outcomes import Outcome, index_of
+from scanfleet.scanning.outcomes import Outcome, address_key, index_of
 from scanfleet.scanning.ports import PortSet, disjoint, parse_ranges, ranges_text
 from scanfleet.security.auth import Caller, Guarded
 
@@ -52,7 +52,8 @@ class Block:
     technique: str = ""
     """Of its TCP ports."""
 
-    common_ports: set[str] = field(default_factory=set)
+    ports: set[str] = field(default_factory=set)
+    """Those of its chunks."""
 
     def add(self, chunk: ClosedChunk) -> None:
         if self.letters:
@@ -63,7 +64,7 @@ class Block:
         self.nmap = self.nmap or chunk.nmap
         self.technique = self.technique or chunk.technique
         if chunk.ports:
-            self.common_ports.add(chunk.ports)
+            self.ports.add(chunk.ports)
 
 
 async def blocks(chunks: AsyncIterator[ClosedChunk]) -> AsyncIterator[Block]:
@@ -170,7 +171,7 @@ def _head(job: ExportedJob, block: Block | None) -> str:
     arguments = f"nmap {wanted} {job.cidr} (Scanfleet job {job.job_id})"
     infos = []
     if block is not None and block.technique and ports.tcp_count:
-        numbers = [each for text in block.common_ports for each in parse_ranges(text)] if ports.top else ports.tcp
+        numbers = [each for text in block.ports for each in parse_ranges(text)] if ports.top else ports.tcp
         infos.append(_scan_info(block.technique, "tcp", ports.tcp_count, ranges_text(disjoint(numbers))))
     if ports.udp_count:
         infos.append(_scan_info("udp", "udp", ports.udp_count, ranges_text(ports.udp)))

@@ -13,15 +13,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, auto
 from heapq import merge
-from ipaddress import ip_address
 from typing import Final, NamedTuple
 
 from scanfleet.contracts.messages import ChunkIncomplete, ChunkScanned, ChunkStored, HostScanned, PortFound
 from scanfleet.contracts.rest import Result
 from scanfleet.errors import MessageError
 from scanfleet.runtime.bus import Record
-from scanfleet.scanning.outcomes import Outcome, address_at, index_of
-from scanfleet.scanning.ports import Range, parse_ranges, port_count
+from scanfleet.scanning.outcomes import Outcome, address_at, address_key, index_of
+from scanfleet.scanning.ports import PortSet, Range, parse_ranges, port_count, ranges_text
 
 Scanned = HostScanned | ChunkScanned
 
@@ -112,12 +111,6 @@ def _order(found: PortFound) -> tuple[int, str]:
     return found.port, found.protocol
 
 
-def address_key(address: str) -> str:
-    """Return a text of fixed width per family; the order of these texts is the order of addresses, IPv4 first."""
-    parsed = ip_address(address)
-    return f"{parsed.version}{parsed.packed.hex()}"
-
-
 def key_of(address: str, chunk_id: str) -> str:
     """Return the sort key of an address of a chunk: `<address_key>/<chunk>`, in numerical order of a job's chunks."""
     # The chunk ids of a job have one prefix, so their order is that of their lengths, then of their texts.
@@ -140,19 +133,23 @@ class ClosedChunk:
     """Of its TCP ports; empty if it has none."""
 
     nmap: str = ""
-    """The version of nmap; empty if no address was scanned, or if the orchestrator had to ask for the check."""
+    """The version of nmap; empty if no address was scanned."""
 
     ports: str = ""
-    """The ports of a `top` set by number.
+    """The ports that were probed, by number, in canonical form as in a policy.
 
-    Empty for other sets, and if no address was scanned, or if the orchestrator had to ask for the check.
+    Empty if they are unknown: no address was scanned, or the numbers of a `top` set were not reported.
     """
 
     arguments: str = ""
-    """The SHA-256 of nmap's arguments without the targets.
+    """The SHA-256 of nmap's arguments without the targets; empty if no address was scanned."""
 
-    Empty if no address was scanned, or if the orchestrator had to ask for the check.
-    """
+    detection: str = ""
+    """As in ChunkScanned."""
+
+    discovery: str = ""
+    at: datetime | None = None
+    """When the broker received the report that closed it."""
 
     @property
     def key(self) -> str:
@@ -273,9 +270,20 @@ def close(scanned: ChunkScanned, place: Place, stored: Iterable[StoredHost]) -> 
         user_id=scanned.grant.user_id if scanned.grant else None,
         technique="" if scanned.grant and scanned.grant.ports.startswith("U:") else scanned.technique,
         nmap=scanned.nmap,
-        ports=scanned.common_ports,
+        ports=_probed(scanned),
         arguments=scanned.arguments,
+        detection=scanned.detection,
+        discovery=scanned.discovery,
+        at=place.created_at,
     )
+
+
+def _probed(scanned: ChunkScanned) -> str:
+    """Return the ports that were probed, by number; empty if they are unknown."""
+    if scanned.grant is None or not scanned.nmap:
+        return ""
+    ports = PortSet.parse(scanned.grant.ports)
+    return ranges_text(parse_ranges(scanned.common_ports)) if ports.top else str(ports)
 
 
 def _index(first: str, address: str) -> int:

@@ -4,6 +4,7 @@ import tracemalloc
 from collections import deque
 from datetime import timedelta
 from ipaddress import IPv4Address, IPv6Address
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,8 @@ from result_store_testing import EPOCH, Log, host, scanned
 from scanfleet.contracts.messages import ChunkIncomplete, PortFound
 from scanfleet.errors import MessageError
 from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.ports import PortSet
+from scanfleet_testing.chunk_grants import ALL_PORTS, signed
 
 
 def stored(address: str, outcome: str = "a", *, at: int = 0) -> StoredHost:
@@ -64,7 +67,9 @@ def test_close_all_claimed_hosts_stored_closes() -> None:
     """A chunk closes if each code that claims a host has one; down, excluded and refused claim none."""
     hosts = [stored("127.9.8.0", "a"), stored("127.9.8.1", "s"), stored("127.9.8.2", "t")]
     chunk = close(scanned("astdxr", nmap="7.95"), END, hosts)
-    assert chunk == ClosedChunk(1, "1-0", "127.9.8.0", "astdxr", 7, "connect", "7.95")
+    assert chunk == ClosedChunk(
+        1, "1-0", "127.9.8.0", "astdxr", 7, "connect", "7.95", str(PortSet.parse(ALL_PORTS)), at=END.created_at
+    )
 
 
 @pytest.mark.parametrize("letter", ["a", "s", "t", "."])
@@ -179,14 +184,29 @@ def test_results_fields_come_from_port_and_host() -> None:
     }
 
 
-def test_close_names_the_common_ports_by_number() -> None:
-    """The ports of a closed chunk are the numbers of its most common ports; those that a policy lists are not repeated."""
-    chunk = close(scanned("d", common_ports="22,80,443", arguments="0" * 64), END, [])
+@pytest.mark.parametrize(
+    ("granted", "fields", "ports"),
+    [
+        ("top:3", {"common_ports": "443,22,80"}, "22,80,443"),
+        ("top:3", {}, ""),
+        ("T:22,80,U:53", {"common_ports": "443"}, "T:22,80,U:53"),
+        ("8000-8100", {"nmap": ""}, ""),
+    ],
+)
+def test_close_has_the_probed_ports_by_number(granted: str, fields: dict[str, Any], ports: str) -> None:
+    """The ports of a closed chunk are those of its signed scope, by number; empty only if they are unknown."""
+    chunk = close(signed(scanned("d", **({"nmap": "7.95"} | fields)), ports=granted), END, [])
     assert isinstance(chunk, ClosedChunk)
-    assert (chunk.ports, chunk.arguments) == ("22,80,443", "0" * 64)
-    listed = close(scanned("d"), END, [])
-    assert isinstance(listed, ClosedChunk)
-    assert listed.ports == ""
+    assert chunk.ports == ports
+
+
+def test_close_keeps_how_the_chunk_was_scanned() -> None:
+    """A closed chunk has the facts by which later scans are comparable, and the time of the report by the broker."""
+    facts: dict[str, Any] = {"nmap": "7.95", "arguments": "0" * 64, "detection": "sV7/O", "discovery": "none"}
+    chunk = close(scanned("d", **facts), END, [])
+    assert isinstance(chunk, ClosedChunk)
+    assert {name: getattr(chunk, name) for name in facts} == facts
+    assert (chunk.user_id, chunk.technique, chunk.at) == (7, "connect", END.created_at)
 
 
 @pytest.mark.parametrize(("ports", "technique"), [("T:22,U:53", "connect"), ("U:53", "")])

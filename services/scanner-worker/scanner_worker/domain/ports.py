@@ -26,6 +26,9 @@ class Scanner(Protocol):
     def version(self) -> str:
         """nmap's version in its last run; empty before the first check."""
 
+    def source(self, address: str) -> str | None:
+        """Return the address from which packets to `address` are sent; None without a route. Sends nothing."""
+
     async def ranked(self, ports: PortSet) -> PortSet:
         """Return the TCP ports that a `top` set, or a part of one, stands for.
 

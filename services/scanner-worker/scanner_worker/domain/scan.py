@@ -208,6 +208,16 @@ def scripts_of(policy: ScanPolicy) -> tuple[str, ...]:
     return tuple(sorted(VERSION_SCRIPTS.union(policy.scripts) if policy.service_detection else set(policy.scripts)))
 
 
+def detection_of(policy: ScanPolicy) -> str:
+    """Return the detection that nmap runs for a policy, as in ChunkScanned: `sV7/O/banner,ssl-cert`."""
+    parts = (
+        f"sV{policy.version_intensity}" if policy.service_detection else "",
+        "O" if policy.os_detection else "",
+        ",".join(sorted(policy.scripts)),
+    )
+    return "/".join(part for part in parts if part)
+
+
 def arguments(
     chunk: ScanChunk, targets: Sequence[Network], *, raw: bool, scripts: AbstractSet[str] = ADMITTED_SCRIPTS
 ) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Final, Self
 
 import structlog
 
-from scanfleet.contracts.messages import ScanChunk
+from scanfleet.contracts.messages import Run, ScanChunk
 from scanfleet.contracts.user_grants import UserGrants
 from scanfleet.scanning.outcomes import Outcome, index_of, networks
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS
@@ -39,6 +39,7 @@ class Abilities:
         grants: what each user may scan.
         attempt_seconds: timeout of one nmap with more than one address.
         scripts: the NSE scripts that a policy may name.
+        egress: the address that targets see instead of the worker's own; None if it is the same or unknown.
     """
 
     slots: int
@@ -47,6 +48,7 @@ class Abilities:
     attempt_seconds: float
     scripts: AbstractSet[str] = ADMITTED_SCRIPTS
     grants: UserGrants | None = None
+    egress: str | None = None
 
 
 class TooSlowError(Exception):
@@ -76,6 +78,8 @@ class Batch:
         self._active = list(self.shares)
         self._started = asyncio.Event()
         self._nmap: asyncio.Task[None] | None = None
+        self._rules = ""
+        self._began = 0.0
         self._spent = 0.0  # seconds charged so far to each share that has not left
         self._since = asyncio.get_running_loop().time()
 
@@ -93,6 +97,19 @@ class Batch:
     def nmap(self) -> str:
         """nmap's version."""
         return self._scanner.version
+
+    def nmap_run(self, first_address: str) -> Run | None:
+        """Return how nmap runs for the chunk that begins with this address; None if it was not started."""
+        if not self.arguments:
+            return None
+        return Run(
+            nmap=self.nmap,
+            arguments=self.arguments,
+            source=self._scanner.source(first_address),
+            egress=self._abilities.egress,
+            rules=self._rules,
+            began=asyncio.get_running_loop().time() - self._began,
+        )
 
     def start_if_ready(self) -> None:
         """Start nmap if every remaining share has requested its addresses."""
@@ -157,6 +174,8 @@ class Batch:
             if ports.above:  # nmap has no option for a part of its most common ports
                 ports, chunk = ranked, chunk.model_copy(update={"ports": self.common_ports})
         line = arguments(chunk, targets, raw=self._abilities.raw, scripts=self._abilities.scripts)
+        if not self.arguments:
+            self._rules, self._began = self._abilities.rules.digest, asyncio.get_running_loop().time()
         self.arguments = digest(line)
         async with aclosing(self._scanner.scan(line, services(ports))) as found:
             async for hosts in found:
@@ -223,6 +242,11 @@ class Share:
     def nmap(self) -> str:
         """The version of the nmap that scanned; empty if there was nothing to scan."""
         return self._batch.nmap if self.requested else ""
+
+    @property
+    def nmap_run(self) -> Run | None:
+        """How nmap runs, up to now; None if it was not started."""
+        return self._batch.nmap_run(self.chunk.first_address) if self.requested else None
 
     @property
     def common_ports(self) -> str:

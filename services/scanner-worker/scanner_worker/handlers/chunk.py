@@ -18,6 +18,7 @@ from scanfleet.contracts.messages import (
     HostScanned,
     Message,
     PortFound,
+    Run,
     ScanChunk,
 )
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
@@ -34,6 +35,7 @@ from scanner_worker.domain.scan import (
     Host,
     KilledByGuardError,
     ScanError,
+    detection_of,
     fit,
     outcome,
     permit,
@@ -106,16 +108,19 @@ class ChunkScan:
                     self.stop(_HOURS_OVER)
                 if not self._stopped:
                     await self._hold_and_scan(share)
-        except (CannotStartError, KilledByGuardError, TooSlowError) as error:
-            return self._released(str(error), share.seconds, too_slow=isinstance(error, TooSlowError))
+        except CannotStartError as error:
+            return self._released(str(error), share.seconds)
+        except (KilledByGuardError, TooSlowError) as error:
+            too_slow = isinstance(error, TooSlowError)
+            return self._released(str(error), share.seconds, too_slow=too_slow, run=share.nmap_run)
         except ScanError as error:
-            return ChunkFailed(**self._state, reason=str(error)[:REASON_CHARS], slot_seconds=share.seconds)
+            return self._failed(str(error), share)
         except Exception as error:  # noqa: BLE001 # one faulty host must not stop the others; the log has the traceback
             _log.exception("chunk_failed", cause="unexpected error")
             reason = f"the worker failed: {type(error).__name__}"
-            return ChunkFailed(**self._state, reason=reason, slot_seconds=share.seconds)
+            return self._failed(reason, share)
         if Outcome.BLANK in self._map:
-            return self._released(self._stopped, share.seconds)
+            return self._released(self._stopped, share.seconds, run=share.nmap_run)
         return ChunkScanned(
             **self._state,
             first_address=self.chunk.first_address,
@@ -125,6 +130,9 @@ class ChunkScan:
             scripts=scripts_of(self.chunk.policy) if share.nmap else (),
             common_ports=share.common_ports,
             arguments=share.arguments,
+            detection=detection_of(self.chunk.policy) if share.nmap else "",
+            discovery=self.chunk.policy.discovery if share.nmap else "",
+            run=share.nmap_run,
             reason=permitted.reason[:REASON_CHARS],
             grant=self.chunk.grant,
         )
@@ -132,7 +140,7 @@ class ChunkScan:
     async def _hold_and_scan(self, share: Share) -> None:
         """Scan while the lease is valid and the user's hours last; `_stopped` is the reason for remaining blanks."""
         self._work = asyncio.create_task(self._scan(share))
-        beating = asyncio.create_task(self._beat())
+        beating = asyncio.create_task(self._beat(share))
         loop = asyncio.get_running_loop()
         ending = loop.call_at(self._stop_at, self.stop, _HOURS_OVER) if self._stop_at is not None else None
         try:
@@ -197,9 +205,9 @@ class ChunkScan:
             ),
         )
 
-    async def _beat(self) -> None:
+    async def _beat(self, share: Share) -> None:
         await asyncio.sleep(CLAIM_S)
-        await self._heartbeat(ChunkClaimed(**self._token))
+        await self._heartbeat(ChunkClaimed(**self._token, run=share.nmap_run))
         while True:
             await asyncio.sleep(BEAT_S)
             await self._heartbeat(ChunkProgressed(**self._state))
@@ -233,8 +241,14 @@ class ChunkScan:
         """Add the chunk to every log line."""
         return structlog.contextvars.bound_contextvars(job_id=self.chunk.job_id, chunk_id=self.chunk.chunk_id)
 
-    def _released(self, reason: str, seconds: float = 0.0, *, too_slow: bool = False) -> ChunkReleased:
-        return ChunkReleased(**self._state, reason=reason[:REASON_CHARS], slot_seconds=seconds, too_slow=too_slow)
+    def _released(
+        self, reason: str, seconds: float = 0.0, *, too_slow: bool = False, run: Run | None = None
+    ) -> ChunkReleased:
+        reason = reason[:REASON_CHARS]
+        return ChunkReleased(**self._state, reason=reason, slot_seconds=seconds, too_slow=too_slow, run=run)
+
+    def _failed(self, reason: str, share: Share) -> ChunkFailed:
+        return ChunkFailed(**self._state, reason=reason[:REASON_CHARS], slot_seconds=share.seconds, run=share.nmap_run)
 
     @property
     def _token(self) -> dict[str, Any]:

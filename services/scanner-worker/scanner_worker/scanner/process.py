@@ -8,12 +8,14 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from secrets import token_hex
 from typing import Final
@@ -34,6 +36,7 @@ BEAT_S: Final = 1.0  # interval of writes to the guard
 END_S: Final = 5.0  # timeout for nmap to exit after its output has ended, and for a killed process to disappear
 KILLS: Final = 20  # maximum rounds of killing, for processes that fork meanwhile; a killed one may be visible for a few
 STDERR_BYTES: Final = 2_000  # bytes of standard error that are kept, the last ones: nmap writes its fatal error last
+_DISCARD: Final = 9  # any port: connecting a UDP socket sends nothing
 CHECK_S: Final = 30.0  # timeout of the trial run: nmap starts in 0.1 s, and in some seconds on a loaded machine
 
 MIN_VERSION: Final = (7, 92)  # older versions spell reasons and timeouts differently, and omit ports from the XML
@@ -193,6 +196,17 @@ class Nmap:
                 f"{self._program} does not have the scripts {', '.join(sorted(missing))}: install nmap's scripts, or remove "
                 "these names from SCANFLEET_SCRIPTS"
             )
+
+    def source(self, address: str) -> str | None:
+        """Return the address from which packets to `address` are sent; None without a route. Sends nothing."""
+        family = socket.AF_INET6 if ip_address(address).version == 6 else socket.AF_INET  # noqa: PLR2004 # IPv6
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as unsent:
+                unsent.connect((address, _DISCARD))
+                source: str = unsent.getsockname()[0]
+        except OSError:
+            return None
+        return str(ip_address(source.partition("%")[0]))  # without the zone of a link-local address
 
     async def ranked(self, ports: PortSet) -> PortSet:
         """Return the TCP ports that a `top` set, or a part of one, stands for, by nmap's own table. Sends no packets.

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scanfleet.contracts.messages import (
+    ChunkClaimed,
     ChunkFailed,
     ChunkProgressed,
     ChunkReleased,
     ChunkScanned,
     HostScanned,
     Message,
+    Run,
     ScanChunk,
 )
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
@@ -33,7 +35,7 @@ from scanner_worker.domain.ports import Found
 from scanner_worker.domain.scan import CannotStartError, Host, KilledByGuardError, ScanError, arguments, permit
 from scanner_worker.handlers import batch
 from scanner_worker.handlers.batch import Abilities, Batch
-from scanner_worker.handlers.chunk import ChunkScan
+from scanner_worker.handlers.chunk import CLAIM_S, ChunkScan
 
 MakeChunk = Callable[..., ScanChunk]
 
@@ -90,6 +92,9 @@ class Stepping:
         finally:
             await asyncio.sleep(0)  # killing is not immediate
             self.running -= 1
+
+    def source(self, address: str) -> str | None:
+        return address if ":" in address else address.rpartition(".")[0] + ".250"
 
     async def ranked(self, ports: PortSet) -> PortSet:
         """Return ports as if the most common port were 1, the next 2 and so on."""
@@ -395,6 +400,44 @@ async def test_report_has_the_digest_of_the_arguments_without_targets(make: Make
     digests = [sha256("\0".join(options).encode()).hexdigest() for options in started]
     assert reported == [*digests, ""]
     assert digests[0] == digests[1]
+
+
+async def test_reports_have_how_nmap_ran(make: MakeChunk) -> None:
+    """The claim and the final report have nmap's version and arguments, source address, rules and time since its start."""
+    abilities = replace(ABILITIES, egress="192.0.2.1")
+    async with scanning(make(1, outcomes="a."), abilities=abilities) as rig:
+        await asyncio.sleep(CLAIM_S + 0.1)
+        rig.scanner.let()
+    claimed, *_, ended = rig.bus.messages(SCAN_PROGRESS)
+    assert isinstance(claimed, ChunkClaimed)
+    assert isinstance(ended, ChunkScanned)
+    source = f"{make(1).first_address.rpartition('.')[0]}.250"
+    run = Run(nmap="7.95", arguments=ended.arguments, source=source, egress="192.0.2.1", rules=RULES.digest)
+    began = []
+    for reported in (claimed.run, ended.run):
+        assert reported is not None
+        assert reported.model_copy(update={"began": None}) == run
+        began.append(reported.began or 0.0)
+    assert CLAIM_S / 2 < began[0] < began[1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "started"),
+    [
+        (ScanError("nmap crashed"), ChunkFailed, True),
+        (KilledByGuardError("the event loop was blocked"), ChunkReleased, True),
+        (CannotStartError("no process"), ChunkReleased, False),
+    ],
+)
+async def test_report_of_a_failed_nmap_has_a_run_only_if_it_was_started(
+    make: MakeChunk, fault: Exception, kind: type[Message], *, started: bool
+) -> None:
+    """An nmap that may have sent packets is reported; one that could not be started is not."""
+    async with scanning(make(1)) as rig:
+        rig.scanner.fault = fault
+        rig.scanner.let()
+    [ended] = rig.final_reports()
+    assert (type(ended), ended.run is not None) == (kind, started)
 
 
 async def test_scan_of_a_single_address_is_not_bound_by_the_limit_for_several(make: MakeChunk) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from ipaddress import ip_network
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from scanner_worker.domain.scan import (
     Host,
     ScanError,
     arguments,
+    detection_of,
     fit,
     outcome,
     permit,
@@ -433,3 +435,18 @@ def test_arguments_disallowed_policy_fails_the_chunk(make_chunk: MakeChunk, fiel
     chunk = make_chunk().model_copy(update={"policy": ScanPolicy.model_validate(field)})
     with pytest.raises(ScanError, match=next(iter(field))):
         arguments(chunk, list(networks(chunk.first_address, chunk.outcomes)), raw=True)
+
+
+@pytest.mark.parametrize(
+    ("policy", "detection"),
+    [
+        ({"service_detection": False}, ""),
+        ({}, "sV7"),
+        ({"service_detection": True, "version_intensity": 0, "os_detection": True}, "sV0/O"),
+        ({"service_detection": False, "scripts": ("ssl-cert", "banner")}, "banner,ssl-cert"),
+        ({"os_detection": True, "scripts": ("banner",)}, "sV7/O/banner"),
+    ],
+)
+def test_detection_of_equal_policies_is_equal(policy: dict[str, Any], detection: str) -> None:
+    """Scans are comparable if the same detection ran, in whatever order the policy names its scripts."""
+    assert detection_of(ScanPolicy.model_validate(policy)) == detection

@@ -92,6 +92,9 @@ class ScriptedScanner:
             self.closed += 1
             self.running -= 1
 
+    def source(self, address: str) -> str | None:
+        return address if ":" in address else address.rpartition(".")[0] + ".250"
+
     async def ranked(self, ports: PortSet) -> PortSet:
         return ports
 

@@ -11,13 +11,18 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 from scanfleet.contracts.messages.base import Message
 from scanfleet.contracts.messages.fields import Address, ChunkId, Id, Number, Positive, Reason, Seconds, Word, WorkerId
 from scanfleet.scanning.outcomes import MAX_ADDRESSES, OutcomeMap
-from scanfleet.scanning.policy import MAX_SCRIPTS, ChunkPorts, ScanPolicy, ScriptName
+from scanfleet.scanning.policy import MAX_SCRIPT_CHARS, MAX_SCRIPTS, ChunkPorts, ScanPolicy, ScriptName
 from scanfleet.scanning.ports import MAX_RANGES_TEXT
 
 MAX_SLOTS: Final = 256  # per worker
 MAX_EXCLUDED_CHARS: Final = 5 * MAX_ADDRESSES
 
+MAX_DETECTION_CHARS: Final = MAX_SCRIPTS * (MAX_SCRIPT_CHARS + 1) + 8
+
 Technique = Literal["connect", "syn"]
+Version = Annotated[str, Field(max_length=64)]
+Digest = Annotated[str, Field(pattern=r"^(?:[0-9a-f]{64})?$", max_length=64)]
+"""A SHA-256 in hexadecimal digits; empty if it is unknown."""
 
 
 _PROCESS = re.compile(r"-[0-9a-f]{8}$")
@@ -133,8 +138,35 @@ class StopChunk(_Fenced):
     reason: Reason
 
 
+class Run(BaseModel):
+    """How the nmap of an attempt ran, as its worker reports it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    nmap: Version = ""
+    """The version of nmap."""
+
+    arguments: Digest = ""
+    """SHA-256 of nmap's arguments without the targets, separated by NUL."""
+
+    source: Address | None = None
+    """The worker's address from which packets to the chunk's first address are sent; null without a route."""
+
+    egress: Address | None = None
+    """The address that targets see instead, if packets pass a NAT and the operator has configured it."""
+
+    rules: Digest = ""
+    """SHA-256 of the worker's target rules."""
+
+    began: Seconds | None = None
+    """Seconds from the start of nmap to this message."""
+
+
 class ChunkClaimed(_Fenced):
     """The scan has begun."""
+
+    run: Run | None = None
+    """Null if nmap was not started yet."""
 
 
 class _Mapped(_Fenced):
@@ -154,6 +186,9 @@ class ChunkReleased(_Mapped):
     too_slow: bool = False
     """An attempt on several addresses timed out: the next one should get half as many."""
 
+    run: Run | None = None
+    """Null if nmap was not started."""
+
 
 class ChunkScanned(_Mapped):
     """Every address has an outcome. Sent first to scan-results, then to scan-progress."""
@@ -169,7 +204,7 @@ class ChunkScanned(_Mapped):
     grant: Grant | None = None
     """The grant of the ScanChunk; without it, result-store drops the message."""
 
-    nmap: Annotated[str, Field(max_length=64)] = ""
+    nmap: Version = ""
     """The version of nmap; empty when there was nothing to scan."""
 
     scripts: Annotated[tuple[ScriptName, ...], Field(max_length=2 * MAX_SCRIPTS), FailFast()] = ()
@@ -178,11 +213,20 @@ class ChunkScanned(_Mapped):
     common_ports: Annotated[str, Field(max_length=MAX_RANGES_TEXT)] = ""
     """The TCP ports of a `top` set by number, as ranges; empty for another set, and when there was nothing to scan."""
 
-    arguments: Annotated[str, Field(pattern=r"^(?:[0-9a-f]{64})?$", max_length=64)] = ""
-    """SHA-256 of nmap's arguments without the targets, separated by NUL.
+    arguments: Digest = ""
+    """SHA-256 of nmap's arguments without the targets, separated by NUL; empty if no address was scanned."""
 
-    Empty if no address was scanned, or if the orchestrator had to ask for the check.
+    detection: Annotated[str, Field(max_length=MAX_DETECTION_CHARS)] = ""
+    """The detection that ran: `sV7` with the version intensity, `O` for operating systems, and the policy's scripts.
+
+    Separated by slashes, the scripts by commas, as in `sV7/O/banner,ssl-cert`; empty if none ran.
     """
+
+    discovery: Word = ""
+    """The host discovery of the policy; empty when there was nothing to scan."""
+
+    run: Run | None = None
+    """Null if nmap was not started."""
 
     @property
     def event_id(self) -> str:
@@ -195,6 +239,8 @@ class ChunkFailed(_Mapped):
 
     reason: Reason
     slot_seconds: Seconds = 0.0
+    run: Run | None = None
+    """Null if nmap was not started."""
 
 
 class ChunkStored(ChunkMessage):
