@@ -9,8 +9,8 @@ import pytest
 
 from scanner_worker.scanner.raw import NET_RAW, Privileges, may_send_raw
 
-NOBODY = Privileges(root=False, effective=0, ambient=0, bounding=NET_RAW, no_new_privs=False, file=b"")
-ROOT = replace(NOBODY, root=True, effective=NET_RAW)
+UNPRIVILEGED = Privileges(root=False, effective=0, ambient=0, bounding=NET_RAW, no_new_privs=False, file=b"")
+ROOT = replace(UNPRIVILEGED, root=True, effective=NET_RAW)
 GRANTED = struct.pack("<IIIII", 0x02000001, NET_RAW, 0, 0, 0)  # as `setcap cap_net_raw+ep` writes it
 
 
@@ -20,15 +20,15 @@ GRANTED = struct.pack("<IIIII", 0x02000001, NET_RAW, 0, 0, 0)  # as `setcap cap_
         (ROOT, True),
         (replace(ROOT, effective=0), False),
         (replace(ROOT, bounding=0), False),
-        (NOBODY, False),
-        (replace(NOBODY, effective=NET_RAW), False),
-        (replace(NOBODY, ambient=NET_RAW), True),
-        (replace(NOBODY, file=GRANTED), True),
-        (replace(NOBODY, file=GRANTED, no_new_privs=True), False),
-        (replace(NOBODY, file=GRANTED, bounding=0), False),
-        (replace(NOBODY, file=struct.pack("<IIIII", 0x02000000, NET_RAW, 0, 0, 0)), False),
-        (replace(NOBODY, file=struct.pack("<IIIII", 0x02000001, 1, 0, 0, 0)), False),
-        (replace(NOBODY, file=b"\x01"), False),
+        (UNPRIVILEGED, False),
+        (replace(UNPRIVILEGED, effective=NET_RAW), False),
+        (replace(UNPRIVILEGED, ambient=NET_RAW), True),
+        (replace(UNPRIVILEGED, file=GRANTED), True),
+        (replace(UNPRIVILEGED, file=GRANTED, no_new_privs=True), False),
+        (replace(UNPRIVILEGED, file=GRANTED, bounding=0), False),
+        (replace(UNPRIVILEGED, file=struct.pack("<IIIII", 0x02000000, NET_RAW, 0, 0, 0)), False),
+        (replace(UNPRIVILEGED, file=struct.pack("<IIIII", 0x02000001, 1, 0, 0, 0)), False),
+        (replace(UNPRIVILEGED, file=b"\x01"), False),
     ],
 )
 def test_may_send_raw_requires_effective_capability(mine: Privileges, may: bool) -> None:
