@@ -293,7 +293,8 @@ class World:
                 await replica.reconciler.work()
                 await replica.dispatcher.fill()
                 await replica.outbox.empty()
-            if not delivered and not self._waiting():
+            busy = any(replica.reconciler.busy for replica in self.replicas)
+            if not delivered and not busy and not self._waiting():
                 return
         raise AssertionError("this world does not come to rest")
 

@@ -706,9 +706,11 @@ async def test_chunks_are_found_by_state(store: Store) -> None:
     states = [ChunkState.QUEUED, ChunkState.QUEUED, ChunkState.RUNNING, ChunkState.STORED]
     chunks = [chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(states)]
     await store.chunks.insert([*chunks, chunk(id="3-0", job_id=3)])
-    assert await store.chunks.ids_in(1, HELD, 10) == ["1-2"]
-    assert len(await store.chunks.ids_in(1, OPEN, 2)) == 2
-    assert set(await store.chunks.ids_in(1, OPEN, 10)) == {"1-0", "1-1", "1-2"}
+    assert await store.chunks.ids_in([1], HELD, 10) == ["1-2"]
+    assert len(await store.chunks.ids_in([1], OPEN, 2)) == 2
+    assert set(await store.chunks.ids_in([1], OPEN, 10)) == {"1-0", "1-1", "1-2"}
+    assert set(await store.chunks.ids_in([1, 3], {ChunkState.QUEUED}, 10)) == {"1-0", "1-1", "3-0"}
+    assert await store.chunks.ids_in([], OPEN, 10) == []
     assert {each.id for each in await store.chunks.active(1, 0)} == {"1-2", "1-3"}
     assert await store.chunks.active(1, 3) == [chunks[3]]
 

@@ -273,8 +273,8 @@ class ChunkRepository(Protocol):
     async def active(self, job_id: int, first: int) -> list[Chunk]:
         """Return the chunks from index `first` on that are not queued."""
 
-    async def ids_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
-        """Return ids of chunks in these states; one that changes its state meanwhile may be omitted."""
+    async def ids_in(self, job_ids: Collection[int], states: Collection[ChunkState], limit: int) -> list[str]:
+        """Return ids of these jobs' chunks in these states; one that changes its state meanwhile may be omitted."""
 
     async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
         """Return the standing of each job, in one consistent read."""

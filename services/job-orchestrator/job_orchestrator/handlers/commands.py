@@ -151,7 +151,7 @@ class Commands(PartitionListener):
                 error=str(error),
                 next_step="the sweep publishes the events of the cancelled jobs",
             )
-        self._reconciler.begin(cancelled)
+        self._reconciler.begin(ended[id_] for id_ in cancelled)
         return cancelled
 
     def _too_old(self, record: Record) -> bool:
@@ -209,7 +209,7 @@ class Commands(PartitionListener):
     async def _begin(self, fresh: Collection[ScanJob]) -> None:
         """Publish the first events of new jobs, and then create their chunks, which saves the jobs without these events."""
         await self._outbox.publish(fresh)
-        self._reconciler.begin([job.id for job in fresh])
+        self._reconciler.begin(fresh)
 
     async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
         """Finish each command, and return the replies by the requested id."""

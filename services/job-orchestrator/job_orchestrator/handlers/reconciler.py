@@ -92,7 +92,10 @@ class Reconciler:
         self._faults = faults
         self._wake = wake
         self._clock = clock
-        self._unfinished: set[int] = set()
+        self._unfinished: dict[int, dict[int, int]] = {}
+        """By user, in the order of their turns, and by job: the maximum number of its chunks that are open at once."""
+        self._ended: dict[int, str] = {}
+        """By job, whose scans are to be stopped before anything else: the reason."""
         self._started: dict[int, None] = {}
         self.loop = Loop("jobs", _WORK_SECONDS, self.work, vital=False)
 
@@ -111,37 +114,46 @@ class Reconciler:
             if not left:
                 return
             jobs = await self._jobs.get(left)
+            if await self._stop_scans({job.id: _ended(job) for job in jobs.values() if job.final and not job.settled}):
+                known = {}
             # After the jobs, so that all chunks created by then are visible.
             standings = await self._chunks.standings(jobs)
             turns = await self._first_turns(jobs.values())
+            left = set()
             steps: list[_Step] = []
             window: list[Chunk] = []
             for job in jobs.values():
                 steps.append(await self._guarded(job, standings[job.id], known, turns, window))
                 if len(window) >= _PAGE:
-                    await self._create(jobs, window)
-                    window.clear()
-            await self._create(jobs, window)
-            left = await self._save([step for step in steps if step.stages and not self._faults.has(step.before)])
+                    left |= await self._store(steps, window)
+                    steps, window = [], []
+            left |= await self._store(steps, window)
             known = {}  # chunks of jobs that lost a race may have changed
         raise DependencyError(f"jobs were changed by other replicas each time: {sorted(left)[:5]}")
 
-    def begin(self, job_ids: Collection[int]) -> None:
-        """Create the first chunks of these new jobs soon; `reconcile` would do it too, but later."""
-        self._unfinished |= set(job_ids)
-        self.loop.wake()
+    def begin(self, jobs: Iterable[ScanJob]) -> None:
+        """Soon create the first chunks of new jobs, and cancel those of ended ones; `reconcile` would do it too, but later."""
+        for job in jobs:
+            if job.final:
+                self._ended[job.id] = _ended(job)
+            self._continue(job)
 
     async def work(self) -> None:
-        """Continue the jobs that have more to do than fits into one step.
+        """Stop the scans of ended jobs, and continue a few of the jobs that have more to do, their users in turn.
 
         Raises:
             DependencyError: `reconcile` finds the remaining work again.
         """
-        if wanted := self._unfinished:
-            self._unfinished = set()
-            await self.reconcile(wanted)
-        if self._unfinished:
+        ended, self._ended = self._ended, {}
+        await self._stop_scans(ended)
+        await self.reconcile(self._few())
+        if self.busy:
             self.loop.wake()
+
+    @property
+    def busy(self) -> bool:
+        """Whether the work loop has more to do."""
+        return bool(self._ended or self._unfinished)
 
     async def follow(self, changes: Iterable[Changed]) -> None:
         """Update the jobs of these changed chunks, and publish their progress.
@@ -183,18 +195,43 @@ class Reconciler:
         Returns:
             Whether any chunk was cancelled; then there may be more.
         """
-        now = self._clock.now()
-        moved = False
-        for kind in (HELD, OPEN - HELD):
-            changed = await self._changer.change(
-                await self._chunks.ids_in(job_id, kind, _PAGE),
-                lambda chunk: cancel(chunk) if chunk.state in OPEN else chunk,
-                now,
-            )
-            held = [each.before for each in changed if each.moved and each.before.state in HELD]
-            moved |= any(each.moved for each in changed)
-            await self._publisher.publish(SCAN_TASKS, [stop(chunk.token, reason) for chunk in held])
-        return moved
+        stopped = await self._stop_scans({job_id: reason})
+        return await self._cancel({job_id: reason}, OPEN - HELD) or stopped
+
+    async def _stop_scans(self, reasons: Mapping[int, str]) -> bool:
+        """Cancel all chunks of these ended jobs that workers hold; return whether there were any."""
+        stopped = False
+        while reasons and await self._cancel(reasons, HELD):
+            stopped = True
+        return stopped
+
+    async def _cancel(self, reasons: Mapping[int, str], states: Collection[ChunkState]) -> bool:
+        changed = await self._changer.change(
+            await self._chunks.ids_in(reasons, states, _PAGE),
+            lambda chunk: cancel(chunk) if chunk.state in OPEN else chunk,
+            self._clock.now(),
+        )
+        held = [each.before for each in changed if each.moved and each.before.state in HELD]
+        await self._publisher.publish(SCAN_TASKS, [stop(chunk.token, reasons[chunk.job_id]) for chunk in held])
+        return any(each.moved for each in changed)
+
+    def _continue(self, job: ScanJob) -> None:
+        self._unfinished.setdefault(job.user_id, {})[job.id] = min(plan.width(job.policy), job.plan.chunk_count)
+        self.loop.wake()
+
+    def _few(self) -> list[int]:
+        """Take unfinished jobs with about a page of chunks, one of each user in turn."""
+        few: list[int] = []
+        size = 0
+        while self._unfinished and size < _PAGE:
+            user = next(iter(self._unfinished))
+            jobs = self._unfinished.pop(user)
+            job_id = next(iter(jobs))
+            size += jobs.pop(job_id)
+            few.append(job_id)
+            if jobs:
+                self._unfinished[user] = jobs  # behind the other users
+        return few
 
     def _matters(self, changed: Changed) -> bool:
         """Return whether the change may start, continue or end the job."""
@@ -202,6 +239,11 @@ class Reconciler:
         if after in _DONE and before not in _DONE:
             return True
         return after in _BEGUN and before not in _BEGUN and changed.after.job_id not in self._started
+
+    async def _store(self, steps: Sequence[_Step], window: Sequence[Chunk]) -> set[int]:
+        """Store the new chunks, and then their jobs; return the jobs that another replica changed meanwhile."""
+        await self._create({step.before.id: step.before for step in steps}, window)
+        return await self._save([step for step in steps if step.stages and not self._faults.has(step.before)])
 
     async def _create(self, jobs: Mapping[int, ScanJob], window: Sequence[Chunk]) -> None:
         """Store the new chunks of all these jobs at once, or, after an unexpected error, those of each job by itself."""
@@ -229,8 +271,8 @@ class Reconciler:
     ) -> tuple[_Step, Sequence[Chunk]]:
         """Derive the job's versions from its chunks, from its start to its end if it is over, and the chunks to create."""
         if job.final:
-            if standing.open and await self.cancel_chunks(job.id, f"job {job.status}"):
-                self.begin([job.id])  # it is settled only when a query finds none
+            if standing.open and await self.cancel_chunks(job.id, _ended(job)):
+                self._continue(job)  # it is settled only when a query finds none
             counted = await self._count(job, standing, known)
             after = replace(counted, settled=not standing.open and counted.totals.done == job.made)
             return _Step(job, () if after == job else (after,)), ()
@@ -279,7 +321,7 @@ class Reconciler:
         if done < end:  # release 0.1 stopped halfway through creating them: existing chunks are kept
             await self._chunks.insert(list(plan.chunks(job, done, end)))
         if first < done < ended:  # a job without progress, as with an unreadable chunk, waits for the next sweep
-            self.begin([job.id])
+            self._continue(job)
         counted = replace(job, totals=tally.totals)
         return replace(counted, seconds_left=0.0 if job.final else Tally(counted).seconds_left)
 
@@ -323,6 +365,11 @@ class Reconciler:
                 PROBES.labels(outcome).inc(probes)
         await self._outbox.publish([step.after for step in saved])
         return losers
+
+
+def _ended(job: ScanJob) -> str:
+    """Return why its scans are stopped."""
+    return f"job {job.status}"
 
 
 def _fill_window(job: ScanJob, standing: Standing, first_turn: int) -> tuple[ScanJob, Sequence[Chunk]]:

@@ -72,8 +72,8 @@ class MongoChunks:
         return await self._find({"job_id": job_id, "index": {"$gte": first}, "state": queued})
 
     @dependency_errors()
-    async def ids_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
-        wanted = {"job_id": job_id, "state": {"$in": [state.value for state in states]}}
+    async def ids_in(self, job_ids: Collection[int], states: Collection[ChunkState], limit: int) -> list[str]:
+        wanted = {"job_id": {"$in": list(job_ids)}, "state": {"$in": [state.value for state in states]}}
         return [each["_id"] async for each in self._chunks.find(wanted, {"_id": 1}).limit(limit)]
 
     @dependency_errors()

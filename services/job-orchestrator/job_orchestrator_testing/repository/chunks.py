@@ -40,8 +40,8 @@ class MemoryChunks(MemoryRepository):
     async def active(self, job_id: int, first: int) -> list[Chunk]:
         return [chunk async for chunk in self.of_job(job_id, first) if chunk.state is not ChunkState.QUEUED]
 
-    async def ids_in(self, job_id: int, states: Collection[ChunkState], limit: int) -> list[str]:
-        mine = (c.id for c in self._data.chunks.values() if c.job_id == job_id and c.state in states)
+    async def ids_in(self, job_ids: Collection[int], states: Collection[ChunkState], limit: int) -> list[str]:
+        mine = (c.id for c in self._data.chunks.values() if c.job_id in job_ids and c.state in states)
         return list(islice(mine, limit))
 
     async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:

@@ -246,7 +246,7 @@ async def test_failing_repairs_leave_the_api_ready() -> None:
     await world.submit()
     await world.deliver()
     store.data.unavailable = True
-    world.only.reconciler.begin([1])
+    world.only.reconciler.begin([scan_job(1)])
     world.only.reporter.note([1])
     loops = (*world.only.request_loops, *world.only.job_loops)
     repairs = [loop for loop in loops if loop is not world.only.dispatcher.loop]

@@ -1,0 +1,144 @@
+"""Many jobs of one user do not delay those of others, nor the stops of cancelled ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from job_orchestrator.domain import plan
+from job_orchestrator.domain.chunk import Chunk, ChunkState
+from job_orchestrator.domain.job import ScanJob
+from job_orchestrator_testing import MemoryStore, World, scan_policy
+from job_orchestrator_testing.repository.chunks import MemoryChunks
+from job_orchestrator_testing.repository.data import Data
+from job_orchestrator_testing.repository.jobs import MemoryJobs
+from scanfleet.contracts.messages import Message, StopChunk
+from scanfleet.contracts.messages.topics import Topic
+from scanfleet.runtime.bus import Publisher
+
+LARGE = 12  # jobs of the user who submits or cancels many
+PAGE = 1_000  # chunks of one step of the work loop
+
+
+class CountingChunks(MemoryChunks):
+    """Counts the chunks that are inserted and saved, and yields as a driver does.
+
+    Attributes:
+        inserted: their users, in order.
+        saved: number of chunks.
+    """
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.inserted: list[int] = []
+        self.saved = 0
+
+    async def insert(self, chunks: Sequence[Chunk]) -> None:
+        await asyncio.sleep(0)
+        self.inserted += [each.user_id for each in chunks]
+        await super().insert(chunks)
+
+    async def save(self, chunks: Sequence[Chunk]) -> set[str]:
+        self.saved += len(chunks)
+        return await super().save(chunks)
+
+
+class CountingJobs(MemoryJobs):
+    """Records how many chunks were inserted before each save of jobs with chunks."""
+
+    def __init__(self, data: Data, chunks: CountingChunks) -> None:
+        super().__init__(data)
+        self._chunks = chunks
+        self.saves: list[int] = []
+
+    async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
+        if any(job.made for job in jobs):
+            self.saves.append(len(self._chunks.inserted))
+        return await super().save(jobs)
+
+
+class CountingPublisher:
+    """Records how many chunks were saved before each stop."""
+
+    def __init__(self, publisher: Publisher, chunks: CountingChunks) -> None:
+        self._publisher = publisher
+        self._chunks = chunks
+        self.stops: list[int] = []
+
+    async def publish(self, topic: Topic[Message], messages: Iterable[Message]) -> None:
+        messages = list(messages)
+        self.stops += [self._chunks.saved for each in messages if isinstance(each, StopChunk)]
+        await self._publisher.publish(topic, messages)
+
+
+class LargeWorld(World):
+    """A world in which user 7 submits many jobs, each of more chunks than fit into its window."""
+
+    def __init__(self) -> None:
+        store = MemoryStore()
+        self.chunks = store.chunks = CountingChunks(store.data)
+        self.jobs = store.jobs = CountingJobs(store.data, self.chunks)
+        super().__init__(store)
+        self.publisher = CountingPublisher(self.bus, self.chunks)
+        self.replicas = [self.replica(publisher=self.publisher)]
+        self.worker.slots = 2
+        self.worker.hold = True
+
+    async def submit_many(self) -> list[int]:
+        cidrs = (f"127.{number}.0.0/16" for number in range(1, LARGE + 1))
+        command = await self.submit(*cidrs, policy=scan_policy(ports="1-60000"))
+        await self.deliver()
+        return [job.id for job in self.accepted(command)]
+
+
+async def test_jobs_of_one_request_do_not_delay_another_users_job() -> None:
+    """While a request for many large jobs is processed, at most two pages of its chunks precede those of another user's job."""
+    world = LargeWorld()
+    await world.start()
+    await world.submit_many()
+    step = asyncio.create_task(world.only.reconciler.work())
+    await asyncio.sleep(0)
+    await world.submit("127.99.0.1/32", user_id=8)
+    await world.deliver()
+    await step
+    await world.settle()
+    assert world.chunks.inserted.index(8) <= 2 * (PAGE + plan.WINDOW)
+    assert world.chunks.inserted.count(7) == LARGE * plan.WINDOW
+
+
+async def test_jobs_are_saved_with_each_page_of_their_chunks() -> None:
+    """The first jobs of a large step are saved before the chunks of the others are created, in the work loop and the sweep."""
+    for sweep in (False, True):
+        world = LargeWorld()
+        await world.start()
+        ids = await world.submit_many()
+        await (world.only.reconciler.reconcile(ids) if sweep else world.settle())
+        assert world.jobs.saves[0] <= PAGE + plan.WINDOW
+        assert len(world.jobs.saves) >= LARGE * plan.WINDOW // (PAGE + plan.WINDOW)
+
+
+async def test_cancel_of_many_jobs_stops_their_scans_before_queued_chunks_are_cancelled() -> None:
+    """The stops of many cancelled jobs precede the cancels of their queued chunks, in the work loop and in one step."""
+    for one_step in (False, True):
+        world = LargeWorld()
+        await world.start()
+        ids = await world.submit_many()
+        await world.settle()
+        for job_id in ids[-2:]:
+            (chunk,) = (await world.store.chunks.get([f"{job_id}-0"])).values()
+            await world.store.chunks.save([_held(chunk)])
+        world.chunks.saved = 0
+        if one_step:
+            for job_id in ids:
+                await world.cancel(job_id)
+            await world.deliver()
+        else:
+            await world.only.commands.cancel(ids)
+        await world.settle()
+        assert [saved <= 2 for saved in world.publisher.stops] == [True, True]
+        assert world.chunks.saved == LARGE * plan.WINDOW
+
+
+def _held(chunk: Chunk) -> Chunk:
+    return replace(chunk, state=ChunkState.RUNNING, attempt=1, worker_id="w-1")
