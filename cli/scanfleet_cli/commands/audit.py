@@ -43,12 +43,16 @@ def _columns() -> list[Column]:
         column("WHO", "subject"),
         column("DID", "action"),
         column("WHAT", "target"),
-        column("DECISION"),
+        Column("DECISION", _decision),
         column("RULE"),
         column("FROM", "source"),
         column("REASON", wide=True),
         column("REQUEST", "request_id", wide=True),
     ]
+
+
+def _decision(row: Row) -> str:
+    return str(row["decision"]) if row.get("genuine", True) else f"{row['decision']} (not genuine)"
 
 
 @click.group()

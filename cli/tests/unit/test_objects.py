@@ -380,12 +380,20 @@ def test_api_sends_fields_and_reads_all_pages(api: FakeApi, run: Any) -> None:
 
 def test_audit_log_is_listed_by_filter(api: FakeApi, run: Any) -> None:
     """Filters are passed on, and what is for administrators exits 4."""
-    entry = {"time": "t", "subject": "7", "action": "task.create", "target": "task 41", "decision": "allowed"}
+    entry: dict[str, Any] = {
+        "time": "t",
+        "subject": "7",
+        "action": "task.create",
+        "target": "task 41",
+        "decision": "allowed",
+    }
     entry |= {"rule": "", "source": "127.0.0.1", "reason": "", "request_id": "c0ffee"}
     api.answers["GET", "/api/v1/audit"] = {"entries": [entry], "total": 1, "page": 1, "page_size": 30}
     ended = run("audit", "list", "--subject", "7", "--request", "c0ffee")
     assert ended.out == "t\t7\ttask.create\ttask 41\tallowed\t\t127.0.0.1\n"
     assert dict(api.requests[-1].url.params) == {"subject": "7", "request_id": "c0ffee", "page": "1", "page_size": "30"}
+    entry["genuine"] = False
+    assert "\tallowed (not genuine)\t" in run("audit", "list").out
     api.answers["GET", "/api/v1/audit"] = httpx2.Response(403, json={"error": "for administrators"})
     assert run("audit", "list").code == 4
     assert run("audit", "list", "--decision", "x").code == 2

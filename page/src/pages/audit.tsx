@@ -94,6 +94,11 @@ function Entries() {
                   </td>
                   <td>
                     <span class={`status ${each.decision === "refused" ? "failed" : "completed"}`}>{each.decision}</span> {each.rule}
+                    {each.genuine === false && (
+                      <span class="status failed" title="The entry was changed or added in the database.">
+                        not genuine
+                      </span>
+                    )}
                     {each.reason && <span class="faint"> {visible(each.reason)}</span>}
                     {(each.count ?? 1) > 1 && ` × ${each.count}`}
                   </td>

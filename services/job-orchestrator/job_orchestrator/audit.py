@@ -51,8 +51,10 @@ async def _run(settings: AuditSettings, asked: argparse.Namespace) -> int:
     try:
         match asked.command:
             case "verify":
+                await audit.add([command_entry(ORCHESTRATOR, "verify_audit", "the audit log")])
                 return await _verify(audit, asked.head)
             case "export":
+                await audit.add([command_entry(ORCHESTRATOR, "export_audit", f"blocks above {asked.after}")])
                 await _export(audit, asked.after)
             case "adopt":
                 adopted = await audit.adopt()
@@ -92,7 +94,7 @@ async def _verify_head(audit: MongoAudit, found: Verification, head: str) -> Non
 
 async def _export(audit: MongoAudit, after: int) -> None:
     async for each in audit.export(after):
-        entry = each.entry.model_dump(mode="json")
+        entry = each.entry.model_dump(mode="json", exclude={"genuine"})
         line = json.dumps(entry | {"block": each.block, "block_signature": each.block_signature})
         sys.stdout.write(f"{line}\n".replace("\x7f", "\\u007f"))
 

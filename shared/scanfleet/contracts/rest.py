@@ -779,6 +779,9 @@ class AuditEntry(audit.AuditEntry):
     received_at: Time
     """Time of recording, which orders the log; `time` is set by the reporting service."""
 
+    genuine: bool = True
+    """False if the platform has not signed the entry in this form: it was changed or added in the database."""
+
 
 class AuditList(_Answer):
     model_config = ConfigDict(use_attribute_docstrings=True)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Iterable
 
 from scanfleet.contracts.messages import OperatorActed
+from scanfleet.contracts.messages.audit import MAX_TARGET_CHARS
 from scanfleet.contracts.messages.topics import OPERATOR, SCAN_AUDIT_OPERATOR, TOPICS, Topic
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.acls import create_acls
@@ -76,8 +77,10 @@ async def _on_bus(bus: KafkaBus, settings: TopicSettings, asked: argparse.Namesp
             await _record(bus, "create_acls", f"users of the services, prefix '{settings.topic_prefix}'")
             await create_acls(settings)
         case "list":
+            await _record(bus, "list_dead_letters", asked.topic or "all topics")
             await _list(bus, [topic for topic in TOPICS if asked.topic in (topic.name, None)])
         case "show":
+            await _record(bus, "show_dead_letter", asked.letter[:MAX_TARGET_CHARS])
             _print((await dead_letter(bus, asked.letter)).lines())
         case "replay":
             chosen = _all(bus, asked.all) if asked.all else _these(bus, asked.letters or asked.unverified)

@@ -274,9 +274,19 @@ class Unrecorded(KafkaBus):
 
 
 @pytest.mark.proves("G15")
-@pytest.mark.parametrize("words", [["create-acls"], ["replay", "--unverified", f"{SCAN_WORKERS.dead_letter}/0/0"]])
-async def test_command_without_its_audit_entry_does_nothing(desk: Desk, words: list[str]) -> None:
-    """Without an entry in the audit log no ACL is created and no dead letter is sent."""
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["create-acls"],
+        ["list"],
+        ["show", f"{SCAN_WORKERS.dead_letter}/0/0"],
+        ["replay", "--unverified", f"{SCAN_WORKERS.dead_letter}/0/0"],
+    ],
+)
+async def test_command_without_its_audit_entry_does_nothing(
+    desk: Desk, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without an entry in the audit log no ACL is created and no dead letter is printed or sent."""
     await desk.put(SCAN_WORKERS.dead_letter, b"x", refused_by_a_reader("scan-workers"))
     before = await desk.records()
     bus = Unrecorded(desk.settings, source="test", instance="test")
@@ -287,6 +297,7 @@ async def test_command_without_its_audit_entry_does_nothing(desk: Desk, words: l
     finally:
         await bus.stop()
     assert await desk.records() == before
+    assert capsys.readouterr().out == ""
 
 
 async def test_show_prints_key_headers_and_value(desk: Desk) -> None:
@@ -296,6 +307,7 @@ async def test_show_prints_key_headers_and_value(desk: Desk) -> None:
     assert code == 0
     assert lines[0] == "dead letter: scan-workers-dlq/0/0"
     assert lines[2:] == ["key: k", r"header h: \xff", "header none: -", r'value: {"name": "café\x1b[2J"}']
+    assert await desk.recorded() == [("show_dead_letter", "scan-workers-dlq/0/0", "allowed", "")]
 
 
 async def test_show_unknown_id_fails(desk: Desk) -> None:

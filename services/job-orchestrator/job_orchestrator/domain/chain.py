@@ -14,6 +14,7 @@ MIN_KEY_CHARS: Final = 32
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND: Final = timedelta(milliseconds=1)
+_TIME: Final = "ms"  # the only name in the JSON object of a time; reserved, since an object in a document could have it
 
 
 class ChainKeys:
@@ -38,18 +39,27 @@ class ChainKeys:
         return self._signs
 
     def sign(self, kind: str, content: Mapping[str, Any]) -> str:
-        """Return the signature of `content` as a document of this kind, with the id of the key."""
+        """Return the signature of `content` as a document of this kind, with the id of the key.
+
+        Raises:
+            TypeError: the content has a value of a type that no signed document contains.
+        """
         return self._sign(self._signs, kind, content)
 
     def verify(self, kind: str, content: Mapping[str, Any], signature: object) -> bool:
         """Return whether `signature` is one of the keys' signature of exactly this content."""
-        if not isinstance(signature, str):
+        if type(signature) is not str:
             return False
         key, _, _ = signature.partition(":")
-        return key in self._secrets and hmac.compare_digest(self._sign(key, kind, content), signature)
+        if key not in self._secrets:
+            return False
+        try:
+            return hmac.compare_digest(self._sign(key, kind, content).encode(), signature.encode(errors="replace"))
+        except TypeError:  # the content was not signed by `sign`
+            return False
 
     def _sign(self, key: str, kind: str, content: Mapping[str, Any]) -> str:
-        text = json.dumps([kind, content], sort_keys=True, separators=(",", ":"), default=_plain)
+        text = json.dumps([kind, _plain(content)], sort_keys=True, separators=(",", ":"))
         return f"{key}:{hmac.new(self._secrets[key], text.encode(), hashlib.sha256).hexdigest()}"
 
 
@@ -64,6 +74,18 @@ def read_chain_keys(file: Path) -> ChainKeys:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, datetime):
-        return {"ms": (value - _EPOCH) // _MILLISECOND}  # MongoDB's resolution
-    return repr(value)  # a type that no genuine document contains
+    """Return `value` as JSON values, such that no two different values have the same result.
+
+    Raises:
+        TypeError: its type is none of those that signed documents contain, so it could imitate one of them.
+    """
+    # Exact types: the driver decodes JavaScript code as a subclass of str. Those of int are 64-bit numbers and booleans.
+    if value is None or type(value) is str or isinstance(value, int):
+        return value
+    if type(value) is datetime:
+        return {_TIME: (value - _EPOCH) // _MILLISECOND}  # MongoDB's resolution
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, Mapping) and _TIME not in value:
+        return {name: _plain(each) for name, each in value.items()}
+    raise TypeError(f"a signed document cannot contain the {type(value).__name__} {value!r:.100}")

@@ -10,9 +10,11 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import structlog
+from bson.codec_options import DatetimeConversion
 from pymongo import IndexModel
 
 from job_orchestrator.domain.chain import ChainKeys
@@ -20,7 +22,7 @@ from job_orchestrator.repository import documents
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry
-from scanfleet.runtime.mongo import Database, Document, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Collection, Database, Document, dependency_errors, insert_missing
 
 MAX_COUNTED: Final = 10_000  # matching entries: counting millions would take longer than the query's timeout
 MAX_BLOCK: Final = 1_000  # maximum entries per block, which then has 250 kB
@@ -32,8 +34,10 @@ REJECTED: Final = -1
 
 _OUTSIDE: Final = frozenset({"mac", "block"})  # fields that an entry's signature does not cover
 
-_NUMBERED: Final = {"_id": {"$gte": 1}}
-"""Blocks with a numeric key: anyone with access to the database may have added others."""
+_NUMBERS: Final = {"$type": ["int", "long"], "$gte": 1, "$lt": 2**53}
+"""Numbers of blocks: anyone with access to the database may have added blocks with other keys."""
+
+_MAX_FORGED: Final = 100  # newest blocks among which a genuine one is searched
 
 INDEXES: Final = {
     "audit": [
@@ -104,8 +108,8 @@ class MongoAudit:
     """
 
     def __init__(self, database: Database, keys: ChainKeys, keep: timedelta) -> None:
-        self._entries = database["audit"]
-        self._blocks = database["audit_blocks"]
+        self._entries = _tolerant(database["audit"])
+        self._blocks = _tolerant(database["audit_blocks"])
         self._keys = keys
         self._keep = keep
 
@@ -139,7 +143,7 @@ class MongoAudit:
         found, total = await asyncio.gather(newest.to_list(limit), counting)
         if wanted and total == MAX_COUNTED:
             total = max(total, skip + len(found) + (len(found) == limit))
-        return [entry for each in found if (entry := _read(each)) is not None], total
+        return [entry for each in found if (entry := self._read(each)) is not None], total
 
     # Sealing
 
@@ -149,31 +153,58 @@ class MongoAudit:
         Raises:
             DependencyError: MongoDB is unavailable; the next call continues.
         """
-        while await self._seal_some() == MAX_BLOCK:
+        while await self._seal_some():
             pass
 
     @dependency_errors()
-    async def _seal_some(self) -> int:
-        """Create one block, unless there is nothing to seal or another replica creates it; return the number of entries read."""
-        last = await self._blocks.find_one(_NUMBERED, sort=[("_id", -1)])
+    async def _seal_some(self) -> bool:
+        """Create one block, unless there is nothing to seal or another replica creates it; return whether to continue."""
+        last = await self._last()
         if last is not None:
-            await self._mark(last["_id"], (each["id"] for each in _named(last)))  # its replica may have crashed before
+            await self._mark(last["_id"], self._listed(last))  # its replica may have crashed before
         oldest = self._entries.find({"block": UNSEALED}).sort([("received_at", 1), ("_id", 1)]).limit(MAX_BLOCK)
         found = await oldest.to_list(MAX_BLOCK)
         genuine = [each for each in found if self._is_genuine(each)]
-        if forged := [each["_id"] for each in found if not self._is_genuine(each)]:
-            await self._mark(REJECTED, forged)
+        forged = [each["_id"] for each in found if not self._is_genuine(each)]
+        marked = 0
+        if genuine and (number := await self._append(last, genuine)):
+            marked += await self._mark(number, (each["_id"] for each in genuine))
+        if forged:
+            marked += await self._mark(REJECTED, forged)
             _log.error(
                 "audit_entries_rejected", entries=len(forged), first=forged[0], cause="they have no valid signature"
             )
-        if genuine:
-            block = self._block(last, genuine)
-            if not await insert_missing(self._blocks, [block]):
-                await self._mark(block["_id"], (each["_id"] for each in genuine))
-                _log.info("audit_log_sealed", block=block["_id"], entries=len(genuine), signature=block["mac"])
-        return len(found)
+        return marked > 0 and len(found) == MAX_BLOCK
 
-    def _block(self, last: Document | None, entries: Sequence[Document]) -> Document:
+    async def _last(self) -> Document | None:
+        """Return the newest genuine block, or the newest one if none of the last `_MAX_FORGED` is genuine."""
+        newest: Document | None = None
+        below = _NUMBERS["$lt"]
+        for _ in range(_MAX_FORGED):
+            block = await self._blocks.find_one({"_id": _NUMBERS | {"$lt": below}}, sort=[("_id", -1)])
+            if block is None or self._is_genuine_block(block):
+                return block
+            if newest is None:
+                newest = block
+                _log_forged(block["_id"])
+            below = block["_id"]
+        return newest
+
+    async def _append(self, last: Document | None, entries: Sequence[Document]) -> int:
+        """Create the block after `last`; return its number, 0 if another replica has created the next block."""
+        number = last["_id"] + 1 if last else 1
+        while True:
+            block = self._block(number, last, entries)
+            if not await insert_missing(self._blocks, [block]):
+                _log.info("audit_log_sealed", block=number, entries=len(entries), signature=block["mac"])
+                return number
+            present = await self._blocks.find_one({"_id": number})
+            if present is None or self._is_genuine_block(present):
+                return 0
+            _log_forged(number)
+            number += 1
+
+    def _block(self, number: int, last: Document | None, entries: Sequence[Document]) -> Document:
         now = utc_now()
         forget_at = max(each["forget_at"] for each in entries)
         if last is None:
@@ -182,23 +213,20 @@ class MongoAudit:
             previous = {"previous": last["mac"], "previous_forget_at": last["forget_at"]}
             forget_at = max(forget_at, last["forget_at"])
         else:
-            _log.error(
-                "audit_block_changed",
-                block=last["_id"],
-                cause="the last block of the audit log has no valid signature",
-                next_step="run python -m job_orchestrator.audit verify",
-            )
             previous = {"previous": str(last.get("mac")), "previous_forget_at": now + self._keep}
         block = previous | {
-            "_id": last["_id"] + 1 if last else 1,
+            "_id": number,
             "entries": [{"id": each["_id"], "mac": each["mac"], "forget_at": each["forget_at"]} for each in entries],
             "sealed_at": now,
             "forget_at": forget_at,  # blocks expire in order, and not before their entries
         }
         return block | {"mac": self._keys.sign("block", block)}
 
-    async def _mark(self, block: int, ids: Iterable[str]) -> None:
-        await self._entries.update_many({"_id": {"$in": list(ids)}, "block": UNSEALED}, {"$set": {"block": block}})
+    async def _mark(self, block: int, ids: Iterable[object]) -> int:
+        marked = await self._entries.update_many(
+            {"_id": {"$in": list(ids)}, "block": UNSEALED}, {"$set": {"block": block}}
+        )
+        return marked.modified_count
 
     def _signed(self, document: Document) -> Document:
         return document | {"mac": self._keys.sign("entry", document), "block": UNSEALED}
@@ -211,6 +239,14 @@ class MongoAudit:
         content = {name: value for name, value in block.items() if name != "mac"}
         return self._keys.verify("block", content, block.get("mac"))
 
+    def _listed(self, block: Document) -> dict[str, Document]:
+        """Return id, signature and expiry of the entries that a genuine block lists, by id; none for another block."""
+        return {each["id"]: each for each in block["entries"]} if self._is_genuine_block(block) else {}
+
+    def _read(self, document: Document) -> rest.AuditEntry | None:
+        read = partial(documents.read_audit, genuine=self._is_genuine(document))
+        return documents.readable(read, document, "audit")
+
     async def adopt(self) -> int:
         """Sign the unsigned entries of an older release; return their number. Invalid documents are skipped.
 
@@ -220,10 +256,13 @@ class MongoAudit:
         count = 0
         async with dependency_errors():
             async for each in self._entries.find({"mac": {"$exists": False}}):
-                if _read(each) is None:
+                if self._read(each) is None or not isinstance(each.get("forget_at"), datetime):
                     continue
                 received_at = min(each["time"], utc_now())  # the time of an unsigned entry is untrusted
-                signed = self._signed(each | {"received_at": received_at})
+                try:
+                    signed = self._signed(each | {"received_at": received_at})
+                except TypeError:  # it has a field that no release has written
+                    continue
                 await self._entries.replace_one({"_id": each["_id"], "mac": {"$exists": False}}, signed)
                 count += 1
         return count
@@ -238,87 +277,94 @@ class MongoAudit:
             DependencyError: MongoDB is unavailable; call again.
         """
         found = Verification()
-        last = await self._blocks.find_one(_NUMBERED, sort=[("_id", -1)])
-        first = await self._blocks.find_one(_NUMBERED, sort=[("_id", 1)])
-        outside = await self._outside(first["_id"] if first else 1, last["_id"] if last else 0, found)
-        previous: Document | None = None
-        async for block in self._blocks.find({"_id": {"$not": _NUMBERED["_id"]}}, {"_id": 1}):
-            found.add(f"block {block['_id']}: added: it has no number")
-        async for block in self._blocks.find(_NUMBERED).sort("_id", 1):
-            self._verify_link(previous, block, found)
-            for id_ in await self._verify_entries(block, found):
-                outside.pop(id_, None)
-            previous = block
+        last = await self._blocks.find_one({"_id": _NUMBERS}, sort=[("_id", -1)])
+        first = await self._blocks.find_one({"_id": _NUMBERS}, sort=[("_id", 1)])
+        numbered = {"$gte": first["_id"] if first else 1, "$lte": last["_id"] if last else 0, "$type": ["int", "long"]}
+        # An array matches if some of its elements match each condition.
+        outside = await self._outside({"$or": [{"block": {"$not": numbered}}, {"block": {"$type": "array"}}]}, found)
+        async for block in self._blocks.find({"_id": {"$not": _NUMBERS}}, {"_id": 1}):
+            found.add(f"block {_text(block['_id'])}: added: this is not the number of a block")
+        previous: tuple[int, str] | None = None
+        async for block in self._blocks.find({"_id": _NUMBERS}).sort("_id", 1):
+            number, genuine = block["_id"], self._is_genuine_block(block)
             found.blocks += 1
-            found.first = found.first or block["_id"]
-            found.head = (block["_id"], str(block.get("mac")))
+            found.first = found.first or number
+            if previous is not None and previous[0] + 1 < number:
+                outside |= await self._outside({"block": {"$gt": previous[0], "$lt": number}}, found)
+            if genuine:
+                _verify_link(previous, block, found)
+                found.head = (number, block["mac"])
+                for id_ in await self._verify_entries(block, found):
+                    outside.pop(id_, None)
+            else:
+                found.add(f"block {number}: added or changed: its signature is not the platform's")
+                await self._outside({"block": number}, found)  # its list is void, but each entry has its own signature
+            previous = (number, block["mac"] if genuine else "")
         for id_, marked in outside.items():
-            if marked == UNSEALED:
+            if marked == UNSEALED and marked is not False:
                 found.waiting += 1
             else:
                 found.add(
-                    f"entry {id_}: added, or its block removed: it belongs to block {marked}, which does not exist"
+                    f"entry {id_}: added, or its block removed: it belongs to block {_text(marked)}, which does not exist"
                 )
         return found
 
-    async def _outside(self, first: int, last: int, found: Verification) -> dict[str, object]:
-        """Return the block of each signed entry that is in none of the known blocks."""
+    async def _outside(self, where: Document, found: Verification) -> dict[str, object]:
+        """Return the mark of each signed entry that matches `where`: the block of none of them is known."""
         now, outside = utc_now(), {}
-        async for each in self._entries.find({"block": {"$not": {"$gte": first, "$lte": last}}}):
+        async for each in self._entries.find(where):
             if not self._is_genuine(each):
-                found.add(f"entry {each['_id']}: added or changed: its signature is not the platform's")
+                found.add(f"entry {_text(each['_id'])}: added or changed: its signature is not the platform's")
             elif each["forget_at"] > now or each.get("block") == UNSEALED:
                 outside[each["_id"]] = each.get("block")
         return outside
 
-    def _verify_link(self, previous: Document | None, block: Document, found: Verification) -> None:
-        number = block["_id"]
-        if not self._is_genuine_block(block):
-            found.add(f"block {number}: added or changed: its signature is not the platform's")
-        elif previous is None:
-            if number > 1 and block["previous_forget_at"] > utc_now():
-                found.add(f"block {number - 1}: removed before its time, and every one before it that is not there")
-        elif number != previous["_id"] + 1:
-            found.add(f"blocks {previous['_id'] + 1} to {number - 1}: removed")
-        elif block["previous"] != previous.get("mac"):
-            found.add(f"block {previous['_id']}: changed: block {number} follows another block")
-
-    async def _verify_entries(self, block: Document, found: Verification) -> list[str]:
-        """Compare the entries with the list in their block; return the listed ids."""
-        named = {each["id"]: each for each in _named(block)}
-        of_block = {"$or": [{"_id": {"$in": list(named)}}, {"block": block["_id"]}]}
-        present = {each["_id"]: each async for each in self._entries.find(of_block)}
-        now = utc_now()
-        for id_, sealed in named.items():
-            entry = present.pop(id_, None)
-            if entry is None:
-                if sealed["forget_at"] > now:
-                    found.add(f"entry {id_}: removed")
-                else:
-                    found.forgotten += 1
-            elif entry.get("mac") != sealed["mac"] or not self._is_genuine(entry):
-                found.add(f"entry {id_}: changed")
-            else:
+    async def _verify_entries(self, block: Document, found: Verification) -> Iterable[str]:
+        """Compare the entries with the list in their genuine block; return the listed ids."""
+        listed, present = self._listed(block), set[str]()
+        async for each in self._entries.find({"$or": [{"_id": {"$in": list(listed)}}, {"block": block["_id"]}]}):
+            id_ = each["_id"]
+            if type(id_) is not str or id_ not in listed:
+                found.add(f"entry {_text(id_)}: added: block {block['_id']} does not list it")
+                continue
+            present.add(id_)
+            if each.get("mac") == listed[id_]["mac"] and self._is_genuine(each):
                 found.sealed += 1
-        for id_ in present:
-            found.add(f"entry {id_}: added: block {block['_id']} does not list it")
-        return list(named)
+            else:
+                found.add(f"entry {id_}: changed")
+        now = utc_now()
+        for id_, sealed in listed.items():
+            if id_ not in present and sealed["forget_at"] > now:
+                found.add(f"entry {id_}: removed")
+            elif id_ not in present:
+                found.forgotten += 1
+        return listed
 
     # Export
 
     async def export(self, after: int = 0) -> AsyncIterator[Exported]:
-        """Yield the sealed entries of the blocks above `after`, in order.
+        """Yield the entries of the blocks above `after`, in order, except those that were changed.
 
         Raises:
             DependencyError: MongoDB is unavailable; it can fail after some entries were yielded.
         """
         async with dependency_errors():
-            async for block in self._blocks.find({"_id": {"$gt": after}}).sort("_id", 1):
-                ids = [each["id"] for each in _named(block)]
-                present = {each["_id"]: each async for each in self._entries.find({"_id": {"$in": ids}})}
-                for id_ in ids:
-                    if id_ in present and (entry := _read(present[id_])) is not None:
-                        yield Exported(entry, block["_id"], str(block.get("mac")))
+            async for block in self._blocks.find({"_id": _NUMBERS | {"$gte": after + 1}}).sort("_id", 1):
+                listed = self._listed(block)
+                if not listed:
+                    _log_forged(block["_id"])
+                present = {each["_id"]: each async for each in self._entries.find({"_id": {"$in": list(listed)}})}
+                for id_ in (each for each in listed if each in present):
+                    entry = self._read(present[id_])
+                    if entry is not None and entry.genuine:
+                        yield Exported(entry, block["_id"], block["mac"])
+                    else:
+                        _log.error(
+                            "audit_entry_changed",
+                            entry=id_,
+                            block=block["_id"],
+                            next_step="run python -m job_orchestrator.audit verify",
+                        )
 
     @dependency_errors()
     async def block_signature(self, number: int) -> str | None:
@@ -327,13 +373,37 @@ class MongoAudit:
         return str(block.get("mac")) if block else None
 
 
-def _read(document: Document) -> rest.AuditEntry | None:
-    return documents.readable(documents.read_audit, document, "audit")
+def _verify_link(previous: tuple[int, str] | None, block: Document, found: Verification) -> None:
+    """Compare a genuine block with number and signature of the block before it; "" for one that is not genuine."""
+    number = block["_id"]
+    if previous is None:
+        if number > 1 and block["previous_forget_at"] > utc_now():
+            found.add(f"block {number - 1}: removed before its time, and every one before it that is not there")
+    elif number != previous[0] + 1:
+        found.add(f"blocks {previous[0] + 1} to {number - 1}: removed")
+    elif previous[1] not in ("", block["previous"]):
+        found.add(f"block {previous[0]}: changed: block {number} follows another block")
 
 
-def _named(block: Document) -> list[dict[str, Any]]:
-    """Return the entries that the block lists; none if the block is malformed."""
-    entries = block.get("entries")
-    if not isinstance(entries, list):
-        return []
-    return [each for each in entries if isinstance(each, dict) and {"id", "mac", "forget_at"} <= each.keys()]
+def _tolerant(collection: Collection) -> Collection:
+    """Return the collection with a decoder that raises for no document: one forged document must not hide the others."""
+    return collection.with_options(
+        collection.codec_options.with_options(
+            datetime_conversion=DatetimeConversion.DATETIME_AUTO,  # beyond the year 9999
+            unicode_decode_error_handler="surrogateescape",
+        )
+    )
+
+
+def _text(value: object) -> str:
+    """Return the start of a value from a document that may be forged."""
+    return f"{value!s:.200}"
+
+
+def _log_forged(block: object) -> None:
+    _log.error(
+        "audit_block_changed",
+        block=block,
+        cause="this block of the audit log has no valid signature",
+        next_step="run python -m job_orchestrator.audit verify",
+    )

@@ -255,9 +255,10 @@ def write_audit(entry: AuditEntry, received_at: datetime, forget_at: datetime) -
     }
 
 
-def read_audit(document: Document) -> rest.AuditEntry:
+def read_audit(document: Document, *, genuine: bool = False) -> rest.AuditEntry:
     """Read an entry; entries of release 0.1 have no separate time of receipt."""
-    return rest.AuditEntry.model_validate({"received_at": document["time"], **document, "id": document["_id"]})
+    stated = {"id": document["_id"], "genuine": genuine}
+    return rest.AuditEntry.model_validate({"received_at": document["time"], **document, **stated})
 
 
 def read_clock(document: Document) -> Clock:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from bson import Code, Decimal128, encode
+from bson.datetime_ms import DatetimeMS
+from bson.raw_bson import RawBSONDocument
 
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.repository import MongoStore, audit
@@ -27,6 +31,12 @@ KEY = "signs-the-audit-log-of-one-test-alone"
 STRANGER = ChainKeys(["what a stranger signs with, not knowing the key"])
 
 Tamper = Callable[[Database], Awaitable[Any]]
+
+
+@pytest.fixture
+def mongo_store(database: Database) -> MongoStore:
+    """The store without its indexes, which take longer to build than most tests here."""
+    return MongoStore(database, KEYS)
 
 
 def entry(id_: int, **changed: Any) -> AuditEntry:
@@ -52,7 +62,7 @@ async def filled(store: MongoStore) -> None:
     await store.audit.add([entry(6)])
 
 
-async def forge(database: Database, block: int) -> None:
+async def forge(database: Database, block: object) -> None:
     genuine = await database["audit"].find_one({"_id": "job-orchestrator/1"})
     assert genuine is not None
     forged = genuine | {"_id": "job-orchestrator/forged", "block": block}
@@ -73,6 +83,29 @@ def change(collection: str, id_: object, **values: object) -> Tamper:
 
 def remove(collection: str, *ids: object) -> Tamper:
     return lambda database: database[collection].delete_many({"_id": {"$in": list(ids)}})
+
+
+async def retype(database: Database, collection: str, id_: object, *names: str) -> None:
+    """Replace times by objects that an encoder of times could produce for them."""
+    document = await database[collection].find_one({"_id": id_})
+    assert document is not None
+    values = {name: {"ms": int(document[name].timestamp() * 1000)} for name in names}
+    await database[collection].update_one({"_id": id_}, {"$set": values})
+
+
+async def retype_expiry(database: Database) -> None:
+    """Remove an entry, and retype its expiry in its block."""
+    await database["audit"].delete_one({"_id": "job-orchestrator/2"})
+    block = await database["audit_blocks"].find_one({"_id": 2})
+    assert block is not None
+    expiry = {"ms": int(block["entries"][0]["forget_at"].timestamp() * 1000)}
+    await database["audit_blocks"].update_one({"_id": 2}, {"$set": {"entries.0.forget_at": expiry}})
+
+
+async def forge_undecodable(database: Database, collection: str, document: dict[str, Any]) -> None:
+    """Insert a time that Python's times cannot represent, and a text that is not valid UTF-8."""
+    raw = encode(document | {"time": DatetimeMS(2**61), "text": "not valid"}).replace(b"not valid", b"not \xff\xfe!!!")
+    await database[collection].insert_one(cast(Any, RawBSONDocument(raw)))
 
 
 async def test_verify_of_an_unchanged_log_has_no_findings(mongo_store: MongoStore) -> None:
@@ -97,7 +130,41 @@ async def test_verify_of_an_unchanged_log_has_no_findings(mongo_store: MongoStor
         (lambda database: forge(database, 0), "entry job-orchestrator/forged: added or changed"),
         (lambda database: forge(database, 1), "entry job-orchestrator/forged: added: block 1"),
         (lambda database: forge(database, 9), "entry job-orchestrator/forged: added or changed"),
+        (lambda database: forge(database, [-1, 1_000_000_000]), "entry job-orchestrator/forged: added or changed"),
+        (lambda database: forge(database, [1, 2]), "entry job-orchestrator/forged: added or changed"),
+        (lambda database: forge(database, 1.5), "entry job-orchestrator/forged: added or changed"),
+        (lambda database: forge(database, 2.0), "entry job-orchestrator/forged: added or changed"),
+        (lambda database: forge(database, float("nan")), "entry job-orchestrator/forged: added or changed"),
+        (lambda database: forge(database, {"$": 1}), "entry job-orchestrator/forged: added or changed"),
         (forge_signed, "entry job-orchestrator/forged: added or changed"),
+        (
+            lambda database: database["audit"].insert_one({"_id": {"x": 1}, "block": 2}),
+            "entry {'x': 1}: added: block 2",
+        ),
+        (
+            lambda database: forge_undecodable(database, "audit", {"_id": "bad", "block": 2}),
+            "entry bad: added: block 2",
+        ),
+        (
+            lambda database: forge_undecodable(database, "audit", {"_id": "bad", "block": 0}),
+            "entry bad: added or changed",
+        ),
+        (lambda database: forge_undecodable(database, "audit_blocks", {"_id": 4}), "block 4: added or changed"),
+        (lambda database: retype(database, "audit", "job-orchestrator/2", "time"), "entry job-orchestrator/2: changed"),
+        (
+            lambda database: retype(database, "audit", "job-orchestrator/2", "time", "received_at", "forget_at"),
+            "entry job-orchestrator/2: changed",
+        ),
+        (
+            lambda database: retype(database, "audit", "job-orchestrator/6", "forget_at"),
+            "entry job-orchestrator/6: added",
+        ),
+        (change("audit", "job-orchestrator/2", subject=Code("7")), "entry job-orchestrator/2: changed"),
+        (change("audit", "job-orchestrator/2", mac="\xe9"), "entry job-orchestrator/2: changed"),
+        (retype_expiry, "block 2: added or changed"),
+        (lambda database: retype(database, "audit_blocks", 2, "forget_at"), "block 2: added or changed"),
+        (change("audit_blocks", 2, entries=[{"id": {"x": 1}, "mac": 1, "forget_at": 1}]), "block 2: added or changed"),
+        (change("audit", "job-orchestrator/6", block=False), "entry job-orchestrator/6: added, or its block removed"),
         (change("audit_blocks", 2, sealed_at=utc_now() - timedelta(days=1)), "block 2: added or changed"),
         (change("audit_blocks", 2, entries=[]), "block 2: added or changed"),
         (remove("audit_blocks", 1), "block 1: removed before its time"),
@@ -106,6 +173,9 @@ async def test_verify_of_an_unchanged_log_has_no_findings(mongo_store: MongoStor
         (remove("audit_blocks", 1, 2, 3), "entry job-orchestrator/0: added, or its block removed"),
         (lambda database: database["audit_blocks"].insert_one({"_id": 4}), "block 4: added or changed"),
         (lambda database: database["audit_blocks"].insert_one({"_id": "x"}), "block x: added"),
+        (lambda database: database["audit_blocks"].insert_one({"_id": 4.0}), "block 4.0: added"),
+        (lambda database: database["audit_blocks"].insert_one({"_id": math.inf}), "block inf: added"),
+        (lambda database: database["audit_blocks"].insert_one({"_id": 2**62}), f"block {2**62}: added"),
     ],
 )
 async def test_verify_names_changed_removed_and_added_entries(
@@ -125,6 +195,67 @@ async def test_verify_names_changed_removed_and_added_entries(
     assert [finding for finding in before.findings if finding.startswith(named)], before.findings
     if "audit_blocks" not in named and "block 3" not in named:
         assert after.findings, "the next seal must not hide it"
+
+
+@pytest.mark.proves("A26")
+@pytest.mark.parametrize(
+    "forged",
+    [[math.inf], [math.nan, -math.inf], [4.0], [4], [4, 5.0, 6], [2**53 - 1], [2**63 - 1], [Decimal128("4")], [4.5]],
+)
+async def test_seal_continues_beside_forged_blocks(
+    mongo_store: MongoStore, database: Database, forged: list[object]
+) -> None:
+    """A forged block neither stops the chain nor becomes a part of it, and no entry is named."""
+    await filled(mongo_store)
+    await database["audit_blocks"].insert_many([{"_id": each} for each in forged])
+    await mongo_store.audit.seal()
+    await mongo_store.audit.add([entry(7)])
+    await mongo_store.audit.seal()
+    found = await mongo_store.audit.verify()
+    assert (found.sealed, found.waiting) == (8, 0)
+    assert len(found.findings) >= len(forged)
+    assert all(finding.startswith("block") for finding in found.findings)
+    assert found.head[1] == await mongo_store.audit.block_signature(found.head[0])
+    assert await mongo_store.audit.block_signature(found.head[0] + 1) is None
+
+
+@pytest.mark.proves("A26")
+async def test_seal_of_a_backlog_that_cannot_be_sealed_ends(
+    mongo_store: MongoStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that seals nothing is not repeated at once, whatever the backlog."""
+    monkeypatch.setattr(audit, "MAX_BLOCK", 2)
+    await mongo_store.audit.add([entry(number) for number in range(4)])
+    tries = 0
+
+    async def collides(*_: object) -> set[int]:
+        nonlocal tries
+        tries += 1
+        return {0}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "insert_missing", collides)
+        async with asyncio.timeout(20):
+            await mongo_store.audit.seal()
+    assert tries == 1
+    await mongo_store.audit.seal()
+    assert (await mongo_store.audit.verify()).sealed == 4
+
+
+@pytest.mark.proves("A26")
+async def test_page_and_export_of_forged_entries(mongo_store: MongoStore, database: Database) -> None:
+    """The list of entries marks forged and changed ones, and the export omits them."""
+    await filled(mongo_store)
+    await mongo_store.audit.seal()
+    await forge(database, [-1, 1_000_000_000])
+    await database["audit"].update_one({"_id": "job-orchestrator/2"}, {"$set": {"subject": "8", "genuine": True}})
+    await retype(database, "audit", "job-orchestrator/3", "time")
+    await forge_undecodable(database, "audit", {"_id": "bad", "received_at": utc_now()})
+    listed, _ = await mongo_store.audit.page(0, 10)
+    marked = {each.id.partition("/")[2]: each.genuine for each in listed}
+    assert marked == dict.fromkeys("01456", True) | {"forged": False, "2": False}
+    exported = [each.entry.id async for each in mongo_store.audit.export()]
+    assert exported == [f"job-orchestrator/{number}" for number in (0, 1, 4, 5, 6)]
 
 
 async def test_verify_with_an_earlier_head_notices_a_cut_chain(mongo_store: MongoStore, database: Database) -> None:
@@ -216,12 +347,16 @@ async def test_adopt_signs_the_entries_of_an_earlier_release(mongo_store: MongoS
     """Entries of release 0.1 are reported until an operator adopts them; then they are sealed, with no time in the future."""
     old = entry(1).model_dump(exclude={"id"}) | {"forget_at": utc_now() + timedelta(days=365)}
     far = old | {"time": utc_now() + timedelta(days=365_000)}
+    bad: list[dict[str, Any]] = [{"forget_at": {"ms": 1}}, {"forget_at": None}, {"more": 1.5}]
     await database["audit"].insert_many([old | {"_id": "plain"}, far | {"_id": "far"}])
     assert len((await mongo_store.audit.verify()).findings) == 2
+    await database["audit"].insert_many([old | each | {"_id": f"bad{n}"} for n, each in enumerate(bad)])
     assert await mongo_store.audit.adopt() == 2
     await mongo_store.audit.seal()
     found = await mongo_store.audit.verify()
-    assert (found.findings, found.sealed) == ([], 2)
+    assert (len(found.findings), found.sealed) == (len(bad), 2)
+    await database["audit"].delete_many({"_id": {"$regex": "^bad"}})
+    assert (await mongo_store.audit.verify()).findings == []
     entries, _ = await mongo_store.audit.page(0, 10)
     assert all(each.received_at <= utc_now() for each in entries)
 
@@ -279,7 +414,9 @@ async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_
     await store.audit.add([entry(8, target="\x1b[31m\x9b31m\u202e\x7f")])
     code, (summary,) = await desk.types("verify")
     assert code == 0
-    assert summary.startswith("3 blocks; entries: 6 sealed, 2 not sealed yet; head 3/")
+    assert summary.startswith(
+        "3 blocks; entries: 6 sealed, 3 not sealed yet; head 3/"
+    )  # with the entry of this command
     head = summary.rpartition(" ")[2]
     await store.audit.seal()
     assert (await desk.types("verify", "--head", head))[0] == 0
@@ -287,13 +424,13 @@ async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_
 
     code, lines = await desk.types("export", "--after", "3")
     exported = [json.loads(line) for line in lines]
-    assert [(each["id"], each["block"]) for each in exported] == [
-        ("job-orchestrator/6", 4),
-        ("job-orchestrator/8", 4),
-    ]
+    assert [each["id"] for each in exported[:2]] == ["job-orchestrator/6", "job-orchestrator/8"]
+    assert [(each["action"], each["rule"], each["block"]) for each in exported[2:]] == [("verify_audit", "operator", 4)]
     assert exported[1]["target"] == "\x1b[31m\x9b31m\u202e\x7f"
     assert {each["block_signature"] for each in exported} == {await store.audit.block_signature(4)}
-    assert len((await desk.types("export"))[1]) == 8
+    assert len((await desk.types("export"))[1]) == 9
+    read = [each.action for each in (await store.audit.page(0, 5))[0]]
+    assert read == ["export_audit", "export_audit", "verify_audit", "verify_audit", "verify_audit"]
 
     await database["audit"].update_one({"_id": "job-orchestrator/0"}, {"$set": {"subject": "8"}})
     await database["audit"].insert_one({"_id": "\x1b[2J\u202e"})
