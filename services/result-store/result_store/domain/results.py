@@ -305,7 +305,8 @@ def _check_ports(host: HostScanned) -> None:
         silent = parse_ranges(host.open_filtered)
     except ValueError as error:
         raise MessageError(f"open_filtered of {host.address}: {error}") from error
-    numbers = {number for first, last in silent for number in range(first, last + 1)}
-    twice = [found.port for found in host.ports if found.protocol == "udp" and found.port in numbers]
-    if twice:
-        raise MessageError(f"{host.address} has the UDP port {twice[0]} in ports and in open_filtered")
+    known = {("udp", number) for first, last in silent for number in range(first, last + 1)}
+    for found in host.ports:
+        if (found.protocol, found.port) in known:
+            raise MessageError(f"{host.address} has the {found.protocol.upper()} port {found.port} twice")
+        known.add((found.protocol, found.port))

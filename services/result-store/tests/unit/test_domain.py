@@ -52,6 +52,26 @@ def test_fold_invalid_open_filtered_raises_message_error(ranges: str) -> None:
         fold(Log().append(host("127.9.8.1", PortFound(port=53, protocol="udp"), open_filtered=ranges)))
 
 
+@pytest.mark.proves("A25", "G19")
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_fold_port_listed_twice_raises_message_error(protocol: Any) -> None:
+    """A port can be listed once per protocol, so that the ports of a chunk bound the results of each of its hosts."""
+    once = PortFound(port=80, protocol=protocol)
+    with pytest.raises(MessageError, match=f"127.9.8.1 has the {protocol.upper()} port 80 twice"):
+        fold(
+            Log().append(
+                host("127.9.8.1", PortFound(port=79), once, once.model_copy(update={"status": "open|filtered"}))
+            )
+        )
+
+
+def test_fold_port_of_both_protocols_is_valid() -> None:
+    """The same number in TCP and in UDP, listed or not, is two ports."""
+    both = (PortFound(port=53), PortFound(port=53, protocol="udp"), PortFound(port=54))
+    [kept] = fold(Log().append(host("127.9.8.1", *both, open_filtered="54"))).hosts.values()
+    assert kept.result_count == 4
+
+
 def test_results_of_all_ports_have_bounded_memory() -> None:
     """A host with all UDP ports silent is expanded one result at a time."""
     [silent] = fold(Log().append(host("127.9.8.1", open_filtered="0-65535"))).hosts.values()
