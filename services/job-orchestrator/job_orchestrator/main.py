@@ -110,6 +110,7 @@ class Orchestrator:
         self.checks = Checks(rules=rules, scripts=scripts, grants=grants, quotas=quotas)
         self.submits = Submits(
             jobs=store.jobs,
+            dispatch=store.dispatch,
             policies=store.policies,
             subnets=store.subnets,
             checks=self.checks,

@@ -283,7 +283,7 @@ async def test_reject_changes_an_accepted_command_once(store: Store) -> None:
 
 
 def running(job: ScanJob, at: Any = LATER) -> ScanJob:
-    return change(published(job, {out.event.event_id for out in job.outbox}), JobTrigger.START, at)
+    return change(published(job, job.seq), JobTrigger.START, at)
 
 
 TOTALS = Totals(
@@ -466,9 +466,21 @@ async def test_jobs_with_old_events_are_found(store: Store) -> None:
     assert await store.jobs.with_old_events(LATER, 10) == [1]
     assert await store.jobs.with_old_events(THEN, 10) == []
     job = (await store.jobs.get([1]))[1]
-    await store.jobs.save([published(job, {out.event.event_id for out in job.outbox})])
+    await store.jobs.save([published(job, job.seq)])
     assert await store.jobs.with_old_events(LATER, 10) == []
     assert set(await store.jobs.with_old_events(LATER + timedelta(hours=2), 10)) == {2}
+
+
+async def test_outboxes_of_unchanged_jobs_are_emptied_once(store: Store) -> None:
+    """Emptying an outbox is a change of its job; a job with a later event keeps all events."""
+    await store.jobs.insert([scan_job(id_) for id_ in (1, 2)])
+    await store.jobs.save([change(scan_job(2), JobTrigger.CANCEL, LATER)])
+    for _ in range(2):
+        await store.jobs.empty_outboxes({1: 1, 2: 1, 3: 1})
+    jobs = await store.jobs.get([1, 2, 3])
+    assert {id_: (len(job.outbox), job.seq, job.rev) for id_, job in jobs.items()} == {1: (0, 1, 1), 2: (2, 2, 1)}
+    assert await store.jobs.save([scan_job(1)]) == {1}
+    await store.jobs.empty_outboxes({})
 
 
 async def test_usage_sums_the_unfinished_jobs_of_users(store: Store) -> None:
@@ -1028,7 +1040,7 @@ async def test_saves_keep_fields_of_newer_releases(mongo_store: MongoStore, data
         document = await database[name].find_one({})
         assert document is not None
         assert (document["newer"], document["rev"]) == ({"deep": 1}, 1)
-    emptied = published((await mongo_store.jobs.get([1]))[1], {"job-1-2"})
+    emptied = published((await mongo_store.jobs.get([1]))[1], 2)
     assert await mongo_store.jobs.save([emptied]) == set()
     document = await database["jobs"].find_one({})
     assert document is not None

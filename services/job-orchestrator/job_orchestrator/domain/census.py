@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
-from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.chunk import OPEN, Chunk, ChunkState
 from scanfleet.contracts.messages import JobStatus
 
 
@@ -29,6 +30,13 @@ class Standing:
     """Whether a worker has started one of them."""
     lowest: int | None = None
     """The lowest index of them; None if there is none."""
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> Self:
+        """Return the standing of a job whose chunks, apart from some that have ended, are `chunks`."""
+        open_ = [chunk for chunk in chunks if chunk.state in OPEN]
+        begun = any(chunk.state in {ChunkState.RUNNING, ChunkState.SCANNED} for chunk in open_)
+        return cls(len(open_), begun, min((chunk.index for chunk in open_), default=None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ them increments `seq`, by which readers order its events. An illegal change rais
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -239,9 +238,9 @@ def _progressed(job: ScanJob, now: datetime, **fields: Any) -> tuple[ScanJob, Jo
     return changed, _event(changed, JobProgressed)
 
 
-def published(job: ScanJob, event_ids: AbstractSet[str]) -> ScanJob:
-    """Return the job without the events that the bus has acknowledged."""
-    return replace(job, outbox=tuple(out for out in job.outbox if out.event.event_id not in event_ids))
+def published(job: ScanJob, seq: int) -> ScanJob:
+    """Return the job without the events up to `seq`, which the bus has acknowledged."""
+    return replace(job, outbox=tuple(out for out in job.outbox if out.event.seq > seq))
 
 
 def restored_from_backup(job: ScanJob, seq: int) -> ScanJob:

@@ -179,6 +179,13 @@ class JobRepository(Protocol):
 
     async def with_old_events(self, before: datetime, limit: int) -> list[int]: ...
 
+    async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
+        """Remove all events from the outboxes of the jobs that still have this `seq`, by their ids; idempotent.
+
+        Raises:
+            DependencyError: some of them may be empty.
+        """
+
     async def has_unfinished(self, subnet_id: int) -> bool: ...
 
     async def unfinished(

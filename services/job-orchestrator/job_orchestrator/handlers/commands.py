@@ -166,17 +166,17 @@ class Commands(PartitionListener):
         return record.timestamp < self._clock.now() - _TOO_OLD
 
     async def _known(self, messages: Mapping[str, SubmitJobs | CancelJob]) -> dict[str, Command]:
-        """Return the decided commands of these ids: their own, or an earlier one with the same idempotency key."""
+        """Return the earlier commands of submits whose idempotency key was used before.
+
+        Redelivered commands are decided again: the insert returns the earlier decision.
+        """
         keys = {
             id_: (message.user_id, message.idempotency_key)
             for id_, message in messages.items()
             if isinstance(message, SubmitJobs) and message.idempotency_key
         }
-        by_id, by_key = await asyncio.gather(
-            self._commands.get(messages),
-            self._commands.by_key(keys.values()),
-        )
-        return {id_: by_key[key] for id_, key in keys.items() if key in by_key} | by_id
+        by_key = await self._commands.by_key(keys.values())
+        return {id_: by_key[key] for id_, key in keys.items() if key in by_key}
 
     async def _finish(
         self,
@@ -199,17 +199,14 @@ class Commands(PartitionListener):
         await asyncio.gather(
             self._publisher.publish(SCAN_REPLIES, answers.values()),
             record(self._audit, entries),
-            self._begin(fresh),
+            self._outbox.publish(fresh),
+            self._reconciler.start(fresh),
         )
         answered = {job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])}
         others = answered - {job.id for job in fresh}
-        await self._outbox.relay(others)
-        await self._reconciler.reconcile(others)
-
-    async def _begin(self, fresh: Collection[ScanJob]) -> None:
-        """Publish the first events of new jobs, and then create their chunks, which saves the jobs without these events."""
-        await self._outbox.publish(fresh)
-        self._reconciler.begin(fresh)
+        if others:
+            await self._outbox.relay(others)
+            await self._reconciler.reconcile(others)
 
     async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
         """Finish each command, and return the replies by the requested id."""

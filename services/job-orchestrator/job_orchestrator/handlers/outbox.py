@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable
 from typing import Final
 
 from job_orchestrator.domain.job import ScanJob, published
 from job_orchestrator.domain.ports import JobRepository
 from scanfleet.contracts.messages.topics import SCAN_EVENTS
-from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Publisher
 from scanfleet.runtime.loop import Loop
 
-_ROUNDS: Final = 50  # more lost races in a row are an error
 _EMPTY_SECONDS: Final = 1.0  # interval of the clean-up: most jobs are saved meanwhile, without published events
 
 
@@ -28,8 +25,8 @@ class Outbox:
     def __init__(self, jobs: JobRepository, publisher: Publisher) -> None:
         self._jobs = jobs
         self._publisher = publisher
-        self._sent: defaultdict[int, set[str]] = defaultdict(set)
-        """By job, the events in its outbox that the bus has acknowledged."""
+        self._sent: dict[int, int] = {}
+        """By job, the `seq` of the last event in its outbox that the bus has acknowledged."""
         self.loop = Loop("outbox", _EMPTY_SECONDS, self.empty, vital=False)
 
     async def relay(self, job_ids: Collection[int]) -> None:
@@ -54,29 +51,18 @@ class Outbox:
         with tracing.spans(news.__getitem__, traces, "producer", "scanfleet.job.id"):
             await self._publisher.publish(SCAN_EVENTS, [out.event for job in full for out in job.outbox])
         for job in full:
-            self._sent[job.id] |= {out.event.event_id for out in job.outbox}
+            self._sent[job.id] = max(job.outbox[-1].event.seq, self._sent.get(job.id, 0))
 
     def unsent(self, job: ScanJob) -> ScanJob:
         """Return the job without events in its outbox that were already published."""
         return published(job, self._sent[job.id]) if job.id in self._sent else job
 
     async def empty(self) -> None:
-        """Remove published events from the outboxes.
+        """Remove published events from the outboxes, except of jobs with later events: who published those removes all.
 
         Raises:
             DependencyError: they are still there, and the next call removes them; another replica may publish them again.
         """
-        sent = {id_: frozenset(events) for id_, events in self._sent.items()}
-        left: Collection[int] = sent
-        for _ in range(_ROUNDS):
-            if not left:
-                break
-            jobs = await self._jobs.get(left)
-            emptied = [(job, published(job, sent[job.id])) for job in jobs.values()]
-            left = await self._jobs.save([after for before, after in emptied if after != before])
-        else:
-            raise DependencyError(f"outboxes were changed by other replicas each time: {sorted(left)[:5]}")
-        for id_, events in sent.items():
-            self._sent[id_] -= events
-            if not self._sent[id_]:
-                del self._sent[id_]
+        sent = dict(self._sent)
+        await self._jobs.empty_outboxes(sent)
+        self._sent = {id_: seq for id_, seq in self._sent.items() if seq != sent.get(id_)}

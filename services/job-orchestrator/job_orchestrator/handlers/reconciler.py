@@ -34,7 +34,6 @@ _PAGE: Final = 1_000  # chunks counted or cancelled at once: about 50 ms, then o
 _WORK_SECONDS: Final = 10.0  # interval of the work loop, which is also woken when there is work
 _STARTED: Final = 10_000  # started jobs that are cached, so that their claims need no query
 
-_BEGUN: Final = frozenset({ChunkState.RUNNING, ChunkState.SCANNED, ChunkState.STORED})
 _DONE: Final = frozenset(ChunkState) - OPEN
 
 Known = Mapping[str, Chunk]
@@ -116,8 +115,7 @@ class Reconciler:
             jobs = await self._jobs.get(left)
             if await self._stop_scans({job.id: _ended(job) for job in jobs.values() if job.final and not job.settled}):
                 known = {}
-            # After the jobs, so that all chunks created by then are visible.
-            standings = await self._chunks.standings(jobs)
+            standings = await self._standings(jobs.values(), known)
             turns = await self._first_turns(jobs.values())
             left = set()
             steps: list[_Step] = []
@@ -130,6 +128,21 @@ class Reconciler:
             left |= await self._store(steps, window)
             known = {}  # chunks of jobs that lost a race may have changed
         raise DependencyError(f"jobs were changed by other replicas each time: {sorted(left)[:5]}")
+
+    async def start(self, jobs: Collection[ScanJob]) -> None:
+        """Create the first chunks of these new jobs, which count them as created already.
+
+        Raises:
+            DependencyError: some are missing; `reconcile` creates them.
+        """
+        window: list[Chunk] = []
+        for job in jobs:
+            with self._faults.isolated(job):
+                window += plan.chunks(job, 0, job.made)
+        await self._create({job.id: job for job in jobs}, window)
+        if window:
+            self._wake({chunk.user_id for chunk in window})
+        self.begin(job for job in jobs if not job.made)
 
     def begin(self, jobs: Iterable[ScanJob]) -> None:
         """Soon create the first chunks of new jobs, and cancel those of ended ones; `reconcile` would do it too, but later."""
@@ -234,11 +247,14 @@ class Reconciler:
         return few
 
     def _matters(self, changed: Changed) -> bool:
-        """Return whether the change may start, continue or end the job."""
+        """Return whether the change may start, continue or end the job.
+
+        A scanned chunk starts its job with the verdict of result-store, which follows within milliseconds, or with the next sweep.
+        """
         before, after = changed.before.state, changed.after.state
         if after in _DONE and before not in _DONE:
             return True
-        return after in _BEGUN and before not in _BEGUN and changed.after.job_id not in self._started
+        return after is ChunkState.RUNNING is not before and changed.after.job_id not in self._started
 
     async def _store(self, steps: Sequence[_Step], window: Sequence[Chunk]) -> set[int]:
         """Store the new chunks, and then their jobs; return the jobs that another replica changed meanwhile."""
@@ -278,6 +294,8 @@ class Reconciler:
             return _Step(job, () if after == job else (after,)), ()
         started = job
         if job.status is JobStatus.PENDING and (standing.begun or standing.open < job.made):
+            if not standing.begun and await self._are_missing(job, known):
+                return _Step(job), list(plan.chunks(job, 0, job.made))
             started = change_job(job, JobTrigger.START, self._clock.now(), waiting="", waiting_since=None)
         if started.status is JobStatus.RUNNING:
             self._remember(job.id)
@@ -334,6 +352,20 @@ class Reconciler:
         async for chunk in self._chunks.of_job(job.id, first, end):
             yield chunk
 
+    async def _standings(self, jobs: Collection[ScanJob], known: Known) -> Mapping[int, Standing]:
+        """Return the state of the jobs' chunks, without a query for jobs of which every open chunk is known.
+
+        The query must follow that of the jobs, so that all chunks created by then are visible.
+        """
+        found = {job.id: Standing.of(chunks) for job in jobs if (chunks := _uncounted(job, known)) is not None}
+        if unknown := [job.id for job in jobs if job.id not in found]:
+            found |= await self._chunks.standings(unknown)
+        return found
+
+    async def _are_missing(self, job: ScanJob, known: Known) -> bool:
+        """Return whether chunks of a pending job were never created, because the replica that accepted it stopped before."""
+        return _uncounted(job, known) is None and await self._chunks.count(job.id) < job.made
+
     async def _first_turns(self, jobs: Iterable[ScanJob]) -> Mapping[int, int]:
         """Return the turn at which new jobs of each user begin."""
         users = sorted({job.user_id for job in jobs if not job.made and not job.final})
@@ -370,6 +402,16 @@ class Reconciler:
 def _ended(job: ScanJob) -> str:
     """Return why its scans are stopped."""
     return f"job {job.status}"
+
+
+def _uncounted(job: ScanJob, known: Known) -> list[Chunk] | None:
+    """Return the chunks that are not in the job's totals yet, or None if some of them are not known."""
+    indexes = range(job.totals.done, job.made)
+    if not 0 < len(indexes) <= len(known):
+        return None
+    found = [known.get(plan.chunk_id(job, index)) for index in indexes]
+    chunks = [chunk for chunk in found if chunk is not None]
+    return chunks if len(chunks) == len(found) else None
 
 
 def _fill_window(job: ScanJob, standing: Standing, first_turn: int) -> tuple[ScanJob, Sequence[Chunk]]:

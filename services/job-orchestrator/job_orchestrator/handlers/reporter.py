@@ -80,15 +80,14 @@ class Reporter:
         self._further -= due - unpublished
         await self._publish({id_: news for id_, news in seen.items() if id_ not in unpublished})
 
-    async def publish_waiting(self, reasons: Mapping[int, str]) -> None:
-        """Store and publish why these jobs are waiting; "" for those that no longer are.
+    async def publish_waiting(self, jobs: Iterable[tuple[ScanJob, str]]) -> None:
+        """Store and publish why these jobs, as just read, are waiting; "" for those that no longer are.
 
         Raises:
             DependencyError: the next sweep does it.
         """
-        jobs = (await self._jobs.get(reasons)).values()
         now = self._clock.now()
-        news = {job.id: each for job in jobs if (each := wait(self._outbox.unsent(job), reasons[job.id], now))}
+        news = {job.id: each for job, reason in jobs if (each := wait(self._outbox.unsent(job), reason, now))}
         losers = await self._jobs.save([job for job, _ in news.values()])
         await self._publish({id_: each for id_, each in news.items() if id_ not in losers})
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
+from job_orchestrator.domain import plan
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.job import ScanJob, create
-from job_orchestrator.domain.ports import JobRepository, PolicyRepository, SubnetRepository
+from job_orchestrator.domain.ports import DispatchRepository, JobRepository, PolicyRepository, SubnetRepository
 from job_orchestrator.domain.proposal import Checks, Proposal, Refusal
 from job_orchestrator.domain.quotas import QuotaError, Request, Usage
 from job_orchestrator.domain.resources import Policy, Subnet
@@ -25,6 +26,7 @@ from scanfleet.errors import Rule
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import Target
 
+_MAX_CHUNKS: Final = 1_000  # created together with the jobs of a batch: about 50 ms; the rest is created afterwards
 _MAX_EXCLUDES: Final = 100_000  # of all subnets of one command, so that its document stays below MongoDB's 16 MB
 
 
@@ -41,12 +43,14 @@ class Submits:
         self,
         *,
         jobs: JobRepository,
+        dispatch: DispatchRepository,
         policies: PolicyRepository,
         subnets: SubnetRepository,
         checks: Checks,
         clock: PlatformTime,
     ) -> None:
         self._jobs = jobs
+        self._dispatch = dispatch
         self._policies = policies
         self._subnets = subnets
         self._checks = checks
@@ -57,23 +61,35 @@ class Submits:
         """Return the command to insert for each submit: accepted with all of its jobs, or rejected."""
         if not submits:
             return []
+        users = {submit.user_id for submit in submits}
         # The ids are allocated before the submits are checked, so that those of rejected submits remain unused.
-        policies, subnets, taken = await asyncio.gather(
+        policies, subnets, taken, turns, _ = await asyncio.gather(
             self._policies.get({(submit.user_id, submit.policy_id) for submit in submits}),
             self._subnets.get({(submit.user_id, id_) for submit in submits for id_ in submit.subnet_ids}),
             self._jobs.take_ids(sum(len(submit.subnet_ids) for submit in submits)),
+            self._first_turns(users),
+            self._usages.of(users),  # read here, so that `_refusals` finds it in the cache
         )
         decided = [await self._check(submit, policies, subnets) for submit in submits]
         ids = iter(taken)
         refusals = await self._refusals(submits, decided)
-        return [
-            each
-            if isinstance(each, Command)
-            else _refused(submit, _over_quota(refusal))
-            if refusal
-            else _accepted(submit, [_numbered(job, next(ids)) for job in each])
-            for submit, each, refusal in zip(submits, decided, refusals, strict=True)
-        ]
+        commands: list[Command] = []
+        left = _MAX_CHUNKS
+        for submit, each, refusal in zip(submits, decided, refusals, strict=True):
+            if isinstance(each, Command):
+                commands.append(each)
+            elif refusal:
+                commands.append(_refused(submit, _over_quota(refusal)))
+            else:
+                jobs = [_numbered(job, next(ids), turns[job.user_id], left) for job in each]
+                left -= sum(job.made for job in jobs)
+                commands.append(_accepted(submit, jobs))
+        return commands
+
+    async def _first_turns(self, users: AbstractSet[int]) -> Mapping[int, int]:
+        """Return the turn at which new jobs of each user begin."""
+        turns = await asyncio.gather(*(self._dispatch.first_turn(user) for user in users))
+        return dict(zip(users, turns, strict=True))
 
     async def estimate(self, user_id: int, roles: AbstractSet[str], policy: ScanPolicy, target: Target) -> Proposal:
         """Return the result that a submit of this scan would have, with every reason to refuse it; store nothing.
@@ -206,8 +222,10 @@ def _planned(submit: SubmitJobs, subnet: Subnet, proposal: Proposal, now: dateti
     )
 
 
-def _numbered(job: ScanJob, id_: int) -> ScanJob:
-    return create(replace(job, id=id_, partition=SCAN_PROGRESS.partition_of(str(id_))))
+def _numbered(job: ScanJob, id_: int, turn: int, most: int) -> ScanJob:
+    """Return the job with its id, and its first chunks counted as created unless there are more than `most`."""
+    partition, window = SCAN_PROGRESS.partition_of(str(id_)), plan.made_up_to(job, 0, None)
+    return create(replace(job, id=id_, partition=partition, turn=turn, made=window if window <= most else 0))
 
 
 def body_hash(submit: SubmitJobs) -> str:

@@ -137,7 +137,9 @@ class Sweeper:
         for job in jobs.values():
             with self._faults.isolated(job):
                 reasons[job.id] = reason(job)
-        await self._reporter.publish_waiting({id_: why for id_, why in reasons.items() if why != jobs[id_].waiting})
+        await self._reporter.publish_waiting(
+            (jobs[id_], why) for id_, why in reasons.items() if why != jobs[id_].waiting
+        )
         since = now - self._raw_patience
         for id_, why in reasons.items():
             job = jobs[id_]

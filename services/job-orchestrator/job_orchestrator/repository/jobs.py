@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from pymongo import IndexModel
+from pymongo import IndexModel, UpdateOne
 
 from job_orchestrator.domain.census import JobCensus
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
@@ -16,7 +16,9 @@ from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT, save
 from scanfleet.contracts.messages import Job, JobStatus
-from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Database, Document, Ids, count, dependency_errors, insert_missing
+
+_ID_BLOCK: Final = 100  # a write per hundred jobs; a restarted replica leaves as many ids unused at most
 
 _ENDED: Final = [("end_time", 1), ("_id", 1)]
 _ENDED_OF_USER: Final = [("user_id", 1), *_ENDED]
@@ -68,7 +70,7 @@ class MongoJobs:
 
     def __init__(self, database: Database) -> None:
         self._jobs = database["jobs"]
-        self._ids = Ids(database, "jobs")
+        self._ids = Ids(database, "jobs", block=_ID_BLOCK)
 
     async def take_ids(self, count: int = 1) -> range:
         return await self._ids.take(count)
@@ -111,7 +113,7 @@ class MongoJobs:
         newest = self._jobs.find(wanted, documents.VIEW_FIELDS)
         page = newest.sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
         jobs = await documents.read_all(documents.read_view, page, "jobs")
-        return jobs, await self._jobs.count_documents(wanted)
+        return jobs, await count(self._jobs, wanted)
 
     @dependency_errors()
     async def latest(
@@ -157,6 +159,14 @@ class MongoJobs:
     async def with_old_events(self, before: datetime, limit: int) -> list[int]:
         found = self._jobs.find({"outbox.at": {"$lt": before}}, {"_id": 1}).limit(limit)
         return [each["_id"] async for each in found]
+
+    @dependency_errors()
+    async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
+        emptied = {"$unset": {"outbox": ""}, "$inc": {"rev": 1}}
+        full = {"outbox": {"$exists": True}}
+        writes = [UpdateOne({"_id": id_, "seq": seq} | full, emptied) for id_, seq in seqs.items()]
+        if writes:
+            await self._jobs.bulk_write(writes, ordered=False)
 
     @dependency_errors()
     async def has_unfinished(self, subnet_id: int) -> bool:

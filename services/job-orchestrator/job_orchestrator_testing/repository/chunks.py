@@ -45,15 +45,8 @@ class MemoryChunks(MemoryRepository):
         return list(islice(mine, limit))
 
     async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
-        standings: dict[int, Standing] = {}
-        for job_id in job_ids:
-            mine = [chunk for chunk in self._data.chunks.values() if chunk.job_id == job_id and chunk.state in OPEN]
-            standings[job_id] = Standing(
-                open=len(mine),
-                begun=any(chunk.state in {ChunkState.RUNNING, ChunkState.SCANNED} for chunk in mine),
-                lowest=min((chunk.index for chunk in mine), default=None),
-            )
-        return standings
+        chunks = self._data.chunks.values()
+        return {job_id: Standing.of(chunk for chunk in chunks if chunk.job_id == job_id) for job_id in job_ids}
 
     async def overdue(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
         overdue = (

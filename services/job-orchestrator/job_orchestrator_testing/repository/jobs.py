@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -86,6 +86,10 @@ class MemoryJobs(MemoryRepository):
     async def with_old_events(self, before: datetime, limit: int) -> list[int]:
         old = (job.id for job in self._data.jobs.values() if any(out.at < before for out in job.outbox))
         return list(islice(old, limit))
+
+    async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
+        full = [job for id_, seq in seqs.items() if (job := self._data.jobs.get(id_)) and job.outbox and job.seq == seq]
+        self._data.jobs |= {job.id: replace(job, outbox=(), rev=job.rev + 1) for job in full}
 
     async def has_unfinished(self, subnet_id: int) -> bool:
         return any(job.subnet_id == subnet_id and not job.final for job in self._data.jobs.values())

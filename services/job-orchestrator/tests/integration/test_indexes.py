@@ -112,6 +112,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "deletions.census": (lambda store: store.deletions.census(), 2),
     "chunks.census": (lambda store: store.chunks.census(), CHUNKS),
     "jobs.save": (lambda store: store.jobs.save([scan_job(3)]), 5),
+    "jobs.empty_outboxes": (lambda store: store.jobs.empty_outboxes({3: 1}), 5),
     "chunks.save": (lambda store: store.chunks.save([chunk(id="3-0", rev=99)]), 5),
 }
 

@@ -19,7 +19,7 @@ from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobStatus
-from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_TASKS
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_TASKS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Record
 from scanfleet.scanning.targets import TargetRules, parse_network
@@ -364,14 +364,20 @@ async def test_spans_of_a_job_are_in_the_trace_of_its_request(world: World) -> N
     await world.submit()
     records = world.take(SCAN_COMMANDS)
     traced = [replace(each, message=each.message.model_copy(update={"traceparent": trace})) for each in records]
+    world.worker.hold = True
+    await world.worker.announce()
     with recording() as exporter:
         await world.hand(SCAN_COMMANDS, traced)
+        await world.settle()
+        (task,) = world.worker.tasks
+        await world.worker.claim(task)
+        await world.settle()
+        await world.worker.scanned(task)
         await world.settle()
     spans = exporter.get_finished_spans()
     assert {span.name for span in spans} == {"SubmitJobs", "JobCreated", "dispatch chunk", "JobStarted", "JobCompleted"}
     assert {f"{span.parent.trace_id:032x}-{span.parent.span_id:016x}" for span in spans if span.parent} == {trace[3:-3]}
     (dispatched,) = (span for span in spans if span.name == "dispatch chunk")
-    (task,) = world.worker.tasks
     assert (task.traceparent or "")[36:52] == f"{ids(dispatched).span_id:016x}"
 
 
@@ -480,19 +486,42 @@ class _CountingRepository:
         return found
 
 
+async def counting_world() -> tuple[CountingStore, World]:
+    store = CountingStore(MemoryStore())
+    world = World(cast(Store, store))
+    await world.start()
+    return store, world
+
+
 async def test_round_trips_of_a_batch_do_not_grow_with_its_commands() -> None:
-    """Submits of one user in one batch cost as many calls of the store as one submit, and so do their first chunks."""
-    calls = []
+    """Submits of one user in one batch cost as many calls of the store as one submit, their first chunks included."""
     for count in (1, 100):
-        store = CountingStore(MemoryStore())
-        world = World(cast(Store, store))
-        await world.start()
+        store, world = await counting_world()
         policy_id, subnets = await world.add("127.9.8.0/30")
         for _ in range(count):
             await world.send(policy_id, subnets)
         store.calls.clear()
         await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-        await world.replicas[0].reconciler.work()
-        calls.append(store.calls)
-    assert calls[0] == calls[1]
-    assert calls[0]["chunks.insert"] == 1
+        await world.only.reconciler.work()
+        reads = {"commands.by_key", "policies.get", "subnets.get", "jobs.take_ids", "jobs.usage", "dispatch.first_turn"}
+        writes = {"commands.insert", "jobs.insert", "chunks.insert", "audit.add"}
+        assert {name: calls for name, calls in store.calls.items() if calls} == dict.fromkeys(reads | writes, 1)
+
+
+async def test_small_job_costs_few_round_trips_and_records() -> None:
+    """A job of one chunk is saved once, at its end, and read once; nothing counts its chunks."""
+    store, world = await counting_world()
+    await world.submit("127.9.8.1/32")
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    world.worker.hold = True
+    await world.worker.announce()
+    await world.settle()
+    (task,) = world.worker.tasks
+    store.calls.clear()
+    await world.worker.scanned(task)
+    await world.settle()
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
+    wanted = {"jobs.get": 2, "jobs.save": 1, "chunks.get": 2, "chunks.save": 2, "chunks.standings": 0}
+    assert {name: store.calls[name] for name in wanted} == wanted
+    records = {topic.name: len(world.bus.messages(topic)) for topic in (SCAN_EVENTS, SCAN_TASKS, SCAN_REPLIES)}
+    assert records == {"scan-events": 3, "scan-tasks": 1, "scan-replies": 1}

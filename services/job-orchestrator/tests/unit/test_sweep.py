@@ -55,6 +55,19 @@ async def test_fresh_event_is_left_to_its_replica(world: World) -> None:
     assert world.events(9) == []
 
 
+async def test_pending_job_without_its_chunks_gets_them_and_stays_pending(world: World) -> None:
+    """The sweep creates the chunks of a job whose replica stopped between the inserts of the job and of its chunks."""
+    await world.submit("127.9.8.0/30")
+    await world.deliver()
+    chunks = [chunk.id async for chunk in world.store.chunks.of_job(1)]
+    assert await world.store.chunks.delete(1, 10) == len(chunks) > 0
+    await world.only.sweeper.sweep()
+    assert [chunk.id async for chunk in world.store.chunks.of_job(1)] == chunks
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.PENDING
+    await world.wait(2)
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
+
+
 async def test_overdue_scanned_chunk_is_requested_again(world: World) -> None:
     """The ChunkScanned of a chunk without a verdict is sent again when due, by the owner of its partition."""
     scanned = chunk(
@@ -391,14 +404,18 @@ async def test_outboxes_are_emptied_together(world: World) -> None:
     assert {job.rev for job in (await world.store.jobs.get([7, 8, 9])).values()} == {1}
 
 
-async def test_event_added_during_the_cleanup_of_outboxes_is_kept(world: World) -> None:
-    """An event that is added after the first one was published stays in the outbox until it is published too."""
+async def test_outbox_with_a_later_event_is_emptied_once_that_is_published(world: World) -> None:
+    """The cleanup after the first event keeps the outbox of a job that has changed since."""
     await world.store.jobs.insert([scan_job(9)])
     await world.only.outbox.publish([scan_job(9)])
-    await world.store.jobs.save([change(scan_job(9), JobTrigger.CANCEL, THEN)])
+    cancelled = change(scan_job(9), JobTrigger.CANCEL, THEN)
+    await world.store.jobs.save([cancelled])
     await world.only.outbox.empty()
-    (left,) = (await world.store.jobs.get([9]))[9].outbox
-    assert isinstance(left.event, JobCancelled)
+    assert len((await world.store.jobs.get([9]))[9].outbox) == 2
+    await world.only.outbox.publish([cancelled])
+    await world.only.outbox.empty()
+    assert (await world.store.jobs.get([9]))[9].outbox == ()
+    assert {event.seq for event in world.events(9)} == {1, 2}
 
 
 async def test_repeated_request_for_a_check_has_what_the_worker_reported(world: World) -> None:
