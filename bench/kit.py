@@ -13,7 +13,7 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any, Final
 
 from local.stack import Stack
-from scanfleet.contracts.messages import ChunkClaimed, ChunkScanned, ScanChunk, WorkerReady
+from scanfleet.contracts.messages import ChunkScanned, ScanChunk, WorkerReady
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, SCAN_WORKERS
 from scanfleet.kafka import KafkaBus
 from scanfleet.runtime.bus import Record
@@ -28,7 +28,10 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
 class Workers:
-    """A handler of scan-tasks that reports every address of every chunk as down, at once."""
+    """A handler of scan-tasks that reports every address of every chunk as down, at once.
+
+    Like a scanner-worker, it publishes no claim for a scan that is shorter than a quarter of a second.
+    """
 
     def __init__(self, bus: KafkaBus) -> None:
         self._bus = bus
@@ -44,7 +47,6 @@ class Workers:
         tokens = [
             {name: getattr(task, name) for name in ("job_id", "chunk_id", "attempt", "worker_id")} for task in tasks
         ]
-        await self._bus.publish(SCAN_PROGRESS, [ChunkClaimed(**token) for token in tokens])
         scanned = [
             ChunkScanned(
                 **token,
