@@ -70,6 +70,8 @@ class Tail:
         self._end_offsets = end_offsets
         self._consumer: AIOKafkaConsumer | None = None
         self._suspicious = False
+        self._next: dict[int, int] = {}
+        """By partition, the offset after the last returned record: asking the client before each poll would cost as much as a poll."""
 
     async def open(self, listener: Listener) -> None:
         await listener.assigned(_numbers(await self._assign(range(self._topic.partitions), "latest")))
@@ -83,14 +85,19 @@ class Tail:
                 # Assigned manually: a subscription would restart from the end whenever metadata change.
                 consumer.assign(partitions)
                 for partition in partitions:
-                    await consumer.position(partition)
+                    self._next[partition.partition] = await consumer.position(partition)
         return partitions
 
     async def poll(self, seconds: float) -> Sequence[RawRecord]:
-        before = await self._positions()
+        records = await self._poll(seconds)
+        for record in records:
+            self._next[record.partition] = record.offset + 1
+        return records
+
+    async def _poll(self, seconds: float) -> Sequence[RawRecord]:
         try:
             if self._suspicious:
-                return await self._pick(before)
+                return await self._pick(await self._positions())
             # The client has no timeout for a rebalancing group.
             async with asyncio.timeout(seconds + 1):
                 batches = await self._client.getmany(timeout_ms=int(seconds * 1000), max_records=BATCH)
@@ -99,12 +106,12 @@ class Tail:
         except _UNREADABLE as error:
             _log.warning("unreadable_record", topic=self._name, error=repr(error))
             self._suspicious = True
-            await self._rewind(before)  # the call also lost the records that it had already taken from other partitions
+            await self._rewind()  # the call also lost the records that it had already taken from other partitions
             return ()
         except KafkaError as error:
             if not error.retriable:
                 raise
-            await self._rewind(before)
+            await self._rewind()
             raise DependencyError(f"cannot read {self._name}: {error!r}") from error
         return [self._raw(record) for records in batches.values() for record in records]
 
@@ -151,10 +158,10 @@ class Tail:
                     found[partition] = await self._client.position(partition)
         return found
 
-    async def _rewind(self, positions: Mapping[TopicPartition, int], /) -> None:
-        """Seek to `positions`, the end of the handled records."""
-        for partition, position in positions.items():
-            self._client.seek(partition, position)
+    async def _rewind(self) -> None:
+        """Seek to the end of the returned records."""
+        for number, position in self._next.items():
+            self._client.seek(TopicPartition(self._name, number), position)
 
     async def _pick(self, positions: Mapping[TopicPartition, int]) -> list[RawRecord]:
         """Return the next record of each partition; unreadable ones in a form that will be dead-lettered."""
@@ -190,8 +197,9 @@ class Past(Tail):
 
     async def begin(self, first: int, partitions: Iterable[int]) -> None:
         for partition in await self._assign(partitions, "earliest"):
-            if first > await self._client.position(partition):
+            if first > self._next[partition.partition]:
                 self._client.seek(partition, first)
+                self._next[partition.partition] = first
 
 
 class Member(Tail):
@@ -245,7 +253,7 @@ class Member(Tail):
             self._consumer._coordinator._group_instance_id = None  # noqa: SLF001 # as above
         await super().close()
 
-    async def _rewind(self, _positions: Mapping[TopicPartition, int], /) -> None:
+    async def _rewind(self) -> None:
         """Seek to the committed offsets: a rebalance may have happened since."""
         with contextlib.suppress(IllegalStateError):  # or a rebalance is in progress, which has the same effect
             for partition in self._client.assignment():
