@@ -653,6 +653,24 @@ async def test_chunks_of_a_job_are_deleted_up_to_a_limit(store: Store) -> None:
 # Chunks
 
 
+@pytest.mark.integration
+async def test_attempts_of_deleted_chunks_are_kept(mongo_store: MongoStore, database: Database) -> None:
+    """Which worker may have probed which address and when is kept for three years, without what was found."""
+    attempted = dispatch(chunk(outcomes="......x"), "w-1", THEN, size=4, share=1.0, estimate=0.5)
+    probed = replace(attempted, outcomes="asdt.rx")
+    await mongo_store.chunks.insert([probed, chunk(id="1-1", index=1)])
+    before = utc_now()
+    assert await mongo_store.chunks.delete(1, 9) == 2
+    await mongo_store.chunks.insert([replace(probed, attempts=(*probed.attempts, *probed.attempts))])
+    assert await mongo_store.chunks.delete(1, 9) == 1
+    [kept] = await database["attempts"].find().to_list(None)
+    forget_at = kept.pop("forget_at")
+    assert timedelta(days=1_094) < forget_at - before < timedelta(days=1_096)
+    stored = documents.write_chunk(probed)
+    names = ("_id", "zone", "key", "job_id", "user_id", "first_address", "ports", "attempts", "dropped")
+    assert kept == {name: stored[name] for name in names} | {"probed": "pppp.rx"}
+
+
 async def test_chunk_round_trips(store: Store) -> None:
     """Every field of a chunk is kept, in every state."""
     run = Run(nmap="7.93", arguments="a" * 64, source="10.0.0.5", egress="192.0.2.1", rules="b" * 64, began=1.5)

@@ -295,7 +295,7 @@ class ChunkRepository(Protocol):
         """Return the number of chunks of the job."""
 
     async def delete(self, job_id: int, limit: int) -> int:
-        """Delete up to `limit` chunks of the job; return the number deleted."""
+        """Delete up to `limit` chunks of the job, and keep their attempts as long as receipts; return the number deleted."""
 
     async def census(self) -> Counter[ChunkState]:
         """Return the number of chunks in each state that is not final."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Sequence
-from datetime import datetime
-from typing import Final
+from datetime import datetime, timedelta
+from functools import reduce
+from typing import Any, Final, cast
 
 from pymongo import IndexModel
 from pymongo.read_concern import ReadConcern
@@ -15,6 +16,7 @@ from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import save
 from scanfleet.runtime.mongo import Database, Document, dependency_errors, insert_missing
+from scanfleet.scanning.outcomes import Outcome
 
 _BATCH: Final = 1_000  # documents per read: about a megabyte, and 20 ms of conversion
 
@@ -30,14 +32,29 @@ INDEXES: Final = {
         IndexModel([("held", 1), ("partition", 1)], partialFilterExpression={"held": True}),
         IndexModel([("partition", 1), ("ask_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
     ],
+    "attempts": [IndexModel([("forget_at", 1)], expireAfterSeconds=0)],
 }
 
 
-class MongoChunks:
-    """`ChunkRepository` on MongoDB."""
+def _replaced(letters: Any, outcome: Outcome) -> Document:
+    return {"$replaceAll": {"input": letters, "find": outcome.value, "replacement": "p"}}
 
-    def __init__(self, database: Database) -> None:
+
+_PROBED: Final[Any] = reduce(
+    _replaced, (Outcome.ANSWERED, Outcome.SILENT, Outcome.DOWN, Outcome.TIMED_OUT), cast(Any, "$outcomes")
+)
+"""The map of a chunk with one letter for every probed address."""
+
+
+class MongoChunks:
+    """`ChunkRepository` on MongoDB.
+
+    The collection `attempts` keeps the attempts of deleted chunks, under the ids of the chunks.
+    """
+
+    def __init__(self, database: Database, keep: timedelta) -> None:
         self._chunks = database["chunks"]
+        self._keep = keep
 
     async def insert(self, chunks: Sequence[Chunk]) -> None:
         await insert_missing(self._chunks, [documents.write_chunk(chunk) for chunk in chunks])
@@ -137,9 +154,24 @@ class MongoChunks:
             ids = [each["_id"] async for each in page]
             if not ids:
                 break
+            await self._archive(ids)
             await self._chunks.delete_many({"_id": {"$in": ids}})
             deleted += len(ids)
         return deleted
+
+    async def _archive(self, ids: Collection[str]) -> None:
+        """Keep the attempts of these chunks, and which addresses they may have probed, but no outcome."""
+        forget_at = {"$add": ["$$NOW", int(self._keep.total_seconds() * 1_000)]}
+        kept = dict.fromkeys(("zone", "key", "job_id", "user_id", "first_address", "ports", "attempts", "dropped"), 1)
+        # A damaged map must not stop the deletion.
+        attempted = {"_id": {"$in": list(ids)}, "attempts.0": {"$exists": True}, "outcomes": {"$type": "string"}}
+        await self._chunks.aggregate(
+            [
+                {"$match": attempted},
+                {"$project": kept | {"probed": _PROBED, "forget_at": forget_at}},
+                {"$merge": {"into": "attempts", "whenMatched": "keepExisting"}},
+            ],
+        ).to_list(None)
 
     @dependency_errors()
     async def census(self) -> Counter[ChunkState]:

@@ -54,7 +54,7 @@ class MongoStore:
         self.jobs = MongoJobs(database)
         self.deletions = MongoDeletions(database, keep_receipts)
         self.retention = MongoRetention(database)
-        self.chunks = MongoChunks(database)
+        self.chunks = MongoChunks(database, keep_receipts)
         self.dispatch = MongoDispatch(database)
         self._database = database
 
