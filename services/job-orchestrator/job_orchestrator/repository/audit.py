@@ -279,9 +279,9 @@ class MongoAudit:
         found = Verification()
         last = await self._blocks.find_one({"_id": _NUMBERS}, sort=[("_id", -1)])
         first = await self._blocks.find_one({"_id": _NUMBERS}, sort=[("_id", 1)])
-        numbered = {"$gte": first["_id"] if first else 1, "$lte": last["_id"] if last else 0, "$type": ["int", "long"]}
-        # An array matches if some of its elements match each condition.
-        outside = await self._outside({"$or": [{"block": {"$not": numbered}}, {"block": {"$type": "array"}}]}, found)
+        # The index serves these bounds and those of the blocks below, unlike conditions on types; together they select all.
+        bounds = [{"$gte": first["_id"]}, {"$lte": last["_id"]}] if first and last else []
+        outside = await self._outside({"$or": [{"block": {"$not": each}} for each in bounds] or [{}]}, found)
         async for block in self._blocks.find({"_id": {"$not": _NUMBERS}}, {"_id": 1}):
             found.add(f"block {_text(block['_id'])}: added: this is not the number of a block")
         previous: tuple[int, str] | None = None
@@ -289,24 +289,22 @@ class MongoAudit:
             number, genuine = block["_id"], self._is_genuine_block(block)
             found.blocks += 1
             found.first = found.first or number
-            if previous is not None and previous[0] + 1 < number:
-                outside |= await self._outside({"block": {"$gt": previous[0], "$lt": number}}, found)
+            # Also fractions, numbers of removed blocks, and arrays, of which any element may match each condition.
+            marked = {"block": {"$gt": previous[0] if previous else number - 1, "$lte": number}}
             if genuine:
                 _verify_link(previous, block, found)
                 found.head = (number, block["mac"])
-                for id_ in await self._verify_entries(block, found):
+                for id_ in await self._verify_entries(block, marked, found):
                     outside.pop(id_, None)
             else:
                 found.add(f"block {number}: added or changed: its signature is not the platform's")
-                await self._outside({"block": number}, found)  # its list is void, but each entry has its own signature
+                await self._outside(marked, found)  # its list is void, but each entry has its own signature
             previous = (number, block["mac"] if genuine else "")
-        for id_, marked in outside.items():
-            if marked == UNSEALED and marked is not False:
+        for id_, mark in outside.items():
+            if mark == UNSEALED and mark is not False:
                 found.waiting += 1
             else:
-                found.add(
-                    f"entry {id_}: added, or its block removed: it belongs to block {_text(marked)}, which does not exist"
-                )
+                found.add(_without_block(id_, mark))
         return found
 
     async def _outside(self, where: Document, found: Verification) -> dict[str, object]:
@@ -319,13 +317,20 @@ class MongoAudit:
                 outside[each["_id"]] = each.get("block")
         return outside
 
-    async def _verify_entries(self, block: Document, found: Verification) -> Iterable[str]:
-        """Compare the entries with the list in their genuine block; return the listed ids."""
+    async def _verify_entries(self, block: Document, marked: Document, found: Verification) -> Iterable[str]:
+        """Compare the entries with the list in their genuine block; return the listed ids.
+
+        Args:
+            block: the block.
+            marked: selects the entries that are marked with a number up to the block's and above the previous one's.
+            found: receives the findings.
+        """
         listed, present = self._listed(block), set[str]()
-        async for each in self._entries.find({"$or": [{"_id": {"$in": list(listed)}}, {"block": block["_id"]}]}):
-            id_ = each["_id"]
+        async for each in self._entries.find({"$or": [{"_id": {"$in": list(listed)}}, marked]}):
+            id_, mark = each["_id"], each.get("block")
             if type(id_) is not str or id_ not in listed:
-                found.add(f"entry {_text(id_)}: added: block {block['_id']} does not list it")
+                unlisted = f"entry {_text(id_)}: added: block {block['_id']} does not list it"
+                found.add(unlisted if mark == block["_id"] else _without_block(id_, mark))
                 continue
             present.add(id_)
             if each.get("mac") == listed[id_]["mac"] and self._is_genuine(each):
@@ -383,6 +388,10 @@ def _verify_link(previous: tuple[int, str] | None, block: Document, found: Verif
         found.add(f"blocks {previous[0] + 1} to {number - 1}: removed")
     elif previous[1] not in ("", block["previous"]):
         found.add(f"block {previous[0]}: changed: block {number} follows another block")
+
+
+def _without_block(id_: object, mark: object) -> str:
+    return f"entry {_text(id_)}: added, or its block removed: it belongs to block {_text(mark)}, which does not exist"
 
 
 def _tolerant(collection: Collection) -> Collection:

@@ -23,7 +23,7 @@ from job_orchestrator.repository import MongoStore, audit
 from job_orchestrator_testing import KEYS
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry
-from scanfleet.runtime.mongo import Database
+from scanfleet.runtime.mongo import Database, make_indexes
 
 pytestmark = pytest.mark.integration
 
@@ -130,10 +130,10 @@ async def test_verify_of_an_unchanged_log_has_no_findings(mongo_store: MongoStor
         (lambda database: forge(database, 0), "entry job-orchestrator/forged: added or changed"),
         (lambda database: forge(database, 1), "entry job-orchestrator/forged: added: block 1"),
         (lambda database: forge(database, 9), "entry job-orchestrator/forged: added or changed"),
-        (lambda database: forge(database, [-1, 1_000_000_000]), "entry job-orchestrator/forged: added or changed"),
-        (lambda database: forge(database, [1, 2]), "entry job-orchestrator/forged: added or changed"),
-        (lambda database: forge(database, 1.5), "entry job-orchestrator/forged: added or changed"),
-        (lambda database: forge(database, 2.0), "entry job-orchestrator/forged: added or changed"),
+        (lambda database: forge(database, [-1, 1_000_000_000]), "entry job-orchestrator/forged: added"),
+        (lambda database: forge(database, [1, 2]), "entry job-orchestrator/forged: added"),
+        (lambda database: forge(database, 1.5), "entry job-orchestrator/forged: added"),
+        (lambda database: forge(database, 2.0), "entry job-orchestrator/forged: added: block 2"),
         (lambda database: forge(database, float("nan")), "entry job-orchestrator/forged: added or changed"),
         (lambda database: forge(database, {"$": 1}), "entry job-orchestrator/forged: added or changed"),
         (forge_signed, "entry job-orchestrator/forged: added or changed"),
@@ -169,6 +169,7 @@ async def test_verify_of_an_unchanged_log_has_no_findings(mongo_store: MongoStor
         (change("audit_blocks", 2, entries=[]), "block 2: added or changed"),
         (remove("audit_blocks", 1), "block 1: removed before its time"),
         (remove("audit_blocks", 2), "blocks 2 to 2: removed"),
+        (remove("audit_blocks", 2), "entry job-orchestrator/2: added, or its block removed"),
         (remove("audit_blocks", 3), "entry job-orchestrator/4: added, or its block removed"),
         (remove("audit_blocks", 1, 2, 3), "entry job-orchestrator/0: added, or its block removed"),
         (lambda database: database["audit_blocks"].insert_one({"_id": 4}), "block 4: added or changed"),
@@ -217,6 +218,38 @@ async def test_seal_continues_beside_forged_blocks(
     assert all(finding.startswith("block") for finding in found.findings)
     assert found.head[1] == await mongo_store.audit.block_signature(found.head[0])
     assert await mongo_store.audit.block_signature(found.head[0] + 1) is None
+
+
+@pytest.mark.proves("A26")
+async def test_verify_without_blocks_names_forged_entries(mongo_store: MongoStore, database: Database) -> None:
+    """Before the first block every entry is compared with its signature, whatever its mark."""
+    await mongo_store.audit.add([entry(1)])
+    for mark in ([-1, 1_000_000_000], 1.5, 7):
+        await forge(database, mark)
+        found = await mongo_store.audit.verify()
+        assert (found.findings, found.waiting) == (
+            ["entry job-orchestrator/forged: added or changed: its signature is not the platform's"],
+            1,
+        )
+        await database["audit"].delete_one({"_id": "job-orchestrator/forged"})
+
+
+@pytest.mark.proves("A26")
+async def test_verify_reads_entries_by_their_index(database: Database) -> None:
+    """The cost of a verification is that of the entries of each block, and of those outside the blocks."""
+    store = MongoStore(database, KEYS)
+    await make_indexes(database, audit.INDEXES)
+    for number in range(40):
+        await store.audit.add([entry(2 * number), entry(2 * number + 1)])
+        await store.audit.seal()
+    await database.command("profile", 2)
+    assert (await store.audit.verify()).findings == []
+    await database.command("profile", 0)
+    read = [each async for each in database["system.profile"].find({"ns": f"{database.name}.audit"})]
+    assert len(read) == 41
+    assert all(each["docsExamined"] <= 4 and each["keysExamined"] <= 10 for each in read), [
+        (each["docsExamined"], each["keysExamined"], each.get("planSummary")) for each in read
+    ]
 
 
 @pytest.mark.proves("A26")
