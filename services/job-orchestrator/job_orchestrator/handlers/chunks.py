@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -40,7 +40,13 @@ class ChunkChanger:
         self._dispatch = dispatch
 
     async def change(
-        self, ids: Collection[str], decide: Callable[[Chunk], Chunk], now: datetime, *, charge: bool = True
+        self,
+        ids: Collection[str],
+        decide: Callable[[Chunk], Chunk],
+        now: datetime,
+        *,
+        charge: bool = True,
+        prepare: Callable[[Iterable[Changed]], Awaitable[None]] | None = None,
     ) -> list[Changed]:
         """Apply `decide` to each chunk and store the changes; `decide` runs again for a chunk that lost a race.
 
@@ -49,6 +55,7 @@ class ChunkChanger:
             decide: returns the new version of a chunk.
             now: platform time.
             charge: whether users are charged for attempts that end; not for those of lost workers.
+            prepare: called with the changes before they are saved.
 
         Raises:
             DependencyError: the database is unavailable.
@@ -61,6 +68,8 @@ class ChunkChanger:
                     await self._charge(done, now)
                 return done
             changes = [Changed(chunk, decide(chunk)) for chunk in (await self._chunks.get(left)).values()]
+            if prepare:
+                await prepare(changes)
             left = await self._chunks.save([each.after for each in changes if each.after != each.before])
             stored = [each for each in changes if each.before.id not in left]
             for each in stored:

@@ -96,7 +96,7 @@ class Progress(PartitionListener):
                     chunk = self._not_held(chunk, report, effects[chunk.id], now)
             return chunk
 
-        changed = await self._changer.change(by_chunk, decide, now)
+        changed = await self._changer.change(by_chunk, decide, now, prepare=self._reconciler.reopen)
         self._renew(changed, effects)
         for id_ in by_chunk.keys() - effects.keys():
             effects[id_] = _Effects(

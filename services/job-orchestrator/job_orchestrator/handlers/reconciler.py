@@ -175,15 +175,29 @@ class Reconciler:
             DependencyError: the next sweep over all unfinished jobs does the rest.
         """
         changes = list(changes)
+        await self.reopen(changes)
+        moved = {each.after.job_id for each in changes if self._matters(each) or _is_late(each)}
+        await self.reconcile(moved, {each.after.id: each.after for each in changes})
+        self._reporter.note(each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes)
+
+    async def reopen(self, changes: Iterable[Changed]) -> None:
+        """Count the jobs of cancelled chunks whose maps change again, from their first chunks.
+
+        Call it also before the changes are saved: if the process dies in between, the sweep finds the jobs unsettled.
+
+        Raises:
+            DependencyError: the database is unavailable, or another replica changed a job meanwhile.
+        """
         late: dict[int, int] = {}
         for each in changes:
-            if each.before.state is ChunkState.CANCELLED:
+            if _is_late(each):
                 late[each.after.job_id] = min(each.after.index, late.get(each.after.job_id, each.after.index))
-        if late:
-            await self._recount(late)
-        moved = {each.after.job_id for each in changes if self._matters(each)}
-        await self.reconcile(moved | late.keys(), {each.after.id: each.after for each in changes})
-        self._reporter.note(each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes)
+        if not late:
+            return
+        jobs = await self._jobs.get(late)
+        again = [replace(job, totals=EMPTY, settled=False) for job in jobs.values() if job.totals.done > late[job.id]]
+        if await self._jobs.save(again):
+            raise DependencyError("a job was changed by another replica while its totals were reset")
 
     async def give_up(self, job_id: int, error: str) -> None:
         """Fail a job that no worker can execute, unless it has ended meanwhile, and cancel its chunks.
@@ -372,13 +386,6 @@ class Reconciler:
         turns = await asyncio.gather(*(self._dispatch.first_turn(user) for user in users))
         return dict(zip(users, turns, strict=True))
 
-    async def _recount(self, late: Mapping[int, int]) -> None:
-        """Count the chunks of these jobs again from the first, because a cancelled chunk has another map."""
-        jobs = await self._jobs.get(late)
-        again = [replace(job, totals=EMPTY, settled=False) for job in jobs.values() if job.totals.done > late[job.id]]
-        if await self._jobs.save(again):
-            raise DependencyError("a job was changed by another replica while its totals were reset")
-
     def _remember(self, job_id: int) -> None:
         self._started[job_id] = None
         if len(self._started) > _STARTED:
@@ -397,6 +404,11 @@ class Reconciler:
                 PROBES.labels(outcome).inc(probes)
         await self._outbox.publish([step.after for step in saved])
         return losers
+
+
+def _is_late(changed: Changed) -> bool:
+    """Return whether a cancelled chunk, which may be counted already, gets another map."""
+    return changed.before.state is ChunkState.CANCELLED and changed.after.outcomes != changed.before.outcomes
 
 
 def _ended(job: ScanJob) -> str:

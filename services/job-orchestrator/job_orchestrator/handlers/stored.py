@@ -44,7 +44,7 @@ class Stored:
                     chunk = incomplete(chunk, verdict.attempt, verdict.addresses, now)
             return chunk
 
-        changed = await self._changer.change(by_chunk, decide, now)
+        changed = await self._changer.change(by_chunk, decide, now, prepare=self._reconciler.reopen)
         unknown = by_chunk.keys() - {each.after.id for each in changed}
         UNKNOWN_CHUNKS.inc(sum(len(by_chunk[id_]) for id_ in unknown))
         if any(each.moved and (each.before.state in HELD or each.after.state is ChunkState.QUEUED) for each in changed):

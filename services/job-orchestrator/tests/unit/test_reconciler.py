@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
+
+import pytest
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
@@ -13,8 +15,9 @@ from job_orchestrator_testing import MemoryStore, World, scan_policy
 from job_orchestrator_testing.repository.chunks import MemoryChunks
 from job_orchestrator_testing.repository.data import Data
 from job_orchestrator_testing.repository.jobs import MemoryJobs
-from scanfleet.contracts.messages import Message, StopChunk
+from scanfleet.contracts.messages import Message, ScanChunk, StopChunk
 from scanfleet.contracts.messages.topics import Topic
+from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
 
 LARGE = 12  # jobs of the user who submits or cancels many
@@ -138,6 +141,90 @@ async def test_cancel_of_many_jobs_stops_their_scans_before_queued_chunks_are_ca
         await world.settle()
         assert [saved <= 2 for saved in world.publisher.stops] == [True, True]
         assert world.chunks.saved == LARGE * plan.WINDOW
+
+
+class ReadingChunks(MemoryChunks):
+    """Counts the chunks that are read, and fails a save once it is broken.
+
+    Attributes:
+        read: number of chunks.
+        broken: whether the next save fails.
+    """
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.read = 0
+        self.broken = False
+
+    async def of_job(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
+        async for each in super().of_job(job_id, first, end):
+            self.read += 1
+            yield each
+
+    async def save(self, chunks: Sequence[Chunk]) -> set[str]:
+        losers = await super().save(chunks)
+        if self.broken:
+            self.broken = False
+            raise DependencyError("the process dies after the save")
+        return losers
+
+
+async def cancelled() -> tuple[World, ReadingChunks, list[ScanChunk]]:
+    """A world with a cancelled job of 256 chunks, two of which were being scanned."""
+    store = MemoryStore()
+    store.chunks = chunks = ReadingChunks(store.data)
+    world = World(store)
+    world.worker.slots = 2
+    world.worker.hold = True
+    await world.start()
+    await world.worker.announce()
+    await world.submit("127.9.0.0/16", policy=scan_policy(ports="1-60000"))
+    await world.settle()
+    for task in world.worker.tasks:
+        await world.worker.claim(task)
+    await world.settle()
+    await world.cancel(1)
+    await world.settle()
+    chunks.read = 0
+    return world, chunks, world.worker.tasks
+
+
+async def test_late_reports_without_news_read_no_chunk_and_leave_the_job_settled() -> None:
+    """Reports of a cancelled job's workers whose maps are as stored, and repeated ones, do not count the job again."""
+    world, chunks, tasks = await cancelled()
+    for _ in range(2):
+        for task in tasks:
+            await world.worker.release(task)
+            await world.worker.progress(task, task.outcomes)
+            await world.deliver()
+            assert (await world.store.jobs.get([1]))[1].settled
+    assert chunks.read == 0
+
+
+async def test_late_report_with_news_counts_the_job_again_once() -> None:
+    """A changed map of a cancelled chunk reads each chunk of the job once; the repeated report reads none."""
+    world, chunks, tasks = await cancelled()
+    news = "a" + tasks[0].outcomes[1:]
+    for expected in (plan.WINDOW, 0):
+        chunks.read = 0
+        await world.worker.release(tasks[0], news)
+        await world.settle()
+        job = (await world.store.jobs.get([1]))[1]
+        assert (job.settled, job.totals.addresses) == (True, {"answered": 1})
+        assert chunks.read <= expected + 1
+
+
+async def test_late_report_counts_although_the_replica_dies_after_the_save() -> None:
+    """If a replica dies between the save of a late map and the count, the sweep counts the job again."""
+    world, chunks, tasks = await cancelled()
+    chunks.broken = True
+    await world.worker.release(tasks[0], "a" + tasks[0].outcomes[1:])
+    with pytest.raises(DependencyError):
+        await world.deliver()
+    await world.restart()
+    await world.wait(2)
+    job = (await world.store.jobs.get([1]))[1]
+    assert (job.settled, job.totals.addresses) == (True, {"answered": 1})
 
 
 def _held(chunk: Chunk) -> Chunk:
