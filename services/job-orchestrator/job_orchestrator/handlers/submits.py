@@ -81,8 +81,10 @@ class Submits:
             elif refusal:
                 commands.append(_refused(submit, _over_quota(refusal)))
             else:
-                jobs = [_numbered(job, next(ids), turns[job.user_id], left) for job in each]
-                left -= sum(job.made for job in jobs)
+                jobs: list[ScanJob] = []
+                for job in each:
+                    jobs.append(_numbered(job, next(ids), turns[job.user_id], left))
+                    left -= jobs[-1].made
                 commands.append(_accepted(submit, jobs))
         return commands
 
