@@ -79,6 +79,7 @@ async def deployed(kafka: str, nmap: str) -> AsyncIterator[Deployed]:
         "SCANFLEET_TOPIC_PREFIX": prefix,
         "SCANFLEET_INSTANCE": "scanner-worker-1",
         "SCANFLEET_ALLOWED_NETWORKS": "127.0.0.0/8",
+        "SCANFLEET_EGRESS_ADDRESS": "192.0.2.1",
         "SCANFLEET_SLOTS": "3",
         "SCANFLEET_NMAP": nmap,
         "SCANFLEET_STOP_GRACE_SECONDS": "6",
@@ -100,13 +101,21 @@ async def deployed(kafka: str, nmap: str) -> AsyncIterator[Deployed]:
 
 
 async def test_service_scans_a_chunk_over_kafka(deployed: Deployed, make_chunk: MakeChunk) -> None:
-    """The process is healthy, ready and exports metrics; it scans a chunk, and reports to results before progress."""
+    """The process is healthy, ready and exports metrics; it scans a chunk, and reports to results before progress, with how nmap ran."""
     assert (await deployed.process.probe("/healthz")).status_code == 200
     assert (await deployed.process.probe("/readyz")).status_code == 200
     await deployed.send(make_chunk())
     await until(lambda: deployed.messages(ChunkScanned), 60)
     await until(lambda: len(deployed.results.messages) == 5)
     assert [type(message).__name__ for message in deployed.results.messages] == [*["HostScanned"] * 4, "ChunkScanned"]
+    reported = deployed.results.messages[-1]
+    assert isinstance(reported, ChunkScanned)
+    run = reported.run
+    assert run is not None
+    assert (run.nmap, run.arguments, run.source) == (reported.nmap, reported.arguments, "127.0.0.1")
+    assert run.egress == "192.0.2.1"
+    assert run.rules
+    assert run.began
     assert 'scanfleet_worker_addresses_total{outcome="answered"} 4.0' in (await deployed.process.probe("/metrics")).text
 
 
