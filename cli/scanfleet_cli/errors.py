@@ -170,4 +170,4 @@ def hint_of_refusal(message: str) -> str:
     if _TARGET_RULE.search(message):
         return "ask the operator who sets SCANFLEET_ALLOWED_NETWORKS"
     missing = _NOT_FOUND.search(message)
-    return f"scanfleet {missing[1].lower()} list" if missing else ""
+    return f"it does not exist, or is not yours: scanfleet {missing[1].lower()} list" if missing else ""

@@ -109,7 +109,7 @@ def to_the_end(
 
 def _gave_up(late: Followed, limit: float) -> CommandError:
     status = late.task.status if late.task else None
-    state = f"still {status.status} ({status.progress} %)" if status else "has no known state"
+    state = f"still {status.status} ({status.progress} %)" if status else "has sent no state yet"
     return CommandError(
         f"job {late.job_id} {state}, gave up waiting after {_given(limit)}",
         Exit.TIMED_OUT,

@@ -93,7 +93,7 @@ def subnet_or_network(session: Session, text: str) -> rest.Subnet | str:
         return subnet_named(session, text)
     network = canonical(text)
     found = [each for each in subnets(session) if text == each.name or network == each.cidr]
-    if not found and _is_network(network):
+    if not found and is_network(network):
         return network
     return _only(found, text, "subnet")
 
@@ -160,9 +160,10 @@ def scope(cidr: str, exclude: Iterable[str]) -> Scope:
     return str(network), frozenset(map(str, coverage.merged(within)))
 
 
-def _is_network(text: str) -> bool:
+def is_network(text: str, *, strict: bool = True) -> bool:
+    """Return whether the text is a CIDR or an address; unless `strict`, host bits may be set."""
     try:
-        ip_network(text)
+        ip_network(text, strict=strict)
     except ValueError:
         return False
     return True

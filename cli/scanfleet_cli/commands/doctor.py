@@ -82,7 +82,7 @@ def _answers(session: Session) -> Iterator[Finding]:
     if isinstance(reply, Reply) and not isinstance(info, Reply):  # an older gateway
         yield _clock(reply)
     ends = _ends(token)
-    detail = f"from {session.token_source}{ends}"
+    detail = f"{ends}from {session.token_source}"
     yield Finding(
         "token", ok=isinstance(reply, Reply), detail=detail if isinstance(reply, Reply) else f"{detail}: {reply}"
     )
@@ -124,4 +124,4 @@ def _ends(token: str) -> str:
     if (ends := expiry(token)) is None:
         return ""
     seconds = ends - time.time()
-    return f", expires in {duration(seconds)}" if seconds > 0 else f", expired {duration(-seconds)} ago"
+    return f"expires in {duration(seconds)}, " if seconds > 0 else f"expired {duration(-seconds)} ago, "

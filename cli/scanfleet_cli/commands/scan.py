@@ -204,6 +204,11 @@ def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str 
         raise CommandError("no targets", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")
     named: set[resolve.Scope] = set()
     for each in wanted:
+        if not resolve.is_network(each.cidr, strict=False):
+            raise CommandError(
+                f"target {printable(each.cidr)} is not a network or an address",
+                hint="to scan a subnet by its name: scanfleet job submit --subnet NAME --policy NAME --watch",
+            )
         target = Wanted(resolve.canonical(each.cidr), each.name or name, (*each.exclude, *exclude))
         if target.scope in named:
             raise CommandError(f"target {printable(each.cidr)} is given twice")

@@ -552,7 +552,9 @@ def test_delete_of_missing_jobs_names_each(run: Any) -> None:
     """Each error names its job, and has a hint and the request id."""
     ended = run("job", "delete", "1", "2", "--yes")
     assert ended.code == 5
-    each = "scanfleet: job {}: Job not found\n  scanfleet job list\n  request c0ffee\n"
+    each = (
+        "scanfleet: job {}: Job not found\n  it does not exist, or is not yours: scanfleet job list\n  request c0ffee\n"
+    )
     assert ended.err == each.format(1) + each.format(2)
 
 

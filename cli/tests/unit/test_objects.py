@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_network
@@ -529,6 +531,14 @@ def test_doctor_with_a_failed_check_exits_1(api: FakeApi, run: Any) -> None:
     assert "connection refused" in ended.out
 
 
+def test_doctor_on_a_narrow_terminal_shows_the_end_of_the_token(run: Any) -> None:
+    """What a narrow table cuts is the source of the token, which whoami prints."""
+    claims = base64.urlsafe_b64encode(json.dumps({"exp": time.time() + 3_600}).encode()).decode().rstrip("=")
+    environment = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": f"x.{claims}.x"}
+    lines = run("doctor", width=60, environment=environment).out.splitlines()
+    assert "expires in 59:59" in lines[-1] or "expires in 1:00:00" in lines[-1]
+
+
 def test_doctor_checks_the_clock_if_the_token_is_refused(api: FakeApi, run: Any) -> None:
     """A wrong clock is a common cause of a refused token, so the check does not depend on the token."""
     date = {"Date": "Sat, 14 Mar 2026 09:00:00 GMT"}
@@ -683,4 +693,4 @@ def test_job_submit_with_an_unknown_policy_has_the_list_as_hint(run: Any) -> Non
     run("subnet", "create", "lab", "127.9.8.0/24")
     ended = run("job", "submit", "--subnet", "lab", "--policy", "99")
     assert ended.code == 5
-    assert "Policy not found\n  scanfleet policy list" in ended.err
+    assert "Policy not found\n  it does not exist, or is not yours: scanfleet policy list" in ended.err

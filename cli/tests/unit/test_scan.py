@@ -175,6 +175,16 @@ def test_wrong_usage_exits_2_and_creates_nothing(api: FakeApi, run: Any) -> None
     assert not api.subnets
 
 
+def test_name_of_a_subnet_as_target_exits_2_and_creates_nothing(api: FakeApi, run: Any) -> None:
+    """A target that is not a network is refused before anything is created, with the command that takes names."""
+    ended = run("scan", "127.9.8.0/24", "lab")
+    assert ended.code == 2
+    assert (
+        "target lab is not a network or an address\n  to scan a subnet by its name: scanfleet job submit" in ended.err
+    )
+    assert (api.subnets, api.policies, api.jobs) == ({}, {}, {})
+
+
 def test_duplicate_target_exits_2_and_creates_nothing(api: FakeApi, run: Any) -> None:
     """Two targets with the same network and the same effective exclusions are one, however they are written."""
     same = ("--exclude", "127.9.8.0/26", "--exclude", "127.9.8.64/26")
