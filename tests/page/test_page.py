@@ -377,13 +377,18 @@ def test_page_every_page_is_accessible_and_fits(
                 page.goto(f"{stack.url}/app/jobs/{running}")
                 expect(page.get_by_role("heading", name=re.compile("running"))).to_be_visible()
                 page.evaluate(AXE.read_text(encoding="utf-8"))
+                page.screenshot(path=SCREENSHOTS / f"running-{theme}.png")
                 found += [f"running job: {each}" for each in page.evaluate(CHECK, RULES[theme])]
                 page.keyboard.press("x")
                 expect(page.get_by_role("dialog")).to_be_visible()
+                page.screenshot(path=SCREENSHOTS / f"dialog-{theme}.png")
                 found += [f"dialog: {each}" for each in page.evaluate(CHECK, RULES[theme])]
                 page.keyboard.press("Tab")
                 page.keyboard.press("Enter")
                 expect(page.get_by_role("heading", name=re.compile("cancelled"))).to_be_visible()
+                page.goto(f"{stack.url}/app/jobs/{running}/not-probed")
+                expect(page.get_by_role("row", name="cancelled").first).to_be_visible()
+                page.screenshot(path=SCREENSHOTS / f"cancelled-{theme}.png")
     assert found == []
 
 
@@ -636,6 +641,20 @@ def test_page_tab_has_the_number_of_results(page: Page, stack: Stack, finished: 
     page.route("**/results?after=0&limit=1000&fields=id", lambda route: route.fulfill(body='{"id":1}\n' * ids))
     page.goto(f"{stack.url}/app/jobs/{finished}")
     expect(page.get_by_role("link", name=f"Results {shown}", exact=True)).to_be_visible()
+
+
+def test_page_cancelled_and_lost_probes_are_not_accounted_for(
+    page: Page, stack: Stack, user: Client, finished: int
+) -> None:
+    """Only probes with an outcome of their own are counted as accounted for, and a cancelled address has a reason."""
+    ledger = user.ledger(finished)
+    counts = ledger["counts"] | {"answered": ledger["counts"]["answered"] - 76, "cancelled": 71, "lost": 5}
+    entry = {"address": f"{NET}.9", "ports": "8080", "outcome": "cancelled", "reason": ""}
+    ledger |= {"accounted": False, "counts": counts, "not_probed": {"addresses": [entry], "total": 1}}
+    page.route("**/ledger?*", lambda route: route.fulfill(json=ledger))
+    page.goto(f"{stack.url}/app/jobs/{finished}/not-probed")
+    expect(page.get_by_text("18,100 of 18,176 probes accounted for")).to_be_visible()
+    expect(page.get_by_role("row", name=f"{NET}.9")).to_contain_text("the job was cancelled")
 
 
 def test_page_busy_job_shows_a_slow_ledger(page: Page, stack: Stack, user: Client, finished: int) -> None:

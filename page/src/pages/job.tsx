@@ -98,7 +98,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
       <p class="line">
         {counts && ledger.data && (
           <span>
-            {count(ledger.data.request.probes - counts.waiting)} of {plural(ledger.data.request.probes, "probe")} accounted for
+            {count(ledger.data.request.probes - counts.waiting - counts.refused - counts.cancelled - counts.lost)} of {plural(ledger.data.request.probes, "probe")} accounted for
             {ledger.data.eta_seconds !== null && !isFinal(status.status) && ` · about ${duration(ledger.data.eta_seconds)} left`}
           </span>
         )}
@@ -339,7 +339,7 @@ function NotProbed({ id, settled, final }: { id: string; settled: number; final:
                     <code>{each.network}</code>
                   </td>
                   <td>{each.outcome.replace("_", " ")}</td>
-                  <td>{visible(each.reason)}</td>
+                  <td>{each.reason ? visible(each.reason) : each.outcome === "cancelled" && "the job was cancelled"}</td>
                   <td data-label="Ports">
                     <code class="long">{each.ports}</code>
                   </td>
