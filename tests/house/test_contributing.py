@@ -139,4 +139,4 @@ def test_hosted_ci_runs_verbs_only() -> None:
     """Every command of the hosted workflow is the CI script or a verb of the Makefile."""
     runs = re.findall(r"- run: (.+)$", text_of(".github/workflows/ci.yml"), re.MULTILINE)
     assert ".ci/run" in runs
-    assert {run.removeprefix("make ") for run in runs if run != ".ci/run"} <= VERBS
+    assert {run.removeprefix("make ").split()[0] for run in runs if run != ".ci/run"} <= VERBS
