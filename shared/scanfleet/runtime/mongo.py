@@ -128,19 +128,6 @@ async def insert_missing(collection: Collection, documents: Sequence[Document]) 
 
 
 @dependency_errors()
-async def count(collection: Collection, wanted: Document) -> int:
-    """Return the number of matching documents.
-
-    If they are one range of an index, the server only compares its keys: a tenth of the cost of `count_documents`, which
-    aggregates.
-    """
-    level = collection.read_concern.document
-    found = await collection.database.command("count", collection.name, query=wanted, readConcern=level)
-    number: int = found["n"]
-    return number
-
-
-@dependency_errors()
 async def make_indexes(database: Database, indexes: Mapping[str, Sequence[IndexModel]]) -> None:
     """Create these indexes, given by collection.
 

@@ -16,7 +16,7 @@ from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT, save
 from scanfleet.contracts.messages import Job, JobStatus
-from scanfleet.runtime.mongo import Database, Document, Ids, count, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
 
 _ID_BLOCK: Final = 100  # a write per hundred jobs; a restarted replica leaves as many ids unused at most
 
@@ -113,7 +113,7 @@ class MongoJobs:
         newest = self._jobs.find(wanted, documents.VIEW_FIELDS)
         page = newest.sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
         jobs = await documents.read_all(documents.read_view, page, "jobs")
-        return jobs, await count(self._jobs, wanted)
+        return jobs, await self._jobs.count_documents(wanted)
 
     @dependency_errors()
     async def latest(
