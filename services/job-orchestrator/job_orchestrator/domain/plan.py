@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import accumulate
+from operator import itemgetter
 from typing import Final
 
 from job_orchestrator.domain.chunk import Chunk
@@ -18,7 +19,7 @@ from job_orchestrator.domain.job import Plan, ScanJob
 from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome
 from scanfleet.scanning.policy import FLOOR_OF_ADDRESS, GROUP_HOSTS, ScanPolicy
 from scanfleet.scanning.ports import PortSet
-from scanfleet.scanning.targets import Target, parse_network
+from scanfleet.scanning.targets import Target
 
 MAX_PORTS: Final = 8_192  # per chunk: all of them open on one host still fit in one message
 WINDOW: Final = 256  # maximum number of open chunks per job: enough for every slot of a large fleet
@@ -143,9 +144,10 @@ def made_up_to(job: ScanJob, open_: int, lowest: int | None) -> int:
 
 def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
     """Yield the job's chunks from index `first` up to `end`, with their fixed ids."""
-    slices = _slices(job.cidr, job.exclude, job.plan.chunk_addresses)
+    target = _target(job.cidr, job.exclude)
+    slices = _Slices(target, job.plan.chunk_addresses)
     all_ports = job.policy.port_set
-    first_address = parse_network(job.cidr).network_address
+    first_address = target.network.network_address
     for index in range(first, end):
         if job.plan.blockwise:
             block, slice_ = divmod(index, len(slices))
@@ -202,7 +204,7 @@ def chunk_id(job: ScanJob, index: int) -> str:
 def needs_raw(job: ScanJob, lowest: int | None) -> bool:
     """Return whether all chunks from index `lowest` on need raw packets: TCP ports come before UDP ports."""
     first = min(job.made if lowest is None else lowest, job.plan.chunk_count - 1)
-    return next(chunks(job, first, first + 1)).needs_raw
+    return job.policy.needs_raw_for(job.policy.port_set.block(block_of(job, first), job.plan.chunk_ports))
 
 
 def expected(job: ScanJob, ports: PortSet, addresses: int) -> float:
@@ -274,9 +276,48 @@ def _slice_size(policy: ScanPolicy, ports: PortSet, target: Target) -> int:
     return size
 
 
-@lru_cache(maxsize=64)  # jobs whose chunks are being created: the slices of a /16 take 100 kB
+@lru_cache(maxsize=256)  # jobs whose chunks are being created: a thousand excluded networks take 200 kB
+def _target(cidr: str, exclude: tuple[str, ...]) -> Target:
+    return Target.parse(cidr, exclude)
+
+
+class _Slices:
+    """The runs that `_cut` yields, by their number, each without going through the addresses of the others."""
+
+    def __init__(self, target: Target, size: int) -> None:
+        first = int(target.network.network_address)
+        self._size = size
+        self._addresses = target.network.num_addresses
+        self._holes = [
+            (start := int(inner.network_address) - first, start + inner.num_addresses) for inner in target.exclude
+        ]
+        self._skips: list[int] = []
+        """The numbers of the slices before which some are completely excluded, which have no number."""
+        self._skipped = [0]
+        for start, end in self._holes:
+            if end - start >= size:
+                self._skips.append(start // size - self._skipped[-1])
+                self._skipped.append(self._skipped[-1] + (end - start) // size)
+
+    def __len__(self) -> int:
+        return -(-self._addresses // self._size) - self._skipped[-1]
+
+    def __getitem__(self, number: int) -> tuple[int, str]:
+        """Return the offset and outcome map."""
+        offset = (number + self._skipped[bisect_right(self._skips, number)]) * self._size
+        after = min(self._addresses, offset + self._size)
+        letters = bytearray(Outcome.BLANK.encode() * (after - offset))
+        hole = bisect_right(self._holes, offset, key=itemgetter(1))
+        while hole < len(self._holes) and self._holes[hole][0] < after:
+            low, high = max(self._holes[hole][0], offset), min(self._holes[hole][1], after)
+            letters[low - offset : high - offset] = Outcome.EXCLUDED.encode() * (high - low)
+            hole += 1
+        return offset, letters.decode()
+
+
+@lru_cache(maxsize=64)  # jobs whose maps and ledgers are read: the slices of a /16 take 100 kB
 def _slices(cidr: str, exclude: tuple[str, ...], size: int) -> tuple[tuple[int, str], ...]:
-    return tuple(_cut(Target.parse(cidr, exclude), size))
+    return tuple(_cut(_target(cidr, exclude), size))
 
 
 @lru_cache(maxsize=64)
