@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -63,22 +63,31 @@ class Reporter:
         due = self._further - self._next_progress.keys()
         if not due:
             return
-        unpublished: set[int] = set()
+        self._further -= due  # before the first query: jobs that are noted meanwhile are for the next call
+        left = due
+        try:
+            left = await self._report(due, now)
+        finally:
+            self._further |= left
+
+    async def _report(self, due: Collection[int], now: float) -> set[int]:
+        """Publish the progress of these jobs; return those for which it has to be tried again."""
+        left: set[int] = set()
         seen: dict[int, tuple[ScanJob, JobProgressed]] = {}
         for each in (await self._jobs.get(due)).values():
             job = self._outbox.unsent(each)
             if job.status is not JobStatus.RUNNING:
                 continue
             if job.outbox:
-                unpublished.add(job.id)
+                left.add(job.id)
                 continue
             self._next_progress[job.id] = now + _PROGRESS_SECONDS
             with self._faults.isolated(job):
                 if news := await self._observe(job):
                     seen[job.id] = news
-        unpublished |= await self._jobs.save([job for job, _ in seen.values()])
-        self._further -= due - unpublished
-        await self._publish({id_: news for id_, news in seen.items() if id_ not in unpublished})
+        left |= await self._jobs.save([job for job, _ in seen.values()])
+        await self._publish({id_: news for id_, news in seen.items() if id_ not in left})
+        return left
 
     async def publish_waiting(self, jobs: Iterable[tuple[ScanJob, str]]) -> None:
         """Store and publish why these jobs, as just read, are waiting; "" for those that no longer are.

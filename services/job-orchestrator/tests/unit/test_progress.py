@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
+from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Effort, Totals
 from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
 from scanfleet.contracts.messages import (
@@ -402,6 +403,32 @@ async def test_progress_is_published_after_a_failed_attempt(task: ScanChunk, wor
     reporter._jobs = jobs
     await reporter.report()
     assert (await world.store.jobs.get([1]))[1].progress == 50
+
+
+async def test_progress_noted_during_a_report_is_reported_next(world: World, task: ScanChunk) -> None:
+    """Progress of a job that arrives while its progress is read is published by a later report."""
+    await claimed(world, task)
+    reporter, jobs = world.only.reporter, world.store.jobs
+
+    class Noting:
+        """Notes the job while its progress is saved."""
+
+        async def get(self, ids: set[int]) -> dict[int, ScanJob]:
+            return await jobs.get(ids)
+
+        async def save(self, saved: list[ScanJob]) -> set[int]:
+            await world.worker.progress(task, "aaa.")
+            await world.settle()
+            return await jobs.save(saved)
+
+    await world.worker.progress(task, "a...")
+    await world.settle()
+    reporter._jobs = Noting()  # type: ignore[assignment] # as much of a repository as the report needs
+    await reporter.report()
+    reporter._jobs = jobs
+    world.now += 2.0
+    await reporter.report()
+    assert (await jobs.get([1]))[1].progress == 75
 
 
 class Broken:
