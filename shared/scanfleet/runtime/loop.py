@@ -26,6 +26,7 @@ class Loop:
         least: minimum interval in seconds between two steps; wake-ups in between share the next one.
         vital: whether the service is unready while steps raise `DependencyError`. False for repairs, which can wait
             while the service keeps working.
+        grace: time in seconds for which `stop` waits for the current step before it cancels it.
     """
 
     def __init__(
@@ -36,22 +37,30 @@ class Loop:
         *,
         least: float = 0.0,
         vital: bool = True,
+        grace: float = 0.0,
     ) -> None:
         self._name = name
         self._seconds = seconds
         self._step = step
         self._least = least
         self._vital = vital
+        self._grace = grace
         self._woken = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._ready = True
+        self.stopping = False
+        """Whether `stop` was called: a long step should end early."""
 
     async def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name=self._name)
 
     async def stop(self) -> None:
-        """Cancel the current step; a later run completes what it left unfinished."""
+        """Cancel the current step, if it does not end in time; a later run completes what it left unfinished."""
+        self.stopping = True
         if self._task is not None:
+            if self._grace:
+                self.wake()
+                await asyncio.wait({self._task}, timeout=self._grace)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
@@ -68,7 +77,7 @@ class Loop:
 
     async def _run(self) -> None:
         try:
-            while True:
+            while not self.stopping:
                 await self._once()
         except Exception:
             _log.exception("loop_died", loop=self._name)

@@ -46,6 +46,9 @@ _LOOK_SECONDS: Final = 0.1  # maximum wait of an idle worker for a chunk that an
 _LEAST_SECONDS: Final = (
     0.025  # minimum interval of rounds: workers have prefetched work, and finished chunks are batched
 )
+_STOP_SECONDS: Final = (
+    3.0  # for a round that has stored its dispatches, to publish their tasks before the process stops
+)
 _NOTED_SECONDS: Final = 5.0  # interval at which a worker's announcements are stored
 _EXTRA: Final = 20  # approximate number of prefetched chunks for 2 seconds; more are picked in the next round
 _USERS: Final = 64  # maximum users per round, those with the lowest virtual time
@@ -129,7 +132,7 @@ class Dispatcher(PartitionListener):
         self._woken = False
         self._rest_due = float("-inf")
         self._ahead_due = float("-inf")
-        self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill, least=_LEAST_SECONDS)
+        self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill, least=_LEAST_SECONDS, grace=_STOP_SECONDS)
 
     def wake(self, *, made: Collection[int] = ()) -> None:
         """Run a round immediately: there may be a free slot, or new work of the users whose chunks were `made`."""
@@ -189,7 +192,7 @@ class Dispatcher(PartitionListener):
         if not (self._woken or self._idle):
             return
         self._woken = False
-        while await self._round():
+        while await self._round() and not self.loop.stopping:
             pass
 
     def _is_noted(self, credit: Credit, now: float) -> bool:
@@ -289,20 +292,21 @@ class Dispatcher(PartitionListener):
             if job is None or chunk is None:
                 self._skip(candidate, "unreadable document")
                 lost |= {candidate.job_id} if job is None else set()
-            elif job.final:
-                over.append(chunk.id)
-            elif refusal := self._grants.refusal(job):
-                refused[job.id] = refusal
-            elif self._grants.closed(job, now):
-                closed[job.user_id, job.granted_by] = job
-            elif chunk.state is ChunkState.QUEUED:
-                try:
+                continue
+            try:
+                if job.final:
+                    over.append(chunk.id)
+                elif refusal := self._grants.refusal(job):
+                    refused[job.id] = refusal
+                elif self._grants.closed(job, now):
+                    closed[job.user_id, job.granted_by] = job
+                elif chunk.state is ChunkState.QUEUED:
                     size = plan.attempt_size(job, chunk)
                     estimate = plan.expected(job, PortSet.parse(chunk.ports), size)
                     attempt = dispatch(chunk, worker.worker_id, now, size=size, share=share, estimate=estimate)
                     due[chunk.id] = attempt, self._task(attempt, job)
-                except Exception as error:  # noqa: BLE001 # an error of one job must not stop the others
-                    self._skip(candidate, repr(error))
+            except Exception as error:  # noqa: BLE001 # an error of one job must not stop the others
+                self._skip(candidate, repr(error))
         losers = await self._chunks.save([chunk for chunk, _ in due.values()])
         sent = [task for id_, (_, task) in due.items() if id_ not in losers]
         CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))

@@ -18,8 +18,9 @@ from job_orchestrator_testing import MemoryStore, Worker, World, chunk, scan_job
 from job_orchestrator_testing.repository import Data, MemoryDispatch
 from job_orchestrator_testing.world import listeners
 from scanfleet.clock import utc_now
-from scanfleet.contracts.messages import ChunkScanned, JobStatus, ScanChunk, WorkerReady
-from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS
+from scanfleet.contracts.messages import ChunkScanned, JobStatus, Message, ScanChunk, WorkerReady
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS, Topic
+from scanfleet.runtime.bus import Publisher
 from scanfleet.scanning.ports import PortSet
 from scanfleet_testing.chunk_grants import grants
 
@@ -562,3 +563,42 @@ async def test_rounds_keep_a_minimum_interval() -> None:
     finally:
         await dispatcher.loop.stop()
     assert noting.rounds[1] - noting.rounds[0] >= 0.025
+
+
+class SlowPublisher:
+    """Publishes tasks only once it is allowed to.
+
+    Attributes:
+        begun: set while it waits.
+        allowed: set by the test.
+    """
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self.begun = asyncio.Event()
+        self.allowed = asyncio.Event()
+
+    async def publish(self, topic: Topic[Message], messages: Iterable[Message]) -> None:
+        if topic is SCAN_TASKS:
+            self.begun.set()
+            await self.allowed.wait()
+        await self._publisher.publish(topic, messages)
+
+
+@pytest.mark.proves("G10")
+async def test_stop_publishes_the_tasks_of_stored_dispatches(world: World) -> None:
+    """A replica that is stopped between storing its dispatches and publishing them publishes them first."""
+    slow = SlowPublisher(world.bus)
+    world.replicas = [world.replica(publisher=slow)]
+    await world.start()
+    await queue(world, 7, 3)
+    await world.worker.announce()
+    await world.deliver()
+    loop = world.only.dispatcher.loop
+    await loop.start()
+    await slow.begun.wait()
+    stopping = asyncio.create_task(loop.stop())
+    await asyncio.sleep(0)
+    slow.allowed.set()
+    await stopping
+    assert len(tasks(world)) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -273,3 +274,20 @@ async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None
     )
     answer = await read_waiting(job_id=job_id, caller=Principal(7), state=state, record=None)  # type: ignore[arg-type] # the owner's reads are not recorded
     return answer.reasons[0], answer.next_possible_start
+
+
+@pytest.mark.proves("G17")
+async def test_job_with_a_damaged_network_is_skipped_and_others_are_dispatched() -> None:
+    """A stored network that is none ends neither the dispatch loop nor the jobs of others."""
+    world = World(MemoryStore(), grants=grants())
+    world.worker.hold = True
+    await world.start()
+    await world.submit("127.9.8.0/30")
+    await world.deliver()
+    await world.only.reconciler.work()
+    job = (await world.store.jobs.get([1]))[1]
+    await world.store.jobs.save([replace(job, cidr="damaged")])
+    await world.submit("127.9.9.0/30")
+    await world.worker.announce()
+    await world.settle()
+    assert [task.job_id for task in tasks(world)] == [2]
