@@ -464,22 +464,6 @@ def test_raw_packet_namespace_enables_syn_scans(user: Client, truth: set[tuple[s
         kubectl("delete", "namespace", RAW, "--ignore-not-found", "--timeout=5m")
 
 
-def test_tls_component_encrypts_requests_between_services(tmp_path: Path, truth: set[tuple[str, int]]) -> None:
-    """With the component and the documented certificates services use TLS, and refuse a caller without a certificate."""
-    (commands,) = re.findall(r"```shell\n(\S+ -m local\.credentials.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
-    run([commands.replace(" certificates\n", f" {tmp_path}/files\n").replace("=certificates/", f"={tmp_path}/files/")])
-    (tmp_path / "overlay").mkdir()
-    apply(variant(tmp_path / "overlay", "tls"))
-    rolled_out(*WORKLOADS)
-    with gateway() as user:
-        job_id = user.scan(SUBNET, **LONG | {"max_rate": None})
-        assert_as_found(user, job_id, truth)
-    for service in WITH_DATABASE:
-        ask = ("python", "-c", _ASK, service)
-        assert in_pod("api-gateway", *ask, "/tls/tls.crt", "/tls/tls.key") == "answered"
-        assert in_pod("api-gateway", *ask) == "closed"
-
-
 def test_keda_scales_workers_with_the_queue(tmp_path: Path, user: Client, truth: set[tuple[str, int]]) -> None:
     """KEDA scales workers from zero to several for a scan and back to zero, and the scan loses nothing."""
     if not kubectl("--namespace", "keda", "get", "deployment", "keda-operator", "--ignore-not-found"):
@@ -498,3 +482,19 @@ def test_keda_scales_workers_with_the_queue(tmp_path: Path, user: Client, truth:
     finally:
         kubectl("delete", "scaledobject", "--all")
         apply(K8S / "overlays/local")
+
+
+def test_tls_component_encrypts_requests_between_services(tmp_path: Path, truth: set[tuple[str, int]]) -> None:
+    """With the component and the documented certificates services use TLS, and refuse a caller without a certificate."""
+    (commands,) = re.findall(r"```shell\n(\S+ -m local\.credentials.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
+    run([commands.replace(" certificates\n", f" {tmp_path}/files\n").replace("=certificates/", f"={tmp_path}/files/")])
+    (tmp_path / "overlay").mkdir()
+    apply(variant(tmp_path / "overlay", "tls"))
+    rolled_out(*WORKLOADS)
+    with gateway() as user:
+        job_id = user.scan(SUBNET, **LONG | {"max_rate": None})
+        assert_as_found(user, job_id, truth)
+    for service in WITH_DATABASE:
+        ask = ("python", "-c", _ASK, service)
+        assert in_pod("api-gateway", *ask, "/tls/tls.crt", "/tls/tls.key") == "answered"
+        assert in_pod("api-gateway", *ask) == "closed"
