@@ -432,9 +432,9 @@ class Life(RuleBasedStateMachine):
             current = chunk.token in {Token.of(report) for report in reports}
             if current and chunk.state in HELD:
                 continue
-            free: dict[str, Any] = {"rev": 0}
-            if current and chunk.state is ChunkState.CANCELLED:  # it takes the map and the end of its attempt
-                free |= {"outcomes": "", "attempts": ()}
+            free: dict[str, Any] = {"rev": 0, "attempts": ()}  # the record of an attempt takes its end, however late
+            if current and chunk.state is ChunkState.CANCELLED:  # it takes the map of what was done before
+                free["outcomes"] = ""
             cancelled = replace(chunk, state=ChunkState.CANCELLED)  # because of its job
             assert replace(after, **free) in [replace(each, **free) for each in (chunk, cancelled)], "it counts"
         sent = self.world.bus.messages(SCAN_TASKS)[tasks:]
