@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from scanfleet.contracts import rest
-from scanfleet.contracts.messages import Job
+from scanfleet.contracts.messages import Job, JobStatus
 from scanfleet_cli import calls, resolve
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Column, Format, Output, Row, ago, column, duration
@@ -34,7 +34,7 @@ def columns(output: Output, *, users: bool) -> list[Column]:
         *([column("USER", "user_id")] if users else []),
         Column("STARTED", lambda row: ago(row["start_time"], output)),
         Column("TOOK", lambda row: took(row, output)),
-        column("MACHINES", "machines_found"),
+        column("MACHINES", "machines_found", wide=True),
         column("ERROR", "error", wide=True),
     ]
 
@@ -52,17 +52,19 @@ def _status(job: Row) -> str:
 
 
 class Details:
-    """Details that a list of jobs does not contain: progress, machines and errors, and with `-o wide` names."""
+    """Details that a list of jobs does not contain: progress of unfinished jobs, and with `-o wide` names, machines and errors."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        wide = session.output.format is Format.WIDE
-        self._names = {each.id: f"{each.cidr} {each.name}" for each in resolve.subnets(session)} if wide else {}
-        self._policy_names = {each.id: each.name for each in resolve.policies(session)} if wide else {}
+        self._every = session.output.format is Format.WIDE
+        self._names = {each.id: f"{each.cidr} {each.name}" for each in resolve.subnets(session)} if self._every else {}
+        self._policy_names = {each.id: each.name for each in resolve.policies(session)} if self._every else {}
 
     def read(self, job: Row) -> Row:
         """Read the details of a job."""
-        task = self._session.find(calls.read_task(job["id"]))
+        task = None
+        if self._every or not JobStatus(job["status"]).final:
+            task = self._session.find(calls.read_task(job["id"]))
         return self.of(job, task.status if task else None)
 
     def of(self, job: Row, status: rest.TaskProgress | None) -> Row:
