@@ -10,6 +10,7 @@ import { info } from "../store";
 const FAILURES: Record<string, string> = {
   refused: "The sign-in was not completed, or not in this browser. Try again.",
   unavailable: "The issuer, or a part of Scanfleet, is unavailable. Try again.",
+  limit: "Too many sign-ins from this address. Try again in a minute.",
   token: "The issuer has signed you in, but its token is not one that Scanfleet accepts: ask an operator of Scanfleet.",
   large: "The issuer's token is too large for a session: ask an operator of Scanfleet.",
 };

@@ -55,8 +55,8 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
     sign_ins_per_minute: int = Field(
         60,  # an office may share one address
         ge=1,
-        description="Maximum number of redemptions of a sign-in code at the issuer per source address and minute; further "
-        "ones return to the page, which asks to try again. Each replica counts separately.",
+        description="Maximum number of redemptions of a sign-in code at the issuer per IPv4 address or IPv6 /64 network and "
+        "minute; further ones return to the page, which asks to try again. Each replica counts separately.",
     )
     requests_at_once_per_user: int = Field(
         64,  # below `upstream_connections`, so that one user cannot use all of them

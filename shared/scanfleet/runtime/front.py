@@ -13,7 +13,6 @@ import json
 import resource
 import socket
 from collections.abc import Callable
-from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, Final
 
 import httptools
@@ -23,7 +22,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from scanfleet.runtime.proxies import Proxies
+from scanfleet.runtime.proxies import Proxies, client_network
 from scanfleet.runtime.settings import FrontSettings
 from scanfleet.runtime.tls import names
 from scanfleet.services import GATEWAY
@@ -39,7 +38,6 @@ OWN_DESCRIPTORS: Final = (
 )
 
 _SLICE: Final = 16_384  # passed to the parser at once, so that it buffers at most twice that of a header
-_IPV6_SITE: Final = 64  # smallest prefix of one subscriber: all of its addresses are one client
 
 _refused = Counter("scanfleet_front_refused", "Requests and connections refused before any route.", ["status"])
 
@@ -113,7 +111,7 @@ class Handshake:
     def __init__(self, accepted: socket.socket, host: str) -> None:
         self._socket = accepted
         self.host = host
-        self.address = _client(host)
+        self.address = client_network(host)
         """See `BoundedProtocol.address`."""
 
     def abort(self) -> None:
@@ -176,7 +174,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.transport = self._closing = _Transport(transport, self._close)
         self.host = self.client[0] if self.client else ""
-        self.address = _client(self.host)
+        self.address = client_network(self.host)
         if self.handshake is not None:
             self._front.release(self.handshake)
         if not _accepted(transport):
@@ -370,18 +368,6 @@ def _accepted(transport: asyncio.Transport) -> bool:
 def _cancel(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
-
-
-def _client(host: str) -> str:
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return host
-    if not isinstance(address, IPv6Address):
-        return host
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(IPv6Network((int(address), _IPV6_SITE), strict=False))
 
 
 def _with_descriptors(connections: int) -> int:

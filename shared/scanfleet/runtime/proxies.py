@@ -1,11 +1,14 @@
-"""The source address of a request behind trusted proxies."""
+"""The source address of a request behind trusted proxies, and the client that limits count it as."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import Final
 
 from scanfleet.scanning.targets import Network
+
+_IPV6_SITE: Final = 64  # smallest prefix of one subscriber: all of its addresses are one client
 
 
 class Proxies:
@@ -41,6 +44,22 @@ class Proxies:
                 break  # the proxy reported an invalid address, so that proxy is the last known hop
             source = str(address)
         return source
+
+
+def client_network(host: str) -> str:
+    """Return what limits per client count a source as: an IPv4 address, in either spelling, or an IPv6 /64 network.
+
+    Text that is not an address is returned as it is.
+    """
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host
+    if not isinstance(address, IPv6Address):
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(IPv6Network((int(address), _IPV6_SITE), strict=False))
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:

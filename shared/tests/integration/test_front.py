@@ -386,18 +386,3 @@ async def test_client_that_reads_nothing_is_cut_off() -> None:
         connection.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
         await until(lambda: served.connections == 1)
         await until(lambda: served.connections == 0)
-
-
-@pytest.mark.parametrize(
-    ("host", "client"),
-    [
-        ("192.0.2.7", "192.0.2.7"),
-        ("::ffff:192.0.2.7", "192.0.2.7"),
-        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
-        ("fe80::1%eth0", "fe80::/64"),
-        ("", ""),
-    ],
-)
-def test_client_is_an_address_or_a_site(host: str, client: str) -> None:
-    """Connections are counted by IPv4 address, in either spelling, and by the /64 network of an IPv6 address."""
-    assert front._client(host) == client

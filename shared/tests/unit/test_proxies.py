@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from scanfleet.runtime.proxies import Proxies
+from scanfleet.runtime.proxies import Proxies, client_network
 
 TRUSTED = Proxies([ip_network("10.0.0.0/8"), ip_network("2001:db8::/32")])
 FORGED = "198.51.100.9"
@@ -44,3 +44,18 @@ def test_source_is_the_last_address_that_is_no_trusted_proxy(peer: str, forwarde
 def test_source_without_trusted_proxies_is_the_peer() -> None:
     """Without a trusted proxy the header has no effect."""
     assert Proxies([]).source("127.0.0.1", [FORGED]) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("host", "client"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+    ],
+)
+def test_client_network_is_an_address_or_a_site(host: str, client: str) -> None:
+    """Clients are counted by IPv4 address, in either spelling, and by the /64 network of an IPv6 address."""
+    assert client_network(host) == client

@@ -132,8 +132,11 @@ class Admission:
     async def admit_sign_in(self, source: str) -> None:
         """Count a redemption of a sign-in code, which costs the issuer work before it is known who signs in.
 
+        Args:
+            source: an IPv4 address or an IPv6 /64 network, as `client_network` returns it.
+
         Raises:
-            TooManyRequestsError: the source address has exceeded the rate limit.
+            TooManyRequestsError: the source has exceeded the rate limit.
         """
         limit = self._rates["sign-ins"]
         if not await self._limiter.hit(limit, source):

@@ -29,7 +29,8 @@ from scanfleet.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from scanfleet.runtime.service import record_refusal
+from scanfleet.runtime.proxies import client_network
+from scanfleet.runtime.service import record_refusal, source
 from scanfleet.security.auth import Verifier
 
 LOGIN_COOKIE: Final = "__Host-login"
@@ -77,7 +78,7 @@ async def callback(request: Request, state: Handed) -> Response:
     except RefusedSignInError as error:
         answer = _refused(request, "refused", str(error), kept["next"])
     except TooManyRequestsError as error:
-        answer = _refused(request, "unavailable", error.message, kept["next"], rule=Rule.RATE)
+        answer = _refused(request, "limit", error.message, kept["next"], rule=Rule.RATE)
     except BadRequestError as error:  # no session can hold the token
         answer = _refused(request, "large", error.message, kept["next"])
     except UnauthorizedError as error:  # the issuer's access token is not one that this gateway accepts
@@ -109,13 +110,13 @@ async def _begin(request: Request, state: State, sign_in: SignIn, sessions: Sess
         RefusedSignInError: the issuer has refused the user or the code.
         UnauthorizedError: its access token is not valid here.
         BadRequestError: its access token is too large for a session.
-        TooManyRequestsError: the source address has exceeded the rate limit of sign-ins.
+        TooManyRequestsError: the client's network has exceeded the rate limit of sign-ins.
         DependencyError, UnavailableError: a dependency is unavailable.
     """
     query = request.query_params
     if "error" in query or "code" not in query:
         raise RefusedSignInError("the issuer has not signed the user in")
-    await cast(Admission, request.app.state.admission).admit_sign_in(request.client.host if request.client else "")
+    await cast(Admission, request.app.state.admission).admit_sign_in(client_network(source(request)))
     tokens = await sign_in.redeem(query["code"], kept["verifier"], kept["nonce"])
     caller = await cast(Verifier, request.app.state.verifier).verify(tokens.access)
     request.scope["caller"] = caller

@@ -231,16 +231,32 @@ async def test_sign_in_in_two_tabs_completes_the_later_one(both: tuple[Running, 
 
 
 @pytest.mark.proves("A31")
-async def test_sign_ins_beyond_the_limit_of_an_address_send_nothing_to_the_issuer(tmp_path: Path) -> None:
-    """One source address redeems a limited number of codes a minute, however many sign-ins it begins."""
-    async with running(tmp_path, sign_ins_per_minute=2) as (gateway, provider):
-        for _ in range(2):
+@pytest.mark.parametrize(
+    ("sources", "other"),
+    [
+        (["192.0.2.1", "192.0.2.1", "::ffff:192.0.2.1"], "192.0.2.2"),
+        (["2001:db8::1", "2001:db8::2", "2001:db8::a:b:c:d"], "2001:db8:0:1::1"),
+    ],
+    ids=["IPv4 address", "IPv6 network"],
+)
+async def test_sign_ins_beyond_the_limit_of_a_client_send_nothing_to_the_issuer(
+    tmp_path: Path, sources: list[str], other: str
+) -> None:
+    """One IPv4 address or IPv6 /64 network redeems a limited number of codes a minute, however many sign-ins it begins."""
+    trusted = ("127.0.0.1/32",)
+    async with running(tmp_path, sign_ins_per_minute=2, trusted_proxies=trusted) as (gateway, provider):
+        for source in sources[:2]:
+            gateway.client.headers["X-Forwarded-For"] = source
             location, kept = await login(gateway)
             failed(await come_back(gateway, provider.authorize(location).replace("code=", "code=x"), kept), "refused")
+        gateway.client.headers["X-Forwarded-For"] = sources[2]
         location, kept = await login(gateway)
-        failed(await come_back(gateway, provider.authorize(location), kept), "unavailable")
+        failed(await come_back(gateway, provider.authorize(location), kept), "limit")
         assert len(provider.asked) == 2
         assert (await audited(gateway))[-1].rule == "rate"
+        gateway.client.headers["X-Forwarded-For"] = other
+        location, kept = await login(gateway)
+        assert COOKIE in cookies(await come_back(gateway, provider.authorize(location), kept))
 
 
 @pytest.mark.proves("G15")
