@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -536,7 +537,7 @@ def test_doctor_on_a_narrow_terminal_shows_the_end_of_the_token(run: Any) -> Non
     claims = base64.urlsafe_b64encode(json.dumps({"exp": time.time() + 3_600}).encode()).decode().rstrip("=")
     environment = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": f"x.{claims}.x"}
     lines = run("doctor", width=60, environment=environment).out.splitlines()
-    assert "expires in 59:59" in lines[-1] or "expires in 1:00:00" in lines[-1]
+    assert re.search(r"expires in (59:\d\d|1:00:00)", lines[-1])
 
 
 def test_doctor_checks_the_clock_if_the_token_is_refused(api: FakeApi, run: Any) -> None:
