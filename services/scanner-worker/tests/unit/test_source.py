@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 
 from scanner_worker.scanner.process import Limits, Nmap
@@ -17,12 +15,6 @@ def test_source_of_packets_is_the_address_of_their_route(target: str, source: st
     assert NMAP.source(target) == source
 
 
-def test_source_without_a_route_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A target without a route has no source, and does not fail the report."""
-
-    class Unreachable(socket.socket):
-        def connect(self, address: object) -> None:
-            raise OSError(101, f"Network is unreachable: {address}")
-
-    monkeypatch.setattr("scanner_worker.scanner.process.socket.socket", Unreachable)
-    assert NMAP.source("192.0.2.1") is None
+def test_source_of_an_address_that_the_kernel_refuses_is_unknown() -> None:
+    """A target that no packet can be sent to, here a broadcast, has no source, and does not fail the report."""
+    assert NMAP.source("255.255.255.255") is None
