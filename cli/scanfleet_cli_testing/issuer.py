@@ -306,6 +306,8 @@ def served(issuer: Issuer) -> Iterator[None]:
     with ThreadingHTTPServer(("127.0.0.1", urlsplit(issuer.url).port or 0), Handler) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
-        yield
-        server.shutdown()
-        thread.join()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()

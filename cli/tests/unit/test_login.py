@@ -24,7 +24,7 @@ from scanfleet_cli.login import Callback
 from scanfleet_cli.session import World
 from scanfleet_cli.tokens import FileStore, Kept, KeyringStore, store_in
 from scanfleet_cli_testing import TOKEN, FakeApi
-from scanfleet_cli_testing.issuer import CLIENT_ID, URL, Issuer
+from scanfleet_cli_testing.issuer import CLIENT_ID, URL, Issuer, served
 
 GATEWAY = "http://scanfleet.test"
 ME = {"user_id": 7, "admin": False, "expires_at": "2026-03-14T21:00:00Z"}
@@ -247,3 +247,11 @@ def test_machine_without_a_keyring_has_a_file(use_keyring: Any, tmp_path: Path) 
     """Without a working keyring, tokens are stored in a file."""
     use_keyring(keyring.backends.fail.Keyring())  # type: ignore[no-untyped-call] # as above
     assert isinstance(store_in(tmp_path), FileStore)
+
+
+def test_served_issuer_stops_after_an_error(api: FakeApi) -> None:
+    """A test that fails does not leave the provider's server behind."""
+    before = threading.active_count()
+    with pytest.raises(RuntimeError), served(Issuer(api, "http://127.0.0.1:0")):
+        raise RuntimeError
+    assert threading.active_count() == before
