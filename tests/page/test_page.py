@@ -186,7 +186,7 @@ def tab_to(page: Page, target: Locator) -> None:
     raise AssertionError(f"{target} is not reached by Tab")
 
 
-def test_page_keyboard_alone_runs_the_whole_story(browser: Browser, stack: Stack) -> None:
+def test_page_keyboard_alone_scans_reads_and_cancels(browser: Browser, stack: Stack) -> None:
     """With only the keyboard a user signs in, starts a scan, reads each part of its job, and cancels it in a dialog."""
     with browser.new_context() as context, watched(context, stack.url) as page:
         page.goto(f"{stack.url}/app/")
