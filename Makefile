@@ -70,8 +70,8 @@ UNIT := --numprocesses 2 -m 'not integration and not e2e and not compose and not
 test-unit: setup ## Run the tests that need no servers: a few minutes
 	$(BIN)/pytest -q $(UNIT)
 
-test-long: setup ## Run the tests that take half a minute or more each: outages, a rolling upgrade, rate-limited networks
-	$(BIN)/pytest -q -m long --numprocesses 2 --dist loadscope --no-loadscope-reorder tests services/scanner-worker
+test-long: setup ## Run the tests that take half a minute or more each: outages, a rolling upgrade; one file: make test-long T=path
+	$(BIN)/pytest -q -m long --numprocesses 2 --dist loadscope --no-loadscope-reorder $(T)
 
 coverage: setup ## Run the tests that need no servers and print the lines that none of them executes
 	$(BIN)/pytest -q --cov --cov-report=term-missing:skip-covered $(UNIT)

@@ -87,7 +87,14 @@ def _value(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "array":
         return f"list of {_value(schema['items'])}"
     kind = schema.get("format", schema["type"])
-    words = {"string": "text", "ipv4network": "CIDR", "ipv6network": "CIDR", "uri": "URL", "password": "secret"}
+    words = {
+        "string": "text",
+        "ipv4network": "CIDR",
+        "ipv6network": "CIDR",
+        "uri": "URL",
+        "password": "secret",
+        "ipvanyaddress": "IP address",
+    }
     text = words.get(kind, kind)
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤"}
     return ", ".join([text, *(f"{sign} {schema[bound]}" for bound, sign in bounds.items() if bound in schema)])

@@ -43,7 +43,9 @@ CHUNK_TRANSITIONS: Final = Counter(
 )
 DELETIONS: Final = Counter("scanfleet_deletions_total", "Deletions of jobs that were accepted.", ["reason"])
 DELETED_JOBS: Final = Counter(
-    "scanfleet_deleted_jobs_total", "Deletions that are done: nothing is stored of the job but a receipt.", ["reason"]
+    "scanfleet_deleted_jobs_total",
+    "Deletions that are done: only a receipt and the attempts of the job are stored.",
+    ["reason"],
 )
 DELETED_CHUNKS: Final = Counter("scanfleet_deleted_chunks_total", "Chunks of deleted jobs that were deleted.")
 RETENTION_HALTED: Final = Gauge(

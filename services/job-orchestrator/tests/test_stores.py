@@ -549,6 +549,8 @@ async def test_retention_walk_returns_the_time_of_the_one_before(store: Store) -
     assert await store.retention.begin_walk(THEN) is None
     assert await store.retention.begin_walk(THEN + timedelta(days=1)) == THEN
     assert await store.retention.begin_walk(THEN) == THEN + timedelta(days=1)
+    await store.retention.resume()
+    assert await store.retention.begin_walk(THEN) is None
 
 
 async def test_retention_halted_stays_halted_until_it_is_resumed(store: Store) -> None:

@@ -51,5 +51,5 @@ router = APIRouter(prefix=rest.SUBNETS.path, tags=[rest.SUBNETS.name], route_cla
     },
 )
 async def import_subnets(request: Request, _caller: Caller, state: Handed) -> Response:
-    """Create a subnet for each line of a CSV file, or refuse the file. Existing equal subnets are not created again, so the request is idempotent."""
+    """Create or change a subnet for each line of a CSV file; a file with an invalid line is rejected as a whole. Existing equal subnets are not created again, so the request is idempotent."""
     return await state.orchestrator.forward(request)

@@ -184,7 +184,7 @@ class Deletions:
         if self._clock.monotonic() - self._expired < _EXPIRE_SECONDS or await self._is_halted():
             return
         shortest = await self._shortest()
-        if self._after is None and shortest is not None and await self._is_too_late(now, shortest):
+        if self._after is None and await self._is_too_late(now, shortest):
             return
         due, last = await self._due(now, shortest)
         ids = (await self._jobs.get([job.id for job in due])).keys()  # without those that cannot be read
@@ -216,13 +216,13 @@ class Deletions:
             self._expired = self._clock.monotonic()
         return jump is not None
 
-    async def _is_too_late(self, now: datetime, shortest: timedelta) -> bool:
+    async def _is_too_late(self, now: datetime, shortest: timedelta | None) -> bool:
         """Halt deletion by age if no replica has begun a walk within the shortest retention.
 
         The database's clock may have jumped while no orchestrator was running; jobs that ended just before would be deleted.
         """
         before = await self._retention.begin_walk(now)
-        if before is None or now - before <= shortest:
+        if before is None or shortest is None or now - before <= shortest:
             return False
         await self._retention.halt(now - before)
         return await self._is_halted()

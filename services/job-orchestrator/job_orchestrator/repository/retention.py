@@ -68,6 +68,7 @@ class MongoRetention:
 
     @dependency_errors()
     async def resume(self) -> bool:
+        await self._retention.delete_one(_WALK)  # recorded before the halt, so that the next walk would halt again
         return (await self._retention.delete_one(_HALTED)).deleted_count == 1
 
     @dependency_errors()

@@ -46,7 +46,7 @@ class MemoryRetention(MemoryRepository):
         return self._halted
 
     async def resume(self) -> bool:
-        halted, self._halted = self._halted, None
+        halted, self._halted, self._walk = self._halted, None, None
         return halted is not None
 
     async def of(self, subnet_ids: Collection[int]) -> dict[int, SubnetRetention]:

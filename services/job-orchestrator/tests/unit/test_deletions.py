@@ -431,6 +431,8 @@ async def test_jump_of_the_clock_while_no_orchestrator_runs_halts_retention() ->
     world._clock._began += timedelta(days=31)
     assert await left_after_walk(world, 1) == [1]
     assert (await world.store.retention.halted() or timedelta()) > timedelta(days=30)
+    world._clock._began += timedelta(days=31)
+    assert await left_after_walk(world, 1) == [1]
     await world.store.retention.resume()
     assert await left_after_walk(world, 1) == []
 

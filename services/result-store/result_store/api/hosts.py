@@ -48,6 +48,9 @@ class Selection:
     ports: frozenset[int] = frozenset()
     """Empty selects every host."""
 
+    ranges: tuple[Range, ...] = ()
+    """The same ports as ranges."""
+
     service: str | None = None
 
     def selects(self, host: HostScanned, silent: tuple[Range, ...]) -> bool:
@@ -55,7 +58,7 @@ class Selection:
             return True
         if any(self._selects(found) for found in host.ports):
             return True
-        return self.service is None and overlap(silent, disjoint((port, port) for port in self.ports))
+        return self.service is None and overlap(silent, self.ranges)
 
     def _selects(self, found: PortFound) -> bool:
         return (not self.ports or found.port in self.ports) and self.service in (None, found.service)
@@ -200,7 +203,8 @@ async def _selection(
     limit: Annotated[int | None, Query(ge=1, le=MAX_RESULTS)] = None,
     service: ServiceName = None,
 ) -> Selection:
-    return Selection(limit, ports_in(request), service)
+    ports = ports_in(request)
+    return Selection(limit, ports, disjoint((port, port) for port in ports), service)
 
 
 async def _after(after: AddressText = None) -> str | None:

@@ -20,7 +20,7 @@ from scanfleet.contracts.rest import Result
 from scanfleet.errors import MessageError
 from scanfleet.runtime.bus import Record
 from scanfleet.scanning.outcomes import Outcome, address_at, address_key, index_of
-from scanfleet.scanning.ports import PortSet, Range, parse_ranges, port_count, ranges_text
+from scanfleet.scanning.ports import PortSet, Range, overlap, parse_ranges, port_count, ranges_text
 
 Scanned = HostScanned | ChunkScanned
 
@@ -305,8 +305,9 @@ def _check_ports(host: HostScanned) -> None:
         silent = parse_ranges(host.open_filtered)
     except ValueError as error:
         raise MessageError(f"open_filtered of {host.address}: {error}") from error
-    known = {("udp", number) for first, last in silent for number in range(first, last + 1)}
+    listed: set[tuple[str, int]] = set()
     for found in host.ports:
-        if (found.protocol, found.port) in known:
+        port = (found.protocol, found.port)
+        if port in listed or (found.protocol == "udp" and overlap(silent, ((found.port, found.port),))):
             raise MessageError(f"{host.address} has the {found.protocol.upper()} port {found.port} twice")
-        known.add((found.protocol, found.port))
+        listed.add(port)
