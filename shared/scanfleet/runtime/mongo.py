@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pymongo
 import structlog
-from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection, AsyncIOMotorDatabase
+from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection, AsyncIOMotorCursor, AsyncIOMotorDatabase
 from pymongo import IndexModel, ReadPreference, ReturnDocument
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 
@@ -27,6 +27,7 @@ _log = structlog.stdlib.get_logger(__name__)
 Document = dict[str, Any]
 Database = AsyncIOMotorDatabase[Document]
 Collection = AsyncIOMotorCollection[Document]
+Cursor = AsyncIOMotorCursor[Document]
 
 # For one operation with all retries, including the search for a primary: an HTTP caller gets its 503 before its own
 # timeout, and a handler's batch is retried anyway.

@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import structlog
+from bson import MaxKey, MinKey
 from bson.codec_options import DatetimeConversion
 from pymongo import IndexModel
 
@@ -22,7 +23,7 @@ from job_orchestrator.repository import documents
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry
-from scanfleet.runtime.mongo import Collection, Database, Document, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Collection, Cursor, Database, Document, dependency_errors, insert_missing
 
 MAX_COUNTED: Final = 10_000  # matching entries: counting millions would take longer than the query's timeout
 MAX_BLOCK: Final = 1_000  # maximum entries per block, which then has 250 kB
@@ -39,6 +40,10 @@ _NUMBERS: Final = {"$type": ["int", "long"], "$gte": 1, "$lt": 2**53}
 
 _MAX_FORGED: Final = 100  # newest blocks among which a genuine one is searched
 
+BY_BLOCK: Final = [("block", 1), ("received_at", 1), ("_id", 1)]
+_Position = list[tuple[str, Any]]
+"""A position in this index."""
+
 INDEXES: Final = {
     "audit": [
         IndexModel([("received_at", -1), ("_id", -1)]),
@@ -48,7 +53,7 @@ INDEXES: Final = {
         IndexModel([("decision", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("rule", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("source", 1), ("received_at", -1), ("_id", -1)]),
-        IndexModel([("block", 1), ("received_at", 1), ("_id", 1)]),
+        IndexModel(BY_BLOCK),
         # Each entry has its own expiry, so that the retention setting may change.
         IndexModel([("forget_at", 1)], expireAfterSeconds=0),
     ],
@@ -83,6 +88,8 @@ class Verification:
     more: int = 0
 
     def add(self, finding: str) -> None:
+        if finding in self.findings:  # of an entry that is found in several ranges of the index
+            return
         if len(self.findings) < MAX_FINDINGS:
             self.findings.append(finding)
         else:
@@ -279,9 +286,12 @@ class MongoAudit:
         found = Verification()
         last = await self._blocks.find_one({"_id": _NUMBERS}, sort=[("_id", -1)])
         first = await self._blocks.find_one({"_id": _NUMBERS}, sort=[("_id", 1)])
-        # The index serves these bounds and those of the blocks below, unlike conditions on types; together they select all.
-        bounds = [{"$gte": first["_id"]}, {"$lte": last["_id"]}] if first and last else []
-        outside = await self._outside({"$or": [{"block": {"$not": each}} for each in bounds] or [{}]}, found)
+        # These ranges of the index and those of the blocks below contain all entries: also an array, by its elements.
+        if first is None or last is None:
+            outside = await self._outside(None, None, found)
+        else:
+            outside = await self._outside(None, _before(first["_id"]), found)
+            outside |= await self._outside(_behind(last["_id"]), None, found)
         async for block in self._blocks.find({"_id": {"$not": _NUMBERS}}, {"_id": 1}):
             found.add(f"block {_text(block['_id'])}: added: this is not the number of a block")
         previous: tuple[int, str] | None = None
@@ -289,16 +299,16 @@ class MongoAudit:
             number, genuine = block["_id"], self._is_genuine_block(block)
             found.blocks += 1
             found.first = found.first or number
-            # Also fractions, numbers of removed blocks, and arrays, of which any element may match each condition.
-            marked = {"block": {"$gt": previous[0] if previous else number - 1, "$lte": number}}
+            # Also fractions and numbers of removed blocks.
+            marked = (_behind(previous[0]) if previous else _before(number), _behind(number))
             if genuine:
                 _verify_link(previous, block, found)
                 found.head = (number, block["mac"])
-                for id_ in await self._verify_entries(block, marked, found):
+                for id_ in await self._verify_entries(block, *marked, found):
                     outside.pop(id_, None)
             else:
                 found.add(f"block {number}: added or changed: its signature is not the platform's")
-                await self._outside(marked, found)  # its list is void, but each entry has its own signature
+                await self._outside(*marked, found)  # its list is void, but each entry has its own signature
             previous = (number, block["mac"] if genuine else "")
         for id_, mark in outside.items():
             if mark == UNSEALED and mark is not False:
@@ -307,31 +317,45 @@ class MongoAudit:
                 found.add(_without_block(id_, mark))
         return found
 
-    async def _outside(self, where: Document, found: Verification) -> dict[str, object]:
-        """Return the mark of each signed entry that matches `where`: the block of none of them is known."""
+    def _marked(self, first: _Position | None, end: _Position | None) -> Cursor:
+        """Find the entries from `first` up to `end` in the index by block.
+
+        These are bounds of the index: the conditions of a query would not restrict both ends once any entry has an array.
+        """
+        found = self._entries.find().hint(BY_BLOCK)
+        if first is not None:
+            found = found.min(first)
+        return found if end is None else found.max(end)
+
+    async def _outside(self, first: _Position | None, end: _Position | None, found: Verification) -> dict[str, object]:
+        """Return the mark of each signed entry in a range of the index: the block of none of them is known."""
         now, outside = utc_now(), {}
-        async for each in self._entries.find(where):
+        async for each in self._marked(first, end):
             if not self._is_genuine(each):
                 found.add(f"entry {_text(each['_id'])}: added or changed: its signature is not the platform's")
             elif each["forget_at"] > now or each.get("block") == UNSEALED:
                 outside[each["_id"]] = each.get("block")
         return outside
 
-    async def _verify_entries(self, block: Document, marked: Document, found: Verification) -> Iterable[str]:
+    async def _verify_entries(
+        self, block: Document, first: _Position, end: _Position, found: Verification
+    ) -> Iterable[str]:
         """Compare the entries with the list in their genuine block; return the listed ids.
 
         Args:
             block: the block.
-            marked: selects the entries that are marked with a number up to the block's and above the previous one's.
+            first: the begin of the entries in the index that are marked with a number above the previous block's.
+            end: the end of those that are marked with a number up to the block's.
             found: receives the findings.
         """
         listed, present = self._listed(block), set[str]()
-        async for each in self._entries.find({"$or": [{"_id": {"$in": list(listed)}}, marked]}):
+        async for each in self._marked(first, end):
             id_, mark = each["_id"], each.get("block")
             if type(id_) is not str or id_ not in listed:
                 unlisted = f"entry {_text(id_)}: added: block {block['_id']} does not list it"
                 found.add(unlisted if mark == block["_id"] else _without_block(id_, mark))
-                continue
+        async for each in self._entries.find({"_id": {"$in": list(listed)}}):
+            id_ = each["_id"]
             present.add(id_)
             if each.get("mac") == listed[id_]["mac"] and self._is_genuine(each):
                 found.sealed += 1
@@ -407,6 +431,16 @@ def _tolerant(collection: Collection) -> Collection:
 def _text(value: object) -> str:
     """Return the start of a value from a document that may be forged."""
     return f"{value!s:.200}"
+
+
+def _before(number: int) -> _Position:
+    """Return the position before the entries of this block."""
+    return [("block", number), ("received_at", MinKey()), ("_id", MinKey())]
+
+
+def _behind(number: int) -> _Position:
+    """Return the position behind the entries of this block."""
+    return [("block", number), ("received_at", MaxKey()), ("_id", MaxKey())]
 
 
 def _log_forged(block: object) -> None:
