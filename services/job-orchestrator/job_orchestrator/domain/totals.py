@@ -18,7 +18,8 @@ class Effort:
         probes: number of probes with an outcome.
         seconds: slot seconds of all chunks.
         probed: number of probes without those of addresses that were down or refused, which take next to no time.
-        probed_seconds: slot seconds of the chunks that have any of these.
+        probed_seconds: slot seconds of the chunks that have any of these, in proportion to their share of the chunk's probes:
+            on a network with few hosts, discovery and the start of nmap take most of the time.
     """
 
     probes: int = 0
@@ -33,16 +34,16 @@ class Effort:
 
     @property
     def pace(self) -> float | None:
-        """Return the slot seconds per probe of an address that is up; None if there are too few probes."""
+        """Return the slot seconds per probe in chunks with addresses that are up; None if there are too few such probes."""
         return self.probed_seconds / self.probed if self.probed >= _ENOUGH and self.probed_seconds else None
 
     def plus(self, probes: int, probed: int, seconds: float) -> Effort:
-        """Return the effort with another chunk."""
+        """Return the effort with another chunk, of whose `probes` so many were `probed`."""
         return Effort(
             self.probes + probes,
             self.seconds + seconds,
             self.probed + probed,
-            self.probed_seconds + (seconds if probed else 0.0),
+            self.probed_seconds + (seconds * probed / probes if probed else 0.0),
         )
 
 

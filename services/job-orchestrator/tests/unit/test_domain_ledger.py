@@ -359,14 +359,14 @@ def test_seconds_left_of_udp_ports_do_not_follow_those_of_tcp_ports() -> None:
     assert Tally(further).seconds_left == pytest.approx(600.0)
 
 
-def test_pace_is_measured_without_addresses_that_are_down_or_refused() -> None:
-    """A chunk of empty addresses changes the expected time of the whole job, but not the pace of addresses that are up."""
+def test_pace_is_measured_on_chunks_with_hosts() -> None:
+    """A chunk of empty addresses changes only the expected time of the job; one with some hosts counts by their share."""
     job = cut(ports="1-1000")
     empty, dense = (replace(each, state=ChunkState.STORED) for each in whole(job)[:2])
     counted = ended(
         job, replace(empty, outcomes="dddrdddd", seconds=1.0), replace(dense, outcomes="adddddds", seconds=6.0)
     )
-    assert counted.totals.tcp.pace == pytest.approx(0.003)
+    assert counted.totals.tcp.pace == pytest.approx(0.00075)
     assert counted.totals.tcp.mean == pytest.approx(7 / 16_000)
 
 

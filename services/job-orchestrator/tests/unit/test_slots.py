@@ -22,7 +22,7 @@ class BusyWorker(Worker):
     """A worker whose scans take time: it scans in order of arrival, and releases what waits too long for a slot.
 
     Attributes:
-        outcome: the code of every address of a task.
+        outcomes: the map of a scanned task.
         begun: each begun task, with the seconds that it takes.
         released: number of chunks that it released.
     """
@@ -30,7 +30,7 @@ class BusyWorker(Worker):
     def __init__(self, publisher: Publisher, seconds: Seconds, slots: int) -> None:
         super().__init__(publisher, slots=slots, raw=True)
         self.hold = True
-        self.outcome: Callable[[ScanChunk], str] = lambda _: "s"
+        self.outcomes: Callable[[ScanChunk], str] = lambda task: task.outcomes.replace(".", "s")
         self.released = 0
         self.begun: list[tuple[ScanChunk, float]] = []
         self._seconds = seconds
@@ -49,8 +49,7 @@ class BusyWorker(Worker):
         for begin, end, task in list(self._running):
             if end <= self._now:
                 self._running.remove((begin, end, task))
-                scanned = task.outcomes.replace(".", self.outcome(task))
-                await self.scanned(task, scanned, slot_seconds=end - begin)
+                await self.scanned(task, self.outcomes(task), slot_seconds=end - begin)
             elif seconds:
                 await self.progress(task, task.outcomes)
         for since, task in list(self._waiting):
@@ -124,7 +123,7 @@ async def test_dense_chunks_after_empty_ones_lose_no_address() -> None:
         return int(task.chunk_id.split("-")[1]) < plan.WINDOW + 16
 
     world = BusyWorld(lambda task: 1.0 if empty(task) else 60.0, slots=16)
-    world.busy.outcome = lambda task: "d" if empty(task) else "a"
+    world.busy.outcomes = lambda task: task.outcomes.replace(".", "d" if empty(task) else "a")
     await world.begin()
     await world.submit("127.8.0.0/16", policy=fill_in(Preset.STANDARD, {}))
     await world.pass_time(100)
@@ -132,3 +131,13 @@ async def test_dense_chunks_after_empty_ones_lose_no_address() -> None:
     assert task.estimate_seconds >= plan.estimate(task.policy, PortSet.parse(task.ports), len(task.outcomes)) / 10
     assert world.lost() == []
     assert world.busy.released <= 8
+
+
+async def test_chunks_with_few_hosts_are_attempted_whole() -> None:
+    """Discovery of 512 addresses of which two are up takes most of the 2 s, and does not count as the pace of these two."""
+    world = BusyWorld(lambda _: 2.0, slots=1)
+    world.busy.outcomes = lambda task: task.outcomes.replace(".", "a", 2).replace(".", "d")
+    await world.begin()
+    await world.submit("127.8.0.0/19", policy=fill_in(Preset.QUICK, {}))
+    await world.pass_time(40)
+    assert [task.limit for task, _ in world.busy.begun] == [None] * 16
