@@ -269,15 +269,16 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
 
 
 def late_report(chunk: Chunk, report: WorkerReport, now: datetime) -> Chunk:
-    """Return the chunk after a report of the last attempt, which has lost the chunk.
+    """Return the chunk after a report of an attempt that has lost the chunk.
 
-    The end of the attempt is recorded. A cancelled chunk takes the map, so that the ledger shows the work before the cancel.
+    The end of the attempt is recorded, even if there are later ones. A cancelled chunk takes the map of its last attempt, so that
+    the ledger shows the work before the cancel.
     """
-    if chunk.token != Token.of(report) or isinstance(report, ChunkClaimed):
+    if isinstance(report, ChunkClaimed):
         return chunk
     if isinstance(report, Ended):
         chunk = _ended(chunk, report, now)
-    if chunk.state is ChunkState.CANCELLED:
+    if chunk.state is ChunkState.CANCELLED and chunk.token == Token.of(report):
         chunk = replace(chunk, outcomes=_merged(chunk, report.outcomes))
     return chunk
 
@@ -400,14 +401,17 @@ _ENDS: Final[dict[type[Ended], str]] = {ChunkScanned: "scanned", ChunkReleased: 
 
 
 def _ended(chunk: Chunk, report: Ended, now: datetime) -> Chunk:
-    """Record that the current attempt has ended, unless it was recorded before."""
-    current = chunk.current
-    if current is None or current.ended is not None:
+    """Record that the report's attempt has ended, unless it was recorded before or the attempt has no record."""
+    ours = (report.attempt, report.worker_id)
+    index = next((index for index, each in enumerate(chunk.attempts) if (each.n, each.worker) == ours), None)
+    if index is None or chunk.attempts[index].ended is not None:
         return chunk
+    attempt = chunk.attempts[index]
     run = report.run
     if run is None and isinstance(report, ChunkScanned) and report.nmap:  # of a worker of an earlier release
         run = Run(nmap=report.nmap, arguments=report.arguments)
-    return _noted(chunk, ended=now, how=current.how or _ENDS[type(report)], run=run or current.run)
+    ended = replace(attempt, ended=now, how=attempt.how or _ENDS[type(report)], run=run or attempt.run)
+    return replace(chunk, attempts=(*chunk.attempts[:index], ended, *chunk.attempts[index + 1 :]))
 
 
 def _lost(chunk: Chunk, how: str) -> Chunk:

@@ -106,6 +106,27 @@ def test_attempt_that_lost_its_chunk_has_no_end_before_its_report(how: str, lose
     assert late_report(ended, report(ChunkReleased, "asds"), LATER + PATIENCE) == ended
 
 
+@pytest.mark.parametrize("kind", [ChunkScanned, ChunkReleased, ChunkFailed])
+def test_end_of_a_superseded_attempt_is_recorded_once(kind: type[Any]) -> None:
+    """The end of an attempt whose chunk another worker has got changes its record alone, and only by its own worker."""
+    second = dispatch(expire(running(), "sent no report", SOON), "w-2", SOON, size=4, share=1.0, estimate=1.5)
+    first, current = second.attempts
+    assert late_report(second, report(kind, worker_id="w-2"), LATER) is second
+    ended = late_report(second, report(kind, run=LATE), LATER)
+    assert ended == replace(second, attempts=(replace(first, ended=LATER, run=LATE), current))
+    assert late_report(ended, report(kind), LATER + PATIENCE) is ended
+    scanned = apply(ended, report(ChunkScanned, attempt=2, worker_id="w-2"), LATER, PATIENCE)
+    assert scanned.attempts == (ended.attempts[0], replace(current, ended=LATER, how="scanned"))
+
+
+def test_end_of_an_attempt_that_is_not_recorded_changes_nothing() -> None:
+    """Of more attempts than a chunk keeps, those between the first and the last ones have no record to change."""
+    each = chunk()
+    for _ in range(MAX_ATTEMPTS + 1):
+        each = dispatched(replace(each, state=ChunkState.QUEUED))
+    assert late_report(each, report(ChunkReleased, attempt=11), LATER) is each
+
+
 def test_reports_on_an_attempt_of_an_earlier_release_are_not_recorded() -> None:
     """A chunk that a replica of an earlier release has dispatched has no record of this attempt, and its reports count."""
     held = chunk(state=ChunkState.RUNNING, attempt=2, worker_id="w-1", attempts=(Attempt(n=1, worker="w-0", at=THEN),))

@@ -334,7 +334,7 @@ def test_attempts_without_progress_count_as_failures() -> None:
 
 @pytest.mark.parametrize("fruitless", [0, 7, MAX_FRUITLESS])
 def test_release_of_an_unclaimed_chunk_costs_nothing(fruitless: int) -> None:
-    """A chunk that is given back before it was begun counts neither a failure nor a dispatch without progress, however often."""
+    """A chunk that is released before it was begun counts neither a failure nor a dispatch without progress, however often."""
     left = chunk(fruitless=fruitless)
     for _ in range(MAX_FAILURES * MAX_FRUITLESS + 1):
         held = dispatch(left, "w-1", NOW, size=4, share=1.0, estimate=1.5)
@@ -486,6 +486,7 @@ def test_cancelled_chunk_takes_the_late_report_of_its_holder() -> None:
     assert late_report(cancelled, report(ChunkReleased), NOW).outcomes == "as.."
     assert late_report(cancelled, report(ChunkReleased), NOW).state is ChunkState.CANCELLED
     assert late_report(cancelled, report(ChunkReleased, attempt=1), NOW) == cancelled
+    assert late_report(cancelled, report(ChunkProgressed), NOW).outcomes == "as.."
     assert late_report(cancelled, report(ChunkClaimed), NOW) == cancelled
     queued = in_state(ChunkState.QUEUED)
     assert late_report(queued, report(ChunkReleased), NOW) == queued
