@@ -643,6 +643,30 @@ def test_page_tab_has_the_number_of_results(page: Page, stack: Stack, finished: 
     expect(page.get_by_role("link", name=f"Results {shown}", exact=True)).to_be_visible()
 
 
+@pytest.mark.parametrize("owner", [USER, USER + 1], ids=["own", "other"])
+def test_page_results_are_counted_for_their_owner_up_to_the_maximum(
+    page: Page, stack: Stack, user: Client, finished: int, owner: int
+) -> None:
+    """The results of a running job are not counted again beyond the maximum, nor read for an administrator who opens the job."""
+    task = user.finished(finished)
+    running = task | {"status": task["status"] | {"status": "running"}, "job": task["job"] | {"user_id": owner}}
+    counted: list[str] = []
+
+    def count(route: Route) -> None:
+        counted.append(route.request.url)
+        route.fulfill(body='{"id":1}\n' * 1_000)
+
+    page.route(f"**/api/v1/task/{finished}", lambda route: route.fulfill(json=running))
+    page.route("**/results?*", count)
+    page.add_init_script(BUSY_STREAM.replace("TASK", json.dumps(json.dumps(running))))
+    page.goto(f"{stack.url}/app/jobs/{finished}")
+    expect(page.get_by_role("link", name="Results 1,000+" if owner == USER else "Results", exact=True)).to_be_visible()
+    for _ in range(2):
+        with page.expect_request("**/ledger?*"):
+            pass
+    assert len(counted) == (1 if owner == USER else 0)
+
+
 def test_page_cancelled_and_lost_probes_are_not_accounted_for(
     page: Page, stack: Stack, user: Client, finished: int
 ) -> None:

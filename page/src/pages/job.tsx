@@ -4,7 +4,7 @@ import { change, get, isFinal, me, send, type Ledger, type OutcomeMap, type Poli
 import { collapse, parseNetwork, toNumber, toText } from "../addresses";
 import { watch } from "../events";
 import { Coverage, together } from "../map";
-import { Confirm, Field, Problem, StatusWord, Title, useLoad, useSettled } from "../parts";
+import { Confirm, Field, Problem, StatusWord, Title, useLoad, useSettled, type Loaded } from "../parts";
 import { go, query, withQuery } from "../router";
 import { countResults, Results, type Result } from "../results";
 import { count, duration, exact, plural, visible } from "../text";
@@ -44,9 +44,16 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
     if (outdated) ledger.reload(); // it was read just before the end
   }, [outdated]);
   const snapshot = useLoad((signal) => get<Snapshot>(`/api/v1/task/${id}/snapshot`, signal), [id]);
-  const results = useLoad((signal) => countResults(id, signal), [id, settled]);
 
   const about = first.data?.job;
+  const results: Loaded<string | undefined> = useLoad(
+    async (signal) => {
+      if (!about || about.user_id !== me.value!.user_id) return undefined; // the audit log has each reader of another user's results
+      if (results.data?.endsWith("+")) return results.data; // results are only added
+      return countResults(id, signal);
+    },
+    [id, about?.user_id, settled],
+  );
   const named = useLoad(
     async (signal) => {
       if (!about || about.user_id !== me.value!.user_id) return {}; // names are their owner's
