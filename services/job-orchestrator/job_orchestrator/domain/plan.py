@@ -208,7 +208,7 @@ def needs_raw(job: ScanJob, lowest: int | None) -> bool:
 
 
 def expected(job: ScanJob, ports: PortSet, addresses: int) -> float:
-    """Return the expected slot seconds for `addresses` that are up × `ports` of one protocol, measured or estimated."""
+    """Return the expected slot seconds for `addresses` × `ports` of one protocol: as in chunks with hosts, or else estimated."""
     table = estimate(job.policy, ports, addresses)
     pace = _pace(job, udp=bool(ports.udp_count))
     return table if pace is None else max(_START + pace * ports.count * addresses, _LEAST * table)
