@@ -701,7 +701,7 @@ async def test_chunk_round_trips(store: Store) -> None:
             asked=5,
             outcomes="a.xs",
             rev=5,
-            attempts=(ended, Attempt(n=62, worker="w-1", zone="", at=LATER)),
+            attempts=(ended, Attempt(n=62, worker="w-1", at=LATER)),
             dropped=60,
             probed=Probed(common_ports="22", scripts=("banner",), detection="sV7/O/banner", discovery="none"),
         )

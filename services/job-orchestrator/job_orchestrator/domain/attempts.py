@@ -1,4 +1,4 @@
-"""The record of a chunk's attempts: who may have sent packets, when, from where, and how each attempt ended. ADR 75."""
+"""The record of a chunk's attempts: which worker may have sent packets, when and from where, and how each attempt ended. ADR 75."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ class Attempt:
     n: int
     """The attempt in the fencing token."""
     worker: str
-    zone: str = ""
     at: AwareDatetime
     """When it was dispatched: its worker sent no packet before."""
     claimed: AwareDatetime | None = None
@@ -32,7 +31,10 @@ class Attempt:
     how: str = ""
     """How it ended: `scanned`, `released` or `failed` by its report, else `expired`, `cancelled`, `stored` or `incomplete`."""
     run: Run | None = None
-    """Its nmap, by the latest report that mentions it; None if nmap was not started."""
+    """Its nmap, by the latest report that mentions it.
+
+    None if no report mentioned it: nmap was not started, or the worker was lost before its next report that has one.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -205,7 +205,7 @@ class Chunk:
 
 def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, share: float, estimate: float) -> Chunk:
     """Return the chunk with a new token, for an attempt on its first `size` blanks that is expected to take `estimate`."""
-    attempt = Attempt(n=chunk.attempt + 1, worker=worker_id, zone=chunk.zone, at=now)
+    attempt = Attempt(n=chunk.attempt + 1, worker=worker_id, at=now)
     attempts, dropped = append(chunk.attempts, attempt)
     return _move(
         chunk,
