@@ -308,7 +308,7 @@ class MongoAudit:
                     outside.pop(id_, None)
             else:
                 found.add(f"block {number}: added or changed: its signature is not the platform's")
-                await self._outside(*marked, found)  # its list is void, but each entry has its own signature
+                await self._outside(*marked, found)  # its list cannot be trusted, but each entry has its own signature
             previous = (number, block["mac"] if genuine else "")
         for id_, mark in outside.items():
             if mark == UNSEALED and mark is not False:

@@ -41,9 +41,9 @@ def _replaced(letters: Any, outcome: Outcome) -> Document:
 
 
 _PROBED: Final[Any] = reduce(
-    _replaced, (Outcome.ANSWERED, Outcome.SILENT, Outcome.DOWN, Outcome.TIMED_OUT), cast(Any, "$outcomes")
+    _replaced, (Outcome.ANSWERED, Outcome.SILENT, Outcome.DOWN, Outcome.TIMED_OUT, Outcome.LOST), cast(Any, "$outcomes")
 )
-"""The map of a chunk with one letter for every probed address."""
+"""The map of a chunk with one letter for every probed address; a blank of an attempted chunk may have been probed too."""
 
 
 class MongoChunks:
