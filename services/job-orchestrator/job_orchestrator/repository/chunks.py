@@ -15,6 +15,7 @@ from job_orchestrator.domain.census import OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import save
+from job_orchestrator.repository.jobs import from_now
 from scanfleet.runtime.mongo import Database, Document, dependency_errors, insert_missing
 from scanfleet.scanning.outcomes import Outcome
 
@@ -161,14 +162,13 @@ class MongoChunks:
 
     async def _archive(self, ids: Collection[str]) -> None:
         """Keep the attempts of these chunks, and which addresses they may have probed, but no outcome."""
-        forget_at = {"$add": ["$$NOW", int(self._keep.total_seconds() * 1_000)]}
         kept = dict.fromkeys(("zone", "key", "job_id", "user_id", "first_address", "ports", "attempts", "dropped"), 1)
         # A damaged map must not stop the deletion.
         attempted = {"_id": {"$in": list(ids)}, "attempts.0": {"$exists": True}, "outcomes": {"$type": "string"}}
         await self._chunks.aggregate(
             [
                 {"$match": attempted},
-                {"$project": kept | {"probed": _PROBED, "forget_at": forget_at}},
+                {"$project": kept | {"probed": _PROBED, "forget_at": from_now(self._keep)}},
                 {"$merge": {"into": "attempts", "whenMatched": "keepExisting"}},
             ],
         ).to_list(None)

@@ -13,7 +13,7 @@ from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT
-from job_orchestrator.repository.jobs import age
+from job_orchestrator.repository.jobs import age, from_now
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
 _RECEIPTS: Final = {"deletion.stage": {"$exists": True}}
@@ -61,8 +61,7 @@ class MongoDeletions:
             return 0
         changes: dict[str, Any] = {"deletion.stage": to.value}
         if due is None:
-            forget_at = {"$add": ["$$NOW", int(self._keep.total_seconds() * 1_000)]}
-            changes |= {"due": "$$REMOVE", "forget_at": forget_at, "deletion.completed_at": "$$NOW"}
+            changes |= {"due": "$$REMOVE", "forget_at": from_now(self._keep), "deletion.completed_at": "$$NOW"}
         else:
             changes |= {"due": due, "deletion.completed_at": None}
         if counts is not None:

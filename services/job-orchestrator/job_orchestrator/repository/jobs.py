@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from pymongo import IndexModel, UpdateOne
@@ -252,3 +252,8 @@ class MongoJobs:
 def age(time: Any) -> Document:
     """Return the seconds from `time` to the database's current time; `time` can be in the future due to clock skew."""
     return {"$max": [0.0, {"$divide": [{"$subtract": ["$$NOW", time]}, 1_000]}]}
+
+
+def from_now(period: timedelta) -> Document:
+    """Return the time that is `period` after the database's current time."""
+    return {"$add": ["$$NOW", int(period.total_seconds() * 1_000)]}
