@@ -58,7 +58,9 @@ class Outbox:
         return published(job, self._sent[job.id]) if job.id in self._sent else job
 
     async def empty(self) -> None:
-        """Remove published events from the outboxes, except of jobs with later events: who published those removes all.
+        """Remove published events from the outboxes of jobs without later events.
+
+        The replica that publishes a later event removes all of them.
 
         Raises:
             DependencyError: they are still there, and the next call removes them; another replica may publish them again.

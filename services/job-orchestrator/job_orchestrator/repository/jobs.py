@@ -164,7 +164,10 @@ class MongoJobs:
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
         emptied = {"$unset": {"outbox": ""}, "$inc": {"rev": 1}}
         full = {"outbox": {"$exists": True}}
-        writes = [UpdateOne({"_id": id_, "seq": seq} | full, emptied) for id_, seq in seqs.items()]
+        writes = [
+            UpdateOne({"_id": id_, "outbox.event.seq": {"$not": {"$gt": seq}}} | full, emptied)
+            for id_, seq in seqs.items()
+        ]
         if writes:
             await self._jobs.bulk_write(writes, ordered=False)
 

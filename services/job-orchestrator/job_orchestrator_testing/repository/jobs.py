@@ -88,8 +88,10 @@ class MemoryJobs(MemoryRepository):
         return list(islice(old, limit))
 
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
-        full = [job for id_, seq in seqs.items() if (job := self._data.jobs.get(id_)) and job.outbox and job.seq == seq]
-        self._data.jobs |= {job.id: replace(job, outbox=(), rev=job.rev + 1) for job in full}
+        full = [job for id_ in seqs if (job := self._data.jobs.get(id_)) and job.outbox]
+        self._data.jobs |= {
+            job.id: replace(job, outbox=(), rev=job.rev + 1) for job in full if job.outbox[-1].event.seq <= seqs[job.id]
+        }
 
     async def has_unfinished(self, subnet_id: int) -> bool:
         return any(job.subnet_id == subnet_id and not job.final for job in self._data.jobs.values())

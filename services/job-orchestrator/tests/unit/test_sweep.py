@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.census import Standing
 from job_orchestrator.domain.chunk import Chunk, ChunkState
-from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository import Data, MemoryChunks
@@ -402,6 +402,16 @@ async def test_outboxes_are_emptied_together(world: World) -> None:
     assert [(job.outbox, job.rev) for job in (await world.store.jobs.get([7, 8, 9])).values()] == 3 * [((), 1)]
     await world.only.outbox.empty()
     assert {job.rev for job in (await world.store.jobs.get([7, 8, 9])).values()} == {1}
+
+
+async def test_outboxes_of_restored_jobs_are_emptied(world: World) -> None:
+    """After a restore, which raises the `seq` of jobs above that of their events, a sweep publishes these events once."""
+    await world.store.jobs.insert([restored_from_backup(scan_job(9), 1_000)])
+    for _ in range(2):
+        await world.only.outbox.relay([9])
+        await world.only.outbox.empty()
+        await world.restart()
+    assert [event.seq for event in world.events(9)] == [1]
 
 
 async def test_outbox_with_a_later_event_is_emptied_once_that_is_published(world: World) -> None:
