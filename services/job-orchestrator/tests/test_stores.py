@@ -20,7 +20,7 @@ from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, 
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
-from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published
+from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published, restored_from_backup
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.resources import Owned, ScanTarget
@@ -100,6 +100,18 @@ async def test_resources_are_private_to_their_owner(store: Store, kind: Kind) ->
     assert not await repository.delete(7, 1)
     assert not await repository.replace(make(1))
     assert await repository.get([(7, 1)]) == {}
+
+
+@every_kind
+async def test_resources_are_replaced_together(store: Store, kind: Kind) -> None:
+    """Objects of their user are replaced although others do not exist or belong to another user, which is reported."""
+    repository, make = kind.rules.repository(store), kind.make
+    await repository.add(make(1), make(2), make(3, user_id=8))
+    assert await repository.replace_all([])
+    assert await repository.replace_all([make(1, name="new"), make(2, name="new")])
+    assert not await repository.replace_all([make(1, name="newer"), make(3, name="newer"), make(4)])
+    found = await repository.get([(7, 1), (7, 2), (8, 3), (7, 4)])
+    assert {key: each.name for key, each in found.items()} == {(7, 1): "newer", (7, 2): "new", (8, 3): "lab"}
 
 
 @every_kind
@@ -481,6 +493,19 @@ async def test_outboxes_of_unchanged_jobs_are_emptied_once(store: Store) -> None
     assert {id_: (len(job.outbox), job.seq, job.rev) for id_, job in jobs.items()} == {1: (0, 1, 1), 2: (2, 2, 1)}
     assert await store.jobs.save([scan_job(1)]) == {1}
     await store.jobs.empty_outboxes({})
+
+
+async def test_outboxes_of_restored_jobs_are_emptied(store: Store) -> None:
+    """An outbox is emptied up to its last event also if the `seq` of its job was raised after a restore."""
+    later = change(scan_job(2), JobTrigger.CANCEL, LATER)
+    await store.jobs.insert([restored_from_backup(job, 1_000) for job in (scan_job(1), later, scan_job(3))])
+    await store.jobs.empty_outboxes({1: 1, 2: 1, 3: 5})
+    jobs = await store.jobs.get([1, 2, 3])
+    assert {id_: (len(job.outbox), job.seq) for id_, job in jobs.items()} == {
+        1: (0, 1_000),
+        2: (2, 1_000),
+        3: (0, 1_000),
+    }
 
 
 async def test_usage_sums_the_unfinished_jobs_of_users(store: Store) -> None:

@@ -99,9 +99,8 @@ async def import_subnets(
     ]
     await record.each(f"{rest.SUBNETS.path}/{subnet.id}" for subnet in (*created, *updated))
     await state.store.subnets.add(*created)
-    for subnet in updated:
-        if not await state.store.subnets.replace(subnet):
-            raise ConflictError(f"subnet {subnet.id} was deleted during the import; repeat the import")
+    if not await state.store.subnets.replace_all(updated):
+        raise ConflictError("a subnet was deleted during the import; repeat the import")
     known = {(each.name, each.content): each for each in (*found, *created, *updated)}
     changes = f", {len(updated)} updated" if updated else ""
     return rest.SubnetsImported(

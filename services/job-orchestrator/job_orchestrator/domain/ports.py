@@ -52,6 +52,9 @@ class ResourceRepository(Protocol[Content]):
     async def replace(self, resource: Owned[Content], *, unchanged_since: datetime | None = None) -> bool:
         """Update the object if it exists and, if given, its `updated_at` still equals `unchanged_since`."""
 
+    async def replace_all(self, resources: Collection[Owned[Content]]) -> bool:
+        """Update those of these objects that exist; return whether all of them do."""
+
     async def delete(self, user_id: int, id_: int) -> bool: ...
 
 
@@ -180,7 +183,7 @@ class JobRepository(Protocol):
     async def with_old_events(self, before: datetime, limit: int) -> list[int]: ...
 
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
-        """Remove all events from the outboxes of the jobs that still have this `seq`, by their ids; idempotent.
+        """Remove all events from the outboxes, by job, that contain none after this `seq`; idempotent.
 
         Raises:
             DependencyError: some of them may be empty.

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterable, Callable, Collection
 from datetime import datetime
 from typing import Final, Generic
 
-from pymongo import IndexModel
+from pymongo import IndexModel, UpdateOne
 
 from job_orchestrator.domain.resources import Content, Owned, ScanTarget, Subnet
 from job_orchestrator.repository import documents
@@ -84,16 +84,26 @@ class MongoResources(Generic[Content]):
 
     @dependency_errors()
     async def replace(self, resource: Owned[Content], *, unchanged_since: datetime | None = None) -> bool:
-        document = self._write(resource)
-        wanted = {"_id": document.pop("_id"), "user_id": document["user_id"]}
+        wanted, update = self._update(resource)
         if unchanged_since is not None:
             wanted["updated_at"] = unchanged_since
-        # Fields of other releases are kept.
-        return (await self._collection.update_one(wanted, {"$set": document})).matched_count == 1
+        return (await self._collection.update_one(wanted, update)).matched_count == 1
+
+    @dependency_errors()
+    async def replace_all(self, resources: Collection[Owned[Content]]) -> bool:
+        writes = [UpdateOne(*self._update(each)) for each in resources]
+        if not writes:
+            return True
+        return (await self._collection.bulk_write(writes, ordered=False)).matched_count == len(writes)
 
     @dependency_errors()
     async def delete(self, user_id: int, id_: int) -> bool:
         return (await self._collection.delete_one({"_id": id_, "user_id": user_id})).deleted_count == 1
+
+    def _update(self, resource: Owned[Content]) -> tuple[Document, Document]:
+        """Return the filter and the update that replace the object; fields of other releases are kept."""
+        document = self._write(resource)
+        return {"_id": document.pop("_id"), "user_id": document["user_id"]}, {"$set": document}
 
     async def _readable(self, found: AsyncIterable[Document]) -> list[Owned[Content]]:
         return await documents.read_all(self._read, found, self._collection.name)

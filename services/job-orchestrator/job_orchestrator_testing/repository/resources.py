@@ -45,6 +45,11 @@ class MemoryResources(MemoryRepository, Generic[Content]):
             self._resources[resource.id] = resource
         return known
 
+    async def replace_all(self, resources: Collection[Owned[Content]]) -> bool:
+        known = await self.get([(each.user_id, each.id) for each in resources])
+        self._resources |= {each.id: each for each in resources if (each.user_id, each.id) in known}
+        return len(known) == len(resources)
+
     async def delete(self, user_id: int, id_: int) -> bool:
         return bool(await self.get([(user_id, id_)])) and bool(self._resources.pop(id_))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -22,7 +22,7 @@ from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.quotas import Quotas
-from job_orchestrator.domain.resources import Owned
+from job_orchestrator.domain.resources import Owned, Subnet
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
@@ -408,6 +408,27 @@ async def test_import_with_update_changes_the_subnets_of_the_same_name(api: Api,
     entries, _ = await store.audit.page(0, 10, action="import_subnets")
     assert {entry.target for entry in entries} == {"/api/v1/subnet/1", "/api/v1/subnet/4"}
     assert (await imported(api, text, query="?update=true"))["message"] == "0 subnets created"
+
+
+async def test_import_with_update_of_a_subnet_that_is_deleted_meanwhile_is_a_409(
+    api: Api, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All existing subnets are updated by one call of the store, and the answer says that one no longer exists."""
+    await imported(api, "name,cidr\nlab,127.9.1.0/24\nweb,127.9.2.0/24\n")
+    replace_all = store.subnets.replace_all
+    calls: list[int] = []
+
+    async def after_a_delete(subnets: Collection[Subnet]) -> bool:
+        calls.append(len(subnets))
+        await store.subnets.delete(7, 1)
+        return await replace_all(subnets)
+
+    monkeypatch.setattr(store.subnets, "replace_all", after_a_delete)
+    changed = "name,cidr\nlab,127.9.3.0/24\nweb,127.9.4.0/24\n"
+    answer = await imported(api, changed, 409, "?update=true")
+    assert answer["error"] == "a subnet was deleted during the import; repeat the import"
+    assert (await api("GET /api/v1/subnet/2"))["cidr"] == "127.9.4.0/24"
+    assert calls == [2]
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
@@ -1456,7 +1477,7 @@ async def test_import_above_the_quota_is_a_400_and_creates_nothing(api: Api) -> 
 
 @pytest.mark.parametrize("quotas", [Quotas(subnets_per_user=2)])
 async def test_updates_of_an_import_do_not_count_for_the_quota(api: Api) -> None:
-    """A user at the limit changes subnets by an import and by its dry run, which judges alike."""
+    """A user at the limit can change subnets by an import, and its dry run gives the same verdicts."""
     await imported(api, "name,cidr\nlab,127.9.8.0/24\nweb,127.9.9.0/24\n")
     changed = "name,cidr\nlab,127.9.7.0/24\nweb,127.9.6.0/24\n"
     assert (await imported(api, changed, 200, "?update=1&dry_run=1"))["lines"][1]["action"] == "update"
