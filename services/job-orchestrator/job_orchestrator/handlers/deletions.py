@@ -107,6 +107,9 @@ class Deletions:
         for _ in range(_ROUNDS):
             ended = [job for job in (await self._jobs.get(left)).values() if job.final]
             await self._outbox.publish(ended)  # their outboxes are deleted with them
+            for job in ended:
+                if not job.settled:  # the dispatcher must find no chunk without a job
+                    await self._cancel_chunks(job.id, "job deleted")
             receipts = [self._receipt(job, left[job.id]) for job in ended]
             done = await asyncio.gather(*map(self._deletions.begin, ended, receipts))
             for receipt, is_done in zip(receipts, done, strict=True):

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
@@ -215,6 +216,19 @@ async def test_cancelled_job_whose_chunks_still_stop_is_deleted(world: World) ->
         assert [each["state"] for each in (await deletions(http))["deletions"]] == ["done"]
         await assert_hidden(http)
     assert (len(stops(world)), await chunks_of(world, 1)) == (1, 0)
+
+
+async def test_queued_chunks_of_a_deleted_job_are_not_dispatched(world: World) -> None:
+    """After the delete of a cancelled job the dispatcher finds none of its queued chunks, and reports no skipped job."""
+    await world.store.jobs.insert([replace(change(scan_job(1, made=3), JobTrigger.CANCEL, THEN), outbox=())])
+    await world.store.chunks.insert([chunk(id=f"1-{n}", index=n) for n in range(3)])
+    await world.only.deletions.delete([1], "request")
+    with capture_logs() as logs:
+        await world.worker.announce()
+        await world.settle()
+    assert [each for each in logs if each["event"] == "job_skipped"] == []
+    [receipt], _ = await world.store.deletions.page(7, list(Stage), 0, 9)
+    assert receipt.stage is Stage.WAITING
 
 
 async def test_late_report_on_a_chunk_of_a_deleted_job_changes_nothing(world: World) -> None:
