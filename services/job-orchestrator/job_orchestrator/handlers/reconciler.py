@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from types import MappingProxyType
 from typing import Final
+
+import structlog
+from pydantic import ValidationError
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.census import Standing
@@ -23,7 +26,7 @@ from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.metrics import PROBES, count_transition
-from scanfleet.contracts.messages import JobStatus
+from scanfleet.contracts.messages import JobStatus, StopChunk
 from scanfleet.contracts.messages.topics import SCAN_TASKS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
@@ -35,6 +38,8 @@ _WORK_SECONDS: Final = 10.0  # interval of the work loop, which is also woken wh
 _STARTED: Final = 10_000  # started jobs that are cached, so that their claims need no query
 
 _DONE: Final = frozenset(ChunkState) - OPEN
+
+_log = structlog.stdlib.get_logger(__name__)
 
 Known = Mapping[str, Chunk]
 """Chunks by id, as they were just stored."""
@@ -239,7 +244,7 @@ class Reconciler:
             self._clock.now(),
         )
         held = [each.before for each in changed if each.moved and each.before.state in HELD]
-        await self._publisher.publish(SCAN_TASKS, [stop(chunk.token, reasons[chunk.job_id]) for chunk in held])
+        await self._publisher.publish(SCAN_TASKS, list(_stops(held, reasons)))
         return any(each.moved for each in changed)
 
     def _continue(self, job: ScanJob) -> None:
@@ -301,14 +306,19 @@ class Reconciler:
     ) -> tuple[_Step, Sequence[Chunk]]:
         """Derive the job's versions from its chunks, from its start to its end if it is over, and the chunks to create."""
         if job.final:
-            if standing.open and await self.cancel_chunks(job.id, _ended(job)):
+            if standing.open and await self._cancel({job.id: _ended(job)}, OPEN - HELD):
                 self._continue(job)  # it is settled only when a query finds none
             counted = await self._count(job, standing, known)
             after = replace(counted, settled=not standing.open and counted.totals.done == job.made)
             return _Step(job, () if after == job else (after,)), ()
         started = job
         if job.status is JobStatus.PENDING and (standing.begun or standing.open < job.made):
-            if not standing.begun and await self._are_missing(job, known):
+            if (
+                not standing.begun
+                and _uncounted(job, known) is None
+                and not await self._chunks.ids_in([job.id], _DONE, 1)
+            ):
+                # The replica that accepted the job has not created them yet, or stopped before (ADR 73).
                 return _Step(job), list(plan.chunks(job, 0, job.made))
             started = change_job(job, JobTrigger.START, self._clock.now(), waiting="", waiting_since=None)
         if started.status is JobStatus.RUNNING:
@@ -350,7 +360,8 @@ class Reconciler:
                 break
             tally.end(chunk)
             done += 1
-        if done < end:  # release 0.1 stopped halfway through creating them: existing chunks are kept
+        # A replica stopped before it had created them (ADR 73), or release 0.1 halfway: existing chunks are kept.
+        if done < end:
             await self._chunks.insert(list(plan.chunks(job, done, end)))
         if first < done < ended:  # a job without progress, as with an unreadable chunk, waits for the next sweep
             self._continue(job)
@@ -375,10 +386,6 @@ class Reconciler:
         if unknown := [job.id for job in jobs if job.id not in found]:
             found |= await self._chunks.standings(unknown)
         return found
-
-    async def _are_missing(self, job: ScanJob, known: Known) -> bool:
-        """Return whether chunks of a pending job were never created, because the replica that accepted it stopped before."""
-        return _uncounted(job, known) is None and await self._chunks.count(job.id) < job.made
 
     async def _first_turns(self, jobs: Iterable[ScanJob]) -> Mapping[int, int]:
         """Return the turn at which new jobs of each user begin."""
@@ -414,6 +421,15 @@ def _is_late(changed: Changed) -> bool:
 def _ended(job: ScanJob) -> str:
     """Return why its scans are stopped."""
     return f"job {job.status}"
+
+
+def _stops(held: Iterable[Chunk], reasons: Mapping[int, str]) -> Iterator[StopChunk]:
+    """Yield the stops of these chunks, except of those whose damaged documents contain no valid id of a worker."""
+    for chunk in held:
+        try:
+            yield stop(chunk.token, reasons[chunk.job_id])
+        except ValidationError as error:  # the scans of the other chunks must stop
+            _log.error("scan_not_stopped", job_id=chunk.job_id, chunk_id=chunk.id, cause=str(error))
 
 
 def _uncounted(job: ScanJob, known: Known) -> list[Chunk] | None:

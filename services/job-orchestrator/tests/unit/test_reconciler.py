@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import Chunk, ChunkState
-from job_orchestrator.domain.job import ScanJob
-from job_orchestrator_testing import MemoryStore, World, scan_policy
+from job_orchestrator.domain.census import Standing
+from job_orchestrator.domain.chunk import OPEN, Chunk, ChunkState
+from job_orchestrator.domain.job import JobTrigger, ScanJob, change
+from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository.chunks import MemoryChunks
 from job_orchestrator_testing.repository.data import Data
 from job_orchestrator_testing.repository.jobs import MemoryJobs
-from scanfleet.contracts.messages import Message, ScanChunk, StopChunk
-from scanfleet.contracts.messages.topics import Topic
+from job_orchestrator_testing.things import THEN
+from scanfleet.contracts.messages import JobStatus, Message, ScanChunk, StopChunk
+from scanfleet.contracts.messages.topics import SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
 
@@ -143,6 +146,81 @@ async def test_cancel_of_many_jobs_stops_their_scans_before_queued_chunks_are_ca
         await world.settle()
         assert [saved <= 2 for saved in world.publisher.stops] == [True, True]
         assert world.chunks.saved == LARGE * plan.WINDOW
+
+
+class QueryingChunks(MemoryChunks):
+    """Records the queries for chunks of ended jobs that workers hold.
+
+    Attributes:
+        queries: the jobs of each.
+    """
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.queries: list[list[int]] = []
+
+    async def ids_in(self, job_ids: Collection[int], states: Collection[ChunkState], limit: int) -> list[str]:
+        if ChunkState.RUNNING in states:
+            self.queries.append(sorted(job_ids))
+        return await super().ids_in(job_ids, states, limit)
+
+
+async def cancelled_jobs(*held: Chunk) -> tuple[World, QueryingChunks]:
+    """A world with three cancelled jobs of three chunks each, except for `held` all queued."""
+    store = MemoryStore()
+    store.chunks = chunks = QueryingChunks(store.data)
+    jobs = [scan_job(id_, cidr="127.9.8.0/30", chunk_count=3, made=3) for id_ in (1, 2, 3)]
+    await store.jobs.insert([replace(change(job, JobTrigger.CANCEL, THEN), outbox=()) for job in jobs])
+    await store.chunks.insert(held)
+    await store.chunks.insert([chunk(id=f"{id_}-{n}", job_id=id_, index=n) for id_ in (1, 2, 3) for n in range(3)])
+    world = World(store)
+    await world.start()
+    return world, chunks
+
+
+async def test_scans_of_ended_jobs_are_looked_for_once_for_all() -> None:
+    """A step with several ended jobs has one query for the chunks that workers hold, and cancels all others."""
+    world, chunks = await cancelled_jobs()
+    await world.only.reconciler.reconcile([1, 2, 3])
+    assert chunks.queries == [[1, 2, 3]]
+    assert await chunks.ids_in([1, 2, 3], OPEN, 9) == []
+
+
+async def test_damaged_worker_id_does_not_prevent_the_other_stops() -> None:
+    """A held chunk whose worker id is invalid is cancelled and logged, and the scans of all other chunks are stopped."""
+    damaged = chunk(id="1-0", state=ChunkState.RUNNING, attempt=1, worker_id="not/valid")
+    world, chunks = await cancelled_jobs(damaged, _held(chunk(id="1-1", index=1)), _held(chunk(id="2-0", job_id=2)))
+    with capture_logs() as logs:
+        await world.only.reconciler.reconcile([1, 2, 3])
+    assert await chunks.ids_in([1, 2, 3], OPEN, 9) == []
+    stops = [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)]
+    assert sorted(each.chunk_id for each in stops) == ["1-1", "2-0"]
+    assert [each["chunk_id"] for each in logs if each["event"] == "scan_not_stopped"] == ["1-0"]
+
+
+class RacingChunks(MemoryChunks):
+    """Another replica creates the chunks of new jobs right after their states have been queried."""
+
+    async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
+        found = await super().standings(job_ids)
+        for job_id in job_ids:
+            job = self._data.jobs[job_id]
+            await self.insert(list(plan.chunks(job, 0, job.made)))
+        return found
+
+
+@pytest.mark.parametrize(("max_rate", "window"), [(100, 1), (None, plan.WINDOW)])
+async def test_job_whose_chunks_are_created_meanwhile_is_not_started(max_rate: int | None, window: int) -> None:
+    """A job whose chunks another replica creates during a step stays pending, with one window of chunks."""
+    store = MemoryStore()
+    store.chunks = RacingChunks(store.data)
+    world = World(store)
+    await world.start()
+    policy = scan_policy(ports="1-60000", max_rate=max_rate)
+    await store.jobs.insert([replace(scan_job(cidr="127.0.0.0/16", policy=policy, made=window), outbox=())])
+    await world.only.reconciler.reconcile([1])
+    job = (await store.jobs.get([1]))[1]
+    assert (job.status, job.made, await store.chunks.count(1)) == (JobStatus.PENDING, window, window)
 
 
 class ReadingChunks(MemoryChunks):
