@@ -22,6 +22,7 @@ from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobSt
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_TASKS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Record
+from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import TargetRules, parse_network
 from scanfleet_testing.tracing import ids, recording
 
@@ -44,6 +45,24 @@ async def test_submit_creates_a_job_for_each_subnet(world: World) -> None:
     stored = await world.store.jobs.get([1, 2])
     assert [stored[1].view, stored[2].view] == list(reply.jobs)
     assert [event.seq for event in world.events(1)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("policy", "made"),
+    [
+        (scan_policy(ports="22"), 1),
+        (scan_policy(ports="22", max_rate=100), 0),
+        (scan_policy(ports="T:22,U:53", discovery="none"), 0),
+    ],
+)
+async def test_job_whose_window_must_hold_is_inserted_without_chunks(policy: ScanPolicy, made: int) -> None:
+    """A job with a `max_rate` or several blocks of ports counts no chunk as created before they exist."""
+    store = MemoryStore()
+    world = World(store)
+    await world.start()
+    command = await world.submit("127.9.8.0/30", policy=policy)
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    assert [job.made for job in store.data.commands[command].jobs] == [made]
 
 
 async def test_job_keeps_its_snapshot_of_subnet_and_policy(world: World) -> None:
