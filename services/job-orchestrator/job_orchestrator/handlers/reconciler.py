@@ -306,7 +306,8 @@ class Reconciler:
     ) -> tuple[_Step, Sequence[Chunk]]:
         """Derive the job's versions from its chunks, from its start to its end if it is over, and the chunks to create."""
         if job.final:
-            if standing.open and await self._cancel({job.id: _ended(job)}, OPEN - HELD):
+            # Those that are held too: one may have been dispatched since the scans were stopped.
+            if standing.open and await self._cancel({job.id: _ended(job)}, OPEN):
                 self._continue(job)  # it is settled only when a query finds none
             counted = await self._count(job, standing, known)
             after = replace(counted, settled=not standing.open and counted.totals.done == job.made)

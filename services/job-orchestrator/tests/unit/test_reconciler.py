@@ -160,7 +160,7 @@ class QueryingChunks(MemoryChunks):
         self.queries: list[list[int]] = []
 
     async def ids_in(self, job_ids: Collection[int], states: Collection[ChunkState], limit: int) -> list[str]:
-        if ChunkState.RUNNING in states:
+        if ChunkState.RUNNING in states and ChunkState.QUEUED not in states:
             self.queries.append(sorted(job_ids))
         return await super().ids_in(job_ids, states, limit)
 
@@ -196,6 +196,31 @@ async def test_damaged_worker_id_does_not_prevent_the_other_stops() -> None:
     stops = [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)]
     assert sorted(each.chunk_id for each in stops) == ["1-1", "2-0"]
     assert [each["chunk_id"] for each in logs if each["event"] == "scan_not_stopped"] == ["1-0"]
+
+
+class DispatchedChunks(MemoryChunks):
+    """Another replica dispatches every queued chunk right after its job's states have been queried."""
+
+    async def standings(self, job_ids: Collection[int]) -> dict[int, Standing]:
+        found = await super().standings(job_ids)
+        for each in self._data.chunks.values():
+            if each.state is ChunkState.QUEUED:
+                self._data.chunks[each.id] = _held(each)
+        return found
+
+
+async def test_chunk_dispatched_during_a_cancel_is_stopped_by_the_same_step() -> None:
+    """A chunk that is dispatched after the scans of an ended job were stopped does not run until the next sweep."""
+    store = MemoryStore()
+    store.chunks = DispatchedChunks(store.data)
+    job = scan_job(1, cidr="127.9.8.0/30", chunk_count=3, made=3)
+    await store.jobs.insert([change(job, JobTrigger.CANCEL, THEN)])
+    await store.chunks.insert([chunk(id=f"1-{n}", index=n) for n in range(3)])
+    world = World(store)
+    await world.start()
+    await world.only.reconciler.reconcile([1])
+    stops = [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)]
+    assert sorted(each.chunk_id for each in stops) == ["1-0", "1-1", "1-2"]
 
 
 class RacingChunks(MemoryChunks):
