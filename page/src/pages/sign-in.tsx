@@ -1,6 +1,6 @@
 // Signing in: as a page of its own, and above any other page when its session has ended.
 import { useSignal } from "@preact/signals";
-import { useEffect } from "preact/hooks";
+import { useEffect, useRef } from "preact/hooks";
 import { ended, me, signIn, whoAmI } from "../api";
 import { Dialog, Field, Problem, Title, useAction } from "../parts";
 import { query, url, withQuery } from "../router";
@@ -20,6 +20,8 @@ const LONGEST_NEXT = 2_000; // characters that the gateway accepts
 /** The forms of all ways to sign in; with `above` a page that must stay, the issuer's is in another tab. */
 function TokenForm({ above = false }: { above?: boolean }) {
   const token = useSignal("");
+  const field = useRef<HTMLInputElement>(null);
+  useEffect(() => field.current?.focus(), []); // browsers ignore `autofocus` once another element of the page had the focus
   const action = useAction(() => signIn(token.value.trim()));
   const ways = info.value?.sign_in_to_page ?? ["token"];
   const failed = FAILURES[query("sign_in")];
@@ -55,6 +57,7 @@ function TokenForm({ above = false }: { above?: boolean }) {
             {(attributes) => (
               <input
                 {...attributes}
+                ref={field}
                 type="password"
                 name="token"
                 autocomplete="off"

@@ -84,10 +84,12 @@ class MongoDeletions:
 
     @dependency_errors()
     async def census(self) -> DeletionCensus:
+        at = "$deletion.requested_at"
+        readable = {"$cond": [{"$eq": [{"$type": at}, "date"]}, at, None]}  # a damaged receipt must not end the sweep
         groups = self._jobs.aggregate(
             [
                 {"$match": {"deletion.stage": {"$in": [stage.value for stage in Stage if stage is not Stage.DONE]}}},
-                {"$group": {"_id": None, "n": {"$sum": 1}, "oldest": {"$min": "$deletion.requested_at"}}},
+                {"$group": {"_id": None, "n": {"$sum": 1}, "oldest": {"$min": readable}}},
                 {"$set": {"age": age("$oldest")}},
             ],
         )
