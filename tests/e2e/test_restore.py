@@ -88,6 +88,7 @@ def test_restore_keeps_finished_jobs_and_reuses_no_id(own_stack: Stack, caller: 
     assert caller.finished(running)["status"]["status"] == "completed"
     assert caller.finished(deleted)["status"]["status"] == "completed"
     assert caller.http.delete(f"/api/v1/task/{deleted}").status_code == 200
+    until(lambda: open_deletions(caller) == 0, 60, "the job to be deleted")
     lost = caller.task(since)["job"], caller.results(since)
     events = asyncio.run(job_events(own_stack.kafka))
 
@@ -118,3 +119,8 @@ def test_restore_keeps_finished_jobs_and_reuses_no_id(own_stack: Stack, caller: 
 
 def places(caller: Client, job_id: int) -> set[tuple[str, int]]:
     return {(each["ip_address"], each["port"]) for each in caller.results(job_id)}
+
+
+def open_deletions(caller: Client) -> int:
+    total: int = caller.http.get("/api/v1/deletion", params={"state": "open"}).json()["total"]
+    return total
