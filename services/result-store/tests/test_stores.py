@@ -22,17 +22,28 @@ from scanfleet.scanning.targets import parse_network
 Store = MemoryStore | MongoStore
 
 
-@pytest.fixture(params=["memory", pytest.param("mongodb", marks=pytest.mark.integration)])
-async def store(request: pytest.FixtureRequest) -> AsyncIterator[Store]:
-    if request.param == "memory":
-        yield MemoryStore()
-        return
-    database = mongo.connect(request.getfixturevalue("mongodb"), f"results-{uuid4().hex[:12]}")
-    mongo_store = MongoStore(database)
-    await mongo_store.prepare()
-    yield mongo_store
+@pytest.fixture
+async def database(mongodb: str) -> AsyncIterator[mongo.Database]:
+    """A separate database on the real server."""
+    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
+    yield database
     await database.client.drop_database(database.name)
     database.client.close()
+
+
+@pytest.fixture
+async def mongo_store(database: mongo.Database) -> MongoStore:
+    store = MongoStore(database)
+    await store.prepare()
+    return store
+
+
+@pytest.fixture(params=["memory", pytest.param("mongodb", marks=pytest.mark.integration)])
+def store(request: pytest.FixtureRequest) -> Store:
+    if request.param == "memory":
+        return MemoryStore()
+    mongo_store: MongoStore = request.getfixturevalue("mongo_store")
+    return mongo_store
 
 
 def hosts(*messages: HostScanned) -> list[Host]:
@@ -347,42 +358,32 @@ async def test_erased_documents_are_counted_once(store: Store) -> None:
 
 
 @pytest.mark.integration
-async def test_interrupted_erasure_counts_no_host_twice(mongodb: str) -> None:
+async def test_interrupted_erasure_counts_no_host_twice(database: mongo.Database) -> None:
     """A process that ends between the count of a slice and its deletion, and two at once, leave exact counts."""
-    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
     stores = [MongoStore(database) for _ in range(2)]
-    try:
-        await stores[0].add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(60))))
-        await stores[0].begin_deletions([1])
-        counted = {"slice": ["1-0/127.9.8.0", "1-0/127.9.8.19"], "hosts": 12, "rows": 12}  # 0, 1 and 10 to 19
-        await database["deleted"].update_one({"_id": 1}, {"$set": counted})
+    await stores[0].add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(60))))
+    await stores[0].begin_deletions([1])
+    counted = {"slice": ["1-0/127.9.8.0", "1-0/127.9.8.19"], "hosts": 12, "rows": 12}  # 0, 1 and 10 to 19
+    await database["deleted"].update_one({"_id": 1}, {"$set": counted})
 
-        async def erase(store: MongoStore) -> None:
-            while erased := sum(await store.erase(1, 20)):
-                assert erased <= 20, "the rest of a counted slice counts towards the limit"
+    async def erase(store: MongoStore) -> None:
+        while erased := sum(await store.erase(1, 20)):
+            assert erased <= 20, "the rest of a counted slice counts towards the limit"
 
-        await asyncio.gather(*map(erase, stores))
-        assert await stores[0].erased(1) == Erased(hosts=60, rows=60)
-        assert await stores[0].stored(["1-0"]) == {"1-0": []}
-    finally:
-        await database.client.drop_database(database.name)
-        database.client.close()
+    await asyncio.gather(*map(erase, stores))
+    assert await stores[0].erased(1) == Erased(hosts=60, rows=60)
+    assert await stores[0].stored(["1-0"]) == {"1-0": []}
 
 
 @pytest.mark.integration
-async def test_erasure_of_a_host_with_damaged_ports_counts_the_others(mongodb: str) -> None:
+async def test_erasure_of_a_host_with_damaged_ports_counts_the_others(database: mongo.Database) -> None:
     """Ranges that cannot be read must not stop the deletion: only the host's listed ports are counted."""
-    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
     store = MongoStore(database)
-    try:
-        await store.add(hosts(host("127.9.8.0", 22, 80, open_filtered="67-69"), host("127.9.8.1", 22)))
-        await database["hosts"].update_one({"_id": "1-0/127.9.8.0"}, {"$set": {"open_filtered": "foo"}})
-        await store.begin_deletions([1])
-        assert await store.erase(1, 9) == (2, 0)
-        assert await store.erased(1) == Erased(hosts=2, rows=3)
-    finally:
-        await database.client.drop_database(database.name)
-        database.client.close()
+    await store.add(hosts(host("127.9.8.0", 22, 80, open_filtered="67-69"), host("127.9.8.1", 22)))
+    await database["hosts"].update_one({"_id": "1-0/127.9.8.0"}, {"$set": {"open_filtered": "foo"}})
+    await store.begin_deletions([1])
+    assert await store.erase(1, 9) == (2, 0)
+    assert await store.erased(1) == Erased(hosts=2, rows=3)
 
 
 async def test_deletion_that_begins_again_is_not_ended(store: Store) -> None:
@@ -431,31 +432,21 @@ class ErasedMeanwhile(MongoStore):
 
 
 @pytest.mark.integration
-async def test_page_read_while_its_job_is_erased_is_complete_or_refused(mongodb: str) -> None:
+async def test_page_read_while_its_job_is_erased_is_complete_or_refused(database: mongo.Database) -> None:
     """A mark that is set after the query of a page, and before it is used, is noticed."""
-    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
     store = MongoStore(database)
-    try:
-        await store.prepare()
-        await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(4))))
-        await store.close([chunk("aaaa")])
-        with pytest.raises(NotFoundError):
-            await anext(ErasedMeanwhile(database).results(1, None, after=0))
-    finally:
-        await database.client.drop_database(database.name)
-        database.client.close()
+    await store.prepare()
+    await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(4))))
+    await store.close([chunk("aaaa")])
+    with pytest.raises(NotFoundError):
+        await anext(ErasedMeanwhile(database).results(1, None, after=0))
 
 
 @pytest.mark.integration
-async def test_documents_have_their_zone(mongodb: str) -> None:
-    """Hosts and closed chunks name the only zone, so that documents of other ones can be told apart later."""
-    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
+async def test_documents_have_their_zone(database: mongo.Database) -> None:
+    """Hosts and closed chunks name the only zone, which distinguishes them from those of further zones."""
     store = MongoStore(database)
-    try:
-        await store.add(hosts(host("127.9.8.0", 22)))
-        await store.close([chunk("a")])
-        for name in ("hosts", "chunks"):
-            assert [each["zone"] async for each in database[name].find()] == [""]
-    finally:
-        await database.client.drop_database(database.name)
-        database.client.close()
+    await store.add(hosts(host("127.9.8.0", 22)))
+    await store.close([chunk("a")])
+    for name in ("hosts", "chunks"):
+        assert [each["zone"] async for each in database[name].find()] == [""]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import csv
 import io
 import json
@@ -19,6 +18,7 @@ from result_store_testing.http import ISSUER, client, get, store_of
 from scanfleet.contracts.messages import PortFound
 from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
+from scanfleet_testing.turns import counting_turns
 
 FIELDS = [
     *("id", "job_id", "ip_address", "port", "protocol", "service", "version"),
@@ -420,15 +420,6 @@ async def test_list_of_a_job_that_is_erased_is_a_404(path: str) -> None:
 async def test_results_filter_without_a_match_lets_other_requests_run() -> None:
     """A read that selects none of many results pauses after each 500 of them."""
     store = await store_of(*(host(f"127.9.8.{last}", *range(1, 2_001)) for last in range(1, 6)))
-    turns = 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    task = asyncio.create_task(other())
-    assert await found(store, "service=none") == []
-    task.cancel()
-    assert turns > 10_000 / 500
+    async with counting_turns() as turns:
+        assert await found(store, "service=none") == []
+    assert turns.count > 10_000 / 500

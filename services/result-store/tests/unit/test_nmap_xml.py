@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tracemalloc
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from result_store_testing import EPOCH, MemoryStore, host
 from result_store_testing.http import ISSUER, client, store_of
 from scanfleet.contracts.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
 from scanfleet.contracts.rest import ExportedJob
+from scanfleet_testing.turns import counting_turns
 
 JOB: dict[str, Any] = {
     "job_id": 1,
@@ -323,20 +323,11 @@ async def test_document_of_a_large_job_leaves_turns_to_others() -> None:
         for number in range(blocks):
             yield ClosedChunk(1, f"1-{number}", f"127.9.{4 * number}.0", "d" * 1_024, 7)
 
-    turns = 0
-
-    async def other() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    running = asyncio.create_task(other())
     size = 0
     found = machines(store.hosts_by_address(1, 7, Parts.DETAILS))
     ports = store.hosts_by_address(1, 7, Parts.PORTS)
-    async for part in document(ExportedJob.model_validate(JOB), found, ports, chunks()):
-        size += len(part)
-    running.cancel()
+    async with counting_turns() as turns:
+        async for part in document(ExportedJob.model_validate(JOB), found, ports, chunks()):
+            size += len(part)
     assert size > blocks * 1_024 * 100
-    assert turns >= blocks
+    assert turns.count >= blocks
