@@ -25,13 +25,16 @@ from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
 from job_orchestrator.handlers.dispatch import Dispatcher
 from job_orchestrator.handlers.faults import Faults
+from job_orchestrator.handlers.fleet import Fleet
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.progress import Progress
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.reporter import Reporter
+from job_orchestrator.handlers.skips import Skips
 from job_orchestrator.handlers.stored import Stored
 from job_orchestrator.handlers.submits import Submits
 from job_orchestrator.handlers.sweep import Sweeper
+from job_orchestrator.handlers.tasks import Tasks
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
 from scanfleet.contracts.messages.topics import (
@@ -149,10 +152,17 @@ class Orchestrator:
             stored_seconds=stored_seconds,
             clock=clock,
         )
-        self.dispatcher = Dispatcher(
+        self.fleet = Fleet(
+            dispatch=store.dispatch,
+            lease_seconds=lease_seconds,
+            clock=clock,
+            requeue_lost=self.progress.requeue_lost,
+            wake=lambda: self.dispatcher.wake(),  # noqa: PLW0108 # the dispatcher is created below
+        )
+        skips = Skips(store.jobs, clock)
+        tasks = Tasks(
             jobs=store.jobs,
             chunks=store.chunks,
-            dispatch=store.dispatch,
             deletions=store.deletions,
             audit=store.audit,
             changer=changer,
@@ -160,10 +170,11 @@ class Orchestrator:
             signer=signer,
             lease_seconds=lease_seconds,
             clock=clock,
-            requeue_lost=self.progress.requeue_lost,
             give_up=self.reconciler.give_up,
             grants=self.grants,
+            skips=skips,
         )
+        self.dispatcher = Dispatcher(dispatch=store.dispatch, fleet=self.fleet, skips=skips, tasks=tasks, clock=clock)
         self.sweeper = Sweeper(
             jobs=store.jobs,
             chunks=store.chunks,
@@ -186,7 +197,7 @@ class Orchestrator:
             (
                 _handled(SCAN_COMMANDS, self.commands),
                 _handled(SCAN_DELETIONS, self.deletions),
-                _handled(SCAN_WORKERS, self.dispatcher),
+                _handled(SCAN_WORKERS, self.fleet),
                 _handled(SCAN_PROGRESS, self.progress),
                 _handled(SCAN_STORED, Stored(changer, self.reconciler, self.dispatcher.wake, clock)),
                 *(_handled(topic, Audit(store.audit, service)) for service, topic in SCAN_AUDIT.items()),

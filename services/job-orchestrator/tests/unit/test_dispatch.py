@@ -161,7 +161,7 @@ async def test_replica_dispatches_no_chunk_to_workers_of_revoked_partitions(worl
     await world.start()
     await world.worker.announce()
     await world.settle()
-    await world.only.dispatcher.revoked(range(12))
+    await world.only.fleet.revoked(range(12))
     await queue(world, 7, 1)
     world.only.dispatcher.wake()
     await world.settle()

@@ -213,7 +213,7 @@ async def test_unread_claim_expires_no_lease(world: World, task: ScanChunk) -> N
         world.now += 1.0
         await world.worker.announce()
         await world.hand(SCAN_WORKERS, world.take(SCAN_WORKERS))
-        await world.only.dispatcher.caught_up(range(12))
+        await world.only.fleet.caught_up(range(12))
         await world.only.dispatcher.fill()
     await world.hand(SCAN_PROGRESS, unread)
     await world.catch_up()

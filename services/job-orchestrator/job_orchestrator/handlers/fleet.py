@@ -1,0 +1,105 @@
+"""Track the workers whose announcements this replica reads."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from job_orchestrator.domain.chunk import Token
+from job_orchestrator.domain.fairness import Credit
+from job_orchestrator.domain.ports import DispatchRepository
+from job_orchestrator.domain.time import PlatformTime
+from scanfleet.contracts.messages import WorkerReady
+from scanfleet.runtime.bus import PartitionListener, Record
+
+_SILENT_SECONDS: Final = (
+    7.0  # workers announce themselves every 2 s; after three missed announcements they get no chunks
+)
+_NOTED_SECONDS: Final = 5.0  # interval at which a worker's announcements are stored
+
+
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    credit: Credit
+    at: float
+    noted: float
+
+
+class Fleet(PartitionListener):
+    """Handles scan-workers: the capacity of the workers whose partitions this replica owns.
+
+    Args:
+        lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
+        requeue_lost: requeues these attempts of dead workers, with the reason.
+        wake: starts a round of dispatch, since a worker may have a free slot.
+    """
+
+    def __init__(
+        self,
+        *,
+        dispatch: DispatchRepository,
+        lease_seconds: float,
+        clock: PlatformTime,
+        requeue_lost: Callable[[Collection[Token], str], Awaitable[None]],
+        wake: Callable[[], None],
+    ) -> None:
+        self._dispatch = dispatch
+        self._clock = clock
+        self._requeue_lost = requeue_lost
+        self._wake = wake
+        self._silent_seconds = min(
+            _SILENT_SECONDS, lease_seconds
+        )  # a worker whose leases have expired does not get the chunk again
+        self._workers: dict[str, _Announced] = {}
+        """By instance: a new process replaces the previous one."""
+        self._caught_up: set[int] = set()
+
+    async def handle(self, records: Sequence[Record[WorkerReady]]) -> None:
+        now = self._clock.monotonic()
+        announced: dict[str, Credit] = {}
+        for each in records:
+            ready = each.message
+            announced[ready.instance] = Credit(ready.worker_id, ready.instance, ready.slots, ready.raw, each.partition)
+        news = [credit for credit in announced.values() if not self._is_noted(credit, now)]
+        await self._dispatch.seen_workers(news)
+        for instance, credit in announced.items():
+            noted = now if credit in news else self._workers[instance].noted
+            self._workers[instance] = _Announced(credit, now, noted)
+        self._wake()
+
+    async def revoked(self, partitions: Collection[int]) -> None:
+        self._caught_up -= set(partitions)
+        self._workers = {
+            instance: each for instance, each in self._workers.items() if each.credit.partition not in partitions
+        }
+
+    async def caught_up(self, partitions: Collection[int]) -> None:
+        """Treat the announcements in these partitions as current.
+
+        The last one of an instance is of its running process: chunks that another process of the instance holds are lost.
+        """
+        self._caught_up |= set(partitions)
+        living = {
+            instance: each.credit.worker_id
+            for instance, each in self._workers.items()
+            if each.credit.partition in self._caught_up
+        }
+        if not living:
+            return
+        lost = {
+            each.token
+            for each in await self._dispatch.held()
+            if living.get(each.instance, each.token.worker_id) != each.token.worker_id
+        }
+        await self._requeue_lost(lost, "was replaced by another process")
+
+    def credits(self) -> list[Credit]:
+        """Return the announced capacity of each worker of this replica that still announces itself."""
+        now = self._clock.monotonic()
+        self._workers = {id_: each for id_, each in self._workers.items() if each.at > now - self._silent_seconds}
+        return [each.credit for each in self._workers.values() if each.credit.partition in self._caught_up]
+
+    def _is_noted(self, credit: Credit, now: float) -> bool:
+        known = self._workers.get(credit.instance)
+        return known is not None and known.credit == credit and now - known.noted < _NOTED_SECONDS

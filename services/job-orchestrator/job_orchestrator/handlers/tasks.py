@@ -1,0 +1,168 @@
+"""Store dispatched attempts and publish their tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
+
+from job_orchestrator.domain import plan
+from job_orchestrator.domain.audit import own_entry
+from job_orchestrator.domain.chunk import Chunk, ChunkState, cancel, dispatch
+from job_orchestrator.domain.deletion import Stage
+from job_orchestrator.domain.fairness import Candidate, Credit
+from job_orchestrator.domain.job import ScanJob
+from job_orchestrator.domain.ports import AuditRepository, ChunkRepository, DeletionRepository, JobRepository
+from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.domain.user_grants import JobGrants
+from job_orchestrator.handlers.audit import record
+from job_orchestrator.handlers.chunks import ChunkChanger, granted
+from job_orchestrator.handlers.skips import Skips
+from job_orchestrator.metrics import CHUNK_TRANSITIONS
+from scanfleet.contracts.messages import ScanChunk
+from scanfleet.contracts.messages.topics import SCAN_TASKS
+from scanfleet.errors import Rule
+from scanfleet.runtime import tracing
+from scanfleet.runtime.bus import Publisher
+from scanfleet.scanning.ports import PortSet
+from scanfleet.security.chunk_grants import Signer
+
+Pick = tuple[Candidate, Credit, float]
+"""A chunk, its worker, and the share of a slot that it will occupy."""
+
+
+class Tasks:
+    """Turns picks into stored attempts and their tasks.
+
+    Args:
+        publisher: publishes tasks.
+        signer: signs the scope of each attempt.
+        lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
+        give_up: fails a job, with the reason.
+        grants: the current user grants, which limit jobs and their hours.
+        skips: receives the jobs that cannot be dispatched now.
+    """
+
+    def __init__(
+        self,
+        *,
+        jobs: JobRepository,
+        chunks: ChunkRepository,
+        deletions: DeletionRepository,
+        audit: AuditRepository,
+        changer: ChunkChanger,
+        publisher: Publisher,
+        signer: Signer,
+        lease_seconds: float,
+        clock: PlatformTime,
+        give_up: Callable[[int, str], Awaitable[None]],
+        grants: JobGrants,
+        skips: Skips,
+    ) -> None:
+        self._jobs = jobs
+        self._chunks = chunks
+        self._deletions = deletions
+        self._audit = audit
+        self._changer = changer
+        self._publisher = publisher
+        self._signer = signer
+        self._lease_seconds = lease_seconds
+        self._clock = clock
+        self._give_up = give_up
+        self._grants = grants
+        self._skips = skips
+
+    async def send(self, picks: Sequence[Pick]) -> bool:
+        """Dispatch the picked chunks; return whether some were not, because another replica changed them or their job ended.
+
+        Raises:
+            DependencyError: chunks may be dispatched whose message was not sent; their leases expire and they are requeued.
+        """
+        now = self._clock.now()
+        jobs, chunks = await asyncio.gather(
+            self._jobs.get({candidate.job_id for candidate, _, _ in picks}),
+            self._chunks.get([candidate.chunk_id for candidate, _, _ in picks]),
+        )
+        over: list[str] = []
+        due: dict[str, tuple[Chunk, ScanChunk]] = {}
+        refused: dict[int, str] = {}
+        closed: dict[tuple[int, str], ScanJob] = {}
+        lost: set[int] = set()
+        for candidate, worker, share in picks:
+            job, chunk = jobs.get(candidate.job_id), chunks.get(candidate.chunk_id)
+            if job is None or chunk is None:
+                self._skips.skip(candidate, "unreadable document")
+                lost |= {candidate.job_id} if job is None else set()
+                continue
+            try:
+                if job.final:
+                    over.append(chunk.id)
+                elif refusal := self._grants.refusal(job):
+                    refused[job.id] = refusal
+                elif self._grants.closed(job, now):
+                    closed[job.user_id, job.granted_by] = job
+                elif chunk.state is ChunkState.QUEUED:
+                    size = plan.attempt_size(job, chunk)
+                    estimate = plan.expected(job, PortSet.parse(chunk.ports), size)
+                    attempt = dispatch(chunk, worker.worker_id, now, size=size, share=share, estimate=estimate)
+                    due[chunk.id] = attempt, self._task(attempt, job)
+            except Exception as error:  # noqa: BLE001 # an error of one job must not stop the others
+                self._skips.skip(candidate, repr(error))
+        losers = await self._chunks.save([chunk for chunk, _ in due.values()])
+        sent = [task for id_, (_, task) in due.items() if id_ not in losers]
+        CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
+        traces = {task.chunk_id: task.traceparent for task in sent}
+        with tracing.spans("dispatch chunk", traces, "producer", "scanfleet.chunk.id") as onward:
+            tasks = [task.model_copy(update={"traceparent": onward[task.chunk_id]}) for task in sent]
+            await self._publisher.publish(SCAN_TASKS, tasks)
+        await self._cancel(over)
+        for job_id, refusal in refused.items():
+            await self._refuse(jobs[job_id], refusal)
+        for job in closed.values():
+            opens_at = self._grants.opens_at(job, now)
+            await self._skips.await_hours(job, opens_at - now if opens_at else None)
+        # A replica that stalled may have stored chunks of a job after its deletion was done.
+        await self._deletions.advance(lost, Stage.DONE, Stage.CHUNKS, now)
+        return len(sent) < len(picks)
+
+    async def _refuse(self, job: ScanJob, reason: str) -> None:
+        """Fail a job that the user grants no longer allow: they have changed since it was accepted."""
+        target = f"/api/v1/task/{job.id}"
+        entry = own_entry(
+            f"dispatch-{job.id}", "dispatch_task", target, "refused", Rule.GRANT, user_id=job.user_id, reason=reason
+        )
+        await record(self._audit, [entry])
+        await self._give_up(job.id, f"the user grants no longer allow the job: {reason}")
+
+    async def _cancel(self, over: Collection[str]) -> None:
+        """Cancel chunks of a job that ended while another replica was still creating them."""
+        if over:
+            await self._changer.change(
+                over,
+                lambda chunk: cancel(chunk) if chunk.state is ChunkState.QUEUED else chunk,
+                self._clock.now(),
+            )
+
+    def _task(self, chunk: Chunk, job: ScanJob) -> ScanChunk:
+        ports = PortSet.parse(chunk.ports)
+        left = self._grants.open_for(job, self._clock.now())
+        return ScanChunk(
+            job_id=chunk.job_id,
+            chunk_id=chunk.id,
+            attempt=chunk.attempt,
+            worker_id=chunk.worker_id,
+            user_id=chunk.user_id,
+            first_address=chunk.first_address,
+            outcomes=chunk.outcomes,
+            policy=job.policy,
+            ports=chunk.ports,
+            lease_seconds=self._lease_seconds,
+            estimate_seconds=chunk.expected,
+            failures=chunk.failures,
+            limit=chunk.attempted if chunk.limit or chunk.attempted < chunk.blank else None,
+            max_rate=plan.nmap_rate(job.policy),
+            min_rate=plan.min_rate(job.policy, ports, job.plan.slice_count),
+            grant=granted(chunk, self._signer),
+            granted_by=job.granted_by,
+            stop_after_seconds=left.total_seconds() if left is not None else None,
+            traceparent=job.traceparent,
+        )
