@@ -649,6 +649,8 @@ class _Retries:
 
     def pause(self, outcome: httpx2.Response | httpx2.RequestError) -> float | None:
         """Return the seconds until the next attempt; None if `outcome` is final."""
+        if isinstance(outcome, httpx2.LocalProtocolError):  # of the request itself, which was not sent
+            return None
         if isinstance(outcome, httpx2.Response):
             self._reached = True
             refused = outcome.status_code == httpx2.codes.TOO_MANY_REQUESTS  # rejected before any effect
@@ -683,8 +685,11 @@ class _Retries:
 
     def no_answer(self, url: str, error: httpx2.RequestError) -> UnavailableError:
         """Return the error of a call whose connection failed."""
+        # The text of this error quotes the header, which may contain the token.
+        invalid = isinstance(error, httpx2.LocalProtocolError)
+        cause = "the request is not valid HTTP" if invalid else str(error) or type(error).__name__
         return UnavailableError(
-            f"no response from {url}: {str(error) or type(error).__name__}",
+            f"no response from {url}: {cause}",
             unsure=self._unsure or self._reached,
             repeatable=self._call.repeatable,
             reached=self._reached,

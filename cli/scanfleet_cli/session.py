@@ -123,8 +123,13 @@ class Session:
         """Return the token to send now.
 
         Raises:
-            CommandError: no source has a token.
+            CommandError: no source has a token, or its text is not one.
         """
+        from scanfleet_cli.tokens import checked  # noqa: PLC0415 # not for commands that send no request
+
+        return checked(self._token(), self.token_source)
+
+    def _token(self) -> str:
         environment, context = self.config.environment, self.place.context
         file = self.token_file or environment.get("SCANFLEET_TOKEN_FILE")
         if self.token_file is None and (token := environment.get("SCANFLEET_TOKEN", "").strip()):
@@ -133,7 +138,7 @@ class Session:
             return _token_in(Path(file))
         if context is not None and context.token_command:
             return self._command_token(context.token_command).current()
-        if context is not None and (kept := self.kept.current(context.name, self.place.url)):
+        if context is not None and (kept := self.kept.current(context.name, self.place.url)) is not None:
             return kept
         raise CommandError(
             f"not signed in to {self.place.url}",
@@ -294,7 +299,7 @@ def supported(what: str) -> Iterator[None]:
 def _token_in(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8").strip()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"cannot read the token file: {error}", Exit.NOT_ALLOWED) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import subprocess
 import threading
 import time
@@ -20,6 +21,25 @@ SERVICE: Final = "scanfleet"  # name of the entries in a keyring
 EARLY_SECONDS: Final = 60.0  # before a token expires that it is renewed
 COMMAND_LIMIT: Final = 60.0  # timeout of a token command, which may prompt the user
 LOCK_SECONDS: Final = 60.0  # timeout of waiting for another process that refreshes
+_TOKEN: Final = re.compile("[\x21-\x7e]+")
+
+
+def checked(token: str, source: str) -> str:
+    """Return a token that a header can carry.
+
+    Args:
+        token: to check; the error does not contain it.
+        source: of the token, as text.
+
+    Raises:
+        CommandError: it is empty, or has characters that no token has.
+    """
+    if _TOKEN.fullmatch(token):
+        return token
+    problem = "has spaces, line breaks or other characters that no token has" if token else "is empty"
+    raise CommandError(
+        f"no token in {source}: the text {problem}", Exit.NOT_ALLOWED, hint="it must be the token and nothing else"
+    )
 
 
 class CommandToken:
@@ -40,7 +60,7 @@ class CommandToken:
         """Return the token to send now.
 
         Raises:
-            CommandError: the command failed, or printed nothing.
+            CommandError: the command failed.
         """
         with self._lock:
             ends = expiry(self._token)
@@ -62,9 +82,7 @@ class CommandToken:
             )
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise CommandError(f"the token command failed: {error}", Exit.NOT_ALLOWED, hint=shown) from error
-        if not (token := done.stdout.strip()):
-            raise CommandError("the token command printed no token", Exit.NOT_ALLOWED, hint=shown)
-        return token
+        return done.stdout.strip()
 
 
 def expiry(token: str) -> float | None:

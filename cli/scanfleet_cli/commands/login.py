@@ -14,7 +14,7 @@ from scanfleet_cli.config import Context, check_url, same_url
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.login import SignIn, discover
 from scanfleet_cli.session import Session, with_session
-from scanfleet_cli.tokens import Tokens
+from scanfleet_cli.tokens import Tokens, checked
 
 
 @click.command()
@@ -28,11 +28,10 @@ def login(session: Session, /, *, url: str | None, name: str | None, device: boo
     address = check_url(url) if url else session.place.url
     context = _context(session, address, name)
     if token_stdin:
-        if not (token := sys.stdin.readline().strip()):
-            raise CommandError("no token on stdin", Exit.NOT_ALLOWED)
-        tokens = Tokens(address, token)
+        tokens, source = Tokens(address, sys.stdin.readline().strip()), "the first line of stdin"
     else:
-        tokens = _signed_in(session, address, device=device)
+        tokens, source = _signed_in(session, address, device=device), "the response of the issuer"
+    checked(tokens.access_token, source)
     user = _user(session, tokens)
     before = session.config.contexts().get(context.name)
     session.kept.keep(context.name, tokens)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -106,6 +108,17 @@ def test_retries_end_with_the_time(api: FakeApi) -> None:
     with pytest.raises(UnavailableError, match=r"no response from http://scanfleet\.test: connection reset"):
         client.send(calls.list_subnets())
     assert 2 <= len(api.requests) <= 4
+
+
+def test_request_that_http_does_not_allow_is_not_repeated_and_not_quoted() -> None:
+    """The library's error quotes the header, which may contain a token."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = Client(f"http://127.0.0.1:{server.getsockname()[1]}", "two\nlines", patience=SOON)
+        began = time.monotonic()
+        with pytest.raises(UnavailableError) as raised:
+            client.send(calls.list_subnets())
+    assert time.monotonic() - began < SOON.timeout / 2
+    assert "lines" not in str(raised.value)
 
 
 @pytest.mark.parametrize("failures", [1, 1_026, 100_000])

@@ -215,7 +215,7 @@ def test_token_command_runs_again_when_its_token_is_refused(run: Any, tmp_path: 
 
 def test_token_that_is_refused_again_exits_4(api: FakeApi, run: Any, tmp_path: Path) -> None:
     """A command that prints no better token ends after two runs."""
-    line = shlex.join(counting(tmp_path, "stale", "stale too"))
+    line = shlex.join(counting(tmp_path, "stale", "stale-too"))
     run("context", "add", "lab", "--url", URL, "--token-command", line, environment={})
     api.requests.clear()
     ended = run("subnet", "list", environment={})
@@ -227,3 +227,56 @@ def test_token_of_the_environment_that_is_refused_is_not_sent_again(api: FakeApi
     """Only a token that can be replaced is followed by another request."""
     assert run("subnet", "list", environment={"SCANFLEET_URL": URL, "SCANFLEET_TOKEN": "stale"}).code == 4
     assert [each.headers["authorization"] for each in api.requests] == ["Bearer stale"]
+
+
+HIDDEN = "sesame.sesame.sesame"
+MALFORMED = {
+    "two lines": f"make: Entering directory\n{HIDDEN}",
+    "not ASCII": f"{HIDDEN}é",
+    "a space": f"a {HIDDEN}",
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("text", MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize("source", ["command", "variable", "file", "option", "sign-in"])
+def test_malformed_token_exits_4_and_is_not_printed(
+    api: FakeApi, run: Any, tmp_path: Path, source: str, text: str
+) -> None:
+    """A text that is no token is not sent, and the error names its source, not the text."""
+    file = tmp_path / "token"
+    file.write_text(text)
+    arguments, environment = [], {"SCANFLEET_URL": URL}
+    match source:
+        case "command":
+            line = shlex.join([sys.executable, "-X", "utf8", "-c", "import sys; print(sys.argv[1])", text])
+            run("context", "add", "lab", "--url", URL, "--token-command", line, environment={})
+            environment, named = {}, "the token_command of context"
+        case "variable":
+            environment["SCANFLEET_TOKEN"], named = text, "SCANFLEET_TOKEN"
+        case "file":
+            environment["SCANFLEET_TOKEN_FILE"], named = str(file), f"{file} (SCANFLEET_TOKEN_FILE)"
+        case "option":
+            arguments, named = ["--token-file", file], f"{file} (--token-file)"
+        case "sign-in":
+            run("context", "add", "lab", "--url", URL, environment={})
+            Kept(tmp_path, FileStore(tmp_path / "tokens.json")).keep("lab", Tokens(URL, text))
+            environment, named = {}, "the sign-in of context lab"
+    ended = run(*arguments, "subnet", "list", environment=environment)
+    assert ended.code == 4
+    assert named in ended.err
+    assert HIDDEN not in ended.err
+    assert not api.requests
+
+
+@pytest.mark.parametrize("text", [f"make: Entering directory {HIDDEN}\n", f"{HIDDEN}é\n"])
+def test_malformed_token_of_stdin_exits_4_and_is_not_printed(
+    api: FakeApi, run: Any, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """A text that is no token is neither sent nor stored."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    ended = run("login", URL, "--token-stdin", environment={})
+    assert ended.code == 4
+    assert "stdin" in ended.err
+    assert HIDDEN not in ended.err
+    assert not api.requests
