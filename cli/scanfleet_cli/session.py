@@ -101,7 +101,7 @@ class Session:
         if context is not None and context.token_command:
             return f"the token_command of {self.place.source}"
         if context is not None:
-            return f"the sign-in of context {context.name}, stored in {self.kept.store.where}"
+            return f"the sign-in of context {context.name}, stored in {self.kept.store.where(context.name)}"
         return ""
 
     @functools.cached_property

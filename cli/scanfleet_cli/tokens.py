@@ -126,8 +126,8 @@ class Tokens:
 class Store(Protocol):
     """Stores the tokens of each context."""
 
-    where: str
-    """Name of the store, as text."""
+    def where(self, name: str) -> str:
+        """Return where the tokens of a context are, as text."""
 
     def read(self, name: str) -> str | None: ...
 
@@ -140,8 +140,10 @@ class FileStore:
     """Tokens in a file with mode 0600."""
 
     def __init__(self, file: Path) -> None:
-        self.where = f"the file {file}, which only you can read"
         self._file = file
+
+    def where(self, _name: str) -> str:
+        return f"the file {self._file}, which only you can read"
 
     def read(self, name: str) -> str | None:
         return self._all().get(name)
@@ -167,35 +169,61 @@ class FileStore:
 
 
 class KeyringStore:
-    """Tokens in the keyring of the system, through the optional package keyring."""
+    """Tokens in the keyring of the system, through the optional package keyring; in a file if it does not store them.
 
-    where = "the system keyring"
+    Args:
+        keyring: the package.
+        file: has the tokens that the keyring did not store, for example because it is locked.
+    """
 
-    def __init__(self, keyring: Any) -> None:
+    def __init__(self, keyring: Any, file: FileStore) -> None:
         self._keyring = keyring
+        self._file = file
+
+    def where(self, name: str) -> str:
+        return "the system keyring" if self._file.read(name) is None else self._file.where(name)
 
     def read(self, name: str) -> str | None:
-        found: str | None = self._keyring.get_password(SERVICE, name)
+        if (found := self._file.read(name)) is None:
+            with self._usable():
+                found = self._keyring.get_password(SERVICE, name)
         return found
 
     def write(self, name: str, text: str) -> None:
-        self._keyring.set_password(SERVICE, name, text)
+        try:
+            self._keyring.set_password(SERVICE, name, text)
+        except self._keyring.errors.KeyringError:
+            self._file.write(name, text)
+        else:
+            self._file.delete(name)
 
     def delete(self, name: str) -> None:
-        if self.read(name) is not None:
-            self._keyring.delete_password(SERVICE, name)
+        self._file.delete(name)
+        with self._usable():
+            if self._keyring.get_password(SERVICE, name) is not None:
+                self._keyring.delete_password(SERVICE, name)
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except self._keyring.errors.KeyringError as error:
+            raise CommandError(
+                f"cannot use the system keyring: {error}",
+                Exit.NOT_ALLOWED,
+                hint="unlock it, or set SCANFLEET_TOKEN or SCANFLEET_TOKEN_FILE",
+            ) from error
 
 
 def store_in(folder: Path) -> Store:
     """Return the keyring if this machine has a usable one, else a file in `folder`."""
+    file = FileStore(folder / "tokens.json")
     try:
         import keyring  # noqa: PLC0415 # an optional package, and slow to import
         from keyring.backends.fail import Keyring as NoKeyring  # noqa: PLC0415 # as above
     except ImportError:
-        return FileStore(folder / "tokens.json")
-    if isinstance(keyring.get_keyring(), NoKeyring):
-        return FileStore(folder / "tokens.json")
-    return KeyringStore(keyring)
+        return file
+    return file if isinstance(keyring.get_keyring(), NoKeyring) else KeyringStore(keyring, file)
 
 
 class Kept:
@@ -221,7 +249,7 @@ class Kept:
             tokens = Tokens(**json.loads(text))
         except (ValueError, TypeError) as error:
             raise CommandError(
-                f"cannot read the tokens in {self.store.where}", Exit.NOT_ALLOWED, hint="scanfleet login"
+                f"cannot read the tokens in {self.store.where(name)}", Exit.NOT_ALLOWED, hint="scanfleet login"
             ) from error
         return tokens if same_url(tokens.url, url) else None
 

@@ -39,7 +39,7 @@ def login(session: Session, /, *, url: str | None, name: str | None, device: boo
     if before is not None and before.token_command:
         session.output.note(f"the token_command of context {context.name} was removed")
     session.output.note(
-        f'✓ Signed in to {urlsplit(address).netloc} as user {user} (context "{context.name}", token in {session.kept.store.where})'
+        f'✓ Signed in to {urlsplit(address).netloc} as user {user} (context "{context.name}", token in {session.kept.store.where(context.name)})'
     )
 
 

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import keyring.backend
 import keyring.backends.fail
+import keyring.errors
 import pytest
 
 from scanfleet.scanning.policy import PRESETS, Preset, fill_in
@@ -211,14 +212,21 @@ class MemoryKeyring(keyring.backend.KeyringBackend):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # the library ships half of its types
         self.entries: dict[tuple[str, str], str] = {}
+        self.locked = self.full = False
 
     def get_password(self, service: str, username: str) -> str | None:
+        if self.locked:
+            raise keyring.errors.KeyringLocked("the collection is locked")
         return self.entries.get((service, username))
 
     def set_password(self, service: str, username: str, password: str) -> None:
+        if self.locked or self.full:
+            raise keyring.errors.PasswordSetError("the password is too long")
         self.entries[service, username] = password
 
     def delete_password(self, service: str, username: str) -> None:
+        if self.locked:
+            raise keyring.errors.PasswordDeleteError("the collection is locked")
         del self.entries[service, username]
 
 
@@ -241,6 +249,43 @@ def test_tokens_are_kept_in_the_keyring_of_the_system(use_keyring: Any, run: Any
     assert run("subnet", "list", environment={}, world=replace(world, store=store)).code == 0
     run("logout", environment={}, world=replace(world, store=store))
     assert backend.entries == {}
+
+
+@pytest.mark.parametrize("command", [("subnet", "list"), ("logout",), ("context", "remove", "scanfleet.test", "--yes")])
+def test_locked_keyring_exits_4_with_the_reason(
+    use_keyring: Any, run: Any, world: World, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """Tokens that cannot be read or deleted are an error with a hint, not a traceback, and remain stored."""
+    use_keyring(backend := MemoryKeyring())
+    world = replace(world, store=store_in(tmp_path))
+    run("login", GATEWAY, environment={}, world=world)
+    backend.locked = True
+    ended = run(*command, environment={}, world=world)
+    assert ended.code == 4
+    assert "cannot use the system keyring: the collection is locked" in ended.err
+    assert "SCANFLEET_TOKEN" in ended.err
+    assert backend.entries
+    assert run("context", "list", "-o", "name", environment={}, world=world).out == "scanfleet.test\n"
+
+
+def test_keyring_that_refuses_a_token_is_replaced_by_a_file(
+    use_keyring: Any, run: Any, world: World, tmp_path: Path
+) -> None:
+    """The tokens are in one of the two, and the command names which."""
+    use_keyring(backend := MemoryKeyring())
+    world = replace(world, store=store_in(tmp_path))
+    run("login", GATEWAY, environment={}, world=world)
+    backend.full = True
+    assert f"token in the file {tmp_path / 'tokens.json'}" in run("login", GATEWAY, environment={}, world=world).err
+    assert run("subnet", "list", environment={}, world=world).code == 0
+    assert f"the file {tmp_path / 'tokens.json'}" in run("whoami", environment={}, world=world).out
+    backend.full = False
+    assert "token in the system keyring" in run("login", GATEWAY, environment={}, world=world).err
+    assert "scanfleet.test" not in (tmp_path / "tokens.json").read_text()
+    backend.full = True
+    run("login", GATEWAY, environment={}, world=world)
+    run("logout", environment={}, world=world)
+    assert (backend.entries, run("subnet", "list", environment={}, world=world).code) == ({}, 4)
 
 
 def test_machine_without_a_keyring_has_a_file(use_keyring: Any, tmp_path: Path) -> None:
