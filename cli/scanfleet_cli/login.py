@@ -20,7 +20,7 @@ from authlib.integrations.httpx_client import OAuth2Client
 
 from scanfleet.contracts import rest
 from scanfleet_cli.config import is_loopback
-from scanfleet_cli.errors import CommandError, Exit
+from scanfleet_cli.errors import CommandError, Exit, UnavailableError
 from scanfleet_cli.output import duration, printable
 from scanfleet_cli.tokens import Tokens
 
@@ -192,14 +192,8 @@ class SignIn:
         return answer
 
     def _tokens(self, answer: dict[str, Any]) -> Tokens:
-        return Tokens(
-            url=self._url,
-            access_token=answer["access_token"],
-            expires_at=answer.get("expires_at"),
-            refresh_token=answer.get("refresh_token"),
-            token_endpoint=self._issuer.token_endpoint,
-            client_id=self._info.client_id,
-        )
+        unsigned = Tokens(self._url, "", token_endpoint=self._issuer.token_endpoint, client_id=self._info.client_id)
+        return unsigned.renewed(answer)
 
 
 def oauth(client_id: str | None, transport: Any, **how: Any) -> Any:
@@ -211,7 +205,8 @@ def refresh(tokens: Tokens, transport: Any = None) -> Tokens:
     """Refresh tokens.
 
     Raises:
-        CommandError: the issuer rejected the refresh, or is unavailable.
+        CommandError: the issuer rejected the refresh.
+        UnavailableError: the issuer is unavailable.
     """
     with oauth(tokens.client_id, transport) as client:
         try:
@@ -238,8 +233,8 @@ def _answer(response: httpx2.Response) -> dict[str, Any]:
         raise CommandError(f"the issuer returned HTTP {response.status_code} without JSON", Exit.FAULT) from error
 
 
-def _silent(error: Exception) -> CommandError:
-    return CommandError(f"the issuer is unavailable: {error}", Exit.UNAVAILABLE)
+def _silent(error: Exception) -> UnavailableError:
+    return UnavailableError(f"the issuer is unavailable: {error}", reached=False)
 
 
 def _refused(error: OAuthError) -> CommandError:

@@ -82,6 +82,7 @@ class Session:
         self.limit: int | None = None
         self._client: Client | None = None
         self._of_command: CommandToken | None = None
+        self._refused = ""  # token that the service rejected last
         self._lock = threading.Lock()  # several threads read the token
 
     @functools.cached_property
@@ -124,6 +125,7 @@ class Session:
 
         Raises:
             CommandError: no source has a token, or its text is not one.
+            UnavailableError: the token has expired, and the issuer is unavailable.
         """
         from scanfleet_cli.tokens import checked  # noqa: PLC0415 # not for commands that send no request
 
@@ -138,7 +140,7 @@ class Session:
             return _token_in(Path(file))
         if context is not None and context.token_command:
             return self._command_token(context.token_command).current()
-        if context is not None and (kept := self.kept.current(context.name, self.place.url)) is not None:
+        if context is not None and (kept := self.kept.current(context.name, self.place.url, self._refused)) is not None:
             return kept
         raise CommandError(
             f"not signed in to {self.place.url}",
@@ -148,6 +150,7 @@ class Session:
 
     def token_refused(self, token: str) -> None:
         """Discard a token that the service rejected, if its source can return another."""
+        self._refused = token
         if self._of_command is not None:
             self._of_command.refused(token)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from scanfleet_cli.config import same_url, unwritable, write_private
-from scanfleet_cli.errors import CommandError, Exit
+from scanfleet_cli.errors import CommandError, Exit, UnavailableError
 
 SERVICE: Final = "scanfleet"  # name of the entries in a keyring
 EARLY_SECONDS: Final = 60.0  # before a token expires that it is renewed
@@ -57,7 +57,7 @@ class CommandToken:
         )  # only one of several concurrent requests runs the command, which may prompt the user
 
     def current(self) -> str:
-        """Return the token to send now.
+        """Return the token to send now. The command may fail while the last token has not expired.
 
         Raises:
             CommandError: the command failed.
@@ -65,7 +65,11 @@ class CommandToken:
         with self._lock:
             ends = expiry(self._token)
             if not self._token or (ends is not None and time.time() > ends - EARLY_SECONDS):
-                self._token = self._run()
+                try:
+                    self._token = self._run()
+                except CommandError:
+                    if ends is None or time.time() >= ends:
+                        raise
             return self._token
 
     def refused(self, token: str) -> None:
@@ -109,16 +113,23 @@ class Tokens:
     token_endpoint: str | None = None
     client_id: str | None = None
 
-    @property
-    def fresh(self) -> bool:
-        return self.expires_at is None or time.time() < self.expires_at - EARLY_SECONDS
+    def lasts(self, seconds: float = 0.0) -> bool:
+        """Whether the access token is valid for more than these seconds, as far as its end is known."""
+        return self.expires_at is None or time.time() < self.expires_at - seconds
 
     def renewed(self, answer: dict[str, Any]) -> Tokens:
-        """Return these tokens with the values of the issuer's response to a refresh."""
+        """Return these tokens with the values of the issuer's response.
+
+        Raises:
+            CommandError: it has no access token.
+        """
+        token, ends = answer.get("access_token"), answer.get("expires_at")
+        if not isinstance(token, str):
+            raise CommandError("the response of the issuer has no access token", Exit.FAULT)
         return replace(
             self,
-            access_token=answer["access_token"],
-            expires_at=answer.get("expires_at"),
+            access_token=token,
+            expires_at=ends if isinstance(ends, int | float) else expiry(token),
             refresh_token=answer.get("refresh_token") or self.refresh_token,
         )
 
@@ -261,31 +272,45 @@ class Kept:
         with self._locked():
             self.store.delete(name)
 
-    def current(self, name: str, url: str) -> str | None:
-        """Return an access token that is valid for at least another minute; None if there is none for this gateway.
+    def current(self, name: str, url: str, refused: str = "") -> str | None:
+        """Return an access token, refreshed a minute before it expires; None if there is none for this gateway.
+
+        Args:
+            name: of the context.
+            url: of the gateway.
+            refused: a token that the gateway rejected; it is refreshed too.
 
         Raises:
-            CommandError: it has expired, and the issuer did not refresh it.
+            CommandError: it has expired, or the issuer refused to refresh it.
+            UnavailableError: it has expired, and the issuer is unavailable.
         """
-        tokens = self.read(name, url)
-        if tokens is None:
-            return None
-        if tokens.fresh:
-            return tokens.access_token
-        # A refresh token may be valid once, so one of several processes refreshes, and the others read the new tokens.
-        with self._locked():
-            tokens = self.read(name, url) or tokens
-            if not tokens.fresh:
-                tokens = self._refreshed(tokens)
-                self._write(name, tokens)
-        return tokens.access_token
 
-    def _refreshed(self, tokens: Tokens) -> Tokens:
+        def current(tokens: Tokens | None) -> bool:
+            return tokens is None or (tokens.lasts(EARLY_SECONDS) and tokens.access_token != refused)
+
+        if not current(tokens := self.read(name, url)):
+            # A refresh token may be valid once, so one of several processes refreshes, and the others read the new tokens.
+            with self._locked():
+                tokens = self.read(name, url)  # None after a logout in the meantime
+                if tokens is not None and not current(tokens):
+                    tokens = self._refreshed(tokens, rejected=tokens.access_token == refused)
+                    self._write(name, tokens)
+        return tokens.access_token if tokens is not None else None
+
+    def _refreshed(self, tokens: Tokens, *, rejected: bool) -> Tokens:
+        """Return new tokens; the same ones if they cannot be replaced now and are still valid."""
         if not tokens.refresh_token or not tokens.token_endpoint:
+            if tokens.lasts():
+                return tokens
             raise CommandError("the token has expired", Exit.NOT_ALLOWED, hint=f"scanfleet login {tokens.url}")
         from scanfleet_cli.login import refresh  # noqa: PLC0415 # only when a token ends
 
-        return refresh(tokens, self._transport)
+        try:
+            return refresh(tokens, self._transport)
+        except UnavailableError:
+            if rejected or not tokens.lasts():
+                raise
+        return tokens
 
     def _write(self, name: str, tokens: Tokens) -> None:
         self.store.write(name, json.dumps(asdict(tokens)))

@@ -215,8 +215,14 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
         self.pending: list[str] = []
         """Errors returned to a device until the user has entered the code."""
 
+        self.faults: list[httpx2.Response | httpx2.RequestError] = []
+        """Faults of the next requests for tokens, one each."""
+
+        self.life: int | None = LIFE
+        """Seconds of an access token; None is not stated."""
+
+        self.new_access_token = new_access_token
         self._beyond = beyond
-        self._new_access_token = new_access_token
         self.register_grant(_CodeGrant, [CodeChallenge(required=True), _OpenID(url)])
         self.register_grant(_RefreshGrant)
         self.register_grant(_DeviceGrant)
@@ -240,6 +246,11 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
                 )
             case "/authorize":
                 return httpx2.Response(302, headers={"Location": self.sign_in(str(request.url))})
+            case "/token" if self.faults:
+                fault = self.faults.pop(0)
+                if isinstance(fault, Exception):
+                    raise fault
+                return fault
             case "/token":
                 answer = self.create_token_response(request)
             case "/device_authorization":
@@ -277,9 +288,9 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
     def _new_token(self, *, scope: str | None, **_how: object) -> dict[str, Any]:
         return {
             "token_type": "Bearer",
-            "access_token": self._new_access_token(),
+            "access_token": self.new_access_token(),
             "refresh_token": f"refresh-{uuid4().hex}",
-            "expires_in": LIFE,
+            "expires_in": self.life,
             "scope": scope or "",
         }
 

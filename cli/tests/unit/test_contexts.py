@@ -213,6 +213,19 @@ def test_token_command_runs_again_when_its_token_is_refused(run: Any, tmp_path: 
     assert runs(tmp_path) == 2
 
 
+@pytest.mark.parametrize(("seconds", "code"), [(30, 0), (-1, 4)])
+def test_token_command_that_fails_leaves_its_last_token_until_that_ends(
+    api: FakeApi, run: Any, tmp_path: Path, seconds: float, code: int
+) -> None:
+    """A failure within the last minute of the token does not end the command; one after it does."""
+    api.tokens = [token := jwt(seconds)]
+    script = "import pathlib, sys; runs = pathlib.Path(sys.argv[1]); runs.exists() and sys.exit(1); runs.touch(); print(sys.argv[2])"
+    line = shlex.join([sys.executable, "-c", script, str(tmp_path / "runs"), token])
+    run("context", "add", "lab", "--url", URL, "--token-command", line, environment={})
+    run("scan", "127.9.8.0/24", "--no-watch", environment={"SCANFLEET_URL": URL, "SCANFLEET_TOKEN": token})
+    assert run("job", "watch", "41", environment={}).code == code
+
+
 def test_token_that_is_refused_again_exits_4(api: FakeApi, run: Any, tmp_path: Path) -> None:
     """A command that prints no better token ends after two runs."""
     line = shlex.join(counting(tmp_path, "stale", "stale-too"))

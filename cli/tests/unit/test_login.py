@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 import keyring.backend
 import keyring.backends.fail
 import keyring.errors
@@ -155,12 +157,12 @@ def test_kept_tokens_go_to_no_other_gateway(run: Any) -> None:
     assert "not signed in to http://elsewhere.test" in ended.err
 
 
-def age(folder: Path) -> None:
-    """Let the kept token end in half a minute."""
+def age(folder: Path, **fields: Any) -> None:
+    """Let the kept token end in half a minute, or give it other fields."""
     kept = Kept(folder, FileStore(folder / "tokens.json"))
     tokens = kept.read("scanfleet.test", GATEWAY)
     assert tokens is not None
-    kept.keep("scanfleet.test", replace(tokens, expires_at=time.time() + 30))
+    kept.keep("scanfleet.test", replace(tokens, **({"expires_at": time.time() + 30} | fields)))
 
 
 def test_two_shells_refresh_once(issuer: Issuer, run: Any, tmp_path: Path) -> None:
@@ -191,6 +193,91 @@ def test_refresh_that_is_refused_asks_to_sign_in(issuer: Issuer, run: Any, tmp_p
     ended = run("subnet", "list", environment={})
     assert ended.code == 4
     assert "scanfleet login" in ended.err
+
+
+@pytest.mark.parametrize("left", [30, -1])
+def test_watch_continues_while_the_issuer_is_unavailable(
+    api: FakeApi, issuer: Issuer, run: Any, tmp_path: Path, left: int
+) -> None:
+    """The old token is used up to its end, and after it the watch waits for the issuer as for the gateway."""
+    run("login", GATEWAY, environment={})
+    run("scan", "127.9.8.0/24", "--no-watch", environment={})
+    age(tmp_path, expires_at=time.time() + left)
+    api.cut_after = 1
+    issuer.faults = [httpx2.Response(503), httpx2.ConnectError("connection refused")]
+    ended = run("job", "watch", "41", environment={})
+    assert ended.code == 0, ended.err
+    assert "job 41 completed" in ended.err
+    assert not issuer.faults
+
+
+def test_unavailable_issuer_after_the_end_of_the_token_exits_6(issuer: Issuer, run: Any, tmp_path: Path) -> None:
+    """Without a token that is good no request is sent, and the command may be repeated."""
+    run("login", GATEWAY, environment={})
+    age(tmp_path, expires_at=time.time() - 1)
+    issuer.faults = [httpx2.Response(503)]
+    ended = run("--retry", "0", "subnet", "list", environment={})
+    assert ended.code == 6
+    assert "the issuer is unavailable" in ended.err
+
+
+def test_token_without_a_refresh_token_is_used_up_to_its_end(run: Any, tmp_path: Path) -> None:
+    """A token that nothing can replace is not discarded a minute early."""
+    run("login", GATEWAY, environment={})
+    age(tmp_path, refresh_token=None)
+    assert run("subnet", "list", environment={}).code == 0
+    age(tmp_path, refresh_token=None, expires_at=time.time() - 1)
+    ended = run("subnet", "list", environment={})
+    assert ended.code == 4
+    assert "the token has expired" in ended.err
+
+
+def test_end_of_a_token_is_read_from_it_if_the_issuer_does_not_state_it(issuer: Issuer, run: Any) -> None:
+    """A JWT without `expires_in` is refreshed in time too."""
+    ends = iter([time.time() + 30, time.time() + 3_600])
+
+    def token() -> str:
+        claims = base64.urlsafe_b64encode(json.dumps({"exp": next(ends)}).encode()).decode().rstrip("=")
+        return f"e30.{claims}.x"
+
+    issuer.life, issuer.new_access_token = None, token
+    run("login", GATEWAY, environment={})
+    for _ in range(2):
+        assert run("subnet", "list", environment={}).code == 0
+    assert len(issuer.access_tokens) == 2
+
+
+@pytest.mark.parametrize("command", [["subnet", "list"], ["job", "watch", "41"]])
+def test_rejected_token_is_refreshed_once(
+    api: FakeApi, issuer: Issuer, run: Any, tmp_path: Path, command: list[str]
+) -> None:
+    """A 401 is followed by the same request with a new token, and a second one is an error."""
+    run("login", GATEWAY, environment={})
+    run("scan", "127.9.8.0/24", "--no-watch", environment={})
+    age(tmp_path, expires_at=None)
+    api.tokens = [issuer.access_tokens[0] + "x"]
+    ended = run(*command, environment={})
+    assert (ended.code, len(issuer.access_tokens)) == (4, 2)
+    age(tmp_path, expires_at=None)
+    api.tokens = issuer.access_tokens = [issuer.access_tokens[0]]
+    assert run(*command, environment={}).code == 0
+    assert len(issuer.access_tokens) == 2
+
+
+def test_refresh_that_waited_for_a_logout_stores_nothing(issuer: Issuer, run: Any, tmp_path: Path) -> None:
+    """The tokens are read again under the lock: a refresh does not undo a logout."""
+    run("login", GATEWAY, environment={})
+    age(tmp_path)
+
+    class Slow(FileStore):
+        def read(self, name: str) -> str | None:
+            found = super().read(name)
+            self.delete(name)  # by another process, before this one has the lock
+            return found
+
+    assert Kept(tmp_path, Slow(tmp_path / "tokens.json"), issuer).current("scanfleet.test", GATEWAY) is None
+    assert FileStore(tmp_path / "tokens.json").read("scanfleet.test") is None
+    assert len(issuer.access_tokens) == 1
 
 
 @pytest.mark.parametrize(
