@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
+
+import structlog
+from pydantic import ValidationError
 
 from job_orchestrator.domain.attempts import Probed
 from job_orchestrator.domain.chunk import HELD, Chunk, Token, elapsed
@@ -16,6 +19,8 @@ from scanfleet.contracts.messages import ChunkScanned, StopChunk
 from scanfleet.contracts.messages.chunks import Grant
 from scanfleet.errors import DependencyError
 from scanfleet.security.chunk_grants import Signer
+
+_log = structlog.get_logger()
 
 _ROUNDS: Final = 20  # each lost race is progress of another replica; this many in a row are an error
 
@@ -112,9 +117,13 @@ def granted(chunk: Chunk, signer: Signer) -> Grant:
     )
 
 
-def scanned_again(chunks: Iterable[Chunk], signer: Signer) -> list[ChunkScanned]:
-    """Return messages that ask result-store again to check these chunks."""
-    return [_scanned_again(chunk, signer) for chunk in chunks]
+def scanned_again(chunks: Iterable[Chunk], signer: Signer) -> Iterator[ChunkScanned]:
+    """Yield messages that ask result-store again to check these chunks, except damaged ones with an invalid token."""
+    for chunk in chunks:
+        try:
+            yield _scanned_again(chunk, signer)
+        except ValidationError as error:  # the other chunks must be checked
+            _log.error("check_not_requested", job_id=chunk.job_id, chunk_id=chunk.id, cause=str(error))
 
 
 def _scanned_again(chunk: Chunk, signer: Signer) -> ChunkScanned:

@@ -103,7 +103,7 @@ class Sweeper:
         overdue = await self._chunks.overdue(now, _PAGE, self._partitions())
         if not overdue:
             return
-        await self._publisher.publish(SCAN_RESULTS, scanned_again(overdue, self._signer))
+        await self._publisher.publish(SCAN_RESULTS, list(scanned_again(overdue, self._signer)))
         ids = [chunk.id for chunk in overdue]
         await self._changer.change(ids, lambda chunk: request_check(chunk, now, self._patience), now)
 

@@ -13,7 +13,7 @@ from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT
-from job_orchestrator.repository.jobs import age, from_now
+from job_orchestrator.repository.jobs import age, date, from_now
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
 _RECEIPTS: Final = {"deletion.stage": {"$exists": True}}
@@ -84,12 +84,10 @@ class MongoDeletions:
 
     @dependency_errors()
     async def census(self) -> DeletionCensus:
-        at = "$deletion.requested_at"
-        readable = {"$cond": [{"$eq": [{"$type": at}, "date"]}, at, None]}  # a damaged receipt must not end the sweep
         groups = self._jobs.aggregate(
             [
                 {"$match": {"deletion.stage": {"$in": [stage.value for stage in Stage if stage is not Stage.DONE]}}},
-                {"$group": {"_id": None, "n": {"$sum": 1}, "oldest": {"$min": readable}}},
+                {"$group": {"_id": None, "n": {"$sum": 1}, "oldest": {"$min": date("$deletion.requested_at")}}},
                 {"$set": {"age": age("$oldest")}},
             ],
         )

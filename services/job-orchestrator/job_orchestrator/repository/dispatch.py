@@ -34,8 +34,7 @@ class MongoDispatch:
 
     @dependency_errors()
     async def waiting_users(self, *, raw: bool) -> list[int]:
-        found: list[int] = await self._chunks.distinct("user_id", _queued(raw=raw))
-        return found
+        return list(await self._users(_queued(raw=raw)))
 
     @dependency_errors()
     async def queue(
@@ -60,7 +59,8 @@ class MongoDispatch:
 
     @dependency_errors()
     async def first_turn(self, user_id: int) -> int:
-        queued = {"state": ChunkState.QUEUED.value, "user_id": user_id, "needs_raw": {"$in": [False, True]}}
+        # Without a chunk whose turn is damaged, which would be the first.
+        queued = _queued(raw=True) | {"user_id": user_id, "turn": {"$type": ["int", "long"]}}
         first = await self._chunks.find_one(queued, {"turn": 1}, sort=[("turn", 1)])
         return first["turn"] if first else 0
 
@@ -92,9 +92,9 @@ class MongoDispatch:
     async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
         active = [each["_id"] async for each in self._clocks.find({"active": True}, {"_id": 1})]
         # In this order: a chunk that is dispatched meanwhile counts in one of them.
-        waiting = await self._chunks.distinct("user_id", {"state": ChunkState.QUEUED.value})
-        busy = await self._chunks.distinct("user_id", {"state": {"$in": [state.value for state in HELD]}})
-        idle = set(active) - (set(waiting) - set(left_out)) - set(busy)
+        waiting = await self._users({"state": ChunkState.QUEUED.value})
+        busy = await self._users({"state": {"$in": [state.value for state in HELD]}})
+        idle = set(active) - (waiting - set(left_out)) - busy
         if idle:
             await self._clocks.update_many({"_id": {"$in": list(idle)}}, {"$set": {"active": False}})
 
@@ -131,6 +131,10 @@ class MongoDispatch:
         since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
         found = self._workers.find({"slots": {"$gt": 0}, "$expr": since})
         return await documents.read_all(documents.read_worker, found, "workers")
+
+    async def _users(self, wanted: Document) -> set[int]:
+        """Return the users of these chunks; the value in a damaged chunk may have any type."""
+        return {user for user in await self._chunks.distinct("user_id", wanted) if isinstance(user, int)}
 
 
 def _queued(*, raw: bool) -> Document:

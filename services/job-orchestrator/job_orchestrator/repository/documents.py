@@ -20,6 +20,7 @@ from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import Outgoing, Plan, ScanJob
 from job_orchestrator.domain.plan import MAX_PORTS
 from job_orchestrator.domain.resources import Owned, Policy, ScanTarget, Subnet
+from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator.metrics import UNREADABLE
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
@@ -38,6 +39,7 @@ _HELD: Final = TypeAdapter(Held)
 _CREDIT: Final = TypeAdapter(Credit)
 _CLOCK: Final = TypeAdapter(Clock)
 _DELETION: Final = TypeAdapter(Deletion)
+_ENDED: Final = TypeAdapter(EndedJob)
 
 # Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
 _FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)
@@ -133,6 +135,10 @@ VIEW_FIELDS: Final = {name: 1 for name in Job.model_fields if name != "id"}
 def read_view(document: Document) -> Job:
     """Read the fields of a job that a list shows, from a document with `VIEW_FIELDS` only: a tenth of the cost."""
     return Job(**({name: document[name] for name in VIEW_FIELDS if name in document} | {"id": document["_id"]}))
+
+
+def read_ended(document: Document) -> EndedJob:
+    return _ENDED.validate_python(document | {"id": document["_id"]})
 
 
 # Defaults for plans of release 0.1: all of their chunks exist, slice by slice.

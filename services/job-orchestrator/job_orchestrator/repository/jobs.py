@@ -22,6 +22,7 @@ _ID_BLOCK: Final = 100  # a write per hundred jobs; a restarted replica leaves a
 
 _ENDED: Final = [("end_time", 1), ("_id", 1)]
 _ENDED_OF_USER: Final = [("user_id", 1), *_ENDED]
+_OUTBOX: Final = [("outbox.at", 1)]
 
 INDEXES: Final = {
     "jobs": [
@@ -54,7 +55,7 @@ INDEXES: Final = {
         ),
         IndexModel([("due", 1)], sparse=True),  # deletions to continue
         IndexModel([("forget_at", 1)], expireAfterSeconds=0, sparse=True),
-        IndexModel([("outbox.at", 1)], sparse=True),
+        IndexModel(_OUTBOX, sparse=True),
         IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),
     ],
 }
@@ -198,9 +199,14 @@ class MongoJobs:
         if after is not None:  # one range of the index, which begins with the jobs of the same millisecond
             ended["end_time"]["$gte"] = after[0]
             ended["$nor"] = [{"end_time": after[0], "_id": {"$lte": after[1]}}]
-        found = self._jobs.find(ended, {"end_time": 1, "subnet_id": 1}).sort(_ENDED).limit(limit)
-        # A damaged job must not stop the others; it is kept, because it cannot be read as a whole.
-        return [EndedJob(each["_id"], each["end_time"], each.get("subnet_id", 0)) async for each in found]
+        jobs: list[EndedJob] = []
+        async for each in self._jobs.find(ended, {"end_time": 1, "subnet_id": 1}).sort(_ENDED).batch_size(limit):
+            # A damaged job must not stop the others, nor shorten the page; it is kept.
+            if (job := documents.readable(documents.read_ended, each, "jobs")) is not None:
+                jobs.append(job)
+            if len(jobs) == limit:
+                break
+        return jobs
 
     @dependency_errors()
     async def usage(self, users: Collection[int]) -> dict[int, Usage]:
@@ -228,7 +234,7 @@ class MongoJobs:
                     "$group": {
                         "_id": "$status",
                         "n": {"$sum": 1},
-                        "oldest": {"$min": {"$cond": [_DUE, "$created_at", None]}},
+                        "oldest": {"$min": {"$cond": [_DUE, date("$created_at"), None]}},
                         "seconds": {"$sum": _SECONDS_DUE},
                     },
                 },
@@ -237,11 +243,11 @@ class MongoJobs:
         )
         unsent = self._jobs.aggregate(
             [
-                {"$match": {"outbox.at": {"$exists": True}}},
-                {"$sort": {"outbox.at": 1}},
+                {"$match": {"outbox.at": {"$type": "date"}}},
                 {"$limit": 1},
-                {"$project": {"age": age({"$min": "$outbox.at"})}},
+                {"$project": {"age": age({"$min": {"$map": {"input": "$outbox.at", "in": date("$$this")}}})}},
             ],
+            hint=dict(_OUTBOX),  # in its order, so that the first is the oldest
         )
         by_status = {JobStatus(each["_id"]): each async for each in jobs}
         return JobCensus(
@@ -255,6 +261,11 @@ class MongoJobs:
 def age(time: Any) -> Document:
     """Return the seconds from `time` to the database's current time; `time` can be in the future due to clock skew."""
     return {"$max": [0.0, {"$divide": [{"$subtract": ["$$NOW", time]}, 1_000]}]}
+
+
+def date(value: Any) -> Document:
+    """Return `value` if it is a date, otherwise null: a damaged document must not end a census of all."""
+    return {"$cond": [{"$eq": [{"$type": value}, "date"]}, value, None]}
 
 
 def from_now(period: timedelta) -> Document:
