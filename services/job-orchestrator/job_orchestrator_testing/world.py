@@ -51,7 +51,7 @@ from scanfleet.contracts.messages.topics import (
 )
 from scanfleet.contracts.user_grants import UserGrants
 from scanfleet.runtime.bus import PartitionListener, Publisher, Record
-from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.outcomes import Outcome, address_at
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import TargetRules, parse_network
 from scanfleet_testing.bus import MemoryBus
@@ -149,12 +149,14 @@ class ResultStore:
 
     Attributes:
         missing: addresses by chunk that it misses, once.
+        never: addresses whose hosts it never stores.
     """
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
         self._maps: dict[str, str] = {}
         self.missing: dict[str, tuple[str, ...]] = {}
+        self.never: set[str] = set()
 
     async def handle(self, records: Sequence[Record]) -> None:
         for record in records:
@@ -162,7 +164,7 @@ class ResultStore:
                 await self._publisher.publish(SCAN_DELETIONS, [ResultsDeleted(job_id=deletion.job_id, hosts=4, rows=9)])
             if not isinstance(scanned := record.message, ChunkScanned):
                 continue
-            addresses = self.missing.pop(scanned.chunk_id, ())
+            addresses = self.missing.pop(scanned.chunk_id, ()) or self._unstored(scanned)
             answer: ChunkStored | ChunkIncomplete
             if addresses:
                 answer = ChunkIncomplete(**_token(scanned), addresses=addresses)
@@ -170,6 +172,10 @@ class ResultStore:
                 outcomes = self._maps.setdefault(scanned.chunk_id, scanned.outcomes)
                 answer = ChunkStored(job_id=scanned.job_id, chunk_id=scanned.chunk_id, outcomes=outcomes)
             await self._publisher.publish(SCAN_STORED, [answer])
+
+    def _unstored(self, scanned: ChunkScanned) -> tuple[str, ...]:
+        up = (index for index, code in enumerate(scanned.outcomes) if code in {Outcome.ANSWERED, Outcome.SILENT})
+        return tuple(sorted({str(address_at(scanned.first_address, index)) for index in up} & self.never))
 
 
 class _Time(PlatformTime):

@@ -152,6 +152,8 @@ class Chunk:
     """Worker instances that failed or lost the chunk since the last progress."""
     fruitless: int = 0
     """Number of dispatches since the last progress."""
+    unstored: int = 0
+    """Number of checks that missed results, up to `MAX_FAILURES`; progress does not reset it."""
     seconds: float = 0.0
     """Slot seconds of all attempts."""
     reason: str = ""
@@ -355,19 +357,23 @@ def fail(chunk: Chunk, reason: str, now: datetime, *, narrow: bool = False) -> C
 def incomplete(chunk: Chunk, attempt: int, addresses: Iterable[str], now: datetime) -> Chunk:
     """Return the chunk after result-store missed hosts at `addresses`: these are blank again, which counts as a failure.
 
-    The verdict may arrive before the report that it refers to. A verdict on an earlier attempt is ignored.
+    From the third such check on these addresses are lost: each attempt reports them again, which is progress and resets the
+    other counts. The verdict may arrive before the report that it refers to. A verdict on an earlier attempt is ignored.
     """
     if chunk.state not in HELD | {ChunkState.SCANNED} or chunk.attempt != attempt:
         return chunk
-    codes = list(chunk.outcomes)
-    for address in addresses:
-        index = index_of(chunk.first_address, address)
-        if 0 <= index < len(codes) and codes[index] != Outcome.EXCLUDED:
-            codes[index] = Outcome.BLANK
-    blanked = replace(chunk, outcomes="".join(codes))
-    if not blanked.blank:
+    unstored = min(chunk.unstored + 1, MAX_FAILURES)
+    code = Outcome.BLANK if unstored < MAX_FAILURES else Outcome.LOST
+    indexes = {index_of(chunk.first_address, address) for address in addresses}
+    missed = {index for index in indexes if 0 <= index < len(chunk.outcomes)}
+    missed -= {index for index in missed if chunk.outcomes[index] == Outcome.EXCLUDED}
+    if not missed:
         return chunk
-    return fail(_lost(blanked, "incomplete"), "results were lost before they were stored", now)
+    outcomes = "".join(code if index in missed else old for index, old in enumerate(chunk.outcomes))
+    lost = replace(_lost(chunk, "incomplete"), outcomes=outcomes, unstored=unstored)
+    failed = fail(lost, "results were lost before they were stored", now)
+    delay = timedelta(seconds=2**unstored)  # the cause may be temporary
+    return replace(failed, not_before=now + delay) if failed.state is ChunkState.QUEUED else failed
 
 
 def store(chunk: Chunk, outcomes: str) -> Chunk:

@@ -227,6 +227,7 @@ async def lose(world: CrashingWorld) -> None:
     world.worker.hold = False
     await world.worker.announce()
     await world.settle()
+    await world.wait(1, seconds=3.0)
     await world.mend()
     (job,) = await world.jobs()
     assert (job.status, job.machines_found) == (JobStatus.COMPLETED, 1)

@@ -43,6 +43,7 @@ from scanfleet.contracts.messages import ChunkClaimed, ChunkFailed, ChunkProgres
 FINAL = (ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED)
 NOT_FINAL = tuple(state for state in ChunkState if state not in FINAL)
 LETTERS = "asdtrl"
+WITH_HOST = "ast"  # the codes for which result-store must have a host
 PATIENCE = timedelta(seconds=60)
 NOW = THEN + timedelta(seconds=10)
 
@@ -456,9 +457,19 @@ def test_missing_results_make_addresses_blank_again() -> None:
     scanned = in_state(ChunkState.SCANNED, outcomes="asxt", ask_at=NOW)
     again = incomplete(scanned, 2, ["127.9.8.1", "127.9.8.2", "127.9.8.9", "127.9.7.255"], NOW)
     assert (again.state, again.outcomes, again.failures) == (ChunkState.QUEUED, "a.xt", 1)
+    assert (again.unstored, again.not_before) == (1, NOW + timedelta(seconds=2))
     assert "results" in again.reason
     last = incomplete(replace(scanned, failures=MAX_FAILURES - 1), 2, ["127.9.8.0"], NOW)
     assert (last.state, last.outcomes) == (ChunkState.SCANNED, "lsxt")
+
+
+def test_results_missing_at_three_checks_lose_their_addresses() -> None:
+    """The third check that misses results loses the addresses that it names, whatever was scanned between the checks."""
+    scanned = in_state(ChunkState.SCANNED, outcomes="asxt", unstored=MAX_FAILURES - 1)
+    lost = incomplete(scanned, 2, ["127.9.8.1", "127.9.8.2"], NOW)
+    assert (lost.state, lost.outcomes, lost.ask_at, lost.not_before) == (ChunkState.SCANNED, "alxt", None, None)
+    more = incomplete(in_state(ChunkState.RUNNING, unstored=MAX_FAILURES), 2, ["127.9.8.1"], NOW)
+    assert (more.state, more.outcomes, more.unstored) == (ChunkState.QUEUED, ".l..", MAX_FAILURES)
 
 
 @pytest.mark.parametrize("state", sorted(HELD))
@@ -520,9 +531,24 @@ def step(left: Chunk, kind: str, what: Any, news: Any) -> Chunk:
     return left
 
 
-@given(st.lists(STEPS, max_size=60))
-def test_chunk_is_consistent_in_any_order_of_events(steps: list[tuple[str, Any, Any]]) -> None:
-    """A queued chunk has something to scan, a scanned one nothing; attempts, limits and failures stay within bounds."""
+def stored_in_the_end(left: Chunk, never: Collection[int]) -> Chunk:
+    """Attempts that find every host, and checks of a result-store that misses the hosts at some indexes each time."""
+    for _ in range(2 * MAX_FAILURES):
+        if left.state is ChunkState.QUEUED:
+            left = dispatch(left, "w-1", NOW, size=4, share=1.0, estimate=1.5)
+        if left.state in HELD:
+            done = left.outcomes.replace(".", "a")
+            left = after(left, report(ChunkScanned, done, attempt=left.attempt, worker_id=left.worker_id))
+        if missing := [f"127.9.8.{place}" for place in never if left.outcomes[place] in WITH_HOST]:
+            left = incomplete(left, left.attempt, missing, NOW)
+        else:
+            left = store(left, left.outcomes)
+    return left
+
+
+@given(st.lists(STEPS, max_size=60), st.sets(st.integers(0, 3)))
+def test_chunk_is_consistent_in_any_order_of_events(steps: list[tuple[str, Any, Any]], never: set[int]) -> None:
+    """A queued chunk has something to scan, a scanned one nothing; counts stay within bounds, and the chunk can be stored."""
     left = chunk()
     for kind, what, news in steps:
         before, left = left, step(left, kind, what, news)
@@ -533,3 +559,5 @@ def test_chunk_is_consistent_in_any_order_of_events(steps: list[tuple[str, Any, 
         assert 0 <= left.fruitless <= MAX_FRUITLESS
         assert 0 <= left.limit <= len(left.outcomes)
         assert len(left.failed_by) == len(set(left.failed_by))
+        assert 0 <= left.unstored <= MAX_FAILURES
+    assert stored_in_the_end(left, never).state is ChunkState.STORED

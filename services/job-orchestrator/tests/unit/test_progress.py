@@ -266,7 +266,7 @@ async def test_verdict_before_its_report_counts(world: World, task: ScanChunk) -
     await claimed(world, task)
     missing = ChunkIncomplete(job_id=1, chunk_id="1-0", attempt=1, worker_id="w-1", addresses=("127.9.8.2",))
     await world.bus.publish(SCAN_STORED, [missing])
-    await world.settle()
+    await world.wait(3)
     again = await chunk_of(world)
     assert (again.state, again.attempt, again.failures) == (ChunkState.DISPATCHED, 2, 1)
     world.results = None
@@ -352,10 +352,30 @@ async def test_lost_results_are_scanned_again(world: World, task: ScanChunk) -> 
     world.worker.hold = False
     await claimed(world, task)
     await world.worker.scanned(task, "aaaa")
-    await world.worker.announce()
-    await world.settle()
+    await world.wait(3)
     assert [each.outcomes for each in world.worker.tasks] == ["....", "aa.a"]
     assert await status_of(world) is JobStatus.COMPLETED
+
+
+async def test_address_that_is_never_stored_is_lost(world: World, task: ScanChunk) -> None:
+    """An address is lost after three checks that missed its result, with a delay before each new attempt; all others count."""
+    assert world.results is not None
+    world.results.never = {"127.9.8.2"}
+    world.worker.hold = False
+    await claimed(world, task)
+    await world.worker.scanned(task, "aaaa")
+    seconds = 0
+    while not (await status_of(world)).final:
+        await world.wait(1)
+        seconds += 1
+        assert seconds < 60
+    job = (await world.store.jobs.get([1]))[1]
+    assert (job.status, job.error) == (
+        JobStatus.FAILED,
+        "1 address lost: results were lost before they were stored",
+    )
+    assert [each.outcomes for each in world.worker.tasks] == ["....", "aa.a", "aa.a"]
+    assert seconds >= 6
 
 
 async def test_redelivered_batch_changes_nothing(world: World, task: ScanChunk) -> None:
