@@ -71,7 +71,7 @@ async def scan(network: Network, program: str, tmp_path: Path) -> AsyncIterator[
             lease_seconds=10,
             estimate_seconds=1,
         )
-        line = arguments(chunk, [ip_network(TARGET)], raw=True, scripts=scripts)
+        line = arguments(chunk, policy.port_set, [ip_network(TARGET)], raw=True, scripts=scripts)
         async with started(Nmap(program, Limits(16 << 20, 4 << 20, 60), scripts)) as nmap:
             with network.capture() as packets:
                 found = [host async for hosts in nmap.scan(line, services(policy.port_set)) for host, _ in hosts]

@@ -219,9 +219,21 @@ def detection_of(policy: ScanPolicy) -> str:
 
 
 def arguments(
-    chunk: ScanChunk, targets: Sequence[Network], *, raw: bool, scripts: AbstractSet[str] = ADMITTED_SCRIPTS
+    chunk: ScanChunk,
+    ports: PortSet,
+    targets: Sequence[Network],
+    *,
+    raw: bool,
+    scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
 ) -> list[str]:
-    """Build nmap's arguments for `targets`, which are distinct and of one family. They consist of numbers and fixed words.
+    """Build nmap's arguments, which consist of numbers and fixed words.
+
+    Args:
+        chunk: the chunk, or one of those that share this nmap.
+        ports: the chunk's ports; by number where the chunk has a part of the most common ports.
+        targets: distinct networks of one family.
+        raw: whether raw packets may be sent.
+        scripts: the NSE scripts that a policy may name.
 
     Raises:
         ScanError: the policy has values that this worker does not support, or a script that is not in `scripts`.
@@ -229,7 +241,7 @@ def arguments(
     policy = _executable(chunk, scripts)
     options = nmap_options(
         policy,
-        PortSet.parse(chunk.ports),
+        ports,
         addresses=sum(target.num_addresses for target in targets),
         family=targets[0].version,
         min_rate=chunk.min_rate,

@@ -167,13 +167,13 @@ class Batch:
         return [network for share in self._active for network in share.targets]
 
     async def _run_nmap(self, targets: Sequence[Network]) -> None:
-        chunk, ports = self._chunk, PortSet.parse(self._chunk.ports)
+        ports = PortSet.parse(self._chunk.ports)
         if ports.top:
             ranked = await self._scanner.ranked(ports)
             self.common_ports = str(ranked)
             if ports.above:  # nmap has no option for a part of its most common ports
-                ports, chunk = ranked, chunk.model_copy(update={"ports": self.common_ports})
-        line = arguments(chunk, targets, raw=self._abilities.raw, scripts=self._abilities.scripts)
+                ports = ranked
+        line = arguments(self._chunk, ports, targets, raw=self._abilities.raw, scripts=self._abilities.scripts)
         if not self.arguments:
             self._rules, self._began = self._abilities.rules.digest, asyncio.get_running_loop().time()
         self.arguments = digest(line)

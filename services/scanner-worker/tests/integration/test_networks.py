@@ -94,7 +94,7 @@ async def scan(networks: tuple[Path, Router]) -> AsyncIterator[Scan]:
         found: dict[str, tuple[Outcome, Host, tuple[PortFound, ...]]] = {}
         ports = chunk.policy.port_set
         targets = [ip_network(f"{chunk.first_address}/{32 - (len(chunk.outcomes) - 1).bit_length()}")]
-        async for hosts in nmap.scan(arguments(chunk, targets, raw=True), services(ports)):
+        async for hosts in nmap.scan(arguments(chunk, ports, targets, raw=True), services(ports)):
             found |= {host.address: (outcome(host, ports.count), host, open_) for host, open_ in hosts}
         return found
 
@@ -255,7 +255,7 @@ async def test_scan_service_inside_tls_has_ssl_prefix(make_chunk: MakeChunk, tmp
     nmap = Nmap(NMAP, LIMITS)
     await nmap.start()
     async with web(tmp_path, address):
-        line = arguments(chunk, [ip_network(f"{address}/32")], raw=raw)
+        line = arguments(chunk, chunk.policy.port_set, [ip_network(f"{address}/32")], raw=raw)
         found = [each async for hosts in nmap.scan(line, services(chunk.policy.port_set)) for each in hosts]
     await nmap.stop()
     [(_, ports)] = found

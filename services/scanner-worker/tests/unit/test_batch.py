@@ -27,7 +27,7 @@ from scanfleet.contracts.messages import (
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
 from scanfleet.errors import DependencyError
 from scanfleet.scanning.policy import Preset, fill_in
-from scanfleet.scanning.ports import PortSet
+from scanfleet.scanning.ports import MAX_TEXT, PortSet
 from scanfleet.scanning.targets import TargetRules
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.waiting import until
@@ -97,8 +97,10 @@ class Stepping:
         return address if ":" in address else address.rpartition(".")[0] + ".250"
 
     async def ranked(self, ports: PortSet) -> PortSet:
-        """Return ports as if the most common port were 1, the next 2 and so on."""
-        return PortSet(tcp=((ports.above + 1, ports.top),))
+        """Return ports as if the most common port were 1, the next 2 and so on; above rank 4,096 every eighth port."""
+        if ports.above < 4_096:
+            return PortSet(tcp=((ports.above + 1, ports.top),))
+        return PortSet(tcp=tuple((8 * rank, 8 * rank) for rank in range(ports.above - 4_095, ports.top - 4_095)))
 
     def hold(self, seconds: float) -> None: ...
 
@@ -379,6 +381,15 @@ async def test_scan_of_a_part_of_the_top_ports_names_them(make: MakeChunk) -> No
     assert argv[argv.index("-p") + 1] == "51-100"
 
 
+async def test_scan_of_a_long_part_of_the_top_ports_names_them(make: MakeChunk) -> None:
+    """The list of the 4,097th to the 8,192nd most common ports may be longer than the ports of a policy."""
+    async with scanning(make(1, ports="top:4097-8192")) as rig:
+        rig.scanner.fault = ScanError("two ports are not four thousand")
+        rig.scanner.let()
+    (argv,) = rig.scanner.argvs
+    assert len(argv[argv.index("-p") + 1]) > MAX_TEXT
+
+
 async def test_report_lists_the_common_ports_by_number(make: MakeChunk) -> None:
     """The final report of a chunk of the most common ports has their numbers; that of other ports has none."""
     reported = []
@@ -553,7 +564,7 @@ def test_batch_command_line_has_only_permitted_targets(maps: list[str], base: st
         return rig.scanner
 
     scanner = asyncio.run(run())
-    plain = arguments(chunks[0], [ip_network(base)], raw=True)
+    plain = arguments(chunks[0], chunks[0].policy.port_set, [ip_network(base)], raw=True)
     line, left = plain[: plain.index("--")], chunks[leaver % len(chunks)].chunk_id
     permitted: dict[str, set[str]] = {}
     for chunk in chunks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import ip_network
 from typing import Any
 
@@ -15,7 +15,8 @@ from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, Sc
 from scanfleet.contracts.messages.fields import MAX_BYTES
 from scanfleet.scanning.outcomes import Outcome, networks
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS, Preset, ScanPolicy, fill_in
-from scanfleet.scanning.targets import TargetRules
+from scanfleet.scanning.ports import PortSet
+from scanfleet.scanning.targets import Network, TargetRules
 from scanner_worker.domain.scan import (
     Host,
     ScanError,
@@ -62,6 +63,10 @@ def policies(draw: st.DrawFn) -> ScanPolicy:
     return fill_in(draw(st.sampled_from(Preset)), given_fields)
 
 
+def line_of(chunk: ScanChunk, targets: Sequence[Network], *, raw: bool) -> list[str]:
+    return arguments(chunk, PortSet.parse(chunk.ports), targets, raw=raw)
+
+
 @pytest.mark.proves("G12")
 @given(
     policy=policies(),
@@ -90,7 +95,7 @@ def test_arguments_match_known_patterns(
         max_rate=rates[1],
     )
     targets = list(networks(first, outcomes))
-    argv = arguments(chunk, targets, raw=raw)
+    argv = line_of(chunk, targets, raw=raw)
     split = argv.index("--")
     assert all(SHAPES.fullmatch(argument) for argument in argv[:split]), argv
     assert argv[split + 1 :] == [str(network) for network in targets]
@@ -115,10 +120,10 @@ def test_arguments_have_an_option_for_each_field(make_chunk: MakeChunk) -> None:
             "host_timeout": 30,
         },
     )
-    line = " ".join(arguments(chunk, [ip_network("127.9.1.0/30")], raw=True))
+    line = " ".join(line_of(chunk, [ip_network("127.9.1.0/30")], raw=True))
     assert "--privileged -Pn -sS -sU -p T:22,U:53 -sV --version-intensity 3 -O --script banner,http-title -T2" in line
     assert "--max-rate 100 --max-rtt-timeout 250ms --max-retries 1 --host-timeout 30s" in line
-    plain = arguments(make_chunk({"service_detection": False}), [ip_network("::1/128")], raw=False)
+    plain = line_of(make_chunk({"service_detection": False}), [ip_network("::1/128")], raw=False)
     assert {"--unprivileged", "-6", "-sT"} <= set(plain)
     assert not {
         "-sV",
@@ -148,7 +153,7 @@ def test_arguments_of_few_addresses_have_low_rate_floor(
 ) -> None:
     """The floor of a timing is at most 256 for each address; a policy's own min_rate is followed."""
     chunk = make_chunk({"min_rate": of_policy}).model_copy(update={"min_rate": 2_000})
-    argv = arguments(chunk, [ip_network(target)], raw=False)
+    argv = line_of(chunk, [ip_network(target)], raw=False)
     assert argv[argv.index("--min-rate") + 1] == floor
 
 
@@ -167,7 +172,7 @@ def test_arguments_rates_are_the_chunks(
     make_chunk: MakeChunk, of_policy: int | None, of_chunk: dict[str, int], line: str
 ) -> None:
     """The chunk's rate limit replaces the policy's, and the floor never exceeds it."""
-    argv = arguments(make_chunk({"max_rate": of_policy}, **of_chunk), [ip_network("127.9.1.0/30")], raw=True)
+    argv = line_of(make_chunk({"max_rate": of_policy}, **of_chunk), [ip_network("127.9.1.0/30")], raw=True)
     assert f"-T4 {line} --host-timeout" in " ".join(argv)
 
 
@@ -179,14 +184,14 @@ def test_arguments_groups_of_silent_hosts_are_small(
     make_chunk: MakeChunk, discovery: str, ports: str, group: int
 ) -> None:
     """Without discovery a host group is small, so that a silent network is reported and resumed in small steps."""
-    argv = arguments(make_chunk({"discovery": discovery, "ports": ports}), [ip_network("127.9.1.0/30")], raw=True)
+    argv = line_of(make_chunk({"discovery": discovery, "ports": ports}), [ip_network("127.9.1.0/30")], raw=True)
     assert f"--min-hostgroup {group} --max-hostgroup {group}" in " ".join(argv)
 
 
 def test_arguments_top_ports_are_counted(make_chunk: MakeChunk) -> None:
     """top:N becomes --top-ports N, and nmap must announce that number of ports."""
     chunk = make_chunk({"ports": "top:100"})
-    argv = arguments(chunk, [ip_network("127.9.1.0/30")], raw=True)
+    argv = line_of(chunk, [ip_network("127.9.1.0/30")], raw=True)
     assert argv[argv.index("--top-ports") + 1] == "100"
     assert "-p" not in argv
     assert services(chunk.policy.port_set) == {"tcp": 100}
@@ -434,7 +439,7 @@ def test_arguments_disallowed_policy_fails_the_chunk(make_chunk: MakeChunk, fiel
     """A stored policy that is no longer allowed fails the chunk without a command line, and the reason names the field."""
     chunk = make_chunk().model_copy(update={"policy": ScanPolicy.model_validate(field)})
     with pytest.raises(ScanError, match=next(iter(field))):
-        arguments(chunk, list(networks(chunk.first_address, chunk.outcomes)), raw=True)
+        line_of(chunk, list(networks(chunk.first_address, chunk.outcomes)), raw=True)
 
 
 @pytest.mark.parametrize(
