@@ -168,6 +168,7 @@ class Orchestrator:
             changer=changer,
             publisher=publisher,
             signer=signer,
+            scripts=scripts,
             lease_seconds=lease_seconds,
             clock=clock,
             give_up=self.reconciler.give_up,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from datetime import datetime, timedelta
 from itertools import count
 from typing import Any, Final, TypedDict
@@ -52,7 +53,7 @@ from scanfleet.contracts.messages.topics import (
 from scanfleet.contracts.user_grants import UserGrants
 from scanfleet.runtime.bus import PartitionListener, Publisher, Record
 from scanfleet.scanning.outcomes import Outcome, address_at
-from scanfleet.scanning.policy import ScanPolicy
+from scanfleet.scanning.policy import ADMITTED_SCRIPTS, ScanPolicy
 from scanfleet.scanning.targets import TargetRules, parse_network
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.chunk_grants import signer
@@ -210,6 +211,7 @@ class World:
         bus: MemoryBus | None = None,
         lease_seconds: float = 30.0,
         rules: TargetRules = RULES,
+        scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
         grants: UserGrants | None = None,
         quotas: Quotas | None = None,
         keep: timedelta | None = None,
@@ -218,6 +220,7 @@ class World:
         self.now = _NOW
         self.store = store
         self.rules = rules
+        self.scripts = scripts
         self.grants = grants
         self.quotas = quotas or Quotas()
         self.keep = keep
@@ -239,6 +242,7 @@ class World:
             publisher or self.bus,
             rules=self.rules,
             signer=signer(),
+            scripts=self.scripts,
             clock=self._clock,
             lease_seconds=self.lease_seconds,
             stored_seconds=60.0,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Set as AbstractSet
+from functools import lru_cache
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.audit import own_entry
@@ -23,6 +25,7 @@ from scanfleet.contracts.messages.topics import SCAN_TASKS
 from scanfleet.errors import Rule
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Publisher
+from scanfleet.scanning.policy import PolicyError, ScanPolicy, executable
 from scanfleet.scanning.ports import PortSet
 from scanfleet.security.chunk_grants import Signer
 
@@ -36,6 +39,7 @@ class Tasks:
     Args:
         publisher: publishes tasks.
         signer: signs the scope of each attempt.
+        scripts: the NSE scripts that a policy may name.
         lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
         give_up: fails a job, with the reason.
         grants: the current user grants, which limit jobs and their hours.
@@ -52,6 +56,7 @@ class Tasks:
         changer: ChunkChanger,
         publisher: Publisher,
         signer: Signer,
+        scripts: AbstractSet[str],
         lease_seconds: float,
         clock: PlatformTime,
         give_up: Callable[[int, str], Awaitable[None]],
@@ -70,6 +75,7 @@ class Tasks:
         self._give_up = give_up
         self._grants = grants
         self._skips = skips
+        self._scripts = frozenset(scripts)
 
     async def send(self, picks: Sequence[Pick]) -> bool:
         """Dispatch the picked chunks; return whether some were not, because another replica changed them or their job ended.
@@ -84,7 +90,7 @@ class Tasks:
         )
         over: list[str] = []
         due: dict[str, tuple[Chunk, ScanChunk]] = {}
-        refused: dict[int, str] = {}
+        refused: set[int] = set()
         closed: dict[tuple[int, str], ScanJob] = {}
         lost: set[int] = set()
         for candidate, worker, share in picks:
@@ -96,8 +102,8 @@ class Tasks:
             try:
                 if job.final:
                     over.append(chunk.id)
-                elif refusal := self._grants.refusal(job):
-                    refused[job.id] = refusal
+                elif self._grants.refusal(job) or _problem(job.policy, self._scripts):
+                    refused.add(job.id)
                 elif self._grants.closed(job, now):
                     closed[job.user_id, job.granted_by] = job
                 elif chunk.state is ChunkState.QUEUED:
@@ -115,8 +121,8 @@ class Tasks:
             tasks = [task.model_copy(update={"traceparent": onward[task.chunk_id]}) for task in sent]
             await self._publisher.publish(SCAN_TASKS, tasks)
         await self._cancel(over)
-        for job_id, refusal in refused.items():
-            await self._refuse(jobs[job_id], refusal)
+        for job_id in refused:
+            await self._refuse(jobs[job_id])
         for job in closed.values():
             opens_at = self._grants.opens_at(job, now)
             await self._skips.await_hours(job, opens_at - now if opens_at else None)
@@ -124,8 +130,13 @@ class Tasks:
         await self._deletions.advance(lost, Stage.DONE, Stage.CHUNKS, now)
         return len(sent) < len(picks)
 
-    async def _refuse(self, job: ScanJob, reason: str) -> None:
-        """Fail a job that the user grants no longer allow: they have changed since it was accepted."""
+    async def _refuse(self, job: ScanJob) -> None:
+        """Fail a job that the user grants or the scripts no longer allow: they have changed since it was accepted."""
+        reason = self._grants.refusal(job)
+        if reason is None:
+            problem = _problem(job.policy, self._scripts)
+            await self._give_up(job.id, f"the job's policy is no longer allowed: {problem}")
+            return
         target = f"/api/v1/task/{job.id}"
         entry = own_entry(
             f"dispatch-{job.id}", "dispatch_task", target, "refused", Rule.GRANT, user_id=job.user_id, reason=reason
@@ -166,3 +177,13 @@ class Tasks:
             stop_after_seconds=left.total_seconds() if left is not None else None,
             traceparent=job.traceparent,
         )
+
+
+@lru_cache(maxsize=64)  # a long list of ports takes milliseconds, and each chunk of the job is checked
+def _problem(policy: ScanPolicy, scripts: frozenset[str]) -> str:
+    """Return why workers do not execute the policy; empty if they do."""
+    try:
+        executable(policy, scripts)
+    except PolicyError as error:
+        return str(error)
+    return ""

@@ -21,6 +21,7 @@ from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import ChunkScanned, JobStatus, Message, ScanChunk, WorkerReady
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS, Topic
 from scanfleet.runtime.bus import Publisher
+from scanfleet.scanning.policy import ADMITTED_SCRIPTS, Preset, fill_in
 from scanfleet.scanning.ports import PortSet
 from scanfleet_testing.chunk_grants import grants
 
@@ -78,6 +79,25 @@ async def test_task_contains_chunk_token_lease_and_policy(world: World) -> None:
         30.0,
         plan.expected(job, PortSet.parse("22,80"), 4),
     )
+
+
+async def test_dispatch_of_a_job_whose_script_was_withdrawn_fails_it() -> None:
+    """No chunk of the job goes to a worker, its error names the field, and another job of the user is dispatched."""
+    world = World(MemoryStore(), scripts=ADMITTED_SCRIPTS | {"http-grep"})
+    policy = fill_in(Preset.QUICK, {"ports": "80", "scripts": ("http-grep",)}, world.scripts)
+    commands = [await world.submit("127.9.8.0/24", policy=policy), await world.submit("127.9.8.0/30")]
+    await world.settle()
+    withdrawn, other = (world.accepted(command)[0].id for command in commands)
+    world.scripts = ADMITTED_SCRIPTS
+    await world.restart()
+    await world.worker.announce()
+    await world.settle()
+    jobs = await world.store.jobs.get([withdrawn, other])
+    assert (jobs[withdrawn].status, jobs[other].status) == (JobStatus.FAILED, JobStatus.COMPLETED)
+    assert jobs[withdrawn].error.startswith(
+        "the job's policy is no longer allowed: scripts.0: http-grep is not one of "
+    )
+    assert {task.job_id for task in tasks(world)} == {other}
 
 
 @pytest.mark.proves("G19")

@@ -178,7 +178,7 @@ class Worker:
         failed = [end for end in ends if isinstance(end, ChunkFailed)]
         if isinstance(batch.fault, CannotStartError):
             self.exclusion.exclude(str(batch.fault))
-        elif failed and len(failed) == len(ends):
+        elif failed and len(failed) == len(ends) and batch.arguments:  # nmap was started, so the failure may be its own
             self.exclusion.failed(failed[0].chunk_id, failed[0].reason)
         elif batch.finished:
             self.exclusion.succeeded()

@@ -27,6 +27,7 @@ from scanfleet.contracts.messages import (
 from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_PROGRESS, SCAN_RESULTS, SCAN_TASKS, SCAN_WORKERS, Topic
 from scanfleet.contracts.user_grants import UserGrants
 from scanfleet.errors import DependencyError
+from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import TargetRules
 from scanfleet.security.audit import Refusals
@@ -655,18 +656,20 @@ async def test_worker_three_failed_chunks_exclude_it(make_chunk: MakeChunk) -> N
         assert len(rig.scanner.asked) == 3
 
 
-@pytest.mark.parametrize("ends", ["one chunk", "a success between", "one nmap"])
+@pytest.mark.parametrize("ends", ["one chunk", "a success between", "one nmap", "policy"])
 async def test_worker_target_failures_do_not_exclude_it(make_chunk: MakeChunk, ends: str) -> None:
-    """Three failures of one chunk, with a success in between, or in one nmap do not exclude the worker."""
+    """Failures of one chunk, with a success in between, in one nmap, or without an nmap do not exclude the worker."""
+    disallowed = ScanPolicy(scripts=("http-grep",), ports="22,80")
     async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
         if ends == "one nmap":
             await rig.send(*(make_chunk(chunk_id=f"1-{n}", first_address=f"127.9.{n}.0") for n in range(4)))
             await until(lambda: rig.progress().count("ChunkFailed") == 4)
-        for number in range(4 if ends == "a success between" else 3 if ends == "one chunk" else 0):
+        for number in range(0 if ends == "one nmap" else 4):
             succeeds = ends == "a success between" and number == 2
             rig.scanner.script = (ASKED,) if succeeds else (ScanError("nmap exited with 1"),)
             chunk_id = "1-0" if ends == "one chunk" else f"1-{number}"
-            await rig.send(make_chunk(chunk_id=chunk_id, attempt=number + 1))
+            chunk = make_chunk(chunk_id=chunk_id, attempt=number + 1)
+            await rig.send(chunk.model_copy(update={"policy": disallowed} if ends == "policy" else {}))
             await until(lambda: len(rig.progress()) == number + 1)  # noqa: B023 # called before the next turn
         announced = len(rig.messages(SCAN_WORKERS, WorkerReady))
         await until(lambda: len(rig.messages(SCAN_WORKERS, WorkerReady)) >= announced + 2)
