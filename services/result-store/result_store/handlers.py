@@ -28,6 +28,7 @@ from scanfleet.contracts.messages import (
     ResultsDeleted,
 )
 from scanfleet.contracts.messages.topics import SCAN_DELETIONS, SCAN_STORED
+from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.runtime.loop import Loop
@@ -150,17 +151,27 @@ class DeletionsHandler:
         """
         left = self._per_step
         for job_id, begun in (await self._store.open_deletions(_AT_ONCE)).items():
-            erased = await self._store.erase(job_id, left)
-            for kind, number in erased._asdict().items():
-                DELETED_DOCUMENTS.labels(kind).inc(number)
-            left -= sum(erased)
+            try:
+                left -= await self._delete(job_id, begun, left)
+            except DependencyError:
+                raise
+            except Exception:  # noqa: BLE001 # an error of one job must not stop the others; the log has the traceback
+                _log.exception("deletion_failed", job_id=job_id, retry_seconds=_STEP_SECONDS)
             if left <= 0:
                 self.loop.wake()
                 return
+
+    async def _delete(self, job_id: int, begun: int, limit: int) -> int:
+        """Delete up to so many documents of the job, publish if none is left, and return how many were deleted."""
+        erased = await self._store.erase(job_id, limit)
+        for kind, number in erased._asdict().items():
+            DELETED_DOCUMENTS.labels(kind).inc(number)
+        if sum(erased) < limit:
             total = await self._store.erased(job_id)
             answer = ResultsDeleted(job_id=job_id, hosts=total.hosts, rows=total.rows)
             await self._publisher.publish(SCAN_DELETIONS, [answer])
             await self._store.end_deletion(job_id, begun)
+        return sum(erased)
 
 
 def _traces(records: Sequence[Record[Scanned]]) -> dict[str, str | None]:

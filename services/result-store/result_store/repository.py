@@ -60,7 +60,7 @@ _WITHOUT: Final[dict[Parts, Document]] = {
     Parts.DETAILS: {"ports": False},
     Parts.PORTS: {"details": False, "open_filtered": False},
 }
-_SIZE: Final = {"ports": {"$size": {"$ifNull": ["$ports", []]}}, "open_filtered": True}
+_SIZE: Final = {"ports": {"$cond": [{"$isArray": "$ports"}, {"$size": "$ports"}, 0]}, "open_filtered": True}
 _OF_CLOSED: Final = dict.fromkeys(("job_id", "first_address", "outcomes"), True)
 _OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
 
@@ -347,8 +347,9 @@ def _host(document: Mapping[str, Any]) -> Host:
 
 def _rows(document: Document) -> int:
     listed: int = document["ports"]
+    silent = document.get("open_filtered")
     try:
-        return listed + port_count(parse_ranges(document.get("open_filtered", "")))
+        return listed + port_count(parse_ranges(silent if isinstance(silent, str) else ""))
     except ValueError:  # a damaged host is deleted as every other
         return listed
 

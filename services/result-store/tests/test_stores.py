@@ -377,13 +377,15 @@ async def test_interrupted_erasure_counts_no_host_twice(database: mongo.Database
 
 @pytest.mark.integration
 async def test_erasure_of_a_host_with_damaged_ports_counts_the_others(database: mongo.Database) -> None:
-    """Ranges that cannot be read must not stop the deletion: only the host's listed ports are counted."""
+    """Ports and ranges that cannot be read must not stop the deletion: they are not counted."""
     store = MongoStore(database)
-    await store.add(hosts(host("127.9.8.0", 22, 80, open_filtered="67-69"), host("127.9.8.1", 22)))
-    await database["hosts"].update_one({"_id": "1-0/127.9.8.0"}, {"$set": {"open_filtered": "foo"}})
+    damaged = ({"open_filtered": "foo"}, {"open_filtered": None}, {"open_filtered": 7}, {"ports": 7}, {"ports": None})
+    await store.add(hosts(*(host(f"127.9.8.{n}", 22, 80, open_filtered="67-69") for n in range(len(damaged) + 1))))
+    for number, fields in enumerate(damaged):
+        await database["hosts"].update_one({"_id": f"1-0/127.9.8.{number}"}, {"$set": fields})
     await store.begin_deletions([1])
-    assert await store.erase(1, 9) == (2, 0)
-    assert await store.erased(1) == Erased(hosts=2, rows=3)
+    assert await store.erase(1, 9) == (6, 0)
+    assert await store.erased(1) == Erased(hosts=6, rows=3 * 2 + 2 * 3 + 5)
 
 
 async def test_deletion_that_begins_again_is_not_ended(store: Store) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from result_store.domain.results import Removed, Scanned
 from result_store.handlers import DeletionsHandler
@@ -86,6 +87,27 @@ async def test_delete_continues_after_a_failure() -> None:
     assert answers(bus) == []
     await DeletionsHandler(store, bus, 2_000).step()
     assert (store.hosts, store.chunks, answers(bus)) == ({}, {}, [1])
+
+
+class DamagedStore(MemoryStore):
+    """Cannot erase job 1."""
+
+    async def erase(self, job_id: int, limit: int) -> Removed:
+        if job_id == 1:
+            raise TypeError("a damaged document")
+        return await super().erase(job_id, limit)
+
+
+async def test_delete_of_a_job_that_fails_does_not_stop_the_others() -> None:
+    """An unexpected error of one job is logged, and the results of the next one are deleted in the same step."""
+    store = DamagedStore()
+    bus, deletions = bus_and_handler(store)
+    await store.begin_deletions([1, 2])
+    with capture_logs() as logs:
+        await deletions.step()
+    assert answers(bus) == [2]
+    assert [(line["event"], line["job_id"]) for line in logs] == [("deletion_failed", 1)]
+    assert await store.open_deletions(9) == {1: 1}
 
 
 async def test_deletion_steps_keep_their_interval_however_often_they_are_woken() -> None:
