@@ -87,16 +87,14 @@ def to_the_end(
         CommandError: the time limit expired, or a cancellation failed.
         KeyboardInterrupt: on Ctrl-C.
     """
-    ids = " ".join(map(str, job_ids))
     following = _Following(session, job_ids, view, enough, ended, query=query or {}, owner=owner)
     try:
         jobs = asyncio.run(following.run(limit, found))
     except KeyboardInterrupt:
         if not cancel:
-            noun, verb = ("jobs", "continue") if len(job_ids) > 1 else ("job", "continues")
-            session.output.note(f"{noun} {ids} {verb}: scanfleet job watch {ids}, or scanfleet job cancel {ids}")
+            changes.note_continuing(session, job_ids)
             raise
-        session.output.note(f"cancelling {ids}")
+        session.output.note(f"cancelling {' '.join(map(str, job_ids))}")
         cancelled, errors = changes.cancel_each(session, job_ids, pass_over_ended=True)
         many_failed(errors, session.output)
         if cancelled:

@@ -56,9 +56,10 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
     chosen = [resolve.subnet_named(session, each) for each in subnets]
     policy_id = resolve.policy_named(session, policy).id
     networks = {each.id: each.cidr for each in chosen}
-    made = changes.create_jobs(session, [each.id for each in chosen], policy_id, key).json
-    if not states:
-        session.output.many(made["jobs"], changes.submitted_columns(networks))
+    with changes.submitted(session, [each.id for each in chosen], policy_id, key) as reply:
+        made = reply.json
+        if not states:
+            session.output.many(made["jobs"], changes.submitted_columns(networks))
     if not watch:
         return None
     ids, owner = [each["id"] for each in made["jobs"]], made["jobs"][0]["user_id"]

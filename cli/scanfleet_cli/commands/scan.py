@@ -105,23 +105,24 @@ def scan(
     known = {resolve.scope(each.cidr, each.exclude): each for each in reversed(list(resolve.subnets(session)))}
     subnets = [_subnet(session, each, known) for each in wanted]
     subnet_ids = [subnet.id for subnet, _ in subnets]
-    reply = changes.create_jobs(session, subnet_ids, chosen.id, key)
-    made = reply.read(calls.create_tasks(subnet_ids, chosen.id)).jobs
-    for each, (subnet, word) in zip(made, subnets, strict=True):
-        output.note(
-            f"job {each.id} · {subnet.cidr} (subnet {subnet.id} {_quoted(subnet.name)}, {word}) · "
-            f"{chosen.preset}, {_port_count(chosen)} (policy {chosen.id} {_quoted(chosen.name)}, {policy_word})"
-        )
-    if no_watch:
-        output.many(
-            [each.model_dump(mode="json") for each in made],
-            changes.submitted_columns({s.id: s.cidr for s, _ in subnets}),
-        )
-        return Exit.DONE
+    with changes.submitted(session, subnet_ids, chosen.id, key, cancel=cancel_on_interrupt) as reply:
+        made = reply.read(calls.create_tasks(subnet_ids, chosen.id)).jobs
+        for each, (subnet, word) in zip(made, subnets, strict=True):
+            output.note(
+                f"job {each.id} · {subnet.cidr} (subnet {subnet.id} {_quoted(subnet.name)}, {word}) · "
+                f"{chosen.preset}, {_port_count(chosen)} (policy {chosen.id} {_quoted(chosen.name)}, {policy_word})"
+            )
+        if no_watch:
+            output.many(
+                [each.model_dump(mode="json") for each in made],
+                changes.submitted_columns({s.id: s.cidr for s, _ in subnets}),
+            )
+            return Exit.DONE
+        view = views.view_for(output)
     jobs = follow.to_the_end(
         session,
         [each.id for each in made],
-        views.view_for(output),
+        view,
         limit,
         cancel=cancel_on_interrupt,
         ended=lambda job: follow.print_end(session, job),

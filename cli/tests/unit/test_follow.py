@@ -17,7 +17,7 @@ import pytest
 
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
-from scanfleet_cli import findings, follow, views
+from scanfleet_cli import changes, findings, follow, views
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import Session, World
@@ -76,6 +76,55 @@ def test_interrupt_after_the_end_exits_with_the_end(api: FakeApi, run: Any, end:
     assert "cancelling 41" in ended.err
     assert ended.err.count(f"job 41 {end}") == 1
     assert "could not be cancelled" not in ended.err
+
+
+def submit_interrupted(api: FakeApi) -> None:
+    """Ctrl-C arrives after the service has created the jobs and before its response."""
+
+    def fault(request: httpx2.Request) -> BaseException | None:
+        if (request.method, request.url.path) != ("POST", "/api/v1/task"):
+            return None
+        api.fault_of = lambda _request: None
+        api.carry_out(request)
+        return KeyboardInterrupt()
+
+    api.fault_of = fault
+
+
+@pytest.mark.parametrize("command", [["scan", "127.9.8.0/24"], ["job", "submit", "--subnet", "5", "--policy", "3"]])
+def test_interrupt_of_a_submit_prints_the_key_to_continue_with(api: FakeApi, run: Any, command: list[str]) -> None:
+    """The jobs may have been created, and the same command with the key returns to them."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    run("policy", "create", "web")
+    submit_interrupted(api)
+    ended = run(*command)
+    assert ended.code == 130
+    assert "the jobs may have been created" in ended.err
+    assert run(*command, "--key", ended.err.split("--key ")[1].split()[0]).code == 0
+    assert list(api.jobs) == [41]
+
+
+def test_interrupt_of_a_submit_with_cancel_on_interrupt_cancels_its_jobs(api: FakeApi, run: Any) -> None:
+    """The ids are those that the service returns for the same key."""
+    submit_interrupted(api)
+    ended = run("scan", "127.9.8.0/24", "--cancel-on-interrupt")
+    assert ended.code == 130
+    assert "✓ job 41 cancelled" in ended.err
+    assert [each.status for each in api.jobs.values()] == [JobStatus.CANCELLED]
+
+
+@pytest.mark.parametrize(("cancel", "status"), [(False, JobStatus.PENDING), (True, JobStatus.CANCELLED)])
+def test_interrupt_between_submit_and_watch_names_or_cancels_the_jobs(
+    api: FakeApi, run: Any, session: Session, cancel: bool, status: JobStatus
+) -> None:
+    """A job whose id the command has is not lost before its watch begins."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    run("policy", "create", "web")
+    with pytest.raises(KeyboardInterrupt), changes.submitted(session, [5], 3, None, cancel=cancel):
+        raise KeyboardInterrupt
+    assert api.jobs[41].status is status
+    assert isinstance(session.output.stderr, io.StringIO)
+    assert ("✓ job 41 cancelled" if cancel else "scanfleet job watch 41") in session.output.stderr.getvalue()
 
 
 def test_interrupt_after_the_end_of_some_jobs_cancels_the_others(running: FakeApi, run: Any) -> None:
