@@ -15,6 +15,7 @@ import click
 
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import Job
+from scanfleet.contracts.messages.commands import MAX_SUBNETS
 from scanfleet.scanning.policy import PolicyError, Preset, ScanPolicy, fill_in
 from scanfleet.scanning.ports import PortSet
 from scanfleet_cli import calls, changes, findings, follow, resolve, views
@@ -203,6 +204,11 @@ def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str 
     wanted = [Wanted(each) for each in given if each != "-"] + list(_of_lines(lines))
     if not wanted:
         raise CommandError("no targets", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")
+    if len(wanted) > MAX_SUBNETS:
+        raise CommandError(
+            f"{len(wanted):,} targets: one command scans up to {MAX_SUBNETS:,}",
+            hint="split the list, or replace neighbouring targets by a larger network",
+        )
     named: set[resolve.Scope] = set()
     for each in wanted:
         if not resolve.is_network(each.cidr, strict=False):

@@ -11,6 +11,7 @@ import pytest
 
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
+from scanfleet.contracts.messages.commands import MAX_SUBNETS
 from scanfleet_cli_testing import FakeApi, FakeJob, result
 
 
@@ -191,6 +192,16 @@ def test_duplicate_target_exits_2_and_creates_nothing(api: FakeApi, run: Any) ->
     ended = run("scan", "127.9.8.0/24", "127.9.9.0/24", "127.9.8.0/24", *same)
     assert ended.code == 2
     assert "target 127.9.8.0/24 is given twice" in ended.err
+    assert not api.requests
+
+
+def test_more_targets_than_a_request_takes_exit_2_and_create_nothing(api: FakeApi, run: Any, tmp_path: Any) -> None:
+    """A list that the service would refuse at the end is refused before the first request."""
+    file = tmp_path / "targets"
+    file.write_text("\n".join(f"127.9.{number // 256}.{number % 256}" for number in range(MAX_SUBNETS + 1)))
+    ended = run("scan", "--targets", file, "--no-watch")
+    assert ended.code == 2
+    assert "1,001 targets: one command scans up to 1,000" in ended.err
     assert not api.requests
 
 
