@@ -235,8 +235,18 @@ def wait(session: Session, /, *, job_ids: Sequence[int], every: bool, state: str
 
 
 def _unfinished(session: Session) -> list[int]:
-    open_ = [status for status in JobStatus if not status.final]
-    return [row["id"] for row in session.rows(calls.list_tasks(status=open_), limit=0)]
+    """Return the ids of the caller's unfinished jobs.
+
+    A job that ends while the pages are read moves the others forward, some of them to a page that was read already. So the
+    list is read until it contains no further job, except those that were created in the meantime.
+    """
+    call = calls.list_tasks(status=[status for status in JobStatus if not status.final])
+    found = {row["id"]: None for row in session.rows(call, limit=0)}
+    before, newest = 0, max(found, default=0)
+    while before < len(found) and len(found) >= calls.PAGE_SIZE:  # fewer are one page, read at once
+        before = len(found)
+        found |= {row["id"]: None for row in session.rows(call, limit=0) if row["id"] <= newest}
+    return list(found)
 
 
 @job.command()

@@ -610,6 +610,29 @@ def test_waiting_for_running_ends_when_the_job_runs(run: Any) -> None:
     assert run("job", "wait", "--all", "--for", "running").code == 0
 
 
+def test_wait_for_all_jobs_does_not_miss_one_that_moves_to_a_page_that_was_read(jobs: FakeApi, run: Any) -> None:
+    """Jobs that end between the pages move the others forward, and a job that is created meanwhile is not waited for."""
+    for number in range(43, 43 + 110):
+        jobs.jobs[number] = FakeJob(number, 5, 3, [(JobStatus.RUNNING, 10), (JobStatus.COMPLETED, 100)])
+    jobs.jobs[50].states[-1] = (JobStatus.FAILED, 99)
+    pages: list[str] = []
+
+    def ends(request: httpx2.Request) -> None:
+        if (request.method, request.url.path) != ("GET", "/api/v1/task"):
+            return
+        pages.append(request.url.params["page"])
+        if pages == ["1", "2"]:  # job 50 is on it, and ten jobs of the first page end
+            for number in range(143, 153):
+                jobs.jobs[number].seq = 2
+            jobs.jobs[200] = FakeJob(200, 5, 3, [(JobStatus.RUNNING, 10)])
+
+    jobs.fault_of = ends
+    ended = run("job", "wait", "--all", "--timeout", "60s")
+    assert ended.code == 3
+    assert "job 50 failed" in ended.err
+    assert "job 200" not in ended.err
+
+
 @pytest.mark.usefixtures("jobs")
 def test_events_are_json_lines(run: Any) -> None:
     """`job events` prints each state of the stream."""
