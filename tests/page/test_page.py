@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -14,6 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, Request, Route, ViewportSize, expect
 
 from local.nmap import OpenPorts, open_ports
+from local.paths import SCANFLEET
 from local.stack import Stack
 from scanfleet_cli_testing.issuer import Issuer
 from tests.client import Client
@@ -163,6 +166,17 @@ def test_page_story_from_sign_in_to_results(browser: Browser, stack: Stack, serv
         expect(page.get_by_text("Every address was probed to the end.")).to_be_visible()
         page.get_by_role("link", name="Jobs").click()
         expect(page.get_by_role("row", name="completed").first).to_contain_text(f"{NET}.0/24")
+
+
+def test_page_opens_the_job_at_the_address_of_the_command(
+    page: Page, stack: Stack, finished: int, tmp_path: Path
+) -> None:
+    """`scanfleet job open` prints the address of the job's page."""
+    environment = os.environ | {"SCANFLEET_URL": stack.url, "XDG_CONFIG_HOME": str(tmp_path)}
+    command = [SCANFLEET, "job", "open", str(finished)]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    page.goto(printed.strip())
+    expect(page.get_by_role("heading", name=f"Job {finished} completed")).to_be_visible()
 
 
 def test_page_map_cursor_shows_the_open_ports_of_its_address(page: Page, stack: Stack, finished: int) -> None:

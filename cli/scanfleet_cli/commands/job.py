@@ -581,4 +581,4 @@ def open_(session: Session, /, *, job_id: int) -> None:
 
 
 def _page(session: Session, job_id: int) -> str:
-    return f"{session.place.url}/app/job/{job_id}"
+    return f"{session.place.url}/app/jobs/{job_id}"

@@ -668,7 +668,7 @@ def test_job_show_with_open_opens_the_page(jobs: FakeApi, run: Any, world: World
 
     ended = run("job", "show", "41", "--open", world=replace(world, browse=browse))
     assert ended.out.startswith("job 41  completed")
-    assert opened == ["http://scanfleet.test/app/job/41"]
+    assert opened == ["http://scanfleet.test/app/jobs/41"]
 
 
 def test_map_is_a_square_of_letters(jobs: FakeApi, run: Any) -> None:
