@@ -37,7 +37,7 @@ from scanfleet.contracts import rest
 from scanfleet.contracts.messages import Job
 from scanfleet_cli import calls
 from scanfleet_cli.calls import Call, ListCall
-from scanfleet_cli.errors import ApiError, UnavailableError
+from scanfleet_cli.errors import ApiError, CommandError, UnavailableError
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -649,7 +649,7 @@ class _Retries:
 
     def pause(self, outcome: httpx2.Response | httpx2.RequestError) -> float | None:
         """Return the seconds until the next attempt; None if `outcome` is final."""
-        if isinstance(outcome, httpx2.LocalProtocolError):  # of the request itself, which was not sent
+        if isinstance(outcome, httpx2.LocalProtocolError):
             return None
         if isinstance(outcome, httpx2.Response):
             self._reached = True
@@ -674,7 +674,10 @@ class _Retries:
         Raises:
             ApiError: the service returned an error.
             UnavailableError: there was no response.
+            CommandError: the request is not valid, so it was not sent.
         """
+        if isinstance(outcome, httpx2.LocalProtocolError):  # its text quotes the header, which may contain the token
+            raise CommandError("the request is not valid: HTTP does not allow one of its headers") from None
         if not isinstance(outcome, httpx2.Response):
             raise self.no_answer(url, outcome) from outcome
         if outcome.is_success:
@@ -685,11 +688,8 @@ class _Retries:
 
     def no_answer(self, url: str, error: httpx2.RequestError) -> UnavailableError:
         """Return the error of a call whose connection failed."""
-        # The text of this error quotes the header, which may contain the token.
-        invalid = isinstance(error, httpx2.LocalProtocolError)
-        cause = "the request is not valid HTTP" if invalid else str(error) or type(error).__name__
         return UnavailableError(
-            f"no response from {url}: {cause}",
+            f"no response from {url}: {str(error) or type(error).__name__}",
             unsure=self._unsure or self._reached,
             repeatable=self._call.repeatable,
             reached=self._reached,
@@ -703,15 +703,18 @@ def _seconds(text: str) -> float:
 def _request(http: httpx2.Client | httpx2.AsyncClient, call: Call[Any], token: str | None) -> httpx2.Request:
     headers = dict(call.headers) | ({"Authorization": f"Bearer {token}"} if token else {})
     stream = call.headers.get("Accept") == "text/event-stream"
-    return http.build_request(
-        call.method,
-        call.path,
-        params=call.query or None,
-        json=call.body,
-        content=call.csv,
-        headers=headers,
-        timeout=_STREAM_TIMEOUTS if stream else _TIMEOUTS,
-    )
+    try:
+        return http.build_request(
+            call.method,
+            call.path,
+            params=call.query or None,
+            json=call.body,
+            content=call.csv,
+            headers=headers,
+            timeout=_STREAM_TIMEOUTS if stream else _TIMEOUTS,
+        )
+    except (httpx2.InvalidURL, UnicodeEncodeError) as error:  # neither contains more than a character of the request
+        raise CommandError(f"the request is not valid: {error}") from error
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -157,11 +157,19 @@ def _run(arguments: Sequence[str], session: Session) -> int:
 
 
 def main() -> None:
+    try:
+        code = _main()
+    except KeyboardInterrupt:  # before or after the run
+        code = Exit.INTERRUPTED
+    sys.exit(code)
+
+
+def _main() -> int:
     session = Session(Config.of_user(), output := Output())
     if instruction := os.environ.get(COMPLETE):
         # An error, or a prompt of a token command, would appear within the line that the user is typing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-        sys.exit(shell_complete(cli, {"obj": session}, "scanfleet", COMPLETE, instruction))
+        return shell_complete(cli, {"obj": session}, "scanfleet", COMPLETE, instruction)
     if output.stdout.isatty():
         output.width = os.get_terminal_size(output.stdout.fileno()).columns or 80
     try:
@@ -171,4 +179,4 @@ def main() -> None:
         # Python flushes stdout again at exit, which would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.stdout.fileno())
         code = Exit.DONE
-    sys.exit(code)
+    return code

@@ -11,6 +11,7 @@ import click
 
 from scanfleet_cli.calls import PAGE_SIZE, Call, ListCall
 from scanfleet_cli.errors import CommandError
+from scanfleet_cli.resolve import text_of
 from scanfleet_cli.session import Session, with_session
 
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
@@ -29,7 +30,7 @@ _REPEATABLE: Final = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 )
 @click.option("-F", "--typed-field", "typed", multiple=True, metavar="NAME=JSON", help="The same with a JSON value.")
 @click.option("-H", "--header", "headers", multiple=True, metavar="NAME: VALUE", help="Request header.")
-@click.option("--input", "file", type=click.File("r"), help="File with the JSON body; - is stdin.")
+@click.option("--input", "file", type=click.File(encoding="utf-8"), help="File with the JSON body; - is stdin.")
 @click.option("--all", "every", is_flag=True, help="Read all pages of a list, and print one array.")
 @with_session
 def api(
@@ -50,7 +51,7 @@ def api(
     for name, text in (_split(each, "=") for each in typed):
         fields[name] = _json(text, f"-F {name}")
     given: Mapping[str, str] = dict(_split(each, ":") for each in headers)
-    body = _json(file.read(), "--input") if file is not None else None
+    body = _json(text_of(file), "--input") if file is not None else None
     query = {} if method in _WITH_BODY else fields
     if method in _WITH_BODY and body is None:
         body = fields

@@ -51,7 +51,7 @@ class Wanted:
 @click.option(
     "--targets",
     "file",
-    type=click.File(),
+    type=click.File(encoding="utf-8"),
     help="File of targets, one per line, or CSV with the columns cidr,name,exclude.",
 )
 @click.option(
@@ -196,11 +196,8 @@ def _fail_ports(text: str | None) -> _Watched | None:
 
 
 def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str | None) -> Iterator[Wanted]:
-    lines: list[str] = []
-    if file is not None:
-        lines += file
-    if "-" in given:
-        lines += sys.stdin
+    files = [*([file] if file is not None else []), *([sys.stdin] if "-" in given else [])]
+    lines = [line for each in files for line in resolve.text_of(each).split("\n")]
     wanted = [Wanted(each) for each in given if each != "-"] + list(_of_lines(lines))
     if not wanted:
         raise CommandError("no targets", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")

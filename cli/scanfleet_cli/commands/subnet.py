@@ -158,7 +158,7 @@ def _kept(found: Row) -> str:
 
 
 @subnet.command("import")
-@click.argument("file", type=click.File(encoding="utf-8-sig"))
+@click.argument("file", type=click.File(encoding="utf-8"))
 @click.option("--dry-run", is_flag=True, help="Check each line, and change nothing.")
 @click.option("--update", is_flag=True, help="Change subnets of the same name whose network or exclusions differ.")
 @formats(imports.FIELDS)
@@ -170,11 +170,7 @@ def import_(session: Session, /, *, file: Any, dry_run: bool, update: bool) -> i
     reported, and the command exits 2. Existing subnets are not created again, so the command can be repeated. The JSON formats
     print line, action, id and error of each line; an action is create, update, exists or refused.
     """
-    try:
-        text = file.read()
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{file.name} is not UTF-8: {error}") from error
-    lines = imports.imported(session, text, dry_run=dry_run, update=update)
+    lines = imports.imported(session, resolve.text_of(file), dry_run=dry_run, update=update)
     output = session.output
     if output.format in {Format.TABLE, Format.WIDE} and output.fields is None:
         output.emit(imports.summary(lines, dry_run=dry_run))

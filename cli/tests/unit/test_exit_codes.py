@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
 from scanfleet.contracts.messages import JobStatus
+from scanfleet_cli import main
 from scanfleet_cli.errors import MEANINGS, Exit
 from scanfleet_cli_testing import FakeApi
 
@@ -76,6 +79,55 @@ def test_unknown_outcome_of_a_submit_names_the_key_to_repeat_it_with(api: FakeAp
     api.fault_of = lambda _request: None
     assert run(*submit, "--key", key).code == 0
     assert list(api.jobs) == [41]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["--token-file", "{file}", "subnet", "list"], 4, "cannot read the token file: 'utf-8' codec"),
+        (["scan", "--targets", "{file}"], 2, "{file} is not UTF-8"),
+        (["scan", "-"], 2, "<stdin> is not UTF-8"),
+        (["api", "POST", "subnet", "--input", "{file}"], 2, "{file} is not UTF-8"),
+        (["api", "GET", "a\x01b"], 2, "the request is not valid: Invalid non-printable ASCII character in URL"),
+        (["api", "GET", "subnet", "-H", "A: é"], 2, "the request is not valid: 'ascii' codec"),
+        (["subnet", "create", "\udcff", "127.9.8.0/24"], 2, "the request is not valid: 'utf-8' codec"),
+    ],
+)
+def test_input_that_cannot_be_encoded_or_decoded_is_named(
+    api: FakeApi,
+    run: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    arguments: list[str],
+    code: int,
+    problem: str,
+) -> None:
+    """Wrong input is an error message and never a traceback, and nothing is sent."""
+    file = tmp_path / "file"
+    file.write_bytes(b"\xff\n")
+    monkeypatch.setattr(sys, "stdin", stdin := file.open(encoding="utf-8"))
+    with stdin:
+        ended = run(*(each.replace("{file}", str(file)) for each in arguments))
+    assert ended.code == code
+    assert problem.replace("{file}", str(file)).replace("<stdin>", str(file)) in ended.err
+    assert not api.requests
+
+
+def test_interrupt_at_the_end_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the rest of the output is written is no traceback."""
+
+    class Interrupted(io.StringIO):
+        def flush(self) -> None:
+            if self.getvalue().endswith("\n") and next(flushes):
+                raise KeyboardInterrupt
+
+    flushes = iter([False, True])  # of the line, of the rest
+    monkeypatch.setattr(sys, "stdout", Interrupted())
+    monkeypatch.setattr(sys, "argv", ["scanfleet", "version"])
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+        main.main()
+    assert getattr(ended.value, "code", "a traceback") == 130
 
 
 def test_answer_that_is_not_json_exits_1(api: FakeApi, run: Any) -> None:

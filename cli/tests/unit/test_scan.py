@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -150,6 +153,18 @@ def test_targets_of_a_file_are_scanned(api: FakeApi, run: Any, tmp_path: Any) ->
     assert [each["cidr"] for each in api.subnets.values()] == ["127.9.8.0/30", "127.9.8.9/32", "127.9.9.0/24"]
     assert api.subnets[7]["name"] == "web"
     assert api.subnets[7]["exclude"] == ["127.9.9.1/32", "127.9.9.2/32"]
+
+
+@pytest.mark.parametrize("source", ["--targets", "-"])
+def test_targets_of_a_spreadsheet_may_begin_with_a_byte_order_mark(
+    api: FakeApi, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """The mark is part of the encoding, not of the first column."""
+    file = tmp_path / "csv"
+    file.write_text("\ufeffcidr,name\n127.9.9.0/24,web\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(file.read_text(encoding="utf-8")))
+    assert run("scan", source, *([file] if source == "--targets" else []), "--no-watch").code == 0
+    assert [(each["name"], each["cidr"]) for each in api.subnets.values()] == [("web", "127.9.9.0/24")]
 
 
 def test_targets_as_csv_keep_number_signs_in_cells_and_may_have_spaces_in_the_header(
