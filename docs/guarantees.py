@@ -84,7 +84,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "one terminal state, and events agree with GET",
     ),
     "F12": Trial(
-        "random bytes, a wrong schema, 2 MB, an unknown type, no headers, no value, in every topic that is read",
+        "random bytes, a wrong schema, a value above the limit, an unknown type, no headers, no value, in every topic that is read; batches that are compressed, or that the client cannot parse",
         "a dead letter that names its origin, or a counter for readers without a consumer group; the next record is handled",
     ),
     "F13": Trial(

@@ -94,15 +94,7 @@ class Kafka:
         thread.join()
 
     async def _put(self, partition: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
-        # The codec lets a value in that is larger than a topic takes.
-        size = 4_000_000
-        producer = AIOKafkaProducer(
-            bootstrap_servers=self._bootstrap,
-            compression_type="lz4",
-            max_request_size=size,
-            max_batch_size=size,
-        )
-        async with producer:
+        async with AIOKafkaProducer(bootstrap_servers=self._bootstrap) as producer:
             # The client itself refuses a record without key and value, the broker does not.
             await producer.send_and_wait(
                 self._prefix + SCAN_WORKERS.name,
@@ -329,7 +321,7 @@ def without(name: str, **instead: bytes | None) -> Headers:
         pytest.param(GOOD.key, b"\x00\xff\xfe\x80random", GOOD.headers, id="random bytes"),
         pytest.param(GOOD.key, b'{"worker_id": "w"}', GOOD.headers, id="wrong schema"),
         pytest.param(GOOD.key, b"[" * 100_000, GOOD.headers, id="deep JSON"),
-        pytest.param(GOOD.key, b" " * 2_000_000 + GOOD.value, GOOD.headers, id="2 MB"),
+        pytest.param(GOOD.key, b" " * MAX_BYTES + GOOD.value, GOOD.headers, id="above the limit"),
         pytest.param(GOOD.key, GOOD.value, without("ce_type", ce_type=b"scanfleet.Nonsense.v1"), id="unknown type"),
         pytest.param(GOOD.key, GOOD.value, without("ce_type", ce_type=b"scanfleet.ScanChunk.v1"), id="another topic's"),
         pytest.param(GOOD.key, GOOD.value, without("ce_type", ce_type=b"\xff"), id="type that is no text"),

@@ -492,7 +492,6 @@ async def _write(
     producer = AIOKafkaProducer(
         bootstrap_servers=bootstrap,
         max_request_size=1 << 24,
-        compression_type="gzip",  # the broker's limit applies to the compressed size
     )
     await producer.start()
     try:

@@ -16,6 +16,7 @@ import pytest
 from local.wait import until
 from scanfleet.contracts.messages import WorkerReady, export
 from scanfleet.contracts.messages.envelope import RawRecord, encode
+from scanfleet.contracts.messages.fields import MAX_BYTES
 from scanfleet.contracts.messages.topics import (
     SCAN_COMMANDS,
     SCAN_PROGRESS,
@@ -77,7 +78,7 @@ def poison(topic: Topic) -> list[tuple[bytes | None, list[tuple[str, bytes]]]]:
     return [
         (os.urandom(64), [*ENVELOPE, ("ce_type", kind)]),
         (b'{"job_id": "x", "worker_id": 7}', [*ENVELOPE, ("ce_type", kind)]),
-        (b'{"x": "' + b"y" * 2_000_000 + b'"}', [*ENVELOPE, ("ce_type", kind)]),
+        (b'{"x": "' + b"y" * MAX_BYTES + b'"}', [*ENVELOPE, ("ce_type", kind)]),
         (b"{}", [*ENVELOPE, ("ce_type", b"scanfleet.Nonsense.v1")]),
         (b"{}", []),
         (None, [*ENVELOPE, ("ce_type", kind)]),

@@ -44,7 +44,7 @@ STOP_SECONDS: Final = 5.0  # for flushing at shutdown: well below a supervisor's
 PRODUCER_REQUEST_MS: Final = 60_000
 CLUSTER_MS: Final = 1_000  # between two checks of the cluster id
 ENDS_REQUEST_MS: Final = 5_000  # timeout of a query for end offsets, after which the broker counts as unavailable
-DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's key and its origin headers
+DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's origin headers and framing
 BATCH_BYTES: Final = 256 * 1024  # sent per partition and round trip; one second of a busy worker's hosts
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -202,7 +202,7 @@ class KafkaBus:
     def _member(self, topic: Topic[M], group: str, handler: Handler[M], source: Source) -> ConsumerLoop[M]:
         async def dead_letter(record: RawRecord, reason: str) -> None:
             if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
-                record = replace(record, value=None, headers=())  # too large when decompressed; see its origin
+                record = replace(record, key=None, value=None, headers=())  # too large; see its origin
             headers = dead_letter_headers(record, group=group, reason=reason)
             # The client sends no record without key and value; a hostile one may have neither.
             await self.send(topic.dead_letter, [(record.key or b"", record.value, headers)])

@@ -20,8 +20,8 @@ from scanfleet.errors import ScanfleetError
 REPLAY: Final = "dlq_replay_of"
 """Header of a replayed record with the id of its dead letter; a dead letter of the replay has it too."""
 
-# A topic's default limit is 1 MiB including the record's framing; a larger record arrived compressed, and its reader
-# would reject it for its size anyway.
+# A topic's default limit is 1 MiB including the record's framing; a reader would reject a larger record for its size
+# anyway.
 MOST_BYTES: Final = 1024 * 1024 - 1024
 _REASON_LENGTH: Final = 120  # of a line in the list
 _MAX_DIGITS: Final = 18  # of an offset, which has 64 bits
@@ -100,7 +100,7 @@ class DeadLetter:
         if self.record.value is None:
             raise CannotReplayError("it has no value, or one that could not be read or stored; see its origin")
         headers = (*((name, value) for name, value in own if name != REPLAY), (REPLAY, self.id.encode()))
-        if len(self.record.key or b"") + weight(replace(self.record, headers=headers)) > MOST_BYTES:
+        if weight(replace(self.record, headers=headers)) > MOST_BYTES:
             raise CannotReplayError("it exceeds the maximum size of a message")
         return self.record.key or b"", self.record.value, headers
 

@@ -8,20 +8,14 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
-from aiokafka.errors import (
-    CommitFailedError,
-    CorruptRecordException,
-    IllegalStateError,
-    KafkaError,
-    UnsupportedCodecError,
-)
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
 from scanfleet.contracts.messages.envelope import RawRecord
 from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
+from scanfleet.kafka import batches
 from scanfleet.kafka.broker import BACKOFF_MS, connect, depending
 from scanfleet.runtime.consumer import HURRY_SECONDS, BatchDroppedError, Listener
 
@@ -34,7 +28,6 @@ POLL_MS: Final = (
 )
 OPEN_SECONDS: Final = 30.0  # for joining a group, whose members may finish their batches first
 COMMIT_SECONDS: Final = 5.0  # the client would look for a lost coordinator indefinitely
-PICK_MS: Final = 2 * POLL_MS  # for an existing record: an earlier fetch may have to end first
 SESSION_MS: Final = 10_000  # after which a killed member's partitions are reassigned; a restart takes less
 HEARTBEAT_MS: Final = 1_000  # maximum delay until a member notices a rebalance
 REBALANCE_MS: Final = int(HURRY_SECONDS * 1500)  # 1.5 times the limit of the current batch
@@ -43,18 +36,6 @@ METADATA_MS: Final = 5_000  # between two metadata refreshes: a member without p
 MAX_POLL_MS: Final = (
     2**31 - 1
 )  # a batch is retried indefinitely: leaving the group would only move the failure to another member
-
-# Raised by the client for bytes that it cannot parse. Any writer of a topic can send such bytes.
-_UNREADABLE: Final = (
-    CorruptRecordException,
-    UnsupportedCodecError,
-    ValueError,
-    RuntimeError,
-    IndexError,
-    OverflowError,
-)
-
-_log = structlog.stdlib.get_logger(__name__)
 
 
 class Tail:
@@ -69,9 +50,6 @@ class Tail:
         self._access = access
         self._end_offsets = end_offsets
         self._consumer: AIOKafkaConsumer | None = None
-        self._suspicious = False
-        self._next: dict[int, int] = {}
-        """By partition, the offset after the last returned record: asking the client before each poll would cost as much as a poll."""
 
     async def open(self, listener: Listener) -> None:
         await listener.assigned(_numbers(await self._assign(range(self._topic.partitions), "latest")))
@@ -85,35 +63,21 @@ class Tail:
                 # Assigned manually: a subscription would restart from the end whenever metadata change.
                 consumer.assign(partitions)
                 for partition in partitions:
-                    self._next[partition.partition] = await consumer.position(partition)
+                    await consumer.position(partition)
         return partitions
 
     async def poll(self, seconds: float) -> Sequence[RawRecord]:
-        records = await self._poll(seconds)
-        for record in records:
-            self._next[record.partition] = record.offset + 1
-        return records
-
-    async def _poll(self, seconds: float) -> Sequence[RawRecord]:
         try:
-            if self._suspicious:
-                return await self._pick(await self._positions())
             # The client has no timeout for a rebalancing group.
             async with asyncio.timeout(seconds + 1):
-                batches = await self._client.getmany(timeout_ms=int(seconds * 1000), max_records=BATCH)
+                fetched = await self._client.getmany(timeout_ms=int(seconds * 1000), max_records=BATCH)
         except TimeoutError:
-            return ()
-        except _UNREADABLE as error:
-            _log.warning("unreadable_record", topic=self._name, error=repr(error))
-            self._suspicious = True
-            await self._rewind()  # the call also lost the records that it had already taken from other partitions
             return ()
         except KafkaError as error:
             if not error.retriable:
                 raise
-            await self._rewind()
             raise DependencyError(f"cannot read {self._name}: {error!r}") from error
-        return [self._raw(record) for records in batches.values() for record in records]
+        return [self._raw(record) for records in fetched.values() for record in records]
 
     async def commit(self, offsets: Mapping[int, int]) -> None:
         """Do nothing: a tail stores no offsets."""
@@ -136,6 +100,7 @@ class Tail:
         return self._consumer
 
     def _make(self, **more: Any) -> AIOKafkaConsumer:
+        batches.install()
         self._consumer = AIOKafkaConsumer(
             **self._access,
             client_id=self._client_id,
@@ -158,28 +123,6 @@ class Tail:
                     found[partition] = await self._client.position(partition)
         return found
 
-    async def _rewind(self) -> None:
-        """Seek to the end of the returned records."""
-        for number, position in self._next.items():
-            self._client.seek(TopicPartition(self._name, number), position)
-
-    async def _pick(self, positions: Mapping[TopicPartition, int]) -> list[RawRecord]:
-        """Return the next record of each partition; unreadable ones in a form that will be dead-lettered."""
-        self._suspicious = False
-        picked = []
-        for partition, end in (await self._end_offsets(positions)).items():
-            if (position := positions[partition]) >= end:
-                continue
-            try:
-                batch = await self._client.getmany(partition, timeout_ms=PICK_MS, max_records=1)
-            except _UNREADABLE as error:
-                self._suspicious = True  # the rest of its batch is unreadable too
-                self._client.seek(partition, position + 1)
-                picked.append(_unreadable(self._topic, partition.partition, position, error))
-            else:
-                picked += [self._raw(record) for records in batch.values() for record in records]
-        return picked
-
     def _raw(self, record: Any) -> RawRecord:
         return RawRecord(
             topic=self._topic.name,
@@ -197,9 +140,8 @@ class Past(Tail):
 
     async def begin(self, first: int, partitions: Iterable[int]) -> None:
         for partition in await self._assign(partitions, "earliest"):
-            if first > self._next[partition.partition]:
+            if first > await self._client.position(partition):
                 self._client.seek(partition, first)
-                self._next[partition.partition] = first
 
 
 class Member(Tail):
@@ -253,15 +195,6 @@ class Member(Tail):
             self._consumer._coordinator._group_instance_id = None  # noqa: SLF001 # as above
         await super().close()
 
-    async def _rewind(self) -> None:
-        """Seek to the committed offsets: a rebalance may have happened since."""
-        with contextlib.suppress(IllegalStateError):  # or a rebalance is in progress, which has the same effect
-            for partition in self._client.assignment():
-                if (offset := await self._client.committed(partition)) is None:
-                    await self._client.seek_to_beginning(partition)
-                else:
-                    self._client.seek(partition, offset)
-
 
 class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc] # the client ships no types
     """Forwards the client's rebalance events, and keeps a listener's error, which the client would only log."""
@@ -292,8 +225,3 @@ class _Rebalance(ConsumerRebalanceListener):  # type: ignore[misc] # the client 
 
 def _numbers(partitions: Iterable[TopicPartition]) -> set[int]:
     return {partition.partition for partition in partitions}
-
-
-def _unreadable(topic: Topic, partition: int, offset: int, error: Exception) -> RawRecord:
-    headers = (("unreadable", repr(error).encode()),)
-    return RawRecord(topic.name, partition, offset, datetime.now(UTC), None, None, headers)

@@ -17,7 +17,7 @@ from scanfleet.contracts.messages.topics import DEAD_LETTER_RETENTION, DEAD_LETT
 from scanfleet.kafka.broker import administering
 from scanfleet.runtime.settings import KafkaSettings
 
-# A record may exceed the platform's own limit: other clients can write too, and a compressed batch expands.
+# A record may exceed the platform's own limit: other clients can write too, and a broker may accept larger ones.
 DEAD_LETTER_BYTES: Final = 16 * 1024 * 1024
 SEGMENT_BYTES: Final = (
     64 * 1024 * 1024
@@ -127,5 +127,6 @@ def _configs(retention: timedelta, retention_bytes: int, replication: int) -> di
         "segment.bytes": str(SEGMENT_BYTES),
         "segment.ms": milliseconds,  # only whole segments are deleted: records live at most twice the retention
         "message.timestamp.type": "LogAppendTime",  # the only clock that all readers share
+        "compression.type": "producer",  # a broker that compresses would have consumers refuse every record
         "min.insync.replicas": str(max(1, replication - 1)),
     }

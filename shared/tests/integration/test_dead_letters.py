@@ -13,7 +13,6 @@ from uuid import uuid4
 
 import pytest
 from aiokafka import AIOKafkaProducer
-from aiokafka.record.util import calc_crc32c
 
 from scanfleet.contracts.messages import Message, OperatorActed, WorkerReady
 from scanfleet.contracts.messages.envelope import Headers, RawRecord, decode
@@ -24,6 +23,7 @@ from scanfleet.kafka.__main__ import _on_bus, _parser
 from scanfleet.kafka.dead_letters import REPLAY, DeadLetter, dead_letter, dead_letters
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
 from scanfleet.runtime.bus import Record
+from scanfleet_testing.batches import unreadable
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until
 
@@ -61,20 +61,18 @@ class Desk:
 
     async def put_unreadable(self, topic: str) -> None:
         """A record of which the client cannot take the header apart."""
-        async with self._producer(None) as producer:
+        async with self._producer() as producer:
             batch = producer.create_batch()
-            batch.append(key=b"k", value=b"v", timestamp=None, headers=[("name", b"")])
-            data = bytearray(batch._build().replace(b"name", b"\xffame"))
-            data[17:21] = calc_crc32c(bytes(data[21:])).to_bytes(4, "big")  # where a batch keeps its checksum
-            batch._buffer = data
+            batch.append(key=b"k", value=b"v", timestamp=None)
+            batch._build()
+            batch._buffer = unreadable((b"k", b"v", ()))
             await (await producer.send_batch(batch, self.settings.topic_prefix + topic, partition=0))
 
     @asynccontextmanager
-    async def _producer(self, compression: str | None = "lz4") -> AsyncIterator[AIOKafkaProducer]:
+    async def _producer(self) -> AsyncIterator[AIOKafkaProducer]:
         size = 2 * DEAD_LETTER_BYTES
         async with AIOKafkaProducer(
             bootstrap_servers=self.settings.kafka,
-            compression_type=compression,
             max_request_size=size,
             max_batch_size=size,
         ) as producer:

@@ -22,12 +22,11 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.partitioner import DefaultPartitioner
-from aiokafka.record.util import calc_crc32c
 
 from local import kafka as native_kafka
 from local import ports
 from scanfleet.contracts.messages import WorkerReady
-from scanfleet.contracts.messages.envelope import encode
+from scanfleet.contracts.messages.envelope import Outgoing, encode
 from scanfleet.contracts.messages.topics import SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
@@ -36,6 +35,7 @@ from scanfleet.kafka.sources import Member
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
 from scanfleet.runtime.bus import Record
 from scanfleet.runtime.consumer import BatchDroppedError, ConsumerLoop
+from scanfleet_testing.batches import compressed, counted, damaged, encoded, expanding, sealed, unreadable
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until
 
@@ -397,33 +397,46 @@ async def test_member_restarted_after_a_kill_keeps_its_partitions(bench: Bench) 
 
 @pytest.mark.proves("F12", "G9")
 @pytest.mark.parametrize("kind", ["group", "tail"])
-async def test_member_with_an_unreadable_record_dead_letters_its_origin(bench: Bench, kind: str) -> None:
-    """A record that the client cannot parse is dead-lettered by its origin, and the rest is handled."""
+async def test_member_with_unreadable_batches_dead_letters_their_origin(bench: Bench, kind: str) -> None:
+    """Each batch that cannot or must not be parsed is one dead letter, and all other records are handled, once."""
     bus, recorder = await bench.bus(), Recorder()
     consumer = bus.consume(SCAN_WORKERS, GROUP, recorder) if kind == "group" else bus.tail(SCAN_WORKERS, recorder)
-    good = encode(SCAN_WORKERS, *workers([1]), source="test")
-    async with AIOKafkaProducer(bootstrap_servers=bench.settings.kafka) as producer, Running(consumer):
-
-        async def put(partition: int, *, readable: bool) -> None:
-            batch = producer.create_batch()
-            batch.append(key=good.key, value=good.value, timestamp=None, headers=[*good.headers, ("name", b"")])
-            if not readable:
-                data = bytearray(batch._build().replace(b"name", b"\xffame"))
-                data[17:21] = calc_crc32c(bytes(data[21:])).to_bytes(4, "big")  # where a batch keeps its checksum
-                batch._buffer = data
-            await (await producer.send_batch(batch, bench.name, partition=partition))
-
-        await put(3, readable=True)
-        await put(3, readable=False)
-        await put(3, readable=True)
-        await put(4, readable=True)
-        await until(lambda: len(recorder.handled) == 3)
-    assert {(record.partition, record.offset) for record in recorder.handled} == {(3, 0), (3, 2), (4, 0)}
+    good = outgoing(*workers([1]))
+    key, value, headers = good
+    many = encoded([(key, value, [*headers, ("name", b"")]), *[good] * 999])
+    many[many.index(b"name")] = 0xFF
+    bad = [unreadable(good), sealed(many), compressed([good]), damaged([good]), expanding(100_000_000)]
+    forged = encoded([good], offsets=[1000])
+    async with Running(consumer):
+        await put(bench, 4, encoded([good]))
+        for batch in (encoded([good]), *bad, counted(forged, 1), encoded([good])):
+            await put(bench, 3, batch)
+        await put(bench, 4, encoded([good]))
+        await until(lambda: len(recorder.handled) == 4)
+    assert {(record.partition, record.offset) for record in recorder.handled} == {(3, 0), (3, 1006), (4, 0), (4, 1)}
     if kind == "tail":
         return
-    (letter,) = await letters(bench)
-    assert dict(letter.headers)["dlq_offset"] == b"1"
-    assert b"utf-8" in dict(letter.headers)["unreadable"]
+    found = [dict(letter.headers) for letter in await letters(bench)]
+    assert [each["dlq_offset"] for each in found] == [b"1", b"1001", b"1002", b"1003", b"1004", b"1005"]
+    assert b"utf-8" in found[0]["unreadable"]
+    assert found[1]["unreadable"].startswith(b"offsets 2 to 1001: ")
+    assert all(b"compressed" in each["unreadable"] for each in found[2:5])
+    assert b"record 2005 in a batch that ends at 1006" in found[5]["unreadable"]
+
+
+def outgoing(*messages: WorkerReady) -> Outgoing:
+    envelope = encode(SCAN_WORKERS, *messages, source="test")
+    return envelope.key, envelope.value, envelope.headers
+
+
+async def put(bench: Bench, partition: int, batch: bytearray) -> None:
+    """Send a batch as it is."""
+    async with AIOKafkaProducer(bootstrap_servers=bench.settings.kafka) as producer:
+        builder = producer.create_batch()
+        builder.append(key=b"", value=None, timestamp=None)
+        builder._build()
+        builder._buffer = batch
+        await (await producer.send_batch(builder, bench.name, partition=partition))
 
 
 async def letters(bench: Bench) -> list[Any]:
@@ -440,30 +453,24 @@ async def letters(bench: Bench) -> list[Any]:
         return [await consumer.getone() for _ in range(end)]
 
 
-async def test_member_with_an_oversized_record_dead_letters_it_without_a_value(bench: Bench) -> None:
-    """A record that exceeds the dead-letter topic's limit when decompressed is dead-lettered without its value."""
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        pytest.param(0, DEAD_LETTER_BYTES + 1, id="value"),
+        pytest.param(DEAD_LETTER_BYTES + 1, 0, id="key"),
+        pytest.param(200_000, DEAD_LETTER_BYTES - 100_000, id="both"),
+    ],
+)
+async def test_member_with_an_oversized_record_dead_letters_its_origin(bench: Bench, key: int, value: int) -> None:
+    """A record that exceeds the dead-letter topic's limit is dead-lettered without its content."""
+    await configure(bench, **{"max.message.bytes": str(2 * DEAD_LETTER_BYTES)})
     bus, recorder = await bench.bus(), Recorder()
-    size = DEAD_LETTER_BYTES + 1
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
-        async with AIOKafkaProducer(
-            bootstrap_servers=bench.settings.kafka,
-            compression_type="zstd",
-            max_request_size=2 * size,
-            max_batch_size=2 * size,
-        ) as producer:
-            await producer.send_and_wait(bench.name, key=b"w1", value=b" " * size, partition=0)
-        good = encode(SCAN_WORKERS, *workers([1]), source="test")
-        async with AIOKafkaProducer(bootstrap_servers=bench.settings.kafka) as producer:
-            await producer.send_and_wait(
-                bench.name,
-                key=good.key,
-                value=good.value,
-                headers=list(good.headers),
-                partition=0,
-            )
+        await put(bench, 0, encoded([(bytes(key), bytes(value), [])]))
+        await put(bench, 0, encoded([outgoing(*workers([1]))]))
         await until(lambda: recorder.handled)
     (letter,) = await letters(bench)
-    assert letter.value is None
+    assert (letter.key, letter.value) == (b"", None)
     assert dict(letter.headers)["dlq_offset"] == b"0"
 
 
@@ -472,6 +479,7 @@ async def test_create_topics_is_idempotent_and_restores_settings(bench: Bench) -
     wanted = {
         "cleanup.policy": "delete",
         "message.timestamp.type": "LogAppendTime",
+        "compression.type": "producer",
         "min.insync.replicas": "1",
         "retention.ms": str(60 * 60 * 1000),
         "retention.bytes": str(SCAN_WORKERS.retention_bytes),

@@ -141,10 +141,10 @@ def split_dead_letter(headers: Headers) -> tuple[Headers, Mapping[str, bytes]]:
 
 
 def weight(record: RawRecord) -> int:
-    """Return an upper bound of the size of value and headers in bytes."""
+    """Return an upper bound of the size of key, value and headers in bytes."""
     framing = 12  # per header: two length fields
     headers = sum(len(name.encode()) + len(value or b"") + framing for name, value in record.headers)
-    return len(record.value or b"") + headers
+    return len(record.key or b"") + len(record.value or b"") + headers
 
 
 def _text(name: str, value: bytes | None) -> str:
