@@ -55,28 +55,32 @@ export const reached = signal(true);
 export const recovered = signal(0);
 
 interface Options {
-  body?: unknown;
   headers?: Record<string, string>;
   signal?: AbortSignal;
 }
 
-/** The answer to a request; throws ApiError unless it is a success or a 304. */
-export async function send(method: string, path: string, { body, headers = {}, signal }: Options = {}): Promise<Response> {
-  let answer: Response;
+/** What the network yields: an answer, or its body, which may be cut off; throws ApiError for all but an abort. */
+export async function received<T>(work: Promise<T>, signal?: AbortSignal): Promise<T> {
   try {
-    answer = await fetch(path, {
-      method,
-      headers: body === undefined ? headers : { "Content-Type": "application/json", ...headers },
-      body: body === undefined ? null : typeof body === "string" ? body : JSON.stringify(body),
-      cache: "no-store",
-      redirect: "error",
-      signal: signal ?? null,
-    });
+    return await work;
   } catch (error) {
     if (signal?.aborted) throw error;
     reached.value = false;
     throw new ApiError(0, "Scanfleet cannot be reached.");
   }
+}
+
+/** The answer to a request; throws ApiError unless it is a success or a 304. */
+export async function send(method: string, path: string, { body, headers = {}, signal }: Options & { body?: unknown } = {}): Promise<Response> {
+  const request = fetch(path, {
+    method,
+    headers: body === undefined ? headers : { "Content-Type": "application/json", ...headers },
+    body: body === undefined ? null : typeof body === "string" ? body : JSON.stringify(body),
+    cache: "no-store",
+    redirect: "error",
+    signal: signal ?? null,
+  });
+  const answer = await received(request, signal);
   if (answer.status < 500) reached.value = true;
   if (answer.ok || answer.status === 304) return answer;
   const text = await answer.text().catch(() => "");
@@ -92,12 +96,12 @@ export async function send(method: string, path: string, { body, headers = {}, s
 }
 
 export async function get<T>(path: string, signal?: AbortSignal): Promise<T> {
-  return (await send("GET", path, { signal })).json() as Promise<T>;
+  return received<T>((await send("GET", path, { signal })).json(), signal);
 }
 
-export async function change<T>(method: string, path: string, body?: unknown, headers?: Record<string, string>): Promise<T> {
-  const answer = await send(method, path, { body, headers });
-  return (answer.status === 204 ? undefined : await answer.json()) as T;
+export async function change<T>(method: string, path: string, body?: unknown, options: Options = {}): Promise<T> {
+  const answer = await send(method, path, { ...options, body });
+  return (answer.status === 204 ? undefined : await received(answer.json(), options.signal)) as T;
 }
 
 /** Take over the user of the session; for another one the page is loaded again, so that nothing of the former user's stays. */
@@ -110,10 +114,18 @@ function enter(found: Me): void {
   recovered.value++;
 }
 
+let ahead = 0; // ms by which the gateway's clock is ahead of the browser's
+
+async function readMe(): Promise<Me> {
+  const answer = await send("GET", "/api/v1/me");
+  ahead = Date.parse(answer.headers.get("Date") ?? "") - Date.now() || 0; // a proxy may drop the header
+  return received<Me>(answer.json());
+}
+
 /** Ask for the signed-in user; throws ApiError if the answer is neither the user nor that there is none. */
 export async function whoAmI(): Promise<void> {
   try {
-    enter(await get<Me>("/api/v1/me"));
+    enter(await readMe());
   } catch (error) {
     if (!(error instanceof ApiError && error.status === 401)) throw error;
     if (!me.peek()) me.value = null;
@@ -122,8 +134,11 @@ export async function whoAmI(): Promise<void> {
 
 /** Begin a session with a pasted token. */
 export async function signIn(token: string): Promise<void> {
-  await change("POST", "/api/v1/session", undefined, { Authorization: `Bearer ${token}` });
-  const found = await get<Me>("/api/v1/me").catch((error: unknown) => {
+  if (!/^[\x21-\x7e]+$/.test(token)) {
+    throw new ApiError(400, "The token has a space, a line break or another character that no token has: copy it again.");
+  }
+  await change("POST", "/api/v1/session", undefined, { headers: { Authorization: `Bearer ${token}` } });
+  const found = await readMe().catch((error: unknown) => {
     if (error instanceof ApiError && error.status === 401) {
       throw new ApiError(401, "The browser did not keep the session: open the page by https, or on 127.0.0.1.", error.requestId);
     }
@@ -133,11 +148,14 @@ export async function signIn(token: string): Promise<void> {
 }
 
 const EARLY = 60_000; // ms before the end of a token in which it is replaced
+const APART = 30_000; // ms at least between two replacements, however short the tokens of an issuer are
+let refreshed = -Infinity;
 
 /** Replace the session's token before it ends, in one tab at a time: a refresh token may be good only once. */
 export function keepSession(): () => void {
-  const left = Date.parse(me.peek()!.expires_at) - Date.now();
+  const left = Date.parse(me.peek()!.expires_at) - Date.now() - ahead;
   const refresh = async () => {
+    refreshed = performance.now();
     const before = me.peek()?.expires_at;
     try {
       await navigator.locks.request("session", async () => {
@@ -149,7 +167,7 @@ export function keepSession(): () => void {
       if (error instanceof ApiError && error.status !== 400 && error.status !== 401) timer = window.setTimeout(refresh, EARLY / 6);
     }
   };
-  let timer = window.setTimeout(refresh, Math.min(Math.max(0, left - EARLY, left / 2), 2 ** 31 - 1));
+  let timer = window.setTimeout(refresh, Math.min(Math.max(refreshed + APART - performance.now(), left - EARLY, left / 2), 2 ** 31 - 1));
   return () => window.clearTimeout(timer);
 }
 
@@ -161,23 +179,27 @@ export async function signOut(): Promise<void> {
 const FIRST_WAIT = 500; // ms
 const LONGEST_WAIT = 5_000;
 
-// While the gateway is unreachable, retry with backoff.
+// While the gateway is unreachable, retry with backoff, which begins again only after a while without a loss: what is loaded
+// when the connection is back may be cut off each time.
 let lost = false;
+let wait = FIRST_WAIT;
 effect(() => {
+  let timer = 0;
   if (reached.value) {
     if (lost) recovered.value = recovered.peek() + 1;
     lost = false;
-    return;
+    timer = window.setTimeout(() => void (wait = FIRST_WAIT), 2 * LONGEST_WAIT);
+    return () => window.clearTimeout(timer);
   }
   lost = true;
-  let wait = FIRST_WAIT;
-  let timer = 0;
   const again = async () => {
     await send("GET", "/api/v1/info").catch(() => undefined); // which needs no session
-    if (reached.peek()) return;
-    wait = Math.min(wait * 2, LONGEST_WAIT);
-    timer = window.setTimeout(again, wait);
+    if (!reached.peek()) next();
   };
-  timer = window.setTimeout(again, wait);
+  const next = () => {
+    timer = window.setTimeout(again, wait);
+    wait = Math.min(wait * 2, LONGEST_WAIT);
+  };
+  next();
   return () => window.clearTimeout(timer);
 });

@@ -13,8 +13,11 @@ document.addEventListener("visibilitychange", () => void (visible.value = docume
 // A hidden tab has no stream: over HTTP/1.1 a browser has six connections for all tabs.
 const open = computed(() => visible.value && !!me.value && !ended.value);
 
-/** Call `receive` with each state that the stream at `path` sends, until the returned function is called. */
-export function watch(path: string, receive: (task: TaskStatus) => void, { untilFinal = false } = {}): () => void {
+/**
+ * Call `receive` with each state that the stream at `path` sends, until the returned function is called; call `failed` when the
+ * gateway answers and the stream does not open: what it is about may be deleted, or no longer be the user's.
+ */
+export function watch(path: string, receive: (task: TaskStatus) => void, failed: () => void, { untilFinal = false } = {}): () => void {
   let source: EventSource | undefined;
   let timer = 0;
   let wait = FIRST_WAIT;
@@ -48,8 +51,13 @@ export function watch(path: string, receive: (task: TaskStatus) => void, { until
   // EventSource does not report why a connection failed. If the session has ended, `open` closes the stream.
   const again = async () => {
     const current = source;
-    await whoAmI().catch(() => undefined);
-    if (source === current) connect();
+    const answers = await whoAmI().then(
+      () => true,
+      () => false,
+    );
+    if (source !== current) return;
+    if (answers) failed();
+    connect();
   };
   const disconnect = () => {
     window.clearTimeout(timer);

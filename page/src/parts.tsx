@@ -2,7 +2,7 @@
 import { signal, useComputed, useSignal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
 import { useEffect, useId, useLayoutEffect, useRef } from "preact/hooks";
-import { ApiError, change, recovered, send, type Job, type Status } from "./api";
+import { ApiError, change, received, recovered, send, type Job, type Status } from "./api";
 import { go, withQuery } from "./router";
 import { draft, dropDraft, keepDraft } from "./store";
 import { ago, count, exact } from "./text";
@@ -97,6 +97,27 @@ export function Problem({ error, again }: { error: ApiError | undefined; again?:
         </button>
       )}
     </div>
+  );
+}
+
+const SPOKEN = 10_000; // ms between two announcements to a screen reader
+
+/** A live region that speaks at most once in `SPOKEN`, and of the end at once. */
+export function Spoken({ text, final }: { text: string; final: boolean }) {
+  const spoken = useSignal("");
+  const last = useRef(0);
+  useEffect(() => {
+    const speak = () => {
+      last.current = Date.now();
+      spoken.value = text;
+    };
+    const timer = window.setTimeout(speak, final ? 0 : Math.max(0, last.current + SPOKEN - Date.now()));
+    return () => window.clearTimeout(timer);
+  }, [text, final]);
+  return (
+    <p class="hidden" role="status">
+      {spoken.value}
+    </p>
   );
 }
 
@@ -241,7 +262,7 @@ export function useEdited<T, Found>(path: string, id: string | undefined, shown:
     async (signal): Promise<Draft<T>> => {
       if (!id) return { value: shown(undefined), tag: "" };
       const answer = await send("GET", key, { signal });
-      return { value: shown((await answer.json()) as Found), tag: answer.headers.get("ETag") ?? "" };
+      return { value: shown(await received<Found>(answer.json(), signal)), tag: answer.headers.get("ETag") ?? "" };
     },
     [key],
   );
@@ -256,7 +277,7 @@ export function useEdited<T, Found>(path: string, id: string | undefined, shown:
     entered.value = undefined;
   };
   const save = useAction(async () => {
-    if (id) await change("PUT", key, sent(value), now!.tag ? { "If-Match": now!.tag } : undefined);
+    if (id) await change("PUT", key, sent(value), now!.tag ? { headers: { "If-Match": now!.tag } } : {});
     else await change("POST", path, sent(value));
     dropDraft(key);
     go(list);

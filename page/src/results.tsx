@@ -1,9 +1,9 @@
 // A job's results: streamed into memory line by line, shown through a window of a few rows.
 import { useComputed, useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
-import { ApiError, isFinal, recovered, send, type Status } from "./api";
+import { ApiError, isFinal, received, recovered, send, type Status } from "./api";
 import { bitsOf, toNumber } from "./addresses";
-import { Problem, streaming, useAction } from "./parts";
+import { Problem, Spoken, streaming, useAction } from "./parts";
 import { go, query, withQuery } from "./router";
 import { count, csvLine, save, visible } from "./text";
 
@@ -89,7 +89,7 @@ async function stream(jobId: string, after: number, rows: (found: Row[]) => numb
 export async function countResults(jobId: string, signal: AbortSignal): Promise<string> {
   const path = `/api/v1/task/${jobId}/results?after=0&limit=${COUNTED}&fields=id`;
   const answer = await send("GET", path, { headers: { Accept: "application/x-ndjson" }, signal });
-  const found = (await answer.text()).split("\n").length - 1;
+  const found = (await received(answer.text(), signal)).split("\n").length - 1;
   return found < COUNTED ? count(found) : `${count(COUNTED)}+`;
 }
 
@@ -126,6 +126,7 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
       return rows.value.length;
     };
     const load = async () => {
+      if (cut.peek()) return; // a further load would add as many rows again
       streaming.value++;
       try {
         const last = rows.peek().reduce((newest, row) => Math.max(newest, row.id), 0);
@@ -159,7 +160,7 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
 
   const everything = useAction(async () => {
     const answer = await send("GET", `/api/v1/task/${jobId}/results`, { headers: { Accept: "text/csv" } });
-    save(`scanfleet-job-${jobId}.csv`, await answer.blob());
+    save(`scanfleet-job-${jobId}.csv`, await received(answer.blob()));
   });
   const saveShown = () => {
     const names = COLUMNS.filter(([name]) => columns.includes(name));
@@ -216,7 +217,8 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
       </div>
       <Problem error={error.value} again={() => void again.value++} />
       <Problem error={everything.error} />
-      <p class="faint" role="status">
+      <Spoken text={`Results: ${count(shown.value.length)} of ${count(rows.value.length)}`} final={isFinal(status) && !loading.value} />
+      <p class="faint">
         {count(shown.value.length)} of {count(rows.value.length)} results
         {loading.value && ", loading…"}
         {cut.value && `: the page stops at ${count(MOST)}; save all to have the rest`}

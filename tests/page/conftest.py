@@ -18,11 +18,14 @@ from local import nmap, ports, tokens
 from local.stack import Stack
 from scanfleet.services import SERVICES
 from scanfleet_cli_testing.issuer import CLIENT_ID, Issuer, served
+from tests.client import Client
 
 USER = 7
 PATIENCE = 30_000  # ms that an expectation waits: this machine may be busy
 HOSTILE = "SSH-2.0-<img src=x onerror=alert(1)>javascript:alert(2) \x1b[31m \u202eexe.txt\r\n"
 NET = "127.44.8"  # no other test scans it
+PORTS = "8020-8090"
+SLOW = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
 
 # Violations of the page's content security policy, kept across the documents of a tab.
 COLLECT_REPORTS = """
@@ -162,3 +165,21 @@ def page(browser: Browser, stack: Stack, cookies: list[dict[str, object]], tmp_p
         with watched(context, stack.url) as page:
             yield page
             page.screenshot(path=tmp_path / "end.png", full_page=True)
+
+
+@pytest.fixture(scope="package")
+def user(stack: Stack) -> Iterator[Client]:
+    client = Client(stack.url, stack.token(USER, admin=True))
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="package")
+def finished(user: Client, servers: nmap.OpenPorts) -> int:
+    """A job that has found the servers."""
+    assert servers
+    job_id = user.scan(
+        f"{NET}.0/24", ports=PORTS, technique="connect", service_detection=False, scripts=["banner"], timing=4
+    )
+    assert user.finished(job_id)["status"]["status"] == "completed"
+    return job_id

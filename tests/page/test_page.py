@@ -1,4 +1,4 @@
-"""The page in a real browser, on a real stack: scan, watch, read, and what happens when things go wrong."""
+"""The page in a real browser, on a real stack: scan, watch and read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -20,14 +19,13 @@ from local.paths import SCANFLEET
 from local.stack import Stack
 from scanfleet_cli_testing.issuer import Issuer
 from tests.client import Client
-from tests.page.conftest import NET, USER, watched
+from tests.page.conftest import NET, PORTS, SLOW, USER, watched
+from tests.page.kit import BUSY_STREAM, VISIT, many_results, refuse
 
 pytestmark = pytest.mark.e2e
 
-PORTS = "8020-8090"
 WIDE = 1280  # px
 NARROWEST = 320  # px at which nothing scrolls sideways (WCAG 1.4.10)
-SLOW = {"ports": "1-1000", "service_detection": False, "discovery": "none", "max_rate": 100}
 AXE = Path(__file__).parents[2] / "page" / "node_modules" / "axe-core" / "axe.min.js"
 SCREENSHOTS = Path(__file__).parents[2] / ".local" / "screenshots"  # an artefact of CI
 CHECK = """async (only) => (await axe.run({ runOnly: only }))
@@ -36,83 +34,12 @@ RULES = {
     "light": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
     "dark": ["color-contrast"],  # all that a theme changes
 }
-# In place of the server's answer: to stream so much through the driver would take longer than the test.
-MANY_RESULTS = """
-const real = window.fetch;
-const result = (n) => JSON.stringify({
-    id: n + 1, ip_address: `10.${20 + (n >> 16)}.${(n >> 8) & 255}.${n & 255}`, port: [22, 80, 443, 8080][n % 4], protocol: "tcp",
-    service: ["ssh", "http", "https", "http-proxy"][n % 4], version: "nginx 1.22.1", os_info: "", banner: "", status: "open" }) + "\\n";
-window.fetch = (path, options) => {
-    if (!String(path).includes("/results?")) return real(path, options);
-    let sent = 0;
-    return Promise.resolve(new Response(new ReadableStream({
-        pull(controller) {
-            if (sent === 100000) return controller.close();
-            let lines = "";
-            for (const end = sent + 500; sent < end; sent++) lines += result(sent);
-            controller.enqueue(new TextEncoder().encode(lines));
-        },
-    })));
-};
-"""
-# Ends when the loads of the page, which begin after its first frame, are counted in `data-busy`.
-VISIT = """async (to) => {
-    history.pushState(null, "", to);
-    dispatchEvent(new PopStateEvent("popstate"));
-    await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 60)));
-}"""
-# Longer than the page waits between two loads of the ledger.
-SLOW_LEDGER = """
-const real = window.fetch;
-window.fetch = async (path, options) => {
-    if (String(path).includes("/ledger?")) await new Promise((resolve) => setTimeout(resolve, 3000));
-    return real(path, options);
-};
-"""
-# In place of the server's stream: the same state twice a second.
-BUSY_STREAM = """
-window.EventSource = class extends EventTarget {
-    constructor() {
-        super();
-        this.timer = setInterval(() => this.dispatchEvent(new MessageEvent("running", { data: TASK })), 500);
-    }
-    close() {
-        clearInterval(this.timer);
-    }
-};
-"""
 # True once nothing is wider than the screen: the map adapts to a new width in a frame or two.
 FITS = """async () => {
     const fits = () => document.documentElement.scrollWidth <= innerWidth;
     for (let frame = 0; frame < 100 && !fits(); frame++) await new Promise(requestAnimationFrame);
     return fits();
 }"""
-HIDE = """(state) => {
-    Object.defineProperty(document, "visibilityState", { get: () => state, configurable: true });
-    document.dispatchEvent(new Event("visibilitychange"));
-}"""
-
-
-@pytest.fixture(scope="module")
-def user(stack: Stack) -> Iterator[Client]:
-    client = Client(stack.url, stack.token(USER, admin=True))
-    yield client
-    client.close()
-
-
-@pytest.fixture(scope="module")
-def finished(user: Client, servers: OpenPorts) -> int:
-    """A job that has found the servers."""
-    assert servers
-    job_id = user.scan(
-        f"{NET}.0/24", ports=PORTS, technique="connect", service_detection=False, scripts=["banner"], timing=4
-    )
-    assert user.finished(job_id)["status"]["status"] == "completed"
-    return job_id
-
-
-def refuse(route: Route) -> None:
-    route.fulfill(status=503, json={"error": "the service is unavailable; try again"})
 
 
 def rows(page: Page) -> OpenPorts:
@@ -406,43 +333,6 @@ def test_page_every_page_is_accessible_and_fits(
     assert found == []
 
 
-def test_page_gateway_restarted_says_so_and_recovers(page: Page, stack: Stack, user: Client) -> None:
-    """While the gateway is unavailable the page shows that the connection is lost; then it recovers without user action."""
-    page.goto(f"{stack.url}/app/jobs")
-    expect(page.locator(".dot")).to_have_text("live")
-    stack.stop("api-gateway")
-    expect(page.locator(".dot")).to_have_text("connection lost, trying again")
-    expect(page.get_by_role("alert")).to_contain_text("The connection to Scanfleet is lost.")
-    stack.start("api-gateway")
-    stack.wait_until_ready()
-    expect(page.locator(".dot")).to_have_text("live")
-    expect(page.get_by_role("alert")).to_have_count(0)
-    job_id = user.scan("127.44.10.0/30", ports="8022", preset="quick")
-    expect(page.get_by_role("row", name=re.compile(rf"^{job_id} .*completed"))).to_be_visible()
-
-
-def test_page_session_that_ends_asks_again_and_keeps_what_was_typed(page: Page, stack: Stack) -> None:
-    """When the session has ended the page shows a sign-in dialog above the form, and keeps its content."""
-    page.goto(f"{stack.url}/app/subnets/new")
-    page.get_by_label("Network").fill("127.44.11.0/24")
-    page.get_by_label("Name").fill("typed before")
-    page.context.clear_cookies()
-    page.get_by_role("button", name="Save").click()
-    dialog = page.get_by_role("dialog")
-    expect(dialog).to_contain_text("Your session has ended")
-    expect(dialog.get_by_role("link", name="Sign in with")).to_have_attribute("target", "_blank")
-    for _ in range(3):
-        page.keyboard.press("Escape")
-        expect(dialog).to_be_visible()
-    dialog.get_by_label("Token").fill(stack.token(USER, admin=True))
-    dialog.get_by_role("button", name="Sign in").click()
-    expect(dialog).to_have_count(0)
-    assert page.url == f"{stack.url}/app/subnets/new"
-    expect(page.get_by_label("Name")).to_have_value("typed before")
-    page.get_by_role("button", name="Save").click()
-    expect(page.get_by_role("row", name="typed before")).to_be_visible()
-
-
 def test_page_invalid_form_shows_the_sentence_at_its_field(page: Page, stack: Stack) -> None:
     """The API's error is shown at the field that it names, with the request's id, and no input is lost."""
     page.goto(f"{stack.url}/app/policies/new")
@@ -528,7 +418,7 @@ def test_page_invalid_network_shows_the_sentence_at_its_field(page: Page, stack:
 
 def test_page_shows_100_000_results_in_a_window(page: Page, stack: Stack, finished: int) -> None:
     """A hundred thousand results are counted, filtered, sorted and scrolled with a few dozen rows in the document."""
-    page.add_init_script(MANY_RESULTS)
+    page.add_init_script(many_results(100_000))
     page.goto(f"{stack.url}/app/jobs/{finished}/results")
     expect(page.get_by_text("100,000 of 100,000 results")).to_be_visible()
     page.get_by_label("Search results").fill("10.20.3. :443")
@@ -542,17 +432,6 @@ def test_page_shows_100_000_results_in_a_window(page: Page, stack: Stack, finish
     expect(page.locator("td.port").last).to_have_text("22/tcp")
     assert page.locator(".results tr").count() < 100
     expect(page.locator(".results tr").nth(5)).to_have_attribute("aria-rowindex", re.compile(r"\d{5}"))
-
-
-def test_page_session_of_another_user_loads_the_page_again(page: Page, stack: Stack) -> None:
-    """When another tab has signed in as another user, no data of the former user stays."""
-    page.goto(f"{stack.url}/app/subnets/new")
-    page.get_by_label("Name").fill("of the former user")
-    headers = {"Authorization": f"Bearer {stack.token(9)}"}
-    page.evaluate("async (headers) => (await fetch('/api/v1/session', { method: 'POST', headers })).status", headers)
-    page.evaluate(HIDE, "visible")
-    expect(page.get_by_text("user 9")).to_be_visible()
-    expect(page.get_by_label("Name")).to_have_value("")
 
 
 def test_page_draft_does_not_overwrite_a_later_version(page: Page, stack: Stack) -> None:
@@ -575,47 +454,6 @@ def test_page_draft_does_not_overwrite_a_later_version(page: Page, stack: Stack)
     page.get_by_label("Ports").fill("8023")
     page.get_by_role("button", name="Save").click()
     expect(page.get_by_role("row", name="theirs")).to_contain_text("8023")
-
-
-def test_page_start_that_fails_can_be_tried_again(page: Page, stack: Stack) -> None:
-    """While the gateway cannot identify the user, the page shows the gateway's error instead of an empty page."""
-    page.route("**/api/v1/me", refuse)
-    page.goto(f"{stack.url}/app/jobs")
-    expect(page.get_by_role("alert")).to_contain_text("the service is unavailable")
-    page.unroute("**/api/v1/me")
-    page.get_by_role("button", name="Try again").click()
-    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
-    expect(page.get_by_role("alert")).to_have_count(0)
-
-
-def test_page_proxy_without_gateway_is_a_lost_connection(
-    page: Page, stack: Stack, user: Client, finished: int, servers: OpenPorts
-) -> None:
-    """A proxy's own 502 is a lost connection; when it is back all is loaded again, and no older state is shown."""
-    task = user.finished(finished)
-    late = task | {"status": task["status"] | {"status": "running"}}
-    page.route(f"**/api/v1/task/{finished}", lambda route: route.fulfill(json=late))
-    page.goto(f"{stack.url}/app/jobs/{finished}/request")
-    completed = page.get_by_role("heading", name=f"Job {finished} completed")
-    expect(completed).to_be_visible()  # by the stream
-    page.route("**/api/v1/**", lambda route: route.fulfill(status=502, body="<h1>Bad Gateway</h1>"))
-    page.evaluate(VISIT, f"/app/jobs/{finished}/results")
-    expect(page.get_by_role("alert").filter(has_text="The connection to Scanfleet is lost.")).to_be_visible()
-    with page.expect_response(lambda answer: answer.status == 200 and answer.url.endswith(f"/task/{finished}")):
-        page.unroute("**/api/v1/**")
-    expect(page.get_by_text(f"{len(servers)} of {len(servers)} results")).to_be_visible()
-    expect(page.get_by_role("alert")).to_have_count(0)
-    expect(completed).to_be_visible()
-
-
-def test_page_hidden_tab_has_no_stream(page: Page, stack: Stack) -> None:
-    """A hidden tab closes its stream, of which a browser has few, and opens it when it is shown again."""
-    page.goto(f"{stack.url}/app/jobs")
-    expect(page.locator(".dot")).to_have_text("live")
-    page.evaluate(HIDE, "hidden")
-    expect(page.locator(".dot")).to_have_text("")
-    page.evaluate(HIDE, "visible")
-    expect(page.locator(".dot")).to_have_text("live")
 
 
 def test_page_map_of_too_many_ports_asks_for_some(page: Page, stack: Stack, finished: int) -> None:
@@ -695,32 +533,6 @@ def test_page_cancelled_and_lost_probes_are_not_accounted_for(
     expect(page.get_by_role("row", name=f"{NET}.9")).to_contain_text("the job was cancelled")
 
 
-def test_page_busy_job_shows_a_slow_ledger(page: Page, stack: Stack, user: Client, finished: int) -> None:
-    """A ledger that takes longer to load than the job's next state to come is shown all the same."""
-    task = user.finished(finished)
-    late = task | {"status": task["status"] | {"status": "running"}}
-    page.route(f"**/api/v1/task/{finished}", lambda route: route.fulfill(json=late))
-    page.add_init_script(SLOW_LEDGER + BUSY_STREAM.replace("TASK", json.dumps(json.dumps(late))))
-    page.goto(f"{stack.url}/app/jobs/{finished}")
-    expect(page.get_by_text("probes accounted for")).to_be_visible()
-
-
-def test_page_busy_job_with_a_slow_stream_of_results_updates_its_ledger(
-    page: Page, stack: Stack, user: Client, finished: int
-) -> None:
-    """The ledger of a running job is loaded again while its results are still being sent."""
-    task = user.finished(finished)
-    running = task | {"status": task["status"] | {"status": "running"}}
-    page.route(f"**/api/v1/task/{finished}", lambda route: route.fulfill(json=running))
-    page.route("**/results?fields=*", lambda _route: None)
-    page.add_init_script(BUSY_STREAM.replace("TASK", json.dumps(json.dumps(running))))
-    page.goto(f"{stack.url}/app/jobs/{finished}/results")
-    expect(page.get_by_text("Loading results…")).to_be_visible()
-    for _ in range(2):
-        with page.expect_request("**/ledger?*"):
-            pass
-
-
 def test_page_ended_job_is_loaded_once(page: Page, stack: Stack, finished: int) -> None:
     """The page of an ended job opens no stream, and loads its ledger and its map once."""
     asked: list[str] = []
@@ -730,22 +542,6 @@ def test_page_ended_job_is_loaded_once(page: Page, stack: Stack, finished: int) 
     page.evaluate(VISIT, f"/app/jobs/{finished}")
     expect(page.locator("body[data-busy]")).to_have_count(0)
     assert (asked.count("ledger"), asked.count("map"), asked.count("events")) == (1, 1, 0)
-
-
-def test_page_ledger_from_before_the_end_is_loaded_again(page: Page, stack: Stack, user: Client, finished: int) -> None:
-    """A ledger that was read just before the job ended is replaced, although an ended job has no stream."""
-    early = user.ledger(finished) | {"status": "running", "accounted": False}
-    page.route("**/ledger?*", lambda route: route.fulfill(json=early), times=1)
-    page.goto(f"{stack.url}/app/jobs/{finished}")
-    expect(page.get_by_text("✓ accounted for")).to_be_visible()
-
-
-def test_page_results_go_on_after_an_error(page: Page, stack: Stack, finished: int, servers: OpenPorts) -> None:
-    """Results that were unavailable are requested again, without a click."""
-    page.route("**/results?fields=*", refuse, times=1)
-    page.goto(f"{stack.url}/app/jobs/{finished}/results")
-    expect(page.get_by_text(f"{len(servers)} of {len(servers)} results")).to_be_visible()
-    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 def test_page_saved_results_hold_no_formula(page: Page, stack: Stack, finished: int) -> None:

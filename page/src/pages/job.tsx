@@ -1,10 +1,10 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useMemo, useRef } from "preact/hooks";
-import { change, get, isFinal, me, send, type Ledger, type OutcomeMap, type Policy, type Snapshot, type Subnet, type TaskStatus, type Waiting } from "../api";
+import { change, get, isFinal, me, received, send, type Ledger, type OutcomeMap, type Policy, type Snapshot, type Subnet, type TaskStatus, type Waiting } from "../api";
 import { collapse, parseNetwork, toNumber, toText } from "../addresses";
 import { watch } from "../events";
 import { Coverage, together } from "../map";
-import { Confirm, Field, Problem, StatusWord, Title, useLoad, useSettled, type Loaded } from "../parts";
+import { Confirm, Field, Problem, Spoken, StatusWord, Title, useLoad, useSettled, type Loaded } from "../parts";
 import { go, query, withQuery } from "../router";
 import { countResults, Results, type Result } from "../results";
 import { count, duration, exact, plural, visible } from "../text";
@@ -12,7 +12,6 @@ import { LiveDot } from "./jobs";
 
 const SETTLE = 2_000; // ms between two looks at map and ledger, however often the job reports
 const CELLS = 65_536; // of one map
-const SPOKEN = 10_000; // ms between two announcements of the progress to a screen reader
 const PORTS = 1_000; // of one address, counted at its cell of the map
 const PORTS_NAMED = 5;
 const NAMED = 10; // pages of a thousand addresses that were not probed; more are counted
@@ -32,10 +31,11 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
     const ended = task.peek() && isFinal(task.peek()!.status.status); // the stream is ahead of a late answer
     if (first.data && !ended) task.value = first.data;
   }, [first.data]);
-  const unfinished = first.data !== undefined && !isFinal(first.data.status.status);
+  const gone = first.error?.status === 403 || first.error?.status === 404;
+  const unfinished = first.data !== undefined && !gone && !isFinal(first.data.status.status);
   useEffect(() => {
     if (!unfinished) return;
-    return watch(`/api/v1/task/${id}/events`, (next) => void (task.value = next), { untilFinal: true });
+    return watch(`/api/v1/task/${id}/events`, (next) => void (task.value = next), first.reload, { untilFinal: true });
   }, [id, unfinished]);
   const settled = useSettled(task.value, SETTLE);
   const ledger = useLoad((signal) => get<Ledger>(`/api/v1/task/${id}/ledger?page_size=1`, signal), [id, settled]);
@@ -63,7 +63,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
     [about?.subnet_id, about?.policy_id],
   ).data;
 
-  if (first.error && !task.value) {
+  if (first.error && (gone || !task.value)) {
     return (
       <>
         <Title text={`Job ${id}`} />
@@ -152,25 +152,6 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
   );
 }
 
-/** A live region that speaks at most once in `SPOKEN`, and of the end at once. */
-function Spoken({ text, final }: { text: string; final: boolean }) {
-  const spoken = useSignal("");
-  const last = useRef(0);
-  useEffect(() => {
-    const speak = () => {
-      last.current = Date.now();
-      spoken.value = text;
-    };
-    const timer = window.setTimeout(speak, final ? 0 : Math.max(0, last.current + SPOKEN - Date.now()));
-    return () => window.clearTimeout(timer);
-  }, [text, final]);
-  return (
-    <p class="hidden" role="status">
-      {spoken.value}
-    </p>
-  );
-}
-
 /** The message of an empty list of results, which distinguishes "nothing found" from "not probed". */
 function whyEmpty(task: TaskStatus, ledger: Ledger | undefined): string {
   if (!isFinal(task.status.status)) return "None yet.";
@@ -196,7 +177,7 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
       const before = known.current?.path === path ? known.current : undefined;
       const answer = await send("GET", path, { signal, ...(before ? { headers: { "If-None-Match": before.tag } } : {}) });
       if (answer.status === 304 && before) return before.map;
-      const found = (await answer.json()) as OutcomeMap;
+      const found = await received<OutcomeMap>(answer.json(), signal);
       known.current = { path, tag: answer.headers.get("ETag") ?? "", map: found };
       return found;
     },

@@ -67,13 +67,14 @@ export function Jobs() {
     [filters.toString(), changed],
   );
 
+  const forbidden = list.error?.status === 403; // only administrators may ask for the jobs of others
   const shown = useRef(new Set<number>());
   useEffect(() => {
     for (const [id, task] of tasks) if (!isFinal(task.status.status)) tasks.delete(id); // as old as the last visit
   }, []);
 
   useEffect(() => {
-    if (paused.value) return;
+    if (paused.value || forbidden) return;
     const unfinished = new Map<number, string>(); // what the list may show of jobs that can change
     return watch(whose ? `/api/v1/events?user_id=${encodeURIComponent(whose)}` : "/api/v1/events", (task) => {
       const { id, status } = task.job;
@@ -81,8 +82,8 @@ export function Jobs() {
       if (unfinished.get(id) !== status) changes.value++;
       if (isFinal(status)) unfinished.delete(id);
       else unfinished.set(id, status);
-    });
-  }, [paused.value, whose]);
+    }, list.reload);
+  }, [paused.value, whose, forbidden]);
 
   useEffect(() => {
     if (!list.data) return;

@@ -1,6 +1,6 @@
 import { useSignal } from "@preact/signals";
 import { useRef } from "preact/hooks";
-import { ApiError, change, get, send, type Estimate, type Job, type Policy } from "../api";
+import { ApiError, change, get, type Estimate, type Job, type Policy } from "../api";
 import { countPorts, parseNetwork } from "../addresses";
 import { Field, Kept, Problem, Title, took, useAction, useLoad } from "../parts";
 import { go, query, withQuery } from "../router";
@@ -58,8 +58,7 @@ export function NewScan() {
       if (wanted.length) await new Promise((resolve) => setTimeout(resolve, PAUSE));
       signal.throwIfAborted();
       try {
-        const answers = await Promise.all(wanted.map((body) => send("POST", "/api/v1/task/estimate", { body, signal })));
-        return { asked, found: await Promise.all(answers.map((each) => each.json() as Promise<Estimate>)) };
+        return { asked, found: await Promise.all(wanted.map((body) => change<Estimate>("POST", "/api/v1/task/estimate", body, { signal }))) };
       } catch (error) {
         if (error instanceof ApiError) return { asked, error };
         throw error;
@@ -97,7 +96,7 @@ export function NewScan() {
     }
     const body = { subnet_ids: [...new Set(ids)], policy_id: id };
     if (request.current.of !== JSON.stringify(body)) request.current = { of: JSON.stringify(body), key: crypto.randomUUID() };
-    const { jobs } = await change<{ jobs: Job[] }>("POST", "/api/v1/task", body, { "Idempotency-Key": request.current.key });
+    const { jobs } = await change<{ jobs: Job[] }>("POST", "/api/v1/task", body, { headers: { "Idempotency-Key": request.current.key } });
     dropDraft(DRAFT);
     go(jobs.length === 1 ? `/app/jobs/${jobs[0]!.id}` : "/app/jobs");
   });
@@ -181,7 +180,6 @@ export function NewScan() {
               {plural(chosen.length + (cidr.trim() ? 1 : 0), "job")}
               {estimated?.found?.length ? <Total found={estimated.found} of={networks.length} /> : wanted.length && !estimated ? ": estimating …" : null}
               {before.data !== undefined && <>. The last time this took {duration(before.data)}.</>}
-              {estimated?.error && !Object.keys(estimated.error.fields).length && <p>There is no estimate: {estimated.error.message}</p>}
               {estimated?.found?.flatMap((each, index) =>
                 each.refusals.map((refusal) => (
                   <p key={`${index} ${refusal.error}`} class="wrong">
@@ -192,6 +190,7 @@ export function NewScan() {
             </>
           )}
         </div>
+        <Problem error={estimated?.error} again={estimate.reload} />
         <Problem error={start.error} />
         <p class="actions">
           <button class="primary" disabled={start.busy || nothing}>

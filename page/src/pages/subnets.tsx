@@ -163,7 +163,7 @@ export function SubnetImport() {
   const lines = useSignal<(Line & Partial<Verdict>)[] | undefined>(undefined);
   const message = useSignal("");
   const update = useSignal(false);
-  const post = <T,>(query: string) => change<T>("POST", `/api/v1/subnet/import?update=${update.value}${query}`, text.value, { "Content-Type": "text/csv" });
+  const post = <T,>(query: string) => change<T>("POST", `/api/v1/subnet/import?update=${update.value}${query}`, text.value, { headers: { "Content-Type": "text/csv" } });
   const forget = () => {
     lines.value = undefined;
     message.value = "";
