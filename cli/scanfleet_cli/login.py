@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from html import escape
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from secrets import token_urlsafe
@@ -17,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import httpx2
 from authlib.integrations.base_client import OAuthError
 from authlib.integrations.httpx_client import OAuth2Client
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from scanfleet.contracts import rest
 from scanfleet_cli.config import is_loopback
@@ -32,14 +32,23 @@ _PUBLIC: Final = {"token_endpoint_auth_method": "none"}  # a command on a user's
 IDLE_SECONDS: Final = 5.0  # timeout of a connection that sends nothing
 
 
-@dataclass(frozen=True, slots=True)
-class Issuer:
+class Issuer(BaseModel):
     """The endpoints that the issuer publishes."""
 
-    name: str
-    authorization_endpoint: str | None
+    name: str = Field(validation_alias="issuer")
+    authorization_endpoint: str | None = None
     token_endpoint: str
-    device_endpoint: str | None
+    device_endpoint: str | None = Field(None, validation_alias="device_authorization_endpoint")
+
+
+class _DeviceCode(BaseModel):
+    """The response of the device endpoint (RFC 8628, 3.2)."""
+
+    device_code: str
+    user_code: str
+    verification_uri: str = Field(validation_alias=AliasChoices("verification_uri", "verification_uri_complete"))
+    expires_in: float = Field(BROWSER_SECONDS, ge=0)
+    interval: float = Field(DEVICE_SECONDS, ge=0)
 
 
 def discover(issuer: str, transport: Any = None) -> Issuer:
@@ -53,29 +62,28 @@ def discover(issuer: str, transport: Any = None) -> Issuer:
     try:
         with httpx2.Client(transport=transport, follow_redirects=True) as client:
             answer = client.get(url).raise_for_status()
-        found = answer.json()
-        if found["issuer"].rstrip("/") != issuer.rstrip("/"):
-            raise CommandError(f"{url} belongs to another issuer: {printable(found['issuer'])}", Exit.FAULT)
-        endpoints = Issuer(
-            issuer,
-            found.get("authorization_endpoint"),
-            found["token_endpoint"],
-            found.get("device_authorization_endpoint"),
-        )
+        found = Issuer.model_validate_json(answer.content)
     except httpx2.HTTPError as error:
         raise CommandError(
             f"cannot read the configuration of the issuer: {error}", Exit.UNAVAILABLE, hint=url
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValidationError as error:
         raise CommandError("the configuration of the issuer is malformed", Exit.FAULT, hint=url) from error
-    for endpoint in (endpoints.authorization_endpoint, endpoints.token_endpoint, endpoints.device_endpoint):
+    if found.name.rstrip("/") != issuer.rstrip("/"):
+        raise CommandError(f"{url} belongs to another issuer: {printable(found.name)}", Exit.FAULT)
+    for endpoint in (found.authorization_endpoint, found.token_endpoint, found.device_endpoint):
         if endpoint is not None:
             _secure(endpoint)
-    return endpoints
+    return found
 
 
 def _secure(url: str) -> None:
-    scheme = urlsplit(url).scheme
+    try:
+        scheme = urlsplit(url).scheme if url.isprintable() else ""
+    except ValueError:  # an invalid IPv6 address
+        scheme = ""
+    if not scheme:
+        raise CommandError(f"{printable(url)} is not a URL", Exit.FAULT)
     if scheme != "https" and not (scheme == "http" and is_loopback(url)):
         raise CommandError(f"{printable(url)} is not https: tokens would be sent unencrypted", Exit.FAULT)
 
@@ -113,15 +121,16 @@ class SignIn:
         with self._client() as client:
             asked = {"client_id": self._info.client_id, "scope": self._scope, "audience": self._info.audience}
             code = self._ask_for_code(client, asked)
-            life, pause = float(code.get("expires_in", BROWSER_SECONDS)), float(code.get("interval", DEVICE_SECONDS))
-            self._show(f"First copy your one-time code: {printable(code['user_code'])}")
-            where = code.get("verification_uri") or code["verification_uri_complete"]
-            self._show(f"Open {printable(where)} in any browser … waiting (expires in {duration(life)})")
-            until = time.monotonic() + life
+            pause, until = code.interval, time.monotonic() + code.expires_in
+            self._show(f"First copy your one-time code: {printable(code.user_code)}")
+            where, left = printable(code.verification_uri), duration(code.expires_in)
+            self._show(f"Open {where} in any browser … waiting (expires in {left})")
             while time.monotonic() < until:
                 sleep(pause)
                 try:
-                    return self._tokens(self._fetch(client, grant_type=DEVICE_GRANT, device_code=code["device_code"]))
+                    return self._tokens(self._fetch(client, grant_type=DEVICE_GRANT, device_code=code.device_code))
+                except UnavailableError:
+                    pause *= 2  # RFC 8628, 3.5
                 except OAuthError as error:
                     if error.error == "slow_down":
                         pause += SLOWER_SECONDS
@@ -147,7 +156,7 @@ class SignIn:
             address, state = client.create_authorization_url(
                 self._issuer.authorization_endpoint, code_verifier=verifier, audience=self._info.audience
             )
-            self._show(f"Opening {address}")
+            self._show(f"Opening {printable(address)}")
             if not browse(address):
                 self._show("cannot open a browser: open the URL above on this machine, or use --device")
             answer = callback.wait(BROWSER_SECONDS)
@@ -169,11 +178,27 @@ class SignIn:
                 raise _refused(error) from error
             return self._tokens(fetched)
 
-    def _ask_for_code(self, client: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    def _ask_for_code(self, client: Any, asked: dict[str, Any]) -> _DeviceCode:
+        """Return the code.
+
+        Raises:
+            CommandError: the issuer returned an error, or a malformed response.
+            UnavailableError: the issuer is unavailable.
+        """
         try:
-            return _answer(client.request("POST", self._issuer.device_endpoint, withhold_token=True, data=asked))
+            response = client.request("POST", self._issuer.device_endpoint, withhold_token=True, data=asked)
+            if response.is_success:
+                return _DeviceCode.model_validate_json(response.content)
+            refusal = response.json()
+            raise _refused(
+                OAuthError(refusal.get("error") or f"HTTP {response.status_code}", refusal.get("error_description"))
+            )
         except httpx2.HTTPError as error:
             raise _silent(error) from error
+        except (ValueError, AttributeError) as error:
+            raise CommandError(
+                f"the response of the issuer is malformed (HTTP {response.status_code})", Exit.FAULT
+            ) from error
 
     @property
     def _scope(self) -> str:
@@ -218,19 +243,6 @@ def refresh(tokens: Tokens, transport: Any = None) -> Tokens:
         except (httpx2.HTTPError, ValueError) as error:
             raise _silent(error) from error
     return tokens.renewed(answer)
-
-
-def _answer(response: httpx2.Response) -> dict[str, Any]:
-    try:
-        answer: dict[str, Any] = response.json()
-        if response.is_success and "device_code" in answer:
-            return answer
-        raise CommandError(
-            f"the issuer refused the sign-in: {printable(str(answer.get('error_description') or answer.get('error')))}",
-            Exit.NOT_ALLOWED,
-        )
-    except ValueError as error:
-        raise CommandError(f"the issuer returned HTTP {response.status_code} without JSON", Exit.FAULT) from error
 
 
 def _silent(error: Exception) -> UnavailableError:

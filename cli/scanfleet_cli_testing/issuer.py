@@ -218,6 +218,9 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
         self.faults: list[httpx2.Response | httpx2.RequestError] = []
         """Faults of the next requests for tokens, one each."""
 
+        self.answers: dict[str, httpx2.Response] = {}
+        """Other responses, by path."""
+
         self.life: int | None = LIFE
         """Seconds of an access token; None is not stated."""
 
@@ -233,7 +236,10 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
         if request.url.netloc.decode() != urlsplit(self.url).netloc:
             return self._beyond.handle_request(request)
         request.read()
+        answer: Any
         match request.url.path:
+            case path if path in self.answers:
+                answer = self.answers[path]
             case "/.well-known/openid-configuration":
                 return httpx2.Response(
                     200,
@@ -247,10 +253,9 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
             case "/authorize":
                 return httpx2.Response(302, headers={"Location": self.sign_in(str(request.url))})
             case "/token" if self.faults:
-                fault = self.faults.pop(0)
-                if isinstance(fault, Exception):
-                    raise fault
-                return fault
+                answer = self.faults.pop(0)
+                if isinstance(answer, Exception):
+                    raise answer
             case "/token":
                 answer = self.create_token_response(request)
             case "/device_authorization":

@@ -102,6 +102,54 @@ def test_device_signs_in_by_a_code_in_any_browser(issuer: Issuer, run: Any, slep
     assert run("subnet", "list", environment={}).code == 0
 
 
+def test_device_sign_in_continues_after_a_lost_connection(issuer: Issuer, run: Any, slept: list[float]) -> None:
+    """The issuer is asked again more slowly (RFC 8628, 3.5)."""
+    issuer.faults = [httpx2.ReadTimeout("no response"), httpx2.Response(503), httpx2.ConnectError("refused")]
+    ended = run("login", GATEWAY, environment={})
+    assert ended.code == 0, ended.err
+    assert slept == [5, 10, 20, 40]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"device_code": "x", "verification_uri": f"{URL}/device"},
+        {"device_code": "x", "user_code": 5, "verification_uri": f"{URL}/device"},
+        {"device_code": "x", "user_code": "y"},
+        {"device_code": "x", "user_code": "y", "verification_uri": f"{URL}/device", "interval": -1},
+        [],
+    ],
+)
+def test_malformed_device_code_exits_1(issuer: Issuer, run: Any, answer: Any) -> None:
+    """A response without what the user needs is an error of the issuer, not a traceback."""
+    issuer.answers["/device_authorization"] = httpx2.Response(200, json=answer)
+    ended = run("login", GATEWAY, environment={})
+    assert ended.code == 1
+    assert "the response of the issuer is malformed" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "problem"),
+    [
+        (f"{URL}/authorize\x1b[2J", "is not a URL"),
+        (f"{URL}/autho\u202erize", "is not a URL"),
+        ("https://[::1/authorize", "is not a URL"),
+        (5, "is malformed"),
+    ],
+)
+def test_endpoint_that_is_no_url_is_refused_and_not_printed_raw(
+    issuer: Issuer, run: Any, endpoint: Any, problem: str
+) -> None:
+    """The address is shown on the terminal and opened in the browser."""
+    path = "/.well-known/openid-configuration"
+    found = issuer.handle_request(httpx2.Request("GET", f"{URL}{path}")).json()
+    issuer.answers[path] = httpx2.Response(200, json=found | {"authorization_endpoint": endpoint})
+    ended = run("login", GATEWAY, environment={"DISPLAY": ":0"})
+    assert ended.code == 1
+    assert problem in ended.err
+    assert not {"\x1b", "\u202e"} & set(ended.err)
+
+
 @pytest.mark.parametrize("flow", [["--device"], []])
 def test_refused_sign_in_exits_4_and_keeps_nothing(issuer: Issuer, run: Any, tmp_path: Path, flow: list[str]) -> None:
     """When the user refuses, the issuer's reason is shown."""
