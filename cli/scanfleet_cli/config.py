@@ -13,8 +13,10 @@ token_command = ["make", "-s", "-C", "/opt/scanfleet", "token", "USER=7"]
 from __future__ import annotations
 
 import os
+import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +24,7 @@ from urllib.parse import urlsplit
 
 from scanfleet_cli.errors import CommandError, Exit
 
+LOCK_SECONDS: Final = 60.0  # timeout of waiting for another process that writes, or refreshes tokens
 _LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 _PORTS: Final = {"http": 80, "https": 443}
 
@@ -125,16 +128,15 @@ class Config:
 
     def add(self, context: Context, *, use: bool) -> None:
         """Add or replace a context; comments in the file are preserved."""
-        document = self._document()
-        entry = document.setdefault("context", _table()).setdefault(context.name, {})
-        entry["url"] = context.url
-        if context.token_command:
-            entry["token_command"] = list(context.token_command)
-        else:
-            entry.pop("token_command", None)
-        if use or "current" not in document:
-            document["current"] = context.name
-        self._write(document)
+        with self._changed() as document:
+            entry = document.setdefault("context", _table()).setdefault(context.name, {})
+            entry["url"] = context.url
+            if context.token_command:
+                entry["token_command"] = list(context.token_command)
+            else:
+                entry.pop("token_command", None)
+            if use or "current" not in document:
+                document["current"] = context.name
 
     def use(self, name: str) -> None:
         """Make a context the current one.
@@ -142,10 +144,9 @@ class Config:
         Raises:
             CommandError: it does not exist.
         """
-        self.known(name)
-        document = self._document()
-        document["current"] = name
-        self._write(document)
+        with self._changed() as document:
+            self.known(name)
+            document["current"] = name
 
     def remove(self, name: str) -> None:
         """Remove a context.
@@ -153,12 +154,11 @@ class Config:
         Raises:
             CommandError: it does not exist.
         """
-        self.known(name)
-        document = self._document()
-        del document["context"][name]
-        if document.get("current") == name:
-            del document["current"]
-        self._write(document)
+        with self._changed() as document:
+            self.known(name)
+            del document["context"][name]
+            if document.get("current") == name:
+                del document["current"]
 
     def known(self, name: str) -> Context:
         """Return the context of this name.
@@ -186,11 +186,16 @@ class Config:
             raise CommandError(f"{self.file}: context is not a table, such as [context.prod]")
         return found
 
-    def _document(self) -> Any:
+    @contextmanager
+    def _changed(self) -> Iterator[Any]:
+        """Return the document to change; it is written at the end of the block."""
         import tomlkit  # noqa: PLC0415 # only to write
 
-        self.contexts()  # an invalid file is reported, not rewritten
-        return tomlkit.parse(self.file.read_text(encoding="utf-8") if self.file.exists() else "")
+        with locked(self.folder / "config.lock"):
+            self.contexts()  # an invalid file is reported, not rewritten
+            document = tomlkit.parse(self.file.read_text(encoding="utf-8") if self.file.exists() else "")
+            yield document
+            self._write(document)
 
     def _write(self, document: Any) -> None:
         import tomlkit  # noqa: PLC0415 # as above
@@ -211,23 +216,47 @@ def _table() -> Any:
     return tomlkit.table(is_super_table=True)
 
 
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file, so that one process at a time reads and replaces the file that it is for.
+
+    Raises:
+        CommandError: another process holds it for too long, or it cannot be written.
+    """
+    from filelock import FileLock, Timeout  # noqa: PLC0415 # only to write
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        held = FileLock(file, timeout=LOCK_SECONDS).acquire()
+    except Timeout as error:
+        raise CommandError(f"another process holds {file}", Exit.FAULT) from error
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    with held:
+        yield
+
+
 def write_private(file: Path, text: str) -> None:
     """Replace a file atomically, with mode 0600.
 
     Raises:
         CommandError: it cannot be written.
     """
-    new = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(new, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as opened:
-            opened.write(text)
-        new.replace(file)
+        number, new = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        try:
+            with open(number, "w", encoding="utf-8") as opened:  # noqa: PTH123 # a descriptor
+                opened.write(text)
+            Path(new).replace(file)
+        except BaseException:
+            Path(new).unlink(missing_ok=True)
+            raise
     except OSError as error:
-        raise unwritable(file, error) from error
+        raise _unwritable(file, error) from error
 
 
-def unwritable(file: Path, error: OSError) -> CommandError:
+def _unwritable(file: Path, error: OSError) -> CommandError:
     """Return the error for a file that cannot be written."""
     return CommandError(
         f"cannot write {file}: {error.strerror or error}",

@@ -9,18 +9,17 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from scanfleet_cli.config import same_url, unwritable, write_private
+from scanfleet_cli.config import locked, same_url, write_private
 from scanfleet_cli.errors import CommandError, Exit, UnavailableError
 
 SERVICE: Final = "scanfleet"  # name of the entries in a keyring
 EARLY_SECONDS: Final = 60.0  # before a token expires that it is renewed
 COMMAND_LIMIT: Final = 60.0  # timeout of a token command, which may prompt the user
-LOCK_SECONDS: Final = 60.0  # timeout of waiting for another process that refreshes
 _TOKEN: Final = re.compile("[\x21-\x7e]+")
 
 
@@ -315,17 +314,5 @@ class Kept:
     def _write(self, name: str, tokens: Tokens) -> None:
         self.store.write(name, json.dumps(asdict(tokens)))
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        from filelock import FileLock, Timeout  # noqa: PLC0415 # only for those who have signed in
-
-        file = self._folder / "tokens.lock"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            held = FileLock(file, timeout=LOCK_SECONDS).acquire()
-        except Timeout as error:
-            raise CommandError(f"another process holds {file}", Exit.FAULT) from error
-        except OSError as error:
-            raise unwritable(file, error) from error
-        with held:
-            yield
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self._folder / "tokens.lock")

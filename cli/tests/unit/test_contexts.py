@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from scanfleet_cli.config import check_url, same_url, write_private
+from scanfleet_cli.config import Config, Context, check_url, same_url, write_private
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.tokens import CommandToken, FileStore, Kept, Tokens
 from scanfleet_cli_testing import TOKEN, FakeApi
@@ -31,6 +31,23 @@ def test_remove_of_a_context_deletes_its_tokens(run: Any, tmp_path: Path) -> Non
     assert run("context", "remove", "lab", "--yes", environment={}).code == 0
     assert store.read("lab") is None
     assert store.read("prod") is not None
+
+
+def test_contexts_that_are_added_at_once_are_all_kept(tmp_path: Path) -> None:
+    """One run at a time reads the file, changes it and writes it."""
+    together = threading.Barrier(8)
+
+    def add(number: int) -> None:
+        together.wait()
+        Config(tmp_path, {}).add(Context(f"lab{number}", URL), use=False)
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(8)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert sorted(Config(tmp_path, {}).contexts()) == [f"lab{number}" for number in range(8)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.lock", "config.toml"]
 
 
 def test_remove_of_a_context_without_tokens_writes_no_file(run: Any, tmp_path: Path) -> None:
