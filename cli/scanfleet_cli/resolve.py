@@ -140,7 +140,7 @@ def policy_named(session: Session, text: str) -> rest.Policy:
 
 
 def distinct(found: Iterable[Thing]) -> list[Thing]:
-    """Return objects without duplicates: the same one may be given by its id and by its name."""
+    """Return objects without duplicates."""
     return list({each.id: each for each in found}.values())
 
 
@@ -185,7 +185,8 @@ def _is_id(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _only(found: list[Thing], text: str, noun: str) -> Thing:
+def _only(every: Iterable[Thing], text: str, noun: str) -> Thing:
+    found = distinct(every)  # one is on two pages if another is created in between
     if not found:
         raise CommandError(
             f"{noun} {text} does not exist, or is not yours", Exit.NOT_FOUND, hint=f"scanfleet {noun} list"

@@ -42,6 +42,21 @@ def test_subnet_is_made_shown_changed_and_deleted(api: FakeApi, run: Any) -> Non
     assert run("subnet", "show", "web").code == 5
 
 
+def test_subnet_that_is_listed_twice_is_not_ambiguous(api: FakeApi, run: Any) -> None:
+    """A subnet that is created between two pages moves the others back, so that one of them is on both."""
+    run("subnet", "create", "lab", "127.9.8.0/24")
+    api.subnets |= {5 + each: api.subnets[5] | {"id": 5 + each, "name": f"lab{each}"} for each in range(101)}
+
+    def create(request: httpx2.Request) -> None:
+        if request.method == "GET" and request.url.params.get("page") == "2":
+            api.fault_of = lambda _request: None
+            run("subnet", "create", "new", "127.9.9.0/24")
+
+    api.fault_of = create
+    ended = run("subnet", "show", "lab1", "-o", "name")  # the last one of the first page
+    assert (ended.code, ended.out) == (0, "6\n"), ended.err
+
+
 def test_change_by_another_in_between_is_reported(api: FakeApi, run: Any) -> None:
     """An edit sends If-Match, and changes nothing if the object has changed since it was read."""
     run("subnet", "create", "lab", "127.9.8.0/24")
