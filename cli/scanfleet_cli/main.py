@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -165,6 +166,9 @@ def main() -> None:
 
 
 def _main() -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that its encoding lacks is escaped, as on stderr; the line ends of CSV remain as written.
+        sys.stdout.reconfigure(errors="backslashreplace", newline="")
     session = Session(Config.of_user(), output := Output())
     if instruction := os.environ.get(COMPLETE):
         # An error, or a prompt of a token command, would appear within the line that the user is typing.

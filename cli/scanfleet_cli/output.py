@@ -327,7 +327,7 @@ def _value(row: Row, path: str) -> Any:
 def _csv_cell(value: Any) -> Any:
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    return _FORMULA.sub(r"\1'", printable("" if value is None else text_of(value)))
+    return _FORMULA.sub(r"\1'", printable("" if value in (None, []) else text_of(value)))
 
 
 def _length(text: str) -> int:

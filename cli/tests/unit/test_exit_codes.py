@@ -203,6 +203,21 @@ def test_help_has_the_exit_codes(run: Any, capsys: pytest.CaptureFixture[str]) -
         assert f"{code:>3}  {meaning}" in shown
 
 
+def test_text_that_stdout_cannot_encode_is_escaped(tmp_path: Path) -> None:
+    """An export does not end at the first name or banner in another script, and its line ends are as written."""
+    folder = tmp_path / "scanfleet"
+    folder.mkdir()
+    (folder / "config.toml").write_text('[context."日本"]\nurl = "http://scanfleet.test"\n', encoding="utf-8")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("scanfleet"), "context", "list", "-o", "csv"],
+        env={"XDG_CONFIG_HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    lines = [b"name,url,current,token_command", rb"\u65e5\u672c,http://scanfleet.test,false,", b""]
+    assert (done.returncode, done.stdout) == (0, b"\r\n".join(lines))
+
+
 def test_help_loads_no_module_that_only_commands_need() -> None:
     """The help of the whole command loads neither the client nor the models, most of what a command imports."""
     program = """
