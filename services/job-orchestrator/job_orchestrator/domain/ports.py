@@ -119,7 +119,8 @@ class CommandRepository(Protocol):
 
     async def get(self, ids: Collection[str]) -> dict[str, Command]: ...
 
-    async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]: ...
+    async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
+        """Return the commands with these users and idempotency keys, without their jobs, which may be a thousand each."""
 
     async def reject(self, command_id: str, status: int, error: str, rule: str) -> None:
         """Reject an accepted cancel that came too late."""

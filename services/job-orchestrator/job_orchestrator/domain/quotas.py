@@ -61,18 +61,32 @@ class Quotas:
                 "(SCANFLEET_CHUNKS_PER_JOB); use a smaller subnet, fewer ports or a higher timing"
             )
 
+    def check_jobs(self, usage: Usage, jobs: int) -> None:
+        """Check the number of new jobs of a user, which needs no plans.
+
+        Raises:
+            QuotaError: the user has too many, or the request alone is for too many.
+        """
+        if jobs > self.unfinished_jobs_per_user:
+            raise QuotaError(
+                f"the request makes {jobs} jobs, and a user may have {self.unfinished_jobs_per_user} unfinished jobs "
+                "(SCANFLEET_UNFINISHED_JOBS_PER_USER); name fewer subnets"
+            )
+        if usage.jobs + jobs > self.unfinished_jobs_per_user:
+            raise QuotaError(
+                f"you have {usage.jobs} unfinished jobs and ask for {jobs} more, and the limit is "
+                f"{self.unfinished_jobs_per_user} (SCANFLEET_UNFINISHED_JOBS_PER_USER); wait until some have ended, or cancel some",
+                temporary=True,
+            )
+
     def check_user(self, usage: Usage, plans: Sequence[Plan]) -> Usage:
         """Check the plans of new jobs of a user; return the user's usage including them.
 
         Raises:
             QuotaError: the user has too much, or the request alone is too much.
         """
+        self.check_jobs(usage, len(plans))
         wanted = Usage(len(plans), sum(plan.estimate for plan in plans))
-        if wanted.jobs > self.unfinished_jobs_per_user:
-            raise QuotaError(
-                f"the request makes {wanted.jobs} jobs, and a user may have {self.unfinished_jobs_per_user} unfinished jobs "
-                "(SCANFLEET_UNFINISHED_JOBS_PER_USER); name fewer subnets"
-            )
         if wanted.seconds > self.queued_seconds_per_user:
             raise QuotaError(
                 f"the request is expected to take {wanted.seconds:.0f} slot seconds, and a user may have "
@@ -80,12 +94,6 @@ class Quotas:
                 "or fewer ports"
             )
         total = usage + wanted
-        if total.jobs > self.unfinished_jobs_per_user:
-            raise QuotaError(
-                f"you have {usage.jobs} unfinished jobs and ask for {wanted.jobs} more, and the limit is "
-                f"{self.unfinished_jobs_per_user} (SCANFLEET_UNFINISHED_JOBS_PER_USER); wait until some have ended, or cancel some",
-                temporary=True,
-            )
         if total.seconds > self.queued_seconds_per_user:
             raise QuotaError(
                 f"your unfinished jobs are expected to take {usage.seconds:.0f} slot seconds and these "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import chain
 from typing import Final
 
 import structlog
@@ -26,6 +27,7 @@ from job_orchestrator.metrics import count_transition
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, JobStatus, SubmitJobs
 from scanfleet.contracts.messages.audit import MAX_REASON_CHARS
+from scanfleet.contracts.messages.commands import MAX_SUBNETS
 from scanfleet.contracts.messages.topics import SCAN_REPLIES
 from scanfleet.errors import DependencyError, Rule
 from scanfleet.runtime import tracing
@@ -33,6 +35,9 @@ from scanfleet.runtime.bus import PartitionListener, Publisher, Record
 from scanfleet.services import ORCHESTRATOR
 
 Reply = CommandAccepted | CommandRejected
+_Message = SubmitJobs | CancelJob
+_Key = tuple[int, str]
+"""A user and an Idempotency-Key."""
 
 _log = structlog.get_logger()
 
@@ -69,22 +74,26 @@ class Commands(PartitionListener):
         self._caught_up: dict[int, float] = {}
         """When all records of each partition had last been read."""
 
-    async def handle(self, records: Sequence[Record[SubmitJobs | CancelJob]]) -> None:
-        messages = {record.message.command_id: record.message for record in records}
-        traces = {id_: message.traceparent for id_, message in messages.items()}
-        with tracing.spans(
-            lambda id_: type(messages[id_]).__name__,
-            traces,
-            "consumer",
-            "scanfleet.command.id",
-        ):
-            await self._carry_out(records, messages)
+    async def handle(self, records: Sequence[Record[_Message]]) -> None:
+        finished: Mapping[_Key, Command] = {}
+        for group in _groups({each.message.command_id: each for each in records}.values()):
+            names = {each.message.command_id: type(each.message).__name__ for each in group}
+            traces = {each.message.command_id: each.message.traceparent for each in group}
+            with tracing.spans(names.__getitem__, traces, "consumer", "scanfleet.command.id"):
+                finished = await self._carry_out(group, finished)
 
     async def _carry_out(
-        self, records: Sequence[Record[SubmitJobs | CancelJob]], messages: Mapping[str, SubmitJobs | CancelJob]
-    ) -> None:
-        stands = await self._known(messages)
-        too_old = {record.message.command_id for record in records if self._too_old(record)}
+        self, records: Sequence[Record[_Message]], finished: Mapping[_Key, Command]
+    ) -> Mapping[_Key, Command]:
+        """Decide on a group of commands, finish and answer them; return its finished submits by Idempotency-Key.
+
+        Args:
+            records: the group.
+            finished: the submits that the previous group finished: a repeat is answered without another query.
+        """
+        messages = {each.message.command_id: each.message for each in records}
+        too_old = {each.message.command_id for each in records if self._too_old(each)}
+        stands = await self._known({id_: each for id_, each in messages.items() if id_ not in too_old}, finished)
         new: list[Command] = []
         submits: list[SubmitJobs] = []
         for id_, message in messages.items():
@@ -105,7 +114,13 @@ class Commands(PartitionListener):
         fresh = [job for command in new if decided[command.id] is command for job in command.jobs]
         for job in fresh:
             count_transition(job)
-        await self._finish(stands | decided, messages, fresh)
+        stands |= decided
+        mismatched = {id_ for id_, command in stands.items() if _is_mismatched(command, messages[id_])}
+        matching = {id_: command for id_, command in stands.items() if id_ not in mismatched}
+        ids = {command.id for command in finished.values()}
+        await self._finish(matching, messages, mismatched=mismatched, fresh=fresh, finished=ids)
+        keyed = ((command.idempotency_key, command) for command in matching.values())
+        return {(command.user_id, key): command for key, command in keyed if key is not None}
 
     async def revoked(self, partitions: Collection[int]) -> None:
         for partition in partitions:
@@ -165,8 +180,8 @@ class Commands(PartitionListener):
             return False
         return record.timestamp < self._clock.now() - _TOO_OLD
 
-    async def _known(self, messages: Mapping[str, SubmitJobs | CancelJob]) -> dict[str, Command]:
-        """Return the earlier commands of submits whose idempotency key was used before.
+    async def _known(self, messages: Mapping[str, _Message], finished: Mapping[_Key, Command]) -> dict[str, Command]:
+        """Return the earlier commands of submits whose idempotency key was used before, without jobs if the body differs.
 
         Redelivered commands are decided again: the insert returns the earlier decision.
         """
@@ -175,25 +190,41 @@ class Commands(PartitionListener):
             for id_, message in messages.items()
             if isinstance(message, SubmitJobs) and message.idempotency_key
         }
-        by_key = await self._commands.by_key(keys.values())
-        return {id_: by_key[key] for id_, key in keys.items() if key in by_key}
+        stored = await self._commands.by_key(set(keys.values()) - finished.keys())
+        earlier = {id_: command for id_, key in keys.items() if (command := stored.get(key))}
+        repeats = {id_: each.id for id_, each in earlier.items() if not _is_mismatched(each, messages[id_])}
+        complete = await self._commands.get(set(repeats.values())) if repeats else {}
+        return {
+            **{id_: finished[key] for id_, key in keys.items() if key in finished},
+            **{id_: command for id_, command in earlier.items() if id_ not in repeats},
+            **{id_: complete[first] for id_, first in repeats.items() if first in complete},
+        }
 
     async def _finish(
         self,
         stands: Mapping[str, Command],
-        messages: Mapping[str, SubmitJobs | CancelJob],
+        messages: Mapping[str, _Message],
+        *,
+        mismatched: Collection[str],
         fresh: Collection[ScanJob],
+        finished: Collection[str],
     ) -> None:
-        mismatched = {
-            id_: _rejected(id_, 400, "Idempotency-Key was used for another request", Rule.REQUEST)
-            for id_, command in stands.items()
-            if isinstance(message := messages[id_], SubmitJobs)
-            and command.id != id_
-            and command.body != body_hash(message)
-        }
-        answers = mismatched | await self._answers(
-            {id_: command for id_, command in stands.items() if id_ not in mismatched and command.state != "expired"},
+        """Finish these commands, and answer their messages.
+
+        Args:
+            stands: the commands by the id of the message.
+            messages: the messages by their ids.
+            mismatched: ids of further messages, which are refused.
+            fresh: the jobs that this replica has just accepted.
+            finished: ids of commands that are finished already.
+        """
+        answers = await self._answers(
+            {id_: command for id_, command in stands.items() if command.state != "expired"}, finished
         )
+        others = {id_ for each in answers if (command := stands[each]).id not in finished for id_ in _jobs_of(command)}
+        others -= {job.id for job in fresh}
+        for id_ in mismatched:
+            answers[id_] = _rejected(id_, 400, "Idempotency-Key was used for another request", Rule.REQUEST)
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
         # In parallel, because the caller waits for the reply. All are idempotent if the batch is redelivered.
         await asyncio.gather(
@@ -202,25 +233,27 @@ class Commands(PartitionListener):
             self._outbox.publish(fresh),
             self._reconciler.start(fresh),
         )
-        answered = {job_id for id_ in answers.keys() - mismatched.keys() for job_id in _jobs_of(stands[id_])}
-        others = answered - {job.id for job in fresh}
         if others:
             await self._outbox.relay(others)
             await self._reconciler.reconcile(others)
 
-    async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
-        """Finish each command, and return the replies by the requested id."""
-        await self._jobs.insert([job for command in commands.values() for job in command.jobs])
+    async def _answers(self, commands: Mapping[str, Command], finished: Collection[str] = ()) -> dict[str, Reply]:
+        """Finish each command, except those with the ids `finished`, and return the replies by the requested id."""
+        distinct = {command.id: command for command in commands.values()}
+        await self._jobs.insert(
+            [job for id_, command in distinct.items() if id_ not in finished for job in command.jobs]
+        )
         answers = await self._cancel(
             [command for command in commands.values() if command.state == "accepted" and command.cancels is not None]
         )
+        views = {id_: tuple(job.view for job in command.jobs) for id_, command in distinct.items()}
         for id_, command in commands.items():
             if id_ in answers:
                 continue
             if command.state == "rejected":
                 answers[id_] = _rejected(id_, command.status, command.error, command.rule)
             else:
-                answers[id_] = CommandAccepted(command_id=id_, jobs=tuple(job.view for job in command.jobs))
+                answers[id_] = CommandAccepted(command_id=id_, jobs=views[command.id])
         return answers
 
     async def _cancel(self, commands: Collection[Command]) -> dict[str, Reply]:
@@ -275,6 +308,39 @@ class Commands(PartitionListener):
     async def _too_late(self, command: Command, status: int, error: str, rule: Rule) -> Reply:
         await self._commands.reject(command.id, status, error, rule)
         return _rejected(command.id, status, error, rule)
+
+
+def _groups(records: Iterable[Record[_Message]]) -> Iterator[Sequence[Record[_Message]]]:
+    """Yield the cancels, which are short, and then the submits, for at most `MAX_SUBNETS` jobs at once.
+
+    Repeats of an Idempotency-Key follow each other.
+    """
+    cancels: list[Record[_Message]] = []
+    by_key: dict[_Key, list[tuple[Record[_Message], int]]] = {}
+    for each in records:
+        match each.message:
+            case CancelJob():
+                cancels.append(each)
+            case SubmitJobs() as submit:
+                key = (submit.user_id, submit.idempotency_key or submit.command_id)
+                by_key.setdefault(key, []).append((each, len(submit.subnet_ids)))
+    if cancels:
+        yield cancels
+    group: list[Record[_Message]] = []
+    jobs = 0
+    for each, its_jobs in chain.from_iterable(by_key.values()):
+        if group and jobs + its_jobs > MAX_SUBNETS:
+            yield group
+            group, jobs = [], 0
+        group.append(each)
+        jobs += its_jobs
+    if group:
+        yield group
+
+
+def _is_mismatched(command: Command, message: _Message) -> bool:
+    """Return whether another request has used the message's Idempotency-Key."""
+    return isinstance(message, SubmitJobs) and command.id != message.command_id and command.body != body_hash(message)
 
 
 def _rejected(command_id: str, status: int, error: str, rule: str) -> CommandRejected:

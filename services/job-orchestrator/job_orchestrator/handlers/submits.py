@@ -61,14 +61,24 @@ class Submits:
         """Return the command to insert for each submit: accepted with all of its jobs, or rejected."""
         if not submits:
             return []
+        too_many = await self._too_many(submits)
+        within = [submit for submit in submits if submit.command_id not in too_many]
+        above = [submit for submit in submits if submit.command_id in too_many]
+        return [
+            *await self._decide(within),
+            *(_refused(each, _over_quota(too_many[each.command_id])) for each in above),
+        ]
+
+    async def _decide(self, submits: Sequence[SubmitJobs]) -> list[Command]:
+        if not submits:
+            return []
         users = {submit.user_id for submit in submits}
         # The ids are allocated before the submits are checked, so that those of rejected submits remain unused.
-        policies, subnets, taken, turns, _ = await asyncio.gather(
+        policies, subnets, taken, turns = await asyncio.gather(
             self._policies.get({(submit.user_id, submit.policy_id) for submit in submits}),
             self._subnets.get({(submit.user_id, id_) for submit in submits for id_ in submit.subnet_ids}),
             self._jobs.take_ids(sum(len(submit.subnet_ids) for submit in submits)),
             self._first_turns(users),
-            self._usages.of(users),  # read here, so that `_refusals` finds it in the cache
         )
         decided = [await self._check(submit, policies, subnets) for submit in submits]
         ids = iter(taken)
@@ -87,6 +97,23 @@ class Submits:
                     left -= jobs[-1].made
                 commands.append(_accepted(submit, jobs))
         return commands
+
+    async def _too_many(self, submits: Sequence[SubmitJobs]) -> Mapping[str, QuotaError]:
+        """Return the quota error of each submit for more jobs than its user may have, before any of them is planned."""
+        errors = self._jobs_above(submits, await self._usages.of({submit.user_id for submit in submits}))
+        again = [submit for submit in submits if submit.command_id in errors]
+        if not any(error.temporary for error in errors.values()):
+            return errors
+        return self._jobs_above(again, await self._usages.of({submit.user_id for submit in again}, fresh=True))
+
+    def _jobs_above(self, submits: Iterable[SubmitJobs], usage: Mapping[int, Usage]) -> Mapping[str, QuotaError]:
+        errors: dict[str, QuotaError] = {}
+        for submit in submits:
+            try:
+                self._checks.quotas.check_jobs(usage[submit.user_id], len(submit.subnet_ids))
+            except QuotaError as error:
+                errors[submit.command_id] = error
+        return errors
 
     async def _first_turns(self, users: AbstractSet[int]) -> Mapping[int, int]:
         """Return the turn at which new jobs of each user begin."""

@@ -10,7 +10,7 @@ from pymongo import IndexModel
 
 from job_orchestrator.domain.command import Command
 from job_orchestrator.repository import documents
-from scanfleet.runtime.mongo import Database, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Database, Document, dependency_errors, insert_missing
 
 INDEXES: Final = {
     "commands": [
@@ -38,9 +38,10 @@ class MongoCommands:
             losers = [commands[index] for index in taken]
             first = await self.get([command.id for command in losers])
             keys = [(command.user_id, command.idempotency_key) for command in losers if command.idempotency_key]
-            by_key = await self.by_key(keys)
+            ids = {key: command.id for key, command in (await self.by_key(keys)).items()}
+            by_id = await self.get(ids.values())
             for loser in losers:
-                stands[loser.id] = first.get(loser.id) or by_key[loser.user_id, loser.idempotency_key or ""]
+                stands[loser.id] = first.get(loser.id) or by_id[ids[loser.user_id, loser.idempotency_key or ""]]
         return stands
 
     @dependency_errors()
@@ -52,7 +53,8 @@ class MongoCommands:
     async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
         if not keys:
             return {}
-        found = self._commands.find({"$or": [{"user_id": user, "idempotency_key": key} for user, key in keys]})
+        wanted: Document = {"$or": [{"user_id": user, "idempotency_key": key} for user, key in keys]}
+        found = self._commands.find(wanted, {"jobs": 0})
         return {(each["user_id"], each["idempotency_key"]): documents.read_command(each) async for each in found}
 
     @dependency_errors()

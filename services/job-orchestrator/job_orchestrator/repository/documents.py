@@ -247,7 +247,7 @@ def write_command(command: Command) -> Document:
 
 
 def read_command(document: Document) -> Command:
-    jobs = tuple(read_job(job | {"policy": document["policy"][0]}) for job in document["jobs"])
+    jobs = tuple(read_job(job | {"policy": document["policy"][0]}) for job in document.get("jobs", ()))
     return Command(**(_known(Command, document) | {"jobs": jobs}))
 
 

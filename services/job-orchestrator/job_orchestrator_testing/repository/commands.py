@@ -15,8 +15,7 @@ class MemoryCommands(MemoryRepository):
     async def insert(self, commands: Sequence[Command]) -> dict[str, Command]:
         stands: dict[str, Command] = {}
         for command in commands:
-            key = (command.user_id, command.idempotency_key or "")
-            same_key = (await self.by_key([key])).get(key) if command.idempotency_key else None
+            same_key = self._with_key((command.user_id, command.idempotency_key or ""))
             stands[command.id] = self._data.commands.get(command.id) or same_key or command
             if stands[command.id] is command:
                 self._data.commands[command.id] = command
@@ -26,10 +25,13 @@ class MemoryCommands(MemoryRepository):
         return {id_: self._data.commands[id_] for id_ in ids if id_ in self._data.commands}
 
     async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
-        by_key = {(each.user_id, each.idempotency_key): each for each in self._data.commands.values()}
-        return {key: by_key[key] for key in keys if key in by_key}
+        return {key: replace(command, jobs=()) for key in keys if (command := self._with_key(key)) is not None}
 
     async def reject(self, command_id: str, status: int, error: str, rule: str) -> None:
         command = self._data.commands[command_id]
         if command.state == "accepted":
             self._data.commands[command_id] = replace(command, state="rejected", status=status, error=error, rule=rule)
+
+    def _with_key(self, key: tuple[int, str]) -> Command | None:
+        every = self._data.commands.values()
+        return next((each for each in every if (each.user_id, each.idempotency_key) == key), None)

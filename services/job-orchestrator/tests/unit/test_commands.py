@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import tracemalloc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import cast
@@ -17,13 +18,17 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
+from job_orchestrator_testing.repository import MemoryJobs
+from job_orchestrator_testing.repository.data import Data
 from job_orchestrator_testing.things import THEN
-from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobStatus
-from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_TASKS
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobStatus, Message
+from scanfleet.contracts.messages.envelope import encode
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Record
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import TargetRules, parse_network
+from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tracing import ids, recording
 
 
@@ -98,6 +103,117 @@ async def test_idempotency_key_creates_jobs_once(world: World) -> None:
     await world.settle()
     assert await jobs_of(world) == [1]
     assert {world.accepted(command)[0].id for command in commands} == {1}
+
+
+class InsertedJobs(MemoryJobs):
+    """Counts how often each job was inserted."""
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.inserted: Counter[int] = Counter()
+
+    async def insert(self, jobs: Sequence[ScanJob]) -> None:
+        self.inserted.update(job.id for job in jobs)
+        await super().insert(jobs)
+
+
+class EncodingBus(MemoryBus):
+    """Encodes messages and stores only the number of replies."""
+
+    replies = 0
+
+    async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
+        envelopes = [encode(topic, message, source="test") for message in messages]
+        self.replies += len(envelopes) * (topic is SCAN_REPLIES)
+
+
+@pytest.fixture
+async def large() -> World:
+    """A world with a policy, and a thousand subnets of user 7."""
+    world = World(MemoryStore())
+    await world.start()
+    await world.add(*(f"127.9.{n >> 8}.{n & 255}/32" for n in range(1_000)))
+    return world
+
+
+async def test_repeats_of_a_large_command_in_one_batch_use_bounded_memory(large: World) -> None:
+    """Repeats of a command for a thousand jobs insert each job once, and need no more memory than a few of them."""
+    store, bus = large.store, EncodingBus()
+    assert isinstance(store, MemoryStore)
+    store.jobs = jobs = InsertedJobs(store.data)
+    replica = large.replica(store, bus)
+    await large.send(1, range(1, 1_001), key="k")
+    await replica.handlers[SCAN_COMMANDS].handle(large.take(SCAN_COMMANDS))
+    for _ in range(16):
+        await large.send(1, range(1, 1_001), key="k")
+    records = large.take(SCAN_COMMANDS)
+    jobs.inserted.clear()
+    tracemalloc.start()
+    await replica.handlers[SCAN_COMMANDS].handle(records)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert set(jobs.inserted.values()) == {1}
+    assert bus.replies == 17
+    assert peak < 10_000_000
+
+
+async def test_repeat_behind_a_mismatched_one_gets_the_jobs(large: World) -> None:
+    """In a batch of several groups, another body under a key does not change the answer to the next repeat."""
+    await large.send(1, range(1, 1_001), key="k")
+    await large.hand(SCAN_COMMANDS, large.take(SCAN_COMMANDS))
+    mismatched, repeat = await large.send(1, [1], key="k"), await large.send(1, range(1, 1_001), key="k")
+    await large.hand(SCAN_COMMANDS, large.take(SCAN_COMMANDS))
+    assert isinstance(large.replies(mismatched)[0], CommandRejected)
+    assert len(large.accepted(repeat)) == 1_000
+
+
+async def test_keys_of_other_requests_read_no_jobs() -> None:
+    """Requests under the keys of other ones, which may have a thousand jobs each, are refused without reading these."""
+    store, world = await counting_world()
+    policy_id, subnets = await world.add("127.9.8.0/30", "127.9.8.4/30")
+    for n in range(3):
+        await world.send(policy_id, subnets, key=f"k-{n}")
+    await world.settle()
+    store.calls.clear()
+    commands = [await world.send(policy_id, subnets[:1], key=f"k-{n}") for n in range(3)]
+    await world.settle()
+    assert [type(world.replies(command)[0]) for command in commands] == [CommandRejected] * 3
+    assert store.calls["commands.get"] == 0
+
+
+async def test_late_repeat_of_a_key_expires(world: World) -> None:
+    """A repeat that was in the log for more than a minute gets no reply, as any other command."""
+    policy_id, subnets = await world.add("127.9.8.0/30")
+    await world.send(policy_id, subnets, key="k")
+    await world.settle()
+    world.now += 61
+    repeat = await world.send(policy_id, subnets, key="k")
+    old = [replace(each, timestamp=each.timestamp - timedelta(seconds=61)) for each in world.take(SCAN_COMMANDS)]
+    await world.hand(SCAN_COMMANDS, old)
+    assert world.replies(repeat) == []
+
+
+class UnavailableJobIds(MemoryJobs):
+    """Fails before jobs are planned."""
+
+    async def take_ids(self, count: int = 1) -> range:
+        raise DependencyError(f"no {count} ids")
+
+
+async def test_cancel_is_answered_before_the_submits_of_its_batch() -> None:
+    """A cancel is carried out and answered although the submits that were sent before it cannot even be decided."""
+    store = MemoryStore()
+    world = World(store)
+    await world.start()
+    submitted = await world.submit()
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    store.jobs = UnavailableJobIds(store.data)
+    await world.restart()
+    await world.submit()
+    cancel = await world.cancel(world.accepted(submitted)[0].id)
+    with pytest.raises(DependencyError, match="no 1 ids"):
+        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    assert isinstance(world.replies(cancel)[0], CommandAccepted)
 
 
 async def test_idempotency_key_with_another_body_is_refused(world: World) -> None:

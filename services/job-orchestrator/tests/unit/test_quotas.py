@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from job_orchestrator.domain.job import Plan
 from job_orchestrator.domain.quotas import Quotas, Usage
 from job_orchestrator_testing import MemoryStore, World, scan_policy
 from job_orchestrator_testing.repository import MemoryJobs
@@ -144,3 +145,26 @@ async def test_usage_is_not_read_for_each_command() -> None:
     world.now += 1.5
     assert await decided(world, await world.send(policy_id, subnets)) == [201]
     assert counting.reads == 2
+
+
+class PlanningQuotas(Quotas):
+    """Counts the plans that were checked."""
+
+    plans: ClassVar[list[Plan]] = []
+
+    def check_job(self, plan: Plan) -> None:
+        self.plans.append(plan)
+        super().check_job(plan)
+
+
+async def test_submits_above_the_quota_of_jobs_are_refused_without_plans() -> None:
+    """Requests for a thousand jobs each, of a user at the quota, cost no plan."""
+    quotas = PlanningQuotas(unfinished_jobs_per_user=1_000)
+    world = World(MemoryStore(), quotas=quotas)
+    await world.start()
+    policy_id, subnets = await world.add(*(f"127.9.{n >> 8}.{n & 255}/32" for n in range(1_000)))
+    assert await decided(world, await world.send(policy_id, subnets)) == [201]
+    commands = [await world.send(policy_id, subnets) for _ in range(20)]
+    quotas.plans.clear()
+    assert await decided(world, *commands) == [429] * 20
+    assert quotas.plans == []
