@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Final
@@ -23,6 +24,7 @@ from scanner_worker.metrics import SLOTS
 
 READY_S: Final = 2.0  # interval of announcements: an orchestrator discovers its workers within this time of its start
 START_S: Final = 2.0  # timeout for a chunk to get a slot; then it is released, since another worker may have a free one
+LATE_S: Final = 1.0  # time for tasks that were dispatched before the orchestrators handled the last announcement
 FLUSH_S: Final = 5.0  # timeout for the final reports of a worker that shuts down
 SEEN: Final = 4_096  # chunks whose attempt is remembered for deduplication: minutes of the shortest chunks
 
@@ -68,7 +70,7 @@ class Worker:
         await self._announcing.start()
 
     async def stop(self, grace: float) -> None:
-        """Shut down: release waiting chunks, let running ones finish within `grace` seconds, and release the rest."""
+        """Shut down: release waiting and late chunks, let running ones finish within `grace` seconds, and release the rest."""
         self._leaving = True
         await self.exclusion.stop()
         await self._announcing.stop()
@@ -77,7 +79,7 @@ class Worker:
             await self._announce()
         except DependencyError as error:
             _log.warning("shutdown_announcement_failed", error=str(error))
-        await self._finished(grace)
+        await asyncio.gather(self._finished(grace), asyncio.sleep(min(LATE_S, grace)))
         for scan in self._running.values():
             scan.stop(_LEAVING)
         await self._finished(FLUSH_S)
@@ -195,8 +197,10 @@ class Worker:
             _log.error("chunk_dropped", cause="unexpected error", exc_info=fault)
 
     async def _finished(self, seconds: float) -> None:
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._tasks:  # others may begin meanwhile
+                    await asyncio.wait(self._tasks)
 
     async def _announce(self) -> None:
         slots = 0 if self._closed else self._abilities.slots

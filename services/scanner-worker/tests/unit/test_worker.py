@@ -690,6 +690,23 @@ async def test_stop_with_grace_finishes_running_scans(make_chunk: MakeChunk) -> 
         await until(lambda: "ChunkReleased" in rig.progress())
 
 
+async def test_stop_of_an_idle_worker_releases_a_task_on_its_way(make_chunk: MakeChunk) -> None:
+    """A task that was dispatched before the worker's last announcement was handled does not wait for its lease."""
+    async with rigged() as rig:
+        await until(lambda: rig.messages(SCAN_WORKERS, WorkerReady))
+
+        async def stop() -> None:
+            await rig.worker.stop(20)
+            await rig.tasks.stop()
+
+        leaving = asyncio.create_task(stop())
+        await until(lambda: slots(rig) == 0)
+        await asyncio.sleep(0.2)
+        await rig.send(make_chunk())
+        await leaving
+        assert rig.progress() == ["ChunkReleased"]
+
+
 async def test_stop_without_grace_releases_chunks(make_chunk: MakeChunk) -> None:
     """Without grace every chunk, running or waiting, is released with its map."""
     async with rigged(*hosts(0), FOREVER, slots=1) as rig:
