@@ -33,7 +33,7 @@ class Scanner(Protocol):
         """Return the TCP ports that a `top` set, or a part of one, stands for.
 
         Raises:
-            ScanError, CannotStartError: as `scan`.
+            CannotStartError: nmap does not list them here.
         """
 
     def hold(self, seconds: float) -> None:

@@ -37,7 +37,7 @@ END_S: Final = 5.0  # timeout for nmap to exit after its output has ended, and f
 KILLS: Final = 20  # maximum rounds of killing, for processes that fork meanwhile; a killed one may be visible for a few
 STDERR_BYTES: Final = 2_000  # bytes of standard error that are kept, the last ones: nmap writes its fatal error last
 _DISCARD: Final = 9  # any port: connecting a UDP socket sends nothing
-CHECK_S: Final = 30.0  # timeout of the trial run: nmap starts in 0.1 s, and in some seconds on a loaded machine
+CHECK_S: Final = 30.0  # timeout of a run without targets: nmap starts in 0.1 s, and in some seconds on a loaded machine
 
 MIN_VERSION: Final = (7, 92)  # older versions spell reasons and timeouts differently, and omit ports from the XML
 _VERSION: Final = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
@@ -184,13 +184,7 @@ class Nmap:
         await self._check_scripts()
 
     async def _check_scripts(self) -> None:
-        try:
-            async with asyncio.timeout(CHECK_S):
-                code, output, stderr_tail = await self._output((*_HELP, ",".join(sorted(self._scripts))))
-        except TimeoutError:
-            raise CannotStartError(f"{self._program} did not list its scripts within {CHECK_S:.0f} seconds") from None
-        if code:
-            raise CannotStartError(f"{self._program} did not list its scripts, it {_ended(code)}: {stderr_tail}")
+        output = await self._list("scripts", (*_HELP, ",".join(sorted(self._scripts))))
         if missing := self._scripts - {name.decode() for name in _SCRIPT.findall(output)}:
             raise CannotStartError(
                 f"{self._program} does not have the scripts {', '.join(sorted(missing))}: install nmap's scripts, or remove "
@@ -214,27 +208,39 @@ class Nmap:
         The ports are listed once per number of ports.
 
         Raises:
-            CannotStartError: nmap does not start.
-            ScanError: nmap does not list the ports.
+            CannotStartError: nmap does not list the ports.
         """
         return (await self._common(ports.top)).without(await self._common(ports.above))
 
     async def _common(self, count: int) -> PortSet:
         if count not in self._most_common:
-            _, output, stderr_tail = await self._output((*_NO_TARGETS, "--top-ports", str(count)))
+            output = await self._list("most common ports", (*_NO_TARGETS, "--top-ports", str(count)))
             listed = _SERVICES.search(output)
             if not listed:
-                raise ScanError(f"nmap did not list its {count} most common ports: {stderr_tail}")
+                raise CannotStartError(f"{self._program} did not list its {count} most common ports")
             self._most_common[count] = PortSet(tcp=parse_ranges(listed[1].decode()))
         return self._most_common[count]
 
-    async def _output(self, arguments: Sequence[str]) -> tuple[int, bytes, str]:
-        """Return the exit code, output and end of standard error of a run that sends no packets."""
-        output = b""
-        async with self._started(arguments) as run:
-            while data := await run.read():
-                output += data
-            return await run.wait(), output, run.stderr_tail
+    async def _list(self, what: str, arguments: Sequence[str]) -> bytes:
+        """Return the output of a run without targets.
+
+        Raises:
+            CannotStartError: it failed, or did not end within its timeout.
+        """
+        output, cause = b"", ""
+        try:
+            async with asyncio.timeout(CHECK_S), self._started(arguments) as run:
+                while data := await run.read():
+                    output += data
+                if code := await run.wait():
+                    cause = f": it {_ended(code)}: {run.stderr_tail}"
+        except TimeoutError:
+            cause = f" within {CHECK_S:.0f} seconds"
+        except ScanError as error:
+            cause = f": {error}"
+        if cause:
+            raise CannotStartError(f"{self._program} did not list its {what}{cause}")
+        return output
 
     async def scan(self, arguments: Sequence[str], services: Mapping[str, int]) -> AsyncGenerator[Found]:
         """Run nmap and yield finished hosts with their open ports, in lists of those that are ready.

@@ -581,6 +581,31 @@ async def test_check_unusable_nmap_raises_with_cause(
         await (await make_nmap(program)).check()
 
 
+@pytest.mark.proves("F25")
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("exec >&-; exec sleep 60", "did not exit within"),
+        ("exec sleep 60", "within 1 seconds"),
+        ("echo no table >&2; exit 3", "exited with 3: no table"),
+        ("true", "did not list|does not have"),
+    ],
+)
+@pytest.mark.parametrize("listing", ["--script-help", "--top-ports"])
+async def test_nmap_that_does_not_list_scripts_or_ports_raises_cannot_start(  # noqa: PLR0917 # pytest passes fixtures by name
+    make_nmap: MakeNmap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: str, script: str, reason: str
+) -> None:
+    """A run without targets that fails or hangs is a failure of the worker, with the cause."""
+    monkeypatch.setattr(process, "CHECK_S", 1.0)
+    monkeypatch.setattr(process, "END_S", 0.5)
+    program = tmp_path / "nmap"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *{listing}*) {script};; *) {trial("7.93")};; esac\n')
+    program.chmod(0o755)
+    nmap = await make_nmap(program)
+    with pytest.raises(CannotStartError, match=reason):
+        await (nmap.check() if listing == "--script-help" else nmap.ranked(PortSet(top=9)))
+
+
 @pytest.mark.proves("F21", "F25")
 async def test_check_missing_program_or_folder_raises(make_nmap: MakeNmap, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real nmap passes; a missing program or temporary folder fails."""
