@@ -448,6 +448,8 @@ def _probed(chunk: Chunk, report: ChunkScanned) -> Probed:
 
 def _with_report(chunk: Chunk, news: str) -> Chunk:
     """Return the chunk with the outcomes of a report; new ones are progress, which resets the failure counts."""
+    if news == chunk.outcomes:
+        return chunk
     merged = _merged(chunk, news)
     if merged == chunk.outcomes:
         return chunk

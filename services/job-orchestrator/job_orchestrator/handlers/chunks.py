@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
 
@@ -12,7 +12,7 @@ import structlog
 from pydantic import ValidationError
 
 from job_orchestrator.domain.attempts import Probed
-from job_orchestrator.domain.chunk import HELD, Chunk, Token, elapsed
+from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, Token, elapsed
 from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.contracts.messages import ChunkScanned, StopChunk
@@ -27,10 +27,15 @@ _ROUNDS: Final = 20  # each lost race is progress of another replica; this many 
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """A chunk as it was read and as it is stored now; equal if nothing changed."""
+    """A chunk as it was read, and with its stored changes; equal if nothing changed."""
 
     before: Chunk
     after: Chunk
+
+    @property
+    def stored(self) -> Chunk:
+        """The chunk as the next change must find it."""
+        return self.after if self.after == self.before else replace(self.after, rev=self.after.rev + 1)
 
     @property
     def moved(self) -> bool:
@@ -43,6 +48,8 @@ class ChunkChanger:
     def __init__(self, chunks: ChunkRepository, dispatch: DispatchRepository) -> None:
         self._chunks = chunks
         self._dispatch = dispatch
+        self._running: dict[str, Chunk] = {}
+        """Running chunks that this replica stored last, unless another one has changed them since."""
 
     async def change(
         self,
@@ -51,6 +58,7 @@ class ChunkChanger:
         now: datetime,
         *,
         charge: bool = True,
+        cached: Callable[[Chunk], bool] | None = None,
         prepare: Callable[[Iterable[Changed]], Awaitable[None]] | None = None,
     ) -> list[Changed]:
         """Apply `decide` to each chunk and store the changes; `decide` runs again for a chunk that lost a race.
@@ -60,6 +68,8 @@ class ChunkChanger:
             decide: returns the new version of a chunk.
             now: platform time.
             charge: whether users are charged for attempts that end; not for those of lost workers.
+            cached: whether a running chunk is decided on as it is cached, instead of reading it. If given, running chunks are
+                cached until `verify` or `forget`; a change of one that another replica has changed loses the race.
             prepare: called with the changes before they are saved.
 
         Raises:
@@ -72,16 +82,38 @@ class ChunkChanger:
                 if charge:
                     await self._charge(done, now)
                 return done
-            changes = [Changed(chunk, decide(chunk)) for chunk in (await self._chunks.get(left)).values()]
+            changes = [Changed(chunk, decide(chunk)) for chunk in await self._versions(left, cached)]
             if prepare:
                 await prepare(changes)
+            for each in changes:
+                self._running.pop(each.before.id, None)
             left = await self._chunks.save([each.after for each in changes if each.after != each.before])
             stored = [each for each in changes if each.before.id not in left]
             for each in stored:
                 if each.moved:
                     CHUNK_TRANSITIONS.labels(each.after.state).inc()
+                if cached and each.after.state is ChunkState.RUNNING:
+                    self._running[each.after.id] = each.stored
             done += stored
         raise DependencyError(f"chunks were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
+
+    def verify(self, partitions: Collection[int], held: Collection[Token]) -> None:
+        """Keep only those of the cached chunks of jobs in these partitions whose attempts are among those that workers hold."""
+        self._running = {
+            id_: chunk
+            for id_, chunk in self._running.items()
+            if chunk.partition not in partitions or chunk.token in held
+        }
+
+    def forget(self, partitions: Collection[int]) -> None:
+        """Remove the cached chunks of jobs in these partitions: another replica handles their reports from now on."""
+        self.verify(partitions, ())
+
+    async def _versions(self, ids: Collection[str], cached: Callable[[Chunk], bool] | None) -> Iterable[Chunk]:
+        known = {id_: self._running[id_] for id_ in ids if id_ in self._running} if cached else {}
+        known = {id_: chunk for id_, chunk in known.items() if cached and cached(chunk)}
+        read = await self._chunks.get([id_ for id_ in ids if id_ not in known])
+        return (known | read).values()
 
     async def _charge(self, changed: Iterable[Changed], now: datetime) -> None:
         """Charge users for attempts that have ended, by the orchestrator's clock."""

@@ -96,7 +96,14 @@ class Progress(PartitionListener):
                     chunk = self._not_held(chunk, report, effects[chunk.id], now)
             return chunk
 
-        changed = await self._changer.change(by_chunk, decide, now, prepare=self._reconciler.reopen)
+        # A heartbeat whose map is unchanged needs no query; a report of an attempt that may have ended is judged by the document.
+        changed = await self._changer.change(
+            by_chunk,
+            decide,
+            now,
+            cached=lambda chunk: all(holds(chunk, report) for report in by_chunk[chunk.id]),
+            prepare=self._reconciler.reopen,
+        )
         self._renew(changed, effects)
         for id_ in by_chunk.keys() - effects.keys():
             effects[id_] = _Effects(
@@ -119,6 +126,7 @@ class Progress(PartitionListener):
         for partition in partitions:
             if watch := self._leases.pop(partition, None):
                 self._revoked[partition] = watch
+        self._changer.forget(partitions)
 
     async def caught_up(self, partitions: Collection[int]) -> None:
         """Check the leases: all reports have been read, so a missing report is the worker's."""
@@ -126,6 +134,7 @@ class Progress(PartitionListener):
         held: dict[int, list[Held]] = defaultdict(list)
         for each in await self._dispatch.held(partitions):
             held[each.partition].append(each)
+        self._changer.verify(partitions, {each.token for chunks in held.values() for each in chunks})
         late = {
             each.token
             for partition in partitions

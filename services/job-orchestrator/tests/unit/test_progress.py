@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Effort, Totals
 from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
+from job_orchestrator_testing.repository import MemoryChunks
 from scanfleet.contracts.messages import (
     ChunkClaimed,
     ChunkIncomplete,
@@ -180,6 +182,75 @@ async def test_heartbeat_renews_the_lease(world: World, task: ScanChunk) -> None
         await world.worker.progress(task, "s...")
         await world.wait(1)
     assert ((await chunk_of(world)).state, (await chunk_of(world)).attempt) == (ChunkState.RUNNING, 1)
+
+
+class CountingChunks(MemoryChunks):
+    """Counts the chunks that were read by id, and those saved."""
+
+    read = saved = 0
+
+    async def get(self, ids: Collection[str]) -> dict[str, Chunk]:
+        self.read += len(ids)
+        return await super().get(ids)
+
+    async def save(self, chunks: Sequence[Chunk]) -> set[str]:
+        self.saved += len(chunks)
+        return await super().save(chunks)
+
+
+@pytest.fixture
+async def counting() -> tuple[World, CountingChunks, ScanChunk]:
+    """A world with a running chunk, whose reads and writes are counted from now on."""
+    store = MemoryStore()
+    store.chunks = chunks = CountingChunks(store.data)
+    world = World(store)
+    world.worker.hold = True
+    await world.start()
+    await world.worker.announce()
+    await world.submit()
+    await world.settle()
+    task = await claimed(world, world.worker.tasks[0])
+    chunks.read = chunks.saved = 0
+    return world, chunks, task
+
+
+async def test_heartbeats_of_a_running_chunk_read_no_chunk(counting: tuple[World, CountingChunks, ScanChunk]) -> None:
+    """Ten heartbeats read no chunk, even after a check of the leases, and only those with a new map write one."""
+    world, chunks, task = counting
+    for outcomes in ("....", "s...", "s...", "s...", "ss..", "ss..", "ss..", "ss..", "ss..", "sss."):
+        await world.worker.progress(task, outcomes)
+        await world.settle()
+        await world.catch_up()
+    assert (chunks.read, chunks.saved) == (0, 3)
+    assert (await chunk_of(world)).outcomes == "sss."
+
+
+async def test_heartbeat_after_a_rebalance_reads_the_chunk(counting: tuple[World, CountingChunks, ScanChunk]) -> None:
+    """A replica that gets a partition back reads its chunks again: another one may have changed them meanwhile."""
+    world, chunks, task = counting
+    await world.start()
+    for _ in range(2):
+        await world.worker.progress(task, "....")
+        await world.settle()
+    assert chunks.read == 1
+
+
+@pytest.mark.parametrize(("outcomes", "checked"), [("s...", False), ("....", True)])
+async def test_heartbeat_of_a_chunk_that_another_replica_took_is_stopped(
+    counting: tuple[World, CountingChunks, ScanChunk], outcomes: str, checked: bool
+) -> None:
+    """A new map loses its compare-and-set and stops the worker at once, an unchanged one after the next check of the leases."""
+    world, _, task = counting
+    taken = replace(await chunk_of(world), state=ChunkState.CANCELLED)
+    await world.store.chunks.save([taken])
+    await world.worker.progress(task, outcomes)
+    await world.settle()
+    assert bool(world.worker.stops) is not checked
+    await world.catch_up()
+    await world.worker.progress(task, outcomes)
+    await world.settle()
+    assert {stop.attempt for stop in world.worker.stops} == {task.attempt}
+    assert (await chunk_of(world)).state is ChunkState.CANCELLED
 
 
 async def test_new_or_frozen_replica_expires_no_lease(world: World, task: ScanChunk) -> None:
