@@ -26,6 +26,7 @@ from job_orchestrator.handlers.deletions import Deletions
 from job_orchestrator.handlers.dispatch import Dispatcher
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.fleet import Fleet
+from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.progress import Progress
 from job_orchestrator.handlers.reconciler import Reconciler
@@ -87,7 +88,10 @@ class Orchestrator:
         deletes_per_second: int,
     ) -> None:
         faults = Faults()
-        changer = ChunkChanger(store.chunks, store.dispatch)
+        held = HeldChunks(
+            store.dispatch, clock, alone=lambda: len(self.progress.partitions) == SCAN_PROGRESS.partitions
+        )
+        changer = ChunkChanger(store.chunks, store.dispatch, held)
         self.grants = JobGrants(grants, rules.nat64)
         self.outbox = Outbox(store.jobs, publisher)
         self.reporter = Reporter(
@@ -154,6 +158,7 @@ class Orchestrator:
         )
         self.fleet = Fleet(
             dispatch=store.dispatch,
+            held=held,
             lease_seconds=lease_seconds,
             clock=clock,
             requeue_lost=self.progress.requeue_lost,
@@ -166,6 +171,7 @@ class Orchestrator:
             deletions=store.deletions,
             audit=store.audit,
             changer=changer,
+            held=held,
             publisher=publisher,
             signer=signer,
             scripts=scripts,
@@ -175,7 +181,9 @@ class Orchestrator:
             grants=self.grants,
             skips=skips,
         )
-        self.dispatcher = Dispatcher(dispatch=store.dispatch, fleet=self.fleet, skips=skips, tasks=tasks, clock=clock)
+        self.dispatcher = Dispatcher(
+            dispatch=store.dispatch, held=held, fleet=self.fleet, skips=skips, tasks=tasks, clock=clock
+        )
         self.sweeper = Sweeper(
             jobs=store.jobs,
             chunks=store.chunks,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from job_orchestrator.domain.chunk import Token
+from job_orchestrator.domain.chunk import Chunk, Token
 from scanfleet.contracts.messages import instance_of
 
 LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
@@ -61,6 +61,10 @@ class Held:
     estimate: float
     share: float
     dispatched_at: datetime | None
+
+    @classmethod
+    def of(cls, chunk: Chunk) -> Held:
+        return cls(chunk.token, chunk.user_id, chunk.partition, chunk.expected, chunk.share, chunk.dispatched_at)
 
     @property
     def instance(self) -> str:

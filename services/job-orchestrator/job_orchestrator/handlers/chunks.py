@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from job_orchestrator.domain.attempts import Probed
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, Token, elapsed
 from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository
+from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.contracts.messages import ChunkScanned, StopChunk
 from scanfleet.contracts.messages.chunks import Grant
@@ -45,9 +46,10 @@ class Changed:
 class ChunkChanger:
     """Changes chunks, and charges their users for attempts that end."""
 
-    def __init__(self, chunks: ChunkRepository, dispatch: DispatchRepository) -> None:
+    def __init__(self, chunks: ChunkRepository, dispatch: DispatchRepository, held: HeldChunks) -> None:
         self._chunks = chunks
         self._dispatch = dispatch
+        self._held = held
         self._running: dict[str, Chunk] = {}
         """Running chunks that this replica stored last, unless another one has changed them since."""
 
@@ -94,6 +96,8 @@ class ChunkChanger:
                     CHUNK_TRANSITIONS.labels(each.after.state).inc()
                 if cached and each.after.state is ChunkState.RUNNING:
                     self._running[each.after.id] = each.stored
+                if each.after.state not in HELD:
+                    self._held.end(each.after)
             done += stored
         raise DependencyError(f"chunks were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
 

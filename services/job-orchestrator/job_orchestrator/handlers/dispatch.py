@@ -13,6 +13,7 @@ from job_orchestrator.domain.fairness import Credit, Held
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.fleet import Fleet
+from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator.handlers.skips import Skips
 from job_orchestrator.handlers.tasks import Pick, Tasks
 from scanfleet.runtime.loop import Loop
@@ -41,9 +42,17 @@ class Dispatcher:
     """
 
     def __init__(
-        self, *, dispatch: DispatchRepository, fleet: Fleet, skips: Skips, tasks: Tasks, clock: PlatformTime
+        self,
+        *,
+        dispatch: DispatchRepository,
+        held: HeldChunks,
+        fleet: Fleet,
+        skips: Skips,
+        tasks: Tasks,
+        clock: PlatformTime,
     ) -> None:
         self._dispatch = dispatch
+        self._held = held
         self._fleet = fleet
         self._skips = skips
         self._tasks = tasks
@@ -66,7 +75,7 @@ class Dispatcher:
     async def fill(self) -> None:
         """Dispatch queued chunks until there is no chunk or no capacity.
 
-        Unless woken, consider only idle workers: a full one announces itself when it has capacity again.
+        Unless woken, consider only idle workers, and those that may be: a full one announces itself when it has capacity again.
 
         Raises:
             DependencyError: chunks may be dispatched whose message was not sent; their leases expire and they are requeued.
@@ -85,13 +94,13 @@ class Dispatcher:
         self._idle = any(credit.slots for credit in mine)
         if not self._idle:
             return False
-        held, _ = await asyncio.gather(self._dispatch.held(), self._refresh(now, {credit.raw for credit in mine}))
+        held, _ = await asyncio.gather(self._held.known(), self._refresh(now, {credit.raw for credit in mine}))
         by_worker: defaultdict[str, list[Held]] = defaultdict(list)
         for each in held:
             by_worker[each.token.worker_id].append(each)
         time = self._clock.now()
         credits_ = [fairness.fill(credit, by_worker[credit.worker_id], time) for credit in mine]
-        self._idle = any(credit.held < credit.slots for credit in credits_)
+        self._idle = any(credit.held < credit.slots for credit in credits_) or not self._held.certain
         free = [credit for credit in credits_ if fairness.has_room(credit)]
         if not self._idle and now < self._ahead_due:
             return False  # a moment ago no chunk was small enough to be prefetched
@@ -114,7 +123,7 @@ class Dispatcher:
         self._live = {credit.instance: credit for credit in live}
         self._rest_due = now + _REST_SECONDS
 
-    async def _give(self, workers: Sequence[Credit], held: Sequence[Held], *, raw: bool) -> bool:
+    async def _give(self, workers: Sequence[Credit], held: Collection[Held], *, raw: bool) -> bool:
         now = self._clock.now()
         users = [user for user in await self._dispatch.waiting_users(raw=raw) if not self._skips.rests(user, raw=raw)]
         if not users:

@@ -10,6 +10,7 @@ from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.handlers.held import HeldChunks
 from scanfleet.contracts.messages import WorkerReady
 from scanfleet.runtime.bus import PartitionListener, Record
 
@@ -39,12 +40,14 @@ class Fleet(PartitionListener):
         self,
         *,
         dispatch: DispatchRepository,
+        held: HeldChunks,
         lease_seconds: float,
         clock: PlatformTime,
         requeue_lost: Callable[[Collection[Token], str], Awaitable[None]],
         wake: Callable[[], None],
     ) -> None:
         self._dispatch = dispatch
+        self._held = held
         self._clock = clock
         self._requeue_lost = requeue_lost
         self._wake = wake
@@ -79,19 +82,16 @@ class Fleet(PartitionListener):
 
         The last one of an instance is of its running process: chunks that another process of the instance holds are lost.
         """
+        held = (
+            await self._held.read()
+        )  # first: the previous owner of a partition may just have dispatched chunks to its workers
         self._caught_up |= set(partitions)
         living = {
             instance: each.credit.worker_id
             for instance, each in self._workers.items()
             if each.credit.partition in self._caught_up
         }
-        if not living:
-            return
-        lost = {
-            each.token
-            for each in await self._dispatch.held()
-            if living.get(each.instance, each.token.worker_id) != each.token.worker_id
-        }
+        lost = {each.token for each in held if living.get(each.instance, each.token.worker_id) != each.token.worker_id}
         await self._requeue_lost(lost, "was replaced by another process")
 
     def credits(self) -> list[Credit]:

@@ -105,7 +105,7 @@ class Progress(PartitionListener):
             prepare=self._reconciler.reopen,
         )
         self._renew(changed, effects)
-        for id_ in by_chunk.keys() - effects.keys():
+        for id_ in by_chunk.keys() - {each.after.id for each in changed}:
             effects[id_] = _Effects(
                 [stop(Token.of(report), "no such chunk") for report in by_chunk[id_] if _scans(report)]
             )

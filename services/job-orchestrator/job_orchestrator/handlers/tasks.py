@@ -18,6 +18,7 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.chunks import ChunkChanger, granted
+from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator.handlers.skips import Skips
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.contracts.messages import ScanChunk
@@ -54,6 +55,7 @@ class Tasks:
         deletions: DeletionRepository,
         audit: AuditRepository,
         changer: ChunkChanger,
+        held: HeldChunks,
         publisher: Publisher,
         signer: Signer,
         scripts: AbstractSet[str],
@@ -68,6 +70,7 @@ class Tasks:
         self._deletions = deletions
         self._audit = audit
         self._changer = changer
+        self._held = held
         self._publisher = publisher
         self._signer = signer
         self._lease_seconds = lease_seconds
@@ -113,7 +116,7 @@ class Tasks:
                     due[chunk.id] = attempt, self._task(attempt, job)
             except Exception as error:  # noqa: BLE001 # an error of one job must not stop the others
                 self._skips.skip(candidate, repr(error))
-        losers = await self._chunks.save([chunk for chunk, _ in due.values()])
+        losers = await self._store([chunk for chunk, _ in due.values()])
         sent = [task for id_, (_, task) in due.items() if id_ not in losers]
         CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
         traces = {task.chunk_id: task.traceparent for task in sent}
@@ -129,6 +132,14 @@ class Tasks:
         # A replica that stalled may have stored chunks of a job after its deletion was done.
         await self._deletions.advance(lost, Stage.DONE, Stage.CHUNKS, now)
         return len(sent) < len(picks)
+
+    async def _store(self, dispatched: Sequence[Chunk]) -> set[str]:
+        """Store these chunks, which count as held from now on; return the ids of those that another replica has changed."""
+        self._held.add(dispatched)
+        losers = await self._chunks.save(dispatched)
+        if losers:
+            self._held.expire()
+        return losers
 
     async def _refuse(self, job: ScanJob) -> None:
         """Fail a job that the user grants or the scripts no longer allow: they have changed since it was accepted."""

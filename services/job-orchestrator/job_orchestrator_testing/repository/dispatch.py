@@ -45,14 +45,7 @@ class MemoryDispatch(MemoryRepository):
 
     async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
         return [
-            Held(
-                token=chunk.token,
-                user_id=chunk.user_id,
-                partition=chunk.partition,
-                estimate=chunk.expected,
-                share=chunk.share,
-                dispatched_at=chunk.dispatched_at,
-            )
+            Held.of(chunk)
             for chunk in self._data.chunks.values()
             if chunk.state in HELD and (partitions is None or chunk.partition in partitions)
         ]

@@ -526,21 +526,27 @@ async def test_last_announcement_of_a_batch_counts(world: World) -> None:
 
 
 class Noting(MemoryDispatch):
-    """Notes which workers announced themselves, and when it is asked what they hold: once in each round."""
+    """Notes which workers announced themselves, when it is asked who waits, and how many held chunks it returned."""
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
         self.seen: list[str] = []
         self.rounds: list[float] = []
+        self.read = 0
 
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
         seen = list(workers)
         self.seen += [worker.worker_id for worker in seen]
         await super().seen_workers(seen)
 
-    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
+    async def waiting_users(self, *, raw: bool) -> list[int]:
         self.rounds.append(asyncio.get_running_loop().time())
-        return await super().held(partitions)
+        return await super().waiting_users(raw=raw)
+
+    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
+        held = await super().held(partitions)
+        self.read += len(held)
+        return held
 
 
 async def test_announcement_is_stored_every_five_seconds_or_when_changed() -> None:
@@ -566,12 +572,11 @@ async def test_rounds_keep_a_minimum_interval() -> None:
     store.dispatch = noting = Noting(store.data)
     world = World(store)
     world.worker.hold = True
-    world.worker.slots = 1
     await world.start()
     await queue(world, 7, 2)
     await world.worker.announce()
     await world.settle()
-    assert len(tasks(world)) == 1
+    assert len(tasks(world)) == 2
     noting.rounds.clear()
     dispatcher = world.only.dispatcher
     await dispatcher.loop.start()
@@ -583,6 +588,50 @@ async def test_rounds_keep_a_minimum_interval() -> None:
     finally:
         await dispatcher.loop.stop()
     assert noting.rounds[1] - noting.rounds[0] >= 0.025
+
+
+async def test_rounds_do_not_read_the_held_chunks() -> None:
+    """Forty rounds in a second beside a thousand chunks that other workers hold read none, and fill each slot that is freed."""
+    store = MemoryStore()
+    store.dispatch = noting = Noting(store.data)
+    world = World(store)
+    world.worker.hold, world.worker.slots = True, 1
+    await queue(world, 7, 41)
+    others = {"job_id": 8, "user_id": 8, "state": ChunkState.DISPATCHED, "attempt": 1, "worker_id": "other"}
+    await store.jobs.insert([scan_job(8, user_id=8, chunk_count=1_000, made=1_000)])
+    await store.chunks.insert([chunk(id=f"8-{n}", index=n, turn=n, **others) for n in range(1_000)])
+    await world.start()
+    await world.worker.announce()
+    await world.settle()
+    assert noting.read >= 1_000
+    noting.read = 0
+    for number in range(1, 41):
+        await world.worker.scanned(world.worker.tasks[-1])
+        world.now += 0.025
+        await world.settle()
+        assert len(world.worker.tasks) == 1 + number
+    assert noting.read == 0
+
+
+async def test_slot_freed_by_another_replica_is_filled_soon() -> None:
+    """A worker whose chunk ended on another replica gets the next one with the second look, a tenth of a second later."""
+    world = World(MemoryStore(), replicas=2)
+    world.worker.hold, world.worker.slots = True, 1
+    await world.start()
+    await world.worker.announce()
+    (announcement,) = world.take(SCAN_WORKERS)
+    user = next(user for user in range(1, 99) if (SCAN_PROGRESS.partition_of(str(user)) - announcement.partition) % 2)
+    await queue(world, user, 2)
+    await world.hand(SCAN_WORKERS, [announcement])
+    await world.settle()
+    (task,) = world.worker.tasks
+    await world.worker.scanned(task)
+    await world.worker.announce()
+    await world.settle()
+    assert len(tasks(world)) == 1
+    world.now += 0.1
+    await world.settle()
+    assert len(tasks(world)) == 2
 
 
 class SlowPublisher:

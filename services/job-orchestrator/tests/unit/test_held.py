@@ -1,0 +1,118 @@
+"""What a replica keeps of the chunks that workers hold, and when it reads them again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+import pytest
+
+from job_orchestrator.domain.chunk import Chunk, ChunkState
+from job_orchestrator.domain.fairness import Held
+from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.handlers.held import HeldChunks
+from job_orchestrator_testing import MemoryStore, chunk
+from job_orchestrator_testing.repository import MemoryDispatch
+from scanfleet.errors import DependencyError
+
+
+def dispatched(number: int, attempt: int = 1) -> Chunk:
+    return chunk(id=f"1-{number}", index=number, state=ChunkState.DISPATCHED, attempt=attempt, worker_id="w-1")
+
+
+class Slow(MemoryDispatch):
+    """Its answers are taken at once, and returned while `allowed` is set, or raise `error`."""
+
+    reads = 0
+    error: Exception | None = None
+    allowed: asyncio.Event
+
+    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
+        self.reads += 1
+        held = await super().held(partitions)
+        await self.allowed.wait()
+        if self.error:
+            raise self.error
+        return held
+
+
+class Shelf:
+    """Held chunks on a slow store, with a clock that the test sets."""
+
+    def __init__(self, *, alone: bool = True) -> None:
+        self.now = 0.0
+        self.store = MemoryStore()
+        self.dispatch = Slow(self.store.data)
+        self.dispatch.allowed = asyncio.Event()
+        self.dispatch.allowed.set()
+        self.held = HeldChunks(self.dispatch, PlatformTime(self.store.time, lambda: self.now), lambda: alone)
+
+    async def ids(self) -> set[str]:
+        return {each.token.chunk_id for each in await self.held.known()}
+
+    async def reading(self) -> asyncio.Task[set[str]]:
+        """A read whose answer is taken and not returned yet."""
+        self.held.expire()
+        self.dispatch.allowed.clear()
+        task = asyncio.create_task(self.ids())
+        await asyncio.sleep(0)
+        assert not task.done()
+        return task
+
+
+@pytest.mark.parametrize(
+    ("alone", "count", "fresh", "stale"), [(True, 5, 1.9, 2.0), (False, 5, 0.09, 0.1), (False, 5_000, 0.4, 0.5)]
+)
+async def test_known_chunks_are_read_again_when_they_are_old(
+    *, alone: bool, count: int, fresh: float, stale: float
+) -> None:
+    """The only replica reads every two seconds, one of several ten times a second, but at most a tenth of the time."""
+    shelf = Shelf(alone=alone)
+    await shelf.store.chunks.insert([dispatched(number) for number in range(count)])
+    assert len(await shelf.ids()) == count
+    shelf.now = fresh
+    await shelf.ids()
+    assert shelf.dispatch.reads == 1
+    shelf.now = stale
+    await shelf.ids()
+    assert shelf.dispatch.reads == 2
+
+
+async def test_own_changes_need_no_read() -> None:
+    """Dispatched chunks are added and ended ones removed, but not those that were dispatched again."""
+    shelf = Shelf()
+    await shelf.ids()
+    shelf.held.add([dispatched(0), dispatched(1), dispatched(2, attempt=2)])
+    shelf.held.end(dispatched(1))
+    shelf.held.end(dispatched(2))
+    assert await shelf.ids() == {"1-0", "1-2"}
+    assert shelf.dispatch.reads == 1
+
+
+async def test_changes_during_a_read_are_kept() -> None:
+    """A chunk that ends while the held ones are read does not return, and one that is dispatched is not lost."""
+    shelf = Shelf()
+    await shelf.store.chunks.insert([dispatched(0)])
+    read = await shelf.reading()
+    shelf.held.end(dispatched(0))
+    shelf.held.add([dispatched(1)])
+    shelf.dispatch.allowed.set()
+    assert await read == {"1-1"}
+
+
+async def test_expire_during_a_read_reads_again() -> None:
+    """After a lost race the chunks are read again, even if a read was under way; so they are after a failed read."""
+    shelf = Shelf()
+    read = await shelf.reading()
+    shelf.held.expire()
+    shelf.dispatch.allowed.set()
+    await read
+    await shelf.ids()
+    assert shelf.dispatch.reads == 2
+    shelf.held.expire()
+    shelf.dispatch.error = DependencyError("unavailable")
+    with pytest.raises(DependencyError):
+        await shelf.ids()
+    shelf.dispatch.error = None
+    await shelf.ids()
+    assert shelf.dispatch.reads == 4
