@@ -1,4 +1,4 @@
-"""Import subnets from CSV: a file with an invalid line changes nothing, and an import is safe to repeat."""
+"""Import subnets from CSV: a file with an invalid line changes nothing, and an import that has ended is safe to repeat."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from scanfleet.security.auth import Caller, Guarded
 router = APIRouter(prefix=rest.SUBNETS.path, route_class=Guarded)
 
 _COLUMNS: Final = {"name", "cidr", "exclude"}
+_MAX_IDS: Final = 5  # of subnets with one name, in an error
 _MAX_PROBLEM_CHARS: Final = 1_000  # of an error; enough to correct a file in a few attempts
 
 _Wanted = tuple[str, ScanTarget]
@@ -74,10 +75,9 @@ async def import_subnets(
         await asyncio.sleep(0)  # lets other requests run between the lines, of which there may be a thousand
         lines.append(_read(number, row, state.checks))
     wanted = [line.wanted for line in lines if line.wanted]
-    found = await state.store.subnets.matching(
-        caller.user_id, {target.cidr for _, target in wanted}, {name for name, _ in wanted} if update else ()
-    )
-    verdicts = list(_verdicts(lines, found, update=update))
+    equal = await state.store.subnets.equal_to(caller.user_id, set(wanted))
+    named = await state.store.subnets.named(caller.user_id, {name for name, _ in wanted}) if update else []
+    verdicts = list(_verdicts(lines, equal, named))
     problems = [f"line {each.line.number}: {each.error}" for each in verdicts if each.error]
     if problems and not dry_run:
         raise BadRequestError(_summary(problems))
@@ -101,7 +101,7 @@ async def import_subnets(
     await state.store.subnets.add(*created)
     if not await state.store.subnets.replace_all(updated):
         raise ConflictError("a subnet was deleted during the import; repeat the import")
-    known = {(each.name, each.content): each for each in (*found, *created, *updated)}
+    known = {(each.name, each.content): each for each in (*equal, *created, *updated)}
     changes = f", {len(updated)} updated" if updated else ""
     return rest.SubnetsImported(
         message=f"{len(created)} subnet{'' if len(created) == 1 else 's'} created{changes}",
@@ -122,19 +122,18 @@ def _read(number: int, row: dict[str, object], checks: Checks) -> _Line:
         return _Line(number, error=error.message)
 
 
-def _verdicts(lines: Sequence[_Line], found: Sequence[Subnet], *, update: bool) -> Iterator[_Verdict]:
+def _verdicts(lines: Sequence[_Line], equal: Sequence[Subnet], named: Sequence[Subnet]) -> Iterator[_Verdict]:
     """Yield the effect of an import for each line.
 
     Args:
         lines: of the file.
-        found: the existing subnets with a network of the lines and, for an update, those with a name of them.
-        update: whether a line with the name of an existing subnet changes it.
+        equal: the existing subnets that lines repeat.
+        named: the existing subnets that lines update, by their names.
     """
-    existing = {(each.name, each.content): each for each in found}
-    named: defaultdict[str, list[Subnet]] = defaultdict(list)
-    if update:
-        for each in found:
-            named[each.name].append(each)
+    existing = {(each.name, each.content): each for each in equal}
+    by_name: defaultdict[str, list[Subnet]] = defaultdict(list)
+    for each in named:
+        by_name[each.name].append(each)
     different = Counter(name for name, _ in {line.wanted for line in lines if line.wanted})
     planned: dict[_Wanted, Subnet | None] = {}
     for line in lines:
@@ -146,9 +145,9 @@ def _verdicts(lines: Sequence[_Line], found: Sequence[Subnet], *, update: bool) 
             yield _Verdict(line, "exists", planned[line.wanted])
         else:
             name = line.wanted[0]
-            same = named.get(name, [])
+            same = by_name.get(name, [])
             if len(same) > 1:
-                ids = ", ".join(str(each.id) for each in same)
+                ids = ", ".join(str(each.id) for each in same[:_MAX_IDS]) + ", …" * (len(same) > _MAX_IDS)
                 yield _Verdict(line, "refused", error=f"name: several subnets have the name {name}: {ids}")
             elif same and different[name] > 1:
                 yield _Verdict(

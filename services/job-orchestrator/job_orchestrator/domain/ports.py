@@ -59,8 +59,11 @@ class ResourceRepository(Protocol[Content]):
 
 
 class SubnetRepository(ResourceRepository[ScanTarget], Protocol):
-    async def matching(self, user_id: int, cidrs: Collection[str], names: Collection[str] = ()) -> list[Subnet]:
-        """Return the user's subnets of these networks, and those with these names."""
+    async def equal_to(self, user_id: int, lines: Collection[tuple[str, ScanTarget]]) -> list[Subnet]:
+        """Return one subnet of the user for each name and target that exist."""
+
+    async def named(self, user_id: int, names: Collection[str]) -> list[Subnet]:
+        """Return the user's subnets with these names, without their exclusions."""
 
 
 PolicyRepository = ResourceRepository[ScanPolicy]

@@ -16,6 +16,7 @@ from scanfleet.contracts import rest
 from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
 
 _KEYS: Final = 1_000  # per query
+_LINES: Final = 100  # per query
 
 _NEWEST: Final = IndexModel([("user_id", 1), ("_id", -1)])
 INDEXES: Final = {each.plural: [_NEWEST] for each in rest.RESOURCES} | {
@@ -113,10 +114,26 @@ class MongoSubnets(MongoResources[ScanTarget]):
     def __init__(self, database: Database) -> None:
         super().__init__(database, rest.SUBNETS.plural, documents.write_subnet, documents.read_subnet)
 
+    async def equal_to(self, user_id: int, lines: Collection[tuple[str, ScanTarget]]) -> list[Subnet]:
+        # The server compares and groups: a user may have thousands of equal subnets with a thousand exclusions each.
+        found: list[Subnet] = []
+        wanted = [{"name": name, "cidr": target.cidr, "exclude": list(target.exclude)} for name, target in lines]
+        for start in range(0, len(wanted), _LINES):
+            some = wanted[start : start + _LINES]
+            steps: list[Document] = [
+                {"$match": {"user_id": user_id, "cidr": {"$in": [each["cidr"] for each in some]}, "$or": some}},
+                {"$group": {"_id": {name: f"${name}" for name in some[0]}, "first": {"$first": "$$ROOT"}}},
+                {"$replaceRoot": {"newRoot": "$first"}},
+            ]
+            async with dependency_errors():
+                found += await self._readable(self._collection.aggregate(steps))
+        return found
+
     @dependency_errors()
-    async def matching(self, user_id: int, cidrs: Collection[str], names: Collection[str] = ()) -> list[Subnet]:
-        wanted = [
-            {"user_id": user_id, "cidr": {"$in": list(cidrs)}},
-            {"user_id": user_id, "name": {"$in": list(names)}},
-        ]
-        return await self._readable(self._collection.find({"$or": wanted}))
+    async def named(self, user_id: int, names: Collection[str]) -> list[Subnet]:
+        found = self._collection.find({"user_id": user_id, "name": {"$in": list(names)}}, {"exclude": 0})
+        return await documents.read_all(_read_without_exclusions, found, self._collection.name)
+
+
+def _read_without_exclusions(document: Document) -> Subnet:
+    return documents.read_subnet(document | {"exclude": ()})

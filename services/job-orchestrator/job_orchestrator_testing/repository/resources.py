@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from datetime import datetime
 from typing import Generic
 
@@ -58,5 +59,10 @@ class MemoryResources(MemoryRepository, Generic[Content]):
 
 
 class MemorySubnets(MemoryResources[ScanTarget]):
-    async def matching(self, user_id: int, cidrs: Collection[str], names: Collection[str] = ()) -> list[Subnet]:
-        return [each for each in self._of(user_id) if each.content.cidr in cidrs or each.name in names]
+    async def equal_to(self, user_id: int, lines: Collection[tuple[str, ScanTarget]]) -> list[Subnet]:
+        by_line = {(each.name, each.content): each for each in self._of(user_id)}
+        return [each for line, each in by_line.items() if line in lines]
+
+    async def named(self, user_id: int, names: Collection[str]) -> list[Subnet]:
+        found = [each for each in self._of(user_id) if each.name in names]
+        return [replace(each, content=replace(each.content, exclude=())) for each in found]
