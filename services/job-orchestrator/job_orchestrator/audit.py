@@ -9,7 +9,7 @@ import sys
 from datetime import timedelta
 
 from job_orchestrator.domain.chain import read_chain_keys
-from job_orchestrator.repository import MongoAudit, Verification
+from job_orchestrator.repository import MongoAudit, Verification, platform_time
 from job_orchestrator.settings import AuditSettings
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import mongo
@@ -47,8 +47,9 @@ def _parser() -> argparse.ArgumentParser:
 async def _run(settings: AuditSettings, asked: argparse.Namespace) -> int:
     database = mongo.connect(settings.mongodb_uri, settings.database)
     keep = timedelta(days=settings.audit_days)
-    audit = MongoAudit(database, read_chain_keys(settings.audit_key_file), keep)
     try:
+        clock = await platform_time(database)
+        audit = MongoAudit(database, read_chain_keys(settings.audit_key_file), keep, clock.now)
         match asked.command:
             case "verify":
                 await audit.add([command_entry(ORCHESTRATOR, "verify_audit", "the audit log")])

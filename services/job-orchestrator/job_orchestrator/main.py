@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -36,7 +37,7 @@ from job_orchestrator.handlers.stored import Stored
 from job_orchestrator.handlers.submits import Submits
 from job_orchestrator.handlers.sweep import Sweeper
 from job_orchestrator.handlers.tasks import Tasks
-from job_orchestrator.repository import MongoStore
+from job_orchestrator.repository import MongoStore, read_time
 from job_orchestrator.settings import Settings
 from scanfleet.contracts.messages.topics import (
     OPERATOR,
@@ -240,10 +241,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             signer = Signer(read_private_key(settings.chunk_key_file))
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
+            clock = PlatformTime(partial(read_time, database))
+            await startup.until_available("mongodb", clock.refresh)
             keys = read_chain_keys(settings.audit_key_file)
             store = MongoStore(
                 database,
                 keys,
+                now=clock.now,
                 keep_audit=timedelta(days=settings.audit_days),
                 keep_receipts=timedelta(days=settings.keep_receipts_days),
             )
@@ -262,8 +266,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.probes.watch(bus)
             app.state.probes.watch(await stack.enter_async_context(refusals.publishing_to(bus)))
 
-            clock = PlatformTime(store.time)
-            await startup.until_available("mongodb", clock.refresh)
             orchestrator = Orchestrator(
                 store,
                 bus,

@@ -8,18 +8,19 @@ has all steps of a restore.
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
-from job_orchestrator.repository import MongoStore
+from job_orchestrator.repository import MongoStore, platform_time
 from job_orchestrator.settings import Settings
-from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import DeleteResults, JobCancelled, Message
 from scanfleet.contracts.messages.audit import RESTORE
 from scanfleet.contracts.messages.envelope import RawRecord, decode
 from scanfleet.contracts.messages.topics import (
+    SCAN_AUDIT,
+    SCAN_AUDIT_OPERATOR,
     SCAN_COMMANDS,
     SCAN_DELETIONS,
     SCAN_EVENTS,
@@ -50,17 +51,21 @@ async def restored(settings: Settings) -> str:
     # Jobs that were deleted since the backup exist again: delete them again. Those that had not ended before it are cancelled
     # first: result-store would erase the results of a new run.
     await move_group(settings, f"{ORCHESTRATOR}-{SCAN_DELETIONS.name}", SCAN_DELETIONS, "beginning")
+    # Refusals and operators' commands since the backup are stored again; those in the database do not change.
+    for audit in (*SCAN_AUDIT.values(), SCAN_AUDIT_OPERATOR):
+        await move_group(settings, f"{ORCHESTRATOR}-{audit.name}", audit, "beginning")
     above = mongo.next_id_floor()
     database = mongo.connect(settings.mongodb_uri, settings.database)
     try:
+        clock = await platform_time(database)
         keys = read_chain_keys(settings.audit_key_file)
-        store = MongoStore(database, keys, keep_audit=timedelta(days=settings.audit_days))
+        store = MongoStore(database, keys, now=clock.now, keep_audit=timedelta(days=settings.audit_days))
         await store.audit.add([command_entry(ORCHESTRATOR, RESTORE, settings.database)])
         await store.advance_ids(above)
         # These commands are not sent again, and the backup may lie between a command and the last of its jobs.
         async for submit in store.commands.accepted_submits():
             await store.jobs.insert(submit.jobs)
-        unfinished, cancelled = await _resume(store, await _ended(settings), above)
+        unfinished, cancelled = await _resume(store, await _ended(settings), above, clock.now())
     finally:
         database.client.close()
     return f"new ids start above {above}\n{unfinished} unfinished jobs continue, {cancelled} were cancelled or deleted since the backup\n"
@@ -92,12 +97,12 @@ def _ended_by(topic: Topic[Message], record: RawRecord) -> int:
     return 0
 
 
-async def _resume(store: MongoStore, ended: set[int], above: int) -> tuple[int, int]:
+async def _resume(store: MongoStore, ended: set[int], above: int, now: datetime) -> tuple[int, int]:
     """Update every unfinished job; return how many continue and how many it has cancelled."""
     after, continued, cancelled = 0, 0, 0
     while ids := await store.jobs.unsettled(after, _PAGE):
         jobs = [restored_from_backup(job, above) for job in (await store.jobs.get(ids)).values() if not job.final]
-        updated = [change(job, JobTrigger.CANCEL, utc_now()) if job.id in ended else job for job in jobs]
+        updated = [change(job, JobTrigger.CANCEL, now) if job.id in ended else job for job in jobs]
         if lost := await store.jobs.save(updated):
             raise DependencyError(f"another process changes jobs {sorted(lost)}: stop every orchestrator")
         cancelled += sum(job.final for job in updated)

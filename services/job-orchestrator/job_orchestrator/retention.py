@@ -10,7 +10,7 @@ import sys
 from datetime import timedelta
 
 from job_orchestrator.domain.chain import read_chain_keys
-from job_orchestrator.repository import MongoAudit
+from job_orchestrator.repository import MongoAudit, platform_time
 from job_orchestrator.repository.retention import MongoRetention
 from job_orchestrator.settings import AuditSettings
 from scanfleet.runtime import mongo
@@ -28,9 +28,10 @@ def main() -> int:
 async def _resume(settings: AuditSettings) -> str:
     database = mongo.connect(settings.mongodb_uri, settings.database)
     keep = timedelta(days=settings.audit_days)
-    audit = MongoAudit(database, read_chain_keys(settings.audit_key_file), keep)
     retention = MongoRetention(database)
     try:
+        clock = await platform_time(database)
+        audit = MongoAudit(database, read_chain_keys(settings.audit_key_file), keep, clock.now)
         if await retention.halted() is None:
             return "deletion by age is not halted\n"
         await audit.add([command_entry(ORCHESTRATOR, "resume_retention", "deletion by age")])

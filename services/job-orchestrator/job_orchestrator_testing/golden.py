@@ -71,7 +71,7 @@ def _commands() -> dict[str, dict[str, Any]]:
         "rejected": Command(id="c-8", user_id=7, state="rejected", status=400, error="not yours", rule="owner"),
         "expired": Command(id="c-9", user_id=7, state="expired"),
     }
-    return {f"command-{name}": documents.write_command(each) | {"at": THEN} for name, each in commands.items()}
+    return {f"command-{name}": documents.write_command(each, THEN) for name, each in commands.items()}
 
 
 def _others() -> dict[str, dict[str, Any]]:

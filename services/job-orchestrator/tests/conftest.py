@@ -9,6 +9,7 @@ import pytest
 
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import KEYS, MemoryStore, World
+from scanfleet.clock import utc_now
 from scanfleet.runtime import mongo
 from scanfleet.runtime.mongo import Database
 
@@ -24,7 +25,7 @@ async def database(mongodb: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def mongo_store(database: Database) -> MongoStore:
-    store = MongoStore(database, KEYS)
+    store = MongoStore(database, KEYS, now=utc_now)
     await store.prepare()
     return store
 

@@ -69,7 +69,7 @@ async def test_revocations_are_listed_until_they_are_deleted(access: AccessRepos
 @pytest.mark.integration
 async def test_replicas_agree_on_a_new_user(mongo_store: MongoStore, database: Database) -> None:
     """Two replicas that meet a new user at the same moment give one id."""
-    replicas = [mongo_store.access, MongoStore(database, KEYS).access]
+    replicas = [mongo_store.access, MongoStore(database, KEYS, now=utc_now).access]
     ids = await asyncio.gather(*(replicas[n % 2].user_id("https://a.test", f"s-{n // 10}") for n in range(50)))
     assert [len(set(ids[n : n + 10])) for n in range(0, 50, 10)] == [1] * 5
     assert len(set(ids)) == 5

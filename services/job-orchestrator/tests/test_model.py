@@ -25,6 +25,7 @@ from job_orchestrator.domain.ports import ChunkRepository, JobRepository, Store
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import KEYS, MemoryStore, Worker, World, scan_policy
+from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     ChunkClaimed,
     ChunkIncomplete,
@@ -476,7 +477,7 @@ def test_any_life_on_mongodb(mongodb: str) -> None:
     class LifeOnMongo(Life):
         async def make_store(self) -> Store:
             self.database = mongo.connect(mongodb, f"life-{uuid4().hex[:12]}")
-            store = MongoStore(self.database, KEYS)
+            store = MongoStore(self.database, KEYS, now=utc_now)
             await store.prepare()
             return store
 

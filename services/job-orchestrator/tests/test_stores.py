@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, ResourceRules
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.attempts import Attempt, Probed
+from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.census import DeletionCensus, OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, cancel, dispatch
 from job_orchestrator.domain.command import Command
@@ -28,7 +29,7 @@ from job_orchestrator.domain.retention import EndedJob, SubnetRetention
 from job_orchestrator.domain.totals import Effort, Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
-from job_orchestrator_testing import MemoryStore, chunk, replanned, scan_job, scan_policy
+from job_orchestrator_testing import KEYS, MemoryStore, chunk, replanned, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
@@ -181,7 +182,7 @@ async def test_list_audit_is_ordered_by_the_time_received(store: Store, monkeypa
     kept = []
     for number, each in enumerate(added):
         now = begin + timedelta(seconds=number)
-        monkeypatch.setattr(clock_of(store), lambda now=now: now)
+        stop_clock(store, now, monkeypatch)
         await store.audit.add([each, entry("a", subject="9")])
         kept.append(rest.AuditEntry(**each.model_dump() | {"id": f"job-orchestrator/{each.id}", "received_at": now}))
     a, b, c = kept
@@ -206,12 +207,12 @@ async def test_add_audit_of_an_id_that_another_service_has_keeps_both(store: Sto
     assert {each.id for each in entries} == {"api-gateway/a", "job-orchestrator/a"}
 
 
-def clock_of(store: Store) -> str:
-    """The clock that stamps what it receives."""
-    memory = isinstance(store, MemoryStore)
-    return (
-        "job_orchestrator_testing.repository.audit.utc_now" if memory else "job_orchestrator.repository.audit.utc_now"
-    )
+def stop_clock(store: Store, now: datetime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the clock that stamps the received entries show this time."""
+    if isinstance(store, MemoryStore):
+        monkeypatch.setattr("job_orchestrator_testing.repository.audit.utc_now", lambda: now)
+    else:
+        monkeypatch.setattr(store.audit, "_now", lambda: now)
 
 
 # Commands
@@ -1109,16 +1110,62 @@ async def test_unreadable_chunks_are_left_out_counted_and_named(
     assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", "1-0")}
 
 
+async def test_subnets_equal_to_lines_are_found_once_with_their_exclusions(store: Store) -> None:
+    """Of equal subnets one is found, and none that differs in name, network, exclusions or user."""
+    lines = [(f"lan {n}", ScanTarget(f"127.7.{n}.0/24", (f"127.7.{n}.9/32",))) for n in range(250)]
+    await store.subnets.add(
+        *(replace(subnet(n), name=name, content=target) for n, (name, target) in enumerate([*lines, *lines[:5]], 1)),
+        replace(subnet(501), name="other", content=lines[0][1]),
+        replace(subnet(502), name="lan 0", content=ScanTarget("127.7.0.0/24")),
+        replace(subnet(503), user_id=8, name="lan 0", content=lines[0][1]),
+    )
+    found = await store.subnets.equal_to(7, [*lines, ("lan 250", lines[0][1])])
+    assert sorted((each.name, each.content) for each in found) == sorted(lines)
+    named = await store.subnets.named(7, ["lan 0", "lan 249", "none"])
+    assert sorted(each.name for each in named) == ["lan 0"] * 3 + ["lan 249"]
+    assert {each.content.exclude for each in named} == {()}
+
+
+@pytest.mark.integration
+async def test_documents_expire_by_the_platforms_time(database: Database) -> None:
+    """Commands and audit entries do not expire early because the clock of a replica is slow."""
+    later = utc_now() + timedelta(days=900)
+    store = MongoStore(database, KEYS, now=lambda: later, keep_audit=timedelta(days=1))
+    await store.commands.insert([Command(id="c-1", user_id=7, state="expired")])
+    await store.audit.add([own_entry("e-1", "use_key", "", "allowed", "")])
+    command, entry = await database["commands"].find_one({}), await database["audit"].find_one({})
+    assert command is not None
+    assert entry is not None
+    assert abs(command["at"] - later) < timedelta(seconds=1)
+    assert abs(entry["received_at"] - later) < timedelta(seconds=1)
+    assert abs(entry["forget_at"] - later - timedelta(days=1)) < timedelta(seconds=1)
+
+
+@pytest.mark.integration
+async def test_accepted_submits_of_many_pages_are_all_found(mongo_store: MongoStore) -> None:
+    """A restore finds every command with jobs, page by page, among those without."""
+    submits = [Command(id=f"s-{n}", user_id=7, state="accepted", jobs=(scan_job(n),)) for n in range(1, 251)]
+    await mongo_store.commands.insert(
+        [*submits, *(Command(id=f"c-{n}", user_id=7, state="accepted", cancels=n) for n in range(1, 99))]
+    )
+    assert sorted([each.id async for each in mongo_store.commands.accepted_submits()]) == sorted(
+        each.id for each in submits
+    )
+
+
 @pytest.mark.integration
 async def test_unreadable_resources_are_omitted_and_counted(mongo_store: MongoStore, database: Database) -> None:
     """A subnet that cannot be read hides no other, neither by id, nor by network or name, nor in a list."""
-    await mongo_store.subnets.add(subnet(1), subnet(2))
-    await database["subnets"].update_one({"_id": 1}, {"$set": {"exclude": None}})
+    await mongo_store.subnets.add(
+        subnet(1), replace(subnet(2), name=subnet(1).name, content=ScanTarget("127.7.7.0/24"))
+    )
+    await database["subnets"].update_one({"_id": 1}, {"$unset": {"created_at": 1}})
     before = UNREADABLE.labels("subnets")._value.get()
     assert set(await mongo_store.subnets.get([(7, 1), (7, 2)])) == {(7, 2)}
     assert [each.id for each in (await mongo_store.subnets.page(7, 0, 9))[0]] == [2]
-    assert [each.id for each in await mongo_store.subnets.matching(7, [subnet(1).content.cidr])] == [2]
-    assert [each.id for each in await mongo_store.subnets.matching(7, [], [subnet(1).name])] == [2]
+    lines = [(subnet(1).name, content) for content in (subnet(1).content, ScanTarget("127.7.7.0/24"))]
+    assert [each.id for each in await mongo_store.subnets.equal_to(7, lines)] == [2]
+    assert [each.id for each in await mongo_store.subnets.named(7, [subnet(1).name])] == [2]
     assert UNREADABLE.labels("subnets")._value.get() == before + 4
 
 

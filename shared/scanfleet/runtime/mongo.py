@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import pymongo
 import structlog
+from bson import MaxKey, MinKey
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection, AsyncIOMotorCursor, AsyncIOMotorDatabase
 from pymongo import IndexModel, ReadPreference, ReturnDocument
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
@@ -32,6 +33,9 @@ Cursor = AsyncIOMotorCursor[Document]
 # For one operation with all retries, including the search for a primary: an HTTP caller gets its 503 before its own
 # timeout, and a handler's batch is retried anyway.
 TIMEOUT_MS: Final = 5_000
+
+_BY_ID: Final = [("_id", 1)]
+_PAGE: Final = 100  # documents, whose conversion does not block the event loop
 
 BUILD_SECONDS: Final = 3_600  # for building an index over a large collection; usually there is nothing to build
 
@@ -126,6 +130,28 @@ async def insert_missing(collection: Collection, documents: Sequence[Document]) 
             raise
         return {each["index"] for each in failed}
     return set()
+
+
+async def scan_by_id(collection: Collection, first: Any = MinKey(), end: Any = MaxKey()) -> AsyncIterator[Document]:  # noqa: B008 # constants
+    """Yield all documents in the order of their ids, from the id `first` up to `end`, which is excluded.
+
+    Each page has its own timeout: the server applies the time limit of a cursor to all its batches together. Conditions are the
+    caller's part, since a search for rare documents would exceed the timeout of a page.
+
+    Raises:
+        DependencyError: MongoDB is unavailable; some documents may have been yielded.
+    """
+    seen = object()
+    count = _PAGE
+    while count == _PAGE:
+        count = 0
+        page = collection.find().hint(_BY_ID).min([("_id", first)]).max([("_id", end)]).limit(_PAGE)
+        async with dependency_errors():
+            async for document in page:
+                count += 1
+                if document["_id"] != seen:  # the last one of the previous page
+                    yield document
+                first = seen = document["_id"]
 
 
 @dependency_errors()

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Depends, Request
 from job_orchestrator.api.state import Handed, Paged, Recorded
 from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Revocation
 from job_orchestrator.domain.audit import first_use
-from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
 from scanfleet.runtime.service import PathId, source
@@ -36,7 +35,7 @@ Administrator = Annotated[Principal, Depends(_administrator)]
 async def create_revocation(
     body: rest.RevocationBody, caller: Administrator, state: Handed, record: Recorded
 ) -> rest.Revocation:
-    now = utc_now()
+    now = state.now()
     if body.issued_before is not None and body.issued_before > now + _SKEW:
         raise BadRequestError("issued_before: is in the future")
     id_ = await state.store.access.take_revocation_id()

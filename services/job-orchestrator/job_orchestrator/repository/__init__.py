@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from job_orchestrator.repository.audit import Exported, MongoAudit, Verification
-from job_orchestrator.repository.store import MongoStore
+from job_orchestrator.repository.store import MongoStore, platform_time, read_time
 
-__all__ = ["Exported", "MongoAudit", "MongoStore", "Verification"]
+__all__ = ["Exported", "MongoAudit", "MongoStore", "Verification", "platform_time", "read_time"]

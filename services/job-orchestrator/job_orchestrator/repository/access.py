@@ -13,7 +13,9 @@ from scanfleet.runtime.mongo import Database, Document, Ids, advance_ids, depend
 
 _OWNED: Final = ("jobs", *(each.plural for each in rest.RESOURCES))
 
-_RECEIPTS: Final = {"$or": [{"due": {"$exists": True}}, {"forget_at": {"$exists": True}}]}  # of deleted jobs
+_RECEIPTS: Final = {
+    "deletion.stage": {"$exists": True}
+}  # of deleted jobs, as the index of receipts by user selects them
 
 INDEXES: Final = {
     "users": [IndexModel([("issuer", 1), ("subject", 1)], unique=True)],
@@ -51,7 +53,7 @@ class MongoAccess:
     @dependency_errors()
     async def _skip_claimed_ids(self) -> None:
         """Start above every id claimed by tokens before ids were assigned, so that no user gets another's resources."""
-        if await self._users.find_one({}, {"_id": 1}) is None:
+        if await self._users.find_one({}, {"_id": 1}, sort=[("_id", 1)]) is None:
             claimed = [await self._highest(name, "user_id", {"user_id": {"$exists": True}}) for name in _OWNED]
             claimed.append(await self._highest("jobs", "deletion.user_id", _RECEIPTS))
             await advance_ids(self._database, ["users"], max(claimed))

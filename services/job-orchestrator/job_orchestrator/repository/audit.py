@@ -7,7 +7,7 @@ references the previous block. A block's number is its key in the database, so o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -20,10 +20,17 @@ from pymongo import IndexModel
 
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.repository import documents
-from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry
-from scanfleet.runtime.mongo import Collection, Cursor, Database, Document, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import (
+    Collection,
+    Cursor,
+    Database,
+    Document,
+    dependency_errors,
+    insert_missing,
+    scan_by_id,
+)
 
 MAX_COUNTED: Final = 10_000  # matching entries: counting millions would take longer than the query's timeout
 MAX_BLOCK: Final = 1_000  # maximum entries per block, which then has 250 kB
@@ -35,7 +42,8 @@ REJECTED: Final = -1
 
 _OUTSIDE: Final = frozenset({"mac", "block"})  # fields that an entry's signature does not cover
 
-_NUMBERS: Final = {"$type": ["int", "long"], "$gte": 1, "$lt": 2**53}
+_MAX_NUMBER: Final = 2**53
+_NUMBERS: Final = {"$type": ["int", "long"], "$gte": 1, "$lt": _MAX_NUMBER}
 """Numbers of blocks: anyone with access to the database may have added blocks with other keys."""
 
 _MAX_FORGED: Final = 100  # newest blocks among which a genuine one is searched
@@ -112,16 +120,18 @@ class MongoAudit:
         database: the orchestrator's database.
         keys: the signing keys.
         keep: retention time of entries.
+        now: returns the platform's time, by which entries are ordered and expire.
     """
 
-    def __init__(self, database: Database, keys: ChainKeys, keep: timedelta) -> None:
+    def __init__(self, database: Database, keys: ChainKeys, keep: timedelta, now: Callable[[], datetime]) -> None:
         self._entries = _tolerant(database["audit"])
         self._blocks = _tolerant(database["audit_blocks"])
         self._keys = keys
         self._keep = keep
+        self._now = now
 
     async def add(self, entries: Sequence[AuditEntry]) -> None:
-        now = utc_now()
+        now = self._now()
         await insert_missing(
             self._entries, [self._signed(documents.write_audit(entry, now, now + self._keep)) for entry in entries]
         )
@@ -212,7 +222,7 @@ class MongoAudit:
             number += 1
 
     def _block(self, number: int, last: Document | None, entries: Sequence[Document]) -> Document:
-        now = utc_now()
+        now = self._now()
         forget_at = max(each["forget_at"] for each in entries)
         if last is None:
             previous = {"previous": "", "previous_forget_at": now}
@@ -262,10 +272,10 @@ class MongoAudit:
         """
         count = 0
         async with dependency_errors():
-            async for each in self._entries.find({"mac": {"$exists": False}}):
-                if self._read(each) is None or not isinstance(each.get("forget_at"), datetime):
+            async for each in scan_by_id(self._entries):
+                if "mac" in each or self._read(each) is None or not isinstance(each.get("forget_at"), datetime):
                     continue
-                received_at = min(each["time"], utc_now())  # the time of an unsigned entry is untrusted
+                received_at = min(each["time"], self._now())  # the time of an unsigned entry is untrusted
                 try:
                     signed = self._signed(each | {"received_at": received_at})
                 except TypeError:  # it has a field that no release has written
@@ -292,17 +302,22 @@ class MongoAudit:
         else:
             outside = await self._outside(None, _before(first["_id"]), found)
             outside |= await self._outside(_behind(last["_id"]), None, found)
-        async for block in self._blocks.find({"_id": {"$not": _NUMBERS}}, {"_id": 1}):
-            found.add(f"block {_text(block['_id'])}: added: this is not the number of a block")
+        ids = [self._blocks.find({}, {"_id": 1}).hint([("_id", 1)]) for _ in range(2)]
+        for others in (ids[0].max([("_id", 1)]), ids[1].min([("_id", _MAX_NUMBER)])):
+            async for block in others:
+                found.add(_no_number(block))
         previous: tuple[int, str] | None = None
-        async for block in self._blocks.find({"_id": _NUMBERS}).sort("_id", 1):
-            number, genuine = block["_id"], self._is_genuine_block(block)
+        async for block in scan_by_id(self._blocks, 1, _MAX_NUMBER):
+            if not isinstance(number := block["_id"], int):
+                found.add(_no_number(block))
+                continue
+            genuine = self._is_genuine_block(block)
             found.blocks += 1
             found.first = found.first or number
             # Also fractions and numbers of removed blocks.
             marked = (_behind(previous[0]) if previous else _before(number), _behind(number))
             if genuine:
-                _verify_link(previous, block, found)
+                self._verify_link(previous, block, found)
                 found.head = (number, block["mac"])
                 for id_ in await self._verify_entries(block, *marked, found):
                     outside.pop(id_, None)
@@ -329,7 +344,7 @@ class MongoAudit:
 
     async def _outside(self, first: _Position | None, end: _Position | None, found: Verification) -> dict[str, object]:
         """Return the mark of each signed entry in a range of the index: the block of none of them is known."""
-        now, outside = utc_now(), {}
+        now, outside = self._now(), {}
         async for each in self._marked(first, end):
             if not self._is_genuine(each):
                 found.add(f"entry {_text(each['_id'])}: added or changed: its signature is not the platform's")
@@ -361,13 +376,24 @@ class MongoAudit:
                 found.sealed += 1
             else:
                 found.add(f"entry {id_}: changed")
-        now = utc_now()
+        now = self._now()
         for id_, sealed in listed.items():
             if id_ not in present and sealed["forget_at"] > now:
                 found.add(f"entry {id_}: removed")
             elif id_ not in present:
                 found.forgotten += 1
         return listed
+
+    def _verify_link(self, previous: tuple[int, str] | None, block: Document, found: Verification) -> None:
+        """Compare a genuine block with number and signature of the block before it; "" for one that is not genuine."""
+        number = block["_id"]
+        if previous is None:
+            if number > 1 and block["previous_forget_at"] > self._now():
+                found.add(f"block {number - 1}: removed before its time, and every one before it that is not there")
+        elif number != previous[0] + 1:
+            found.add(f"blocks {previous[0] + 1} to {number - 1}: removed")
+        elif previous[1] not in ("", block["previous"]):
+            found.add(f"block {previous[0]}: changed: block {number} follows another block")
 
     # Export
 
@@ -378,7 +404,9 @@ class MongoAudit:
             DependencyError: MongoDB is unavailable; it can fail after some entries were yielded.
         """
         async with dependency_errors():
-            async for block in self._blocks.find({"_id": _NUMBERS | {"$gte": after + 1}}).sort("_id", 1):
+            async for block in scan_by_id(self._blocks, after + 1, _MAX_NUMBER):
+                if not isinstance(block["_id"], int):
+                    continue
                 listed = self._listed(block)
                 if not listed:
                     _log_forged(block["_id"])
@@ -402,16 +430,8 @@ class MongoAudit:
         return str(block.get("mac")) if block else None
 
 
-def _verify_link(previous: tuple[int, str] | None, block: Document, found: Verification) -> None:
-    """Compare a genuine block with number and signature of the block before it; "" for one that is not genuine."""
-    number = block["_id"]
-    if previous is None:
-        if number > 1 and block["previous_forget_at"] > utc_now():
-            found.add(f"block {number - 1}: removed before its time, and every one before it that is not there")
-    elif number != previous[0] + 1:
-        found.add(f"blocks {previous[0] + 1} to {number - 1}: removed")
-    elif previous[1] not in ("", block["previous"]):
-        found.add(f"block {previous[0]}: changed: block {number} follows another block")
+def _no_number(block: Document) -> str:
+    return f"block {_text(block['_id'])}: added: this is not the number of a block"
 
 
 def _without_block(id_: object, mark: object) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
-from datetime import timedelta
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from datetime import datetime, timedelta
 from typing import Final
 
 from pymongo import IndexModel
 
 from job_orchestrator.domain.command import Command
 from job_orchestrator.repository import documents
-from scanfleet.runtime.mongo import Database, Document, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Database, Document, dependency_errors, insert_missing, scan_by_id
 
 INDEXES: Final = {
     "commands": [
@@ -26,13 +26,15 @@ INDEXES: Final = {
 
 
 class MongoCommands:
-    """`CommandRepository` on MongoDB."""
+    """`CommandRepository` on MongoDB; `now` returns the platform's time, by which commands expire."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, now: Callable[[], datetime]) -> None:
         self._commands = database["commands"]
+        self._now = now
 
     async def insert(self, commands: Sequence[Command]) -> dict[str, Command]:
-        taken = await insert_missing(self._commands, [documents.write_command(command) for command in commands])
+        now = self._now()
+        taken = await insert_missing(self._commands, [documents.write_command(command, now) for command in commands])
         stands = {command.id: command for command in commands}
         if taken:
             losers = [commands[index] for index in taken]
@@ -64,6 +66,6 @@ class MongoCommands:
 
     async def accepted_submits(self) -> AsyncIterator[Command]:
         """Yield every command that created jobs."""
-        async with dependency_errors():
-            async for each in self._commands.find({"state": "accepted", "jobs": {"$ne": []}}):
+        async for each in scan_by_id(self._commands):
+            if each.get("state") == "accepted" and each.get("jobs"):
                 yield documents.read_command(each)

@@ -22,7 +22,6 @@ from job_orchestrator.domain.plan import MAX_PORTS
 from job_orchestrator.domain.resources import Owned, Policy, ScanTarget, Subnet
 from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator.metrics import UNREADABLE
-from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry, Job, JobEvent, instance_of
 from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_PROGRESS
@@ -237,10 +236,10 @@ def read_worker(document: Document) -> Credit:
     return _CREDIT.validate_python(document | {"worker_id": id_, "instance": instance_of(id_), "partition": -1})
 
 
-def write_command(command: Command) -> Document:
+def write_command(command: Command, at: datetime) -> Document:
     # All jobs of a command share one policy, stored once: a thousand copies would not fit in a document.
     jobs = [write_job(job) for job in command.jobs]
-    document = _shallow(command) | {"jobs": jobs, "policy": [job.pop("policy") for job in jobs][:1], "at": utc_now()}
+    document = _shallow(command) | {"jobs": jobs, "policy": [job.pop("policy") for job in jobs][:1], "at": at}
     if command.idempotency_key is None:
         del document["idempotency_key"]
     return document

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Final
 
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.domain.deletion import KEEP_RECEIPTS
+from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.repository import (
     access,
     audit,
@@ -36,21 +39,22 @@ SEQUENCES: Final = ("jobs", *(each.plural for each in rest.RESOURCES), "users", 
 
 
 class MongoStore:
-    """`Store` on MongoDB."""
+    """`Store` on MongoDB; `now` returns the platform's time."""
 
     def __init__(
         self,
         database: Database,
         keys: ChainKeys,
         *,
+        now: Callable[[], datetime],
         keep_audit: timedelta = timedelta(days=365),
         keep_receipts: timedelta = KEEP_RECEIPTS,
     ) -> None:
         self.subnets = MongoSubnets(database)
         self.policies = MongoResources(database, rest.POLICIES.plural, documents.write_policy, documents.read_policy)
-        self.audit = MongoAudit(database, keys, keep_audit)
+        self.audit = MongoAudit(database, keys, keep_audit, now)
         self.access = MongoAccess(database)
-        self.commands = MongoCommands(database)
+        self.commands = MongoCommands(database, now)
         self.jobs = MongoJobs(database)
         self.deletions = MongoDeletions(database, keep_receipts)
         self.retention = MongoRetention(database)
@@ -77,8 +81,20 @@ class MongoStore:
         """Raise every sequence above `above`. No other process may be allocating ids."""
         await advance_ids(self._database, SEQUENCES, above)
 
-    @dependency_errors()
     async def time(self) -> datetime:
-        hello = await self._database.command("hello", codec_options=self._database.codec_options)
-        now: datetime = hello["localTime"]
-        return now
+        return await read_time(self._database)
+
+
+async def platform_time(database: Database) -> PlatformTime:
+    """Return the platform's time for a command that ends soon: it is read once."""
+    clock = PlatformTime(partial(read_time, database))
+    await clock.refresh()
+    return clock
+
+
+@dependency_errors()
+async def read_time(database: Database) -> datetime:
+    """Return the time of the database."""
+    hello = await database.command("hello", codec_options=database.codec_options)
+    now: datetime = hello["localTime"]
+    return now

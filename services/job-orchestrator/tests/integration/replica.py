@@ -19,6 +19,7 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import KEYS, RULES
+from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import Message
 from scanfleet.contracts.messages.topics import Topic
 from scanfleet.kafka import KafkaBus
@@ -48,7 +49,7 @@ class Mortal:
 
 async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str) -> None:
     kind, moment = death or ("", "")
-    store = MongoStore(mongo.connect(mongodb, prefix.strip("-")), KEYS)
+    store = MongoStore(mongo.connect(mongodb, prefix.strip("-")), KEYS, now=utc_now)
     await store.prepare()
     bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=prefix), source=ORCHESTRATOR, instance=instance)
     await bus.start()

@@ -23,6 +23,7 @@ from job_orchestrator.repository import MongoStore, audit
 from job_orchestrator_testing import KEYS
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry
+from scanfleet.runtime import mongo
 from scanfleet.runtime.mongo import Database, make_indexes
 
 pytestmark = pytest.mark.integration
@@ -37,7 +38,7 @@ Tamper = Callable[[Database], Awaitable[Any]]
 async def mongo_store(database: Database) -> MongoStore:
     """The store with the index that `verify` needs alone: all of them take longer to build than most tests here."""
     await database["audit"].create_index(audit.BY_BLOCK)
-    return MongoStore(database, KEYS)
+    return MongoStore(database, KEYS, now=utc_now)
 
 
 def entry(id_: int, **changed: Any) -> AuditEntry:
@@ -236,9 +237,32 @@ async def test_verify_without_blocks_names_forged_entries(mongo_store: MongoStor
 
 
 @pytest.mark.proves("A26")
+async def test_verify_and_export_read_blocks_page_by_page(
+    mongo_store: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time limit of a query does not limit the size of the log: no query reads more than a page of blocks."""
+    monkeypatch.setattr(mongo, "_PAGE", 10)
+    for number in range(35):
+        await mongo_store.audit.add([entry(number)])
+        await mongo_store.audit.seal()
+    await database["audit_blocks"].insert_many([{"_id": id_} for id_ in (None, -1, 7.5, 2**60, "x")])
+    await database.command("profile", 2)
+    found = await mongo_store.audit.verify()
+    assert len([each async for each in mongo_store.audit.export()]) == 35
+    await database.command("profile", 0)
+    assert (found.blocks, found.sealed) == (35, 35)
+    assert [each.split(":")[0] for each in found.findings] == [
+        "block None", "block -1", "block 1152921504606846976", "block x", "block 7.5"
+    ]  # fmt: skip
+    reads = [each async for each in database["system.profile"].find({"ns": f"{database.name}.audit_blocks"})]
+    assert [each["op"] for each in reads].count("getmore") == 0
+    assert max(each["docsExamined"] for each in reads) == 10
+
+
+@pytest.mark.proves("A26")
 async def test_verify_reads_entries_by_their_index(database: Database) -> None:
     """The cost of a verification is that of the entries of each block, and of those outside the blocks."""
-    store = MongoStore(database, KEYS)
+    store = MongoStore(database, KEYS, now=utc_now)
     await make_indexes(database, audit.INDEXES)
     for number in range(40):
         await store.audit.add([entry(2 * number), entry(2 * number + 1)])
@@ -307,7 +331,7 @@ async def test_verify_with_an_earlier_head_notices_a_cut_chain(mongo_store: Mong
 
 async def test_seal_by_many_replicas_makes_one_chain(mongo_store: MongoStore, database: Database) -> None:
     """Replicas that write and seal at the same time lose nothing, and no entry is in two blocks."""
-    replicas = [mongo_store, *(MongoStore(database, KEYS) for _ in range(3))]
+    replicas = [mongo_store, *(MongoStore(database, KEYS, now=utc_now) for _ in range(3))]
 
     async def work(number: int, store: MongoStore) -> None:
         for each in range(20):
@@ -353,17 +377,17 @@ async def test_seal_makes_blocks_of_a_bounded_size(mongo_store: MongoStore, monk
 
 
 @pytest.mark.proves("G15")
-async def test_verify_distinguishes_expired_from_removed(
-    database: Database, mongo_store: MongoStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("mongo_store")
+async def test_verify_distinguishes_expired_from_removed(database: Database) -> None:
     """Entries and blocks that have expired are counted; one that is missing before its time is named."""
-    short = MongoStore(database, KEYS, keep_audit=timedelta(hours=1))
-    begin = utc_now()
+    now = begin = utc_now()
+    short, mongo_store = (
+        MongoStore(database, KEYS, now=lambda: now, keep_audit=timedelta(hours=hours)) for hours in (1, 1_000)
+    )
     for number, store in enumerate((short, short, mongo_store)):
         await store.audit.add([entry(number)])
         await store.audit.seal()
-    later = begin + timedelta(hours=2)
-    monkeypatch.setattr(audit, "utc_now", lambda: later)
+    now = begin + timedelta(hours=2)
     await database["audit"].delete_one({"_id": "job-orchestrator/1"})
     found = await mongo_store.audit.verify()
     assert (found.findings, found.sealed, found.forgotten) == ([], 2, 1)
@@ -371,7 +395,7 @@ async def test_verify_distinguishes_expired_from_removed(
     await database["audit_blocks"].delete_one({"_id": 2})
     found = await mongo_store.audit.verify()
     assert (found.findings, found.blocks, found.first, found.sealed) == ([], 1, 3, 1)
-    monkeypatch.setattr(audit, "utc_now", lambda: begin)
+    now = begin
     assert (await mongo_store.audit.verify()).findings == [
         "block 2: removed before its time, and every one before it that is not there",
         "entry job-orchestrator/0: added, or its block removed: it belongs to block 1, which does not exist",
@@ -423,7 +447,7 @@ async def test_command_resumes_retention_under_audit(database: Database, mongodb
     """`resume` ends the halt of deletion by age with an audit entry; a second run reports that deletion is not halted."""
     file = tmp_path / "audit-key"
     file.write_text(KEY)
-    store = MongoStore(database, ChainKeys([KEY]))
+    store = MongoStore(database, ChainKeys([KEY]), now=utc_now)
     await store.prepare()
     await store.retention.halt(timedelta(days=1))
     desk = Desk(mongodb, database.name, file)
@@ -442,7 +466,7 @@ async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_
     """`verify` prints a head that it accepts later, and names a change with exit code 2; `export` continues after a block."""
     file = tmp_path / "audit-key"
     file.write_text(KEY)
-    store = MongoStore(database, ChainKeys([KEY]))
+    store = MongoStore(database, ChainKeys([KEY]), now=utc_now)
     await store.prepare()
     desk = Desk(mongodb, database.name, file)
     await filled(store)

@@ -26,6 +26,7 @@ from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
 from job_orchestrator_testing import KEYS, ResultStore, Worker, scan_policy
 from job_orchestrator_testing.things import THEN
+from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     CancelJob,
     ChunkClaimed,
@@ -84,7 +85,7 @@ class Platform:
         self.audit_key_file = folder / "audit-key"
         self.audit_key_file.write_text("signs the audit log in tests alone".replace(" ", "-"))
         self.database = mongo.connect(mongodb, self.prefix.strip("-"))
-        self.store = MongoStore(self.database, KEYS)
+        self.store = MongoStore(self.database, KEYS, now=utc_now)
         self.bus = KafkaBus(KafkaSettings(kafka=kafka, topic_prefix=self.prefix), source="test", instance="test")
         self.events, self.tasks, self.replies, self.progress = Recorder(), Recorder(), Recorder(), Recorder()
         self.listener, self.deletions = Recorder(), Recorder()
