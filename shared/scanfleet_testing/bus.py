@@ -18,7 +18,7 @@ from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Consumer, DeadLetterCallback, Handler, M
-from scanfleet.runtime.consumer import BatchDroppedError, ConsumerLoop, Listener
+from scanfleet.runtime.consumer import BatchDroppedError, ConsumerLoop, Listener, Rejected
 
 BATCH: Final = 500  # records per poll, as in Kafka's consumers
 
@@ -125,12 +125,13 @@ class MemoryBus:
         return [decode(topic, record) for record in self.broker.records(topic.name)]
 
     def _member(self, topic: Topic[M], group: str, handler: Handler[M], source: _Tail) -> ConsumerLoop[M]:
-        async def dead_letter(record: RawRecord, reason: str) -> None:
+        async def dead_letter(rejected: Rejected) -> None:
             self.broker.check()
-            headers = dead_letter_headers(record, group=group, reason=reason)
-            self.broker.append(topic.dead_letter, 0, key=record.key, value=record.value, headers=headers)
-            for callback in self._dead_letter_callbacks:
-                callback(record, reason)
+            for record, reason in rejected:
+                headers = dead_letter_headers(record, group=group, reason=reason)
+                self.broker.append(topic.dead_letter, 0, key=record.key, value=record.value, headers=headers)
+                for callback in self._dead_letter_callbacks:
+                    callback(record, reason)
 
         return ConsumerLoop(topic, group, handler, source, dead_letter)
 

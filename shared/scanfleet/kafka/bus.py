@@ -32,7 +32,7 @@ from scanfleet.kafka.sources import Member, Past, Tail
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Consumer, DeadLetterCallback, Handler, M
-from scanfleet.runtime.consumer import ConsumerLoop, Source
+from scanfleet.runtime.consumer import ConsumerLoop, Rejected, Source
 from scanfleet.runtime.settings import KafkaSettings
 
 START_SECONDS: Final = 30.0  # for a broker that starts at the same time; it takes 3 to 10 s
@@ -45,6 +45,7 @@ PRODUCER_REQUEST_MS: Final = 60_000
 CLUSTER_MS: Final = 1_000  # between two checks of the cluster id
 ENDS_REQUEST_MS: Final = 5_000  # timeout of a query for end offsets, after which the broker counts as unavailable
 DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's origin headers and framing
+NO_LEADER: Final = -1  # in the client's metadata
 BATCH_BYTES: Final = 256 * 1024  # sent per partition and round trip; one second of a busy worker's hosts
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -200,22 +201,38 @@ class KafkaBus:
             await source.close()
 
     def _member(self, topic: Topic[M], group: str, handler: Handler[M], source: Source) -> ConsumerLoop[M]:
-        async def dead_letter(record: RawRecord, reason: str) -> None:
-            if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
-                record = replace(record, key=None, value=None, headers=())  # too large; see its origin
-            headers = dead_letter_headers(record, group=group, reason=reason)
-            # The client sends no record without key and value; a hostile one may have neither.
-            await self.send(topic.dead_letter, [(record.key or b"", record.value, headers)])
-            for callback in self._dead_letter_callbacks:
-                callback(record, reason)
+        async def dead_letter(rejected: Rejected) -> None:
+            letters: list[Outgoing] = []
+            size = 0
+            for record, reason in rejected:
+                if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
+                    kept = replace(record, key=None, value=None, headers=())  # too large; see its origin
+                else:
+                    kept = record
+                headers = dead_letter_headers(kept, group=group, reason=reason)
+                # The client sends no record without key and value; a hostile one may have neither.
+                letters.append((kept.key or b"", kept.value, headers))
+                size += weight(kept)
+                if size > DEAD_LETTER_BYTES:  # no more than a single one within the timeout of a send
+                    await self.send(topic.dead_letter, letters)
+                    letters, size = [], 0
+            await self.send(topic.dead_letter, letters)
+            for record, reason in rejected:
+                for callback in self._dead_letter_callbacks:
+                    callback(record, reason)
 
         return ConsumerLoop(topic, group, handler, source, dead_letter)
 
     async def _end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         if self._ends is None:
             raise RuntimeError("the bus has not been started")
+        client = self._ends._client  # noqa: SLF001 # no public method
+        # The query would wait for a leader, and fail for all partitions.
+        led = [place for place in partitions if client.cluster.leader_for_partition(place) != NO_LEADER]
+        if len(led) < len(partitions):
+            client.force_metadata_update()
         with depending("cannot query the end offsets"):
-            return cast(Mapping[TopicPartition, int], await self._ends.end_offsets(partitions))
+            return cast(Mapping[TopicPartition, int], await self._ends.end_offsets(led))
 
     async def send(self, topic: str, records: Iterable[Outgoing]) -> None:
         """Send raw records to `topic`, named without its prefix, and wait for every acknowledgement.
@@ -261,7 +278,7 @@ class KafkaBus:
     def _has_no_leader(self, place: _Place) -> bool:
         return (
             self._producer is not None
-            and self._producer.client.cluster.leader_for_partition(TopicPartition(*place)) == -1
+            and self._producer.client.cluster.leader_for_partition(TopicPartition(*place)) == NO_LEADER
         )
 
     def _count_overdue(self) -> int:

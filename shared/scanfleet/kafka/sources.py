@@ -77,6 +77,9 @@ class Tail:
             if not error.retriable:
                 raise
             raise DependencyError(f"cannot read {self._name}: {error!r}") from error
+        waiting = self._client._fetcher._records  # noqa: SLF001 # no setting
+        for partition in waiting.keys() & fetched.keys():
+            waiting.move_to_end(partition)  # the client would empty one partition before it turns to the next one
         return [self._raw(record) for records in fetched.values() for record in records]
 
     async def commit(self, offsets: Mapping[int, int]) -> None:
@@ -137,6 +140,12 @@ class Tail:
 
 class Past(Tail):
     """Reads some partitions from an offset until the reader stops."""
+
+    async def ends(self) -> Mapping[int, int]:
+        ends = await super().ends()
+        if missing := _numbers(self._client.assignment()) - ends.keys():
+            raise DependencyError(f"no leader for partitions {sorted(missing)} of {self._name}")
+        return ends
 
     async def begin(self, first: int, partitions: Iterable[int]) -> None:
         for partition in await self._assign(partitions, "earliest"):

@@ -32,6 +32,9 @@ LONGEST_PAUSE: Final = 5.0  # maximum retry delay in seconds: notices recovery s
 LOOK_SECONDS: Final = 1.0  # between two queries of the partitions' end offsets
 STALE_SECONDS: Final = 3.0  # maximum age of end offsets that prove "caught up": far below the shortest lease, 10 s
 
+Rejected = Sequence[tuple[RawRecord, str]]
+"""Records that cannot be handled, each with the reason."""
+
 _UNAVAILABLE: Final = (DependencyError, OSError)  # OSError includes TimeoutError, refused connections and full disks
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -83,7 +86,7 @@ class Source(Protocol):
         """Return the next offset of `poll` for each assigned partition with a known position."""
 
     async def ends(self) -> Mapping[int, int]:
-        """Query the broker for the offset that the next record of each assigned partition will get."""
+        """Query the broker for the offset that the next record of each assigned partition with a leader will get."""
 
     async def close(self) -> None: ...
 
@@ -109,9 +112,8 @@ class ConsumerLoop(Generic[M]):
         group: name of the group, or of a reader without one; a metric label.
         handler: receives the messages.
         source: provides the records.
-        dead_letter: `dead_letter(record, reason)` returns when the record is stored, or raises DependencyError to be
-            retried. None for a reader without a group, which skips and counts instead because others read the same
-            records.
+        dead_letter: `dead_letter(rejected)` returns when the records are stored, or raises DependencyError to be retried.
+            None for a reader without a group, which skips and counts instead because others read the same records.
         key: handle only the records with this key; others are not decoded.
     """
 
@@ -121,7 +123,7 @@ class ConsumerLoop(Generic[M]):
         group: str,
         handler: Handler[M],
         source: Source,
-        dead_letter: Callable[[RawRecord, str], Awaitable[None]] | None,
+        dead_letter: Callable[[Rejected], Awaitable[None]] | None,
         *,
         key: str | None = None,
     ) -> None:
@@ -143,7 +145,7 @@ class ConsumerLoop(Generic[M]):
         self._task: asyncio.Task[None] | None = None
         self._handler_lock = asyncio.Lock()  # serialises calls to the handler
         self._hurry = asyncio.Event()
-        self._deadline: asyncio.Timeout | None = None  # of the current batch
+        self._deadline: asyncio.Timeout | None = None  # of the current call to the handler
         self._epoch = 0  # counts revocations: records polled before one may belong to another member
         self._looked = 0.0
         self._targets: dict[int, _Target] = {}
@@ -267,14 +269,17 @@ class ConsumerLoop(Generic[M]):
         positions = await self._source.positions()
         reached = {p for p, target in self._targets.items() if positions.get(p, -1) >= target.end}
         fresh = {p for p in reached if not self._targets.pop(p).stale(now)}
-        if not fresh:
+        if not fresh or self._hurry.is_set():
             return
         try:
-            await self._partitions.caught_up(fresh)
+            async with asyncio.timeout(None) as self._deadline:
+                await self._partitions.caught_up(fresh)
             self._blocked = False
         except _UNAVAILABLE as error:
             self._blocked = True  # the next query triggers the next call
             _log.warning("catch_up_failed", consumer=self._name, error=repr(error))
+        finally:
+            self._deadline = None
 
     async def _finish(self, records: Sequence[RawRecord]) -> bool:
         """Handle and commit one batch; return False when it was dropped."""
@@ -302,15 +307,17 @@ class ConsumerLoop(Generic[M]):
 
     async def _handle(self, records: Sequence[RawRecord]) -> None:
         batch: list[tuple[RawRecord, Record[M]]] = []
+        rejected: list[tuple[RawRecord, str]] = []
         for raw in records:
             if self._key not in {None, raw.key}:
                 continue
             try:
                 message = decode(self._topic, raw)
             except MessageError as error:
-                await self._dead_letter_or_skip(raw, str(error))
+                rejected.append((raw, str(error)))
             else:
                 batch.append((raw, Record(message, raw.topic, raw.partition, raw.offset, raw.timestamp)))
+        await self._dead_letter_or_skip(rejected)
         if not batch:
             return
         try:
@@ -322,18 +329,23 @@ class ConsumerLoop(Generic[M]):
             _log.exception(
                 "batch_failed", consumer=self._name, records=len(batch), next_step="the records are handled one by one"
             )
+            failed: list[tuple[RawRecord, str]] = []
             for raw, record in batch:
                 with _log_context(record):
-                    await self._isolate(raw, record)
+                    if (cause := await self._isolate(record)) is not None:
+                        failed.append((raw, cause))
+            await self._dead_letter_or_skip(failed)
 
-    async def _isolate(self, raw: RawRecord, record: Record[M]) -> None:
+    async def _isolate(self, record: Record[M]) -> str | None:
+        """Handle one record; return why it failed, or None."""
         try:
             await self._call_handler([record])
         except BatchDroppedError:
             raise
         except Exception as error:  # noqa: BLE001 # the record becomes a dead letter, whatever its error
-            _log.exception("record_failed", consumer=self._name, partition=raw.partition, offset=raw.offset)
-            await self._dead_letter_or_skip(raw, repr(error))
+            _log.exception("record_failed", consumer=self._name, partition=record.partition, offset=record.offset)
+            return repr(error)
+        return None
 
     async def _call_handler(self, records: Sequence[Record[M]]) -> None:
         try:
@@ -345,16 +357,20 @@ class ConsumerLoop(Generic[M]):
             raise
         self._consumed.inc(len(records))
 
-    async def _dead_letter_or_skip(self, raw: RawRecord, reason: str) -> None:
-        dead_letter = self._dead_letter
-        place = {"consumer": self._name, "partition": raw.partition, "offset": raw.offset}
-        if dead_letter is None:
-            _log.debug("record_skipped", **place, cause=reason)
-            self._skipped.inc()
+    async def _dead_letter_or_skip(self, rejected: Rejected) -> None:
+        """Dead-letter records together: one write and one log line per record would delay the other partitions."""
+        if not rejected:
             return
-        _log.error("record_dead_lettered", **place, cause=reason)
-        await self._retry_until_available(lambda: dead_letter(raw, reason))
-        self._dead_lettered.inc()
+        dead_letter = self._dead_letter
+        first, cause = rejected[0]
+        place = {"consumer": self._name, "partition": first.partition, "offset": first.offset}
+        if dead_letter is None:
+            _log.debug("records_skipped", **place, records=len(rejected), cause=cause)
+            self._skipped.inc(len(rejected))
+            return
+        _log.error("records_dead_lettered", **place, records=len(rejected), cause=cause)
+        await self._retry_until_available(lambda: dead_letter(rejected))
+        self._dead_lettered.inc(len(rejected))
 
     async def _retry_until_available(self, action: Callable[[], Awaitable[None]]) -> None:
         """Run `action`, retrying while a dependency is unavailable.

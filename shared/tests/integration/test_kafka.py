@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -22,6 +23,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.partitioner import DefaultPartitioner
+from prometheus_client import REGISTRY
 
 from local import kafka as native_kafka
 from local import ports
@@ -240,26 +242,60 @@ async def test_publish_to_a_partition_without_a_leader_blocks_only_that_partitio
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await bus.publish(SCAN_WORKERS, [held_up(1), other(2)])
         assert bus._producer is not None
-        cluster = bus._producer.client.cluster
-        leader_of, without = cluster.leader_for_partition, TopicPartition(bench.name, 0)
-        cluster.leader_for_partition = lambda place: -1 if place == without else leader_of(place)
+        assert bus._ends is not None
+        clusters = bus._producer.client.cluster, bus._ends._client.cluster
+        without = TopicPartition(bench.name, 0)
+        leaders = [cluster.leader_for_partition for cluster in clusters]
+        for cluster, leader_of in zip(clusters, leaders, strict=True):
+            cluster.leader_for_partition = partial(unless, without, leader_of)
         with pytest.raises(DependencyError, match="did not acknowledge"):
             await bus.publish(SCAN_WORKERS, [held_up(3)])
         assert (bus.alive, bus.ready) == (True, True)
+        before, began = len(recorder.caught_up_after), time.monotonic()
         await bus.publish(SCAN_WORKERS, [other(4)])
         await until(lambda: 4 in numbers(recorder))
+        assert time.monotonic() - began < 3  # the query for the ends would wait 5 seconds for the leader
+        await until(lambda: len(recorder.caught_up_after) > before + 1)
+        reported = set.union(*(partitions for partitions, _ in recorder.caught_up_after[before + 1 :]))
+        assert reported == set(range(1, SCAN_WORKERS.partitions))
         mixed = asyncio.create_task(bus.publish(SCAN_WORKERS, [held_up(7), other(6)]))
         await until(lambda: 6 in numbers(recorder))
         assert not mixed.done()
         mixed.cancel()
         waiting = asyncio.create_task(bus.publish(SCAN_WORKERS, [held_up(5)]))
         assert not (await asyncio.wait([waiting], timeout=0.1))[0]
-        cluster.leader_for_partition = leader_of
+        for cluster, leader_of in zip(clusters, leaders, strict=True):
+            cluster.leader_for_partition = leader_of
         await waiting
         await until(lambda: 5 in numbers(recorder))
         assert (bus.alive, bus.ready) == (True, True)
     assert Counter(numbers(recorder)) == Counter([1, 2, 3, 4, 5, 6])
     assert [number for number in numbers(recorder) if number % 2] == [1, 3, 5]
+
+
+def unless(without: TopicPartition, leader_of: Callable[[TopicPartition], int], place: TopicPartition) -> int:
+    return -1 if place == without else leader_of(place)
+
+
+@pytest.mark.proves("G9")
+async def test_invalid_records_in_one_partition_delay_no_other(bench: Bench) -> None:
+    """While one partition has 100,000 invalid records, a message in another one is handled at once."""
+    bus, recorder = await bench.bus(), Recorder()
+    junk, before = encoded([(b"", b"x", ())] * 50_000), dead_lettered()
+    async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
+        await put(bench, 0, junk)
+        await put(bench, 0, junk)
+        await until(lambda: dead_lettered() > before)
+        began = time.monotonic()
+        await bus.publish(SCAN_WORKERS, [ready_of(bench, 1)(1)])
+        await until(lambda: recorder.handled)
+        assert time.monotonic() - began < 3
+        assert dead_lettered() - before < 100_000
+
+
+def dead_lettered() -> float:
+    labels = {"topic": SCAN_WORKERS.name, "group": GROUP}
+    return REGISTRY.get_sample_value("scanfleet_bus_dead_lettered_total", labels) or 0
 
 
 def ready_of(bench: Bench, partition: int) -> Callable[[int], WorkerReady]:

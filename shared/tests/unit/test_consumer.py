@@ -16,7 +16,7 @@ from scanfleet.contracts.messages.envelope import RawRecord, encode
 from scanfleet.contracts.messages.topics import SCAN_STORED, SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
-from scanfleet.runtime.consumer import LOOK_SECONDS, ConsumerLoop, Listener
+from scanfleet.runtime.consumer import LOOK_SECONDS, ConsumerLoop, Listener, Rejected
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until
 
@@ -59,8 +59,8 @@ def record(offset: int, *, value: bytes | None = None) -> RawRecord:
     return RawRecord(SCAN_WORKERS.name, 0, offset, utc_now(), envelope.key, value, envelope.headers)
 
 
-async def no_dead_letter(raw: RawRecord, reason: str) -> None:
-    raise AssertionError((raw, reason))
+async def no_dead_letter(rejected: Rejected) -> None:
+    raise AssertionError(rejected)
 
 
 async def test_records_polled_before_a_revocation_are_not_handled_after_it() -> None:
@@ -88,16 +88,16 @@ async def test_dead_letter_write_failure_is_retried() -> None:
     letters: list[int] = []
     tries: list[int] = []
 
-    async def dead_letter(raw: RawRecord, _: str) -> None:
+    async def dead_letter(rejected: Rejected) -> None:
         assert not script.committed
         assert not recorder.handled
-        tries.append(raw.offset)
+        tries.append(len(rejected))
         if len(tries) < 3:
             raise DependencyError("the broker is unavailable")
-        letters.append(raw.offset)
+        letters.extend(raw.offset for raw, _ in rejected)
 
     async def polls() -> AsyncIterator[Sequence[RawRecord]]:
-        yield [record(0, value=b"junk"), record(1)]
+        yield [record(0, value=b"junk"), record(1), record(2, value=b"junk")]
 
     script, recorder = Script(polls()), Recorder()
     consumer = ConsumerLoop(SCAN_WORKERS, "test", recorder, script, dead_letter)
@@ -106,7 +106,8 @@ async def test_dead_letter_write_failure_is_retried() -> None:
         assert not consumer.ready
         await until(lambda: script.committed)
         assert consumer.ready
-    assert letters == [0]
+    assert tries == [2, 2, 2]
+    assert letters == [0, 2]
     assert [handled.offset for handled in recorder.handled] == [1]
 
 
@@ -152,6 +153,31 @@ async def test_caught_up_dependency_error_is_retried() -> None:
         await until(lambda: len(calls) >= 2)
         await until(lambda: consumer.ready)
     assert calls[:2] == [True, False]
+
+
+async def test_caught_up_is_cancelled_after_a_revocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rebalance or a stop waits no longer for `caught_up` than for a batch."""
+    monkeypatch.setattr("scanfleet.runtime.consumer.HURRY_SECONDS", 0.05)
+    called = asyncio.Event()
+
+    class Hanging(Recorder):
+        async def caught_up(self, _: object) -> None:
+            called.set()
+            await asyncio.Event().wait()
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield []
+
+    loop = ConsumerLoop(SCAN_WORKERS, "test", Hanging(), Script(polls()), no_dead_letter)
+    await loop.start()
+    await called.wait()
+    async with asyncio.timeout(5):
+        await loop.revoked({0})
+        assert not loop.ready
+        called.clear()
+        await loop.assigned({0})
+        await called.wait()
+        await loop.stop()
 
 
 async def test_steady_traffic_does_not_keep_a_partition_from_being_caught_up() -> None:
