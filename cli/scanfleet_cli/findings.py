@@ -16,8 +16,15 @@ from scanfleet_cli.views import Followed
 TABLE_FIELDS: Final = "id,ip_address,port,protocol,status,service,version,os_info,banner"
 """Fields of the results that a table needs; without `raw_data` a response has a seventh of the size."""
 
-MATCHED_FIELDS: Final = ("id", "ip_address", "port", "status", "service")
+MATCHED_FIELDS: Final = ("id", "ip_address", "port", "protocol", "status", "service")
 """Fields of the results by which they are filtered, and printed once."""
+
+
+def query(output: Output) -> dict[str, str]:
+    """Return the parameter with the fields of the results that the format prints; empty for all fields."""
+    if output.fields is not None:
+        return {"fields": ",".join(dict.fromkeys([*MATCHED_FIELDS, *output.fields]))}
+    return {"fields": TABLE_FIELDS} if output.format in {Format.TABLE, Format.WIDE, Format.NAME} else {}
 
 
 def columns(*, grouped: bool = False) -> list[Column]:

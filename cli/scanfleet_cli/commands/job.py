@@ -182,7 +182,7 @@ def watch(
     jobs = _watch(session, ids, limit, cancel=cancel_on_interrupt, found=printer.print if printer else None)
     if printer is not None:
         for each in ids:
-            printer.print_all(findings.rows(session, each))
+            printer.print_all(findings.rows(session, each, **findings.query(session.output)))
     tasks = [job.task.model_dump(mode="json") for job in jobs if job.task is not None]
     match session.output.format:
         case Format.JSONL:
@@ -206,7 +206,17 @@ def _watch(
 ) -> list[views.Followed]:
     view = views.view_for(session.output)
     ended = (lambda job: follow.print_end(session, job)) if view.wants_ledger else None
-    return follow.to_the_end(session, job_ids, view, limit, cancel=cancel, ended=ended, found=found, owner=owner)
+    return follow.to_the_end(
+        session,
+        job_ids,
+        view,
+        limit,
+        cancel=cancel,
+        ended=ended,
+        found=found,
+        query=findings.query(session.output),
+        owner=owner,
+    )
 
 
 @job.command()
@@ -431,10 +441,7 @@ def results(
         )
 
     query: dict[str, Any] = {"port": list(ports) or None, "service": service, "address": address}
-    if output.fields is not None:
-        query["fields"] = ",".join(dict.fromkeys([*findings.MATCHED_FIELDS, *output.fields]))
-    elif output.format not in {Format.JSON, Format.JSONL, Format.CSV} and not raw:
-        query["fields"] = findings.TABLE_FIELDS
+    query |= {} if raw else findings.query(output)
     if following and lines is not None:
         show = lines.print
         follow.to_the_end(

@@ -128,6 +128,7 @@ def scan(
         cancel=cancel_on_interrupt,
         ended=lambda job: follow.print_end(session, job),
         found=printer.print if printer else None,
+        query=findings.query(output),
         owner=made[0].user_id,
     )
     return _finish(session, jobs, watched_ports, printer)
@@ -140,7 +141,7 @@ def _finish(
     output = session.output
     documents, rows = [], []
     for each in jobs:
-        found = list(findings.rows(session, each.job_id))
+        found = list(findings.rows(session, each.job_id, **findings.query(output)))
         rows += found
         ledger = each.ledger and each.ledger.model_dump(mode="json", exclude={"not_probed"})
         documents.append({"job": each.task and each.task.model_dump(mode="json"), "ledger": ledger, "results": found})

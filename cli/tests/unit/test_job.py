@@ -316,7 +316,7 @@ def test_results_with_raw_print_the_xml_of_nmap(jobs: FakeApi, run: Any) -> None
     assert run("job", "results", "41").code == 0
     assert "raw_data" not in jobs.requests[0].url.params["fields"]
     assert run("job", "results", "41", "--json", "port").code == 0
-    assert jobs.requests[-2].url.params["fields"] == "id,ip_address,port,status,service"
+    assert jobs.requests[-2].url.params["fields"] == "id,ip_address,port,protocol,status,service"
 
 
 def test_wide_results_on_a_terminal_are_grouped_by_address(jobs: FakeApi, run: Any) -> None:

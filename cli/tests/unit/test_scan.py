@@ -15,6 +15,7 @@ import pytest
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.commands import MAX_SUBNETS
+from scanfleet_cli.findings import TABLE_FIELDS
 from scanfleet_cli_testing import FakeApi, FakeJob, result
 
 
@@ -124,6 +125,42 @@ def test_fail_on_matches_open_ports(api: FakeApi, run: Any, results: list[Any], 
     """--fail-on exits 8 when a result matches."""
     api.made = found(*results)
     assert run("scan", "127.9.8.0/24", "--fail-on", fail_on).code == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ([], TABLE_FIELDS),
+        (["-o", "name"], TABLE_FIELDS),
+        (["--found"], TABLE_FIELDS),
+        (["--json", "banner", "--fail-on", "80"], "id,ip_address,port,protocol,status,service,banner"),
+        (["-o", "json"], None),
+        (["-o", "jsonl"], None),
+        (["-o", "csv"], None),
+    ],
+)
+def test_results_of_a_scan_are_read_with_the_fields_that_are_printed(
+    api: FakeApi, run: Any, arguments: list[str], fields: str | None
+) -> None:
+    """The output of nmap, most of a result, is read only where it is printed."""
+    api.made = found(SSH)
+    assert run("scan", "127.9.8.0/24", *arguments).code == 0
+    reads = [each for each in api.requests if each.url.path.endswith("/results")]
+    assert {each.url.params.get("fields") for each in reads} == {fields}
+
+
+def test_found_of_a_watch_is_read_with_the_fields_of_a_table(api: FakeApi, run: Any) -> None:
+    """The polls of a running job and the read at its end have the same fields."""
+    api.states, api.made = [(JobStatus.RUNNING, 62)], found(SSH)
+    run("scan", "127.9.8.0/24", "--no-watch")
+    assert run("job", "watch", "41", "--found", "--timeout", "0.3s").code == 124
+    api.jobs[41].states = [(JobStatus.COMPLETED, 100)]
+    assert run("job", "watch", "41", "--found").code == 0
+    reads = [each for each in api.requests if each.url.path.endswith("/results")]
+    assert {("after" in each.url.params, each.url.params.get("fields")) for each in reads} == {
+        (True, TABLE_FIELDS),
+        (False, TABLE_FIELDS),
+    }
 
 
 def test_json_of_a_scan_is_one_document(api: FakeApi, run: Any) -> None:
