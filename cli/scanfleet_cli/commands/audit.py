@@ -91,20 +91,20 @@ def _recorded(session: Session, filters: dict[str, str | None]) -> Iterator[list
     """Yield the latest entries, then the new ones of each poll, oldest first and without duplicates.
 
     Pages start at the newest entry, so an entry that is recorded meanwhile moves others to the next page: duplicates are
-    recognised by id. Each poll overlaps the previous one by some seconds, since several replicas record concurrently.
+    recognised by id. Each poll overlaps the previous one by some seconds, since several replicas record concurrently; it
+    reads again only entries that the previous one has read.
     """
-    seen: dict[str, datetime] = {}
+    seen: set[str] = set()
     earliest = filters["since"]
     limit = session.limit_or(LIMIT)
     latest = _latest(session.rows(_call(filters), 0), limit)
     while True:
-        new = {str(row["id"]): row for row in reversed(latest) if row["id"] not in seen}
-        yield list(new.values())[-limit:]
+        read = {str(row["id"]): row for row in reversed(latest)}
+        yield [row for id_, row in read.items() if id_ not in seen][-limit:]
         limit = 0
-        seen |= {id_: _time(row) for id_, row in new.items()}
-        if seen:
-            since = max(seen.values()) - OVERLAP
-            seen = {id_: time for id_, time in seen.items() if time >= since}
+        if read:
+            seen = set(read)
+            since = max(map(_time, read.values())) - OVERLAP
             if earliest is None or since > datetime.fromisoformat(earliest):
                 filters = filters | {"since": rfc3339(since)}
         session.world.sleep(TAIL_SECONDS)
