@@ -49,8 +49,11 @@ the current one. The token is that of `--token-file`, else of `SCANFLEET_TOKEN`,
 the context: its `token_command`, or the sign-in by `scanfleet login`. The token of a context is sent only to the gateway of that
 context. `scanfleet whoami` shows URL, user and their sources; `scanfleet doctor` checks the connection.
 
+Contexts are stored in `config.toml` in the folder `~/.config/scanfleet` on Linux, `~/Library/Application Support/scanfleet` on
+macOS and `%LOCALAPPDATA%\\scanfleet\\scanfleet` on Windows, or in the folder `scanfleet` of `XDG_CONFIG_HOME` on Linux and macOS.
+`scanfleet whoami` shows the file.
+
 ```toml
-# ~/.config/scanfleet/config.toml
 current = "prod"
 
 [context.prod]

@@ -263,7 +263,7 @@ def _unfinished(session: Session) -> list[int]:
 @click.argument("job_ids", type=click.IntRange(min=1), nargs=-1, metavar="ID…", shell_complete=complete_job)
 @click.option("--all-mine", is_flag=True, help="All your unfinished jobs.")
 @click.option("--wait", "waits", is_flag=True, help="Wait for the final states, and print them.")
-@yes
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation of --all-mine.")
 @with_session
 def cancel(session: Session, /, *, job_ids: Sequence[int], all_mine: bool, waits: bool, yes: bool) -> int:
     """Cancel pending or running jobs; their results so far are kept."""
