@@ -156,7 +156,7 @@ def read_hosts(
     service: str | None = None,
     address: str | None = None,
 ) -> Call[list[rest.Host]]:
-    """Read the hosts of a job; for `Client.hosts` and `Client.stream`."""
+    """Read the hosts of a job, one JSON object a line; for `Client.stream`."""
     query = {"after": after, "limit": limit, "port": port, "service": service, "address": address}
     return Call("GET", f"/api/v1/task/{job_id}/hosts", list[rest.Host], query=_set(query), headers={"Accept": NDJSON})
 

@@ -22,7 +22,6 @@ from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
     AsyncExitStack,
-    ExitStack,
     asynccontextmanager,
     contextmanager,
 )
@@ -248,38 +247,6 @@ class Client:
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
-    def watch_jobs(
-        self, job_ids: Collection[int], notice: Notice = _ignore, owner: int | None = None
-    ) -> Iterator[rest.TaskStatus]:
-        """Yield each state of several jobs until all are final, over one stream; otherwise as `watch`.
-
-        Args:
-            job_ids: of the jobs.
-            notice: as for `watch`.
-            owner: user id of their owner; without it each job is read twice at the start, first to find its owner.
-
-        Raises:
-            ApiError: the caller may not watch one of them.
-        """
-        watching = Watching(job_ids, self._patience, notice, owner)
-        while not watching.over:
-            time.sleep(watching.pause)
-            try:
-                with ExitStack() as opened:
-                    stream = None
-                    if not watching.polling and watching.owner is not None:
-                        stream = opened.enter_context(self.stream(calls.watch_tasks(watching.owner), timeout=0))
-                    for job_id in watching.open_jobs:  # the stream starts with unfinished jobs only
-                        yield from watching.polled(self.ask(call := calls.read_task(job_id)).read(call))
-                    if stream is not None and not watching.over:
-                        for event in httpx2.EventSource(stream):
-                            yield from watching.received(event)
-                            if watching.over:  # the stream itself does not end
-                                return
-                        watching.ended()
-            except (ApiError, UnavailableError) as error:
-                watching.failed(error)
-
     def watch_all(
         self,
         user_id: int | str | None = None,
@@ -320,17 +287,6 @@ class Client:
             for line in response.iter_lines():
                 yield _parse(rest.Result, line)
 
-    def hosts(self, job_id: int) -> Iterator[rest.Host]:
-        """Stream the hosts of a job in order of their addresses; a cut raises instead of ending a partial list.
-
-        Raises:
-            ApiError: the caller may not read them, or the job is of release 0.1.
-            UnavailableError: the connection was cut; the hosts so far are incomplete.
-        """
-        with self.stream(calls.read_hosts(job_id)) as response:
-            for line in response.iter_lines():
-                yield _parse(rest.Host, line)
-
     def _once(self, call: Call[Any], *, whole: bool) -> httpx2.Response | httpx2.RequestError:
         token = self._current_token()
         try:
@@ -351,7 +307,7 @@ class Client:
 
 
 class AsyncClient:
-    """`Client` for asyncio, with the same methods."""
+    """`Client` for asyncio; instead of `watch_all` it has `watch_jobs`."""
 
     def __init__(
         self,
@@ -449,20 +405,27 @@ class AsyncClient:
                 watching.failed(error)
 
     async def watch_jobs(
-        self, job_ids: Collection[int], notice: Notice = _ignore, owner: int | None = None
+        self, job_ids: Collection[int], notice: Notice = _ignore, owner: int | str | None = None
     ) -> AsyncIterator[rest.TaskStatus]:
-        """As `Client.watch_jobs`."""
-        watching = Watching(job_ids, self._patience, notice, owner)
+        """Yield each state of several jobs until all are final, over one stream; otherwise as `watch`.
+
+        Args:
+            job_ids: of the jobs.
+            notice: as for `Client.watch`.
+            owner: user id of the owner of the jobs, by default the caller; for administrators "all" too.
+
+        Raises:
+            ApiError: the caller may not watch one of them.
+        """
+        watching = Watching(job_ids, self._patience, notice)
         while not watching.over:
             await asyncio.sleep(watching.pause)
             try:
                 async with AsyncExitStack() as opened:
                     stream = None
-                    if not watching.polling and watching.owner is not None:
-                        stream = await opened.enter_async_context(
-                            self.stream(calls.watch_tasks(watching.owner), timeout=0)
-                        )
-                    for job_id in watching.open_jobs:
+                    if not watching.polling:
+                        stream = await opened.enter_async_context(self.stream(calls.watch_tasks(owner), timeout=0))
+                    for job_id in watching.open_jobs:  # the stream starts with unfinished jobs only
                         reply = await self.ask(call := calls.read_task(job_id))
                         for task in watching.polled(reply.read(call)):
                             yield task
@@ -470,29 +433,9 @@ class AsyncClient:
                         async for event in httpx2.EventSource(stream):
                             for task in watching.received(event):
                                 yield task
-                            if watching.over:
+                            if watching.over:  # the stream itself does not end
                                 return
                         watching.ended()
-            except (ApiError, UnavailableError) as error:
-                watching.failed(error)
-
-    async def watch_all(
-        self,
-        user_id: int | str | None = None,
-        notice: Notice = _ignore,
-        opened: Callable[[], None] = _nothing,
-    ) -> AsyncIterator[rest.TaskStatus]:
-        """As `Client.watch_all`."""
-        watching = Watching(None, self._patience, notice)
-        while True:
-            await asyncio.sleep(watching.pause)
-            try:
-                async with self.stream(calls.watch_tasks(user_id, watching.last_event_id), timeout=0) as response:
-                    opened()
-                    async for event in httpx2.EventSource(response):
-                        for task in watching.received(event):
-                            yield task
-                watching.ended()
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
@@ -501,12 +444,6 @@ class AsyncClient:
         async with self.stream(calls.read_results(job_id)) as response:
             async for line in response.aiter_lines():
                 yield _parse(rest.Result, line)
-
-    async def hosts(self, job_id: int) -> AsyncIterator[rest.Host]:
-        """As `Client.hosts`."""
-        async with self.stream(calls.read_hosts(job_id)) as response:
-            async for line in response.aiter_lines():
-                yield _parse(rest.Host, line)
 
     async def _once(self, call: Call[Any], *, whole: bool) -> httpx2.Response | httpx2.RequestError:
         token = await self._current_token()
@@ -534,21 +471,13 @@ class Watching:
         job_ids: of the jobs; None for all, without end.
         patience: of the client.
         notice: receives one message when the connection is lost, and one when it is restored.
-        owner: user id of the owner of the jobs, if known.
     """
 
-    def __init__(
-        self,
-        job_ids: Collection[int] | None,
-        patience: Patience,
-        notice: Notice = _ignore,
-        owner: int | None = None,
-    ) -> None:
+    def __init__(self, job_ids: Collection[int] | None, patience: Patience, notice: Notice = _ignore) -> None:
         self.last_event_id = ""
-        self._owner = owner
         self._endless = job_ids is None
         self._open = set(job_ids or ())
-        self._jobs: dict[int, Job | None] = dict.fromkeys(self._open)
+        self._jobs: dict[int, Job] = {}
         self._patience = patience
         self._notice = notice
         self._failures = 0
@@ -564,17 +493,6 @@ class Watching:
     def open_jobs(self) -> list[int]:
         """The jobs without a final state yet."""
         return sorted(self._open)
-
-    @property
-    def owner(self) -> int | str | None:
-        """User id of the owner, "all" for several owners; None while unknown: until each job was read once."""
-        if self._owner is not None:
-            return self._owner
-        jobs = list(self._jobs.values())
-        owners = {job.user_id for job in jobs if job is not None}
-        if any(job is None for job in jobs):
-            return None
-        return owners.pop() if len(owners) == 1 else rest.ALL_USERS
 
     @property
     def polling(self) -> bool:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import click
+import httpx2
 
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
@@ -221,8 +222,12 @@ class _Following:
         def notice(sentence: str) -> None:
             self._view.notice(noun, printable(sentence))
 
-        jobs, owner = list(self._jobs), self._owner
-        async for task in client.watch_jobs(jobs, notice, owner) if others else client.watch(first, notice):
+        if others:
+            owner = self._owner if self._owner is not None else await _may_watch(client)
+            tasks = client.watch_jobs(list(self._jobs), notice, owner)
+        else:
+            tasks = client.watch(first, notice)
+        async for task in tasks:
             await self._news.put(task)
 
     async def _read_ledgers(self, client: AsyncClient) -> None:
@@ -266,6 +271,17 @@ class _Following:
         except (ApiError, UnavailableError) as error:
             job.problem = str(error)
         await self._news.put(job)
+
+
+async def _may_watch(client: AsyncClient) -> str | None:
+    """Return the owner of the jobs that the caller may watch: "all" for administrators, else None for the caller."""
+    try:
+        me = await client.send(calls.read_me())
+    except ApiError as error:
+        if error.status != httpx2.codes.NOT_FOUND:  # of an older service
+            raise
+        return None
+    return rest.ALL_USERS if me.admin else None
 
 
 def print_end(session: Session, job: Followed) -> None:

@@ -227,7 +227,8 @@ def _watch(
 @with_session
 def wait(session: Session, /, *, job_ids: Sequence[int], every: bool, state: str, timeout: str | None) -> int:
     """Wait for jobs, and print only their final states, on stderr."""
-    ids = list(dict.fromkeys(job_ids)) or (_unfinished(session) if every else [])
+    own = _unfinished(session) if every and not job_ids else {}
+    ids = list(dict.fromkeys(job_ids)) or list(own)
     if not ids:
         if every:
             session.output.note("no unfinished jobs")
@@ -237,26 +238,27 @@ def wait(session: Session, /, *, job_ids: Sequence[int], every: bool, state: str
     def enough(status: JobStatus) -> bool:
         return status.final or (state == "running" and status is JobStatus.RUNNING)
 
-    jobs = follow.to_the_end(session, ids, views.Silent(session.output), follow.seconds(timeout), enough=enough)
+    view, owner = views.Silent(session.output), next(iter(own.values()), None)
+    jobs = follow.to_the_end(session, ids, view, follow.seconds(timeout), enough=enough, owner=owner)
     for each in jobs:
         if each.task is not None:
             session.output.note(f"job {each.job_id} {each.task.status.status}")
     return follow.code_of(jobs)
 
 
-def _unfinished(session: Session) -> list[int]:
-    """Return the ids of the caller's unfinished jobs.
+def _unfinished(session: Session) -> dict[int, int]:
+    """Return the ids of the caller's unfinished jobs, each with the user id of the caller.
 
     A job that ends while the pages are read moves the others forward, some of them to a page that was read already. So the
     list is read until it contains no further job, except those that were created in the meantime.
     """
     call = calls.list_tasks(status=[status for status in JobStatus if not status.final])
-    found = {row["id"]: None for row in session.rows(call, limit=0)}
+    found = {row["id"]: row["user_id"] for row in session.rows(call, limit=0)}
     before, newest = 0, max(found, default=0)
     while before < len(found) and len(found) >= calls.PAGE_SIZE:  # fewer are one page, read at once
         before = len(found)
-        found |= {row["id"]: None for row in session.rows(call, limit=0) if row["id"] <= newest}
-    return list(found)
+        found |= {row["id"]: row["user_id"] for row in session.rows(call, limit=0) if row["id"] <= newest}
+    return found
 
 
 @job.command()

@@ -35,21 +35,18 @@ def client(api: FakeApi) -> Client:
     return Client("http://scanfleet.test", TOKEN, patience=SOON, transport=api)
 
 
-@pytest.fixture(params=["sync", "async"])
-def watch_jobs(api: FakeApi, client: Client, request: pytest.FixtureRequest) -> WatchJobs:
-    """Watches several jobs by either client; the second argument gets its notices."""
+@pytest.fixture
+def watch_jobs(api: FakeApi) -> WatchJobs:
+    """Watches several jobs of user 7; the second argument gets its notices."""
 
-    def by_thread(job_ids: list[int], notices: list[str]) -> list[rest.TaskStatus]:
-        return list(client.watch_jobs(job_ids, notices.append))
-
-    def by_loop(job_ids: list[int], notices: list[str]) -> list[rest.TaskStatus]:
+    def read(job_ids: list[int], notices: list[str]) -> list[rest.TaskStatus]:
         async def read() -> list[rest.TaskStatus]:
             async with AsyncClient("http://scanfleet.test", TOKEN, patience=SOON, transport=api) as other:
-                return [task async for task in other.watch_jobs(job_ids, notices.append)]
+                return [task async for task in other.watch_jobs(job_ids, notices.append, owner=7)]
 
         return asyncio.run(read())
 
-    return by_thread if request.param == "sync" else by_loop
+    return read
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -286,46 +283,23 @@ def test_watch_of_several_jobs_with_failing_streams_polls(api: FakeApi, client: 
     assert len(streams(api)) == 3
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_several_jobs_of_a_known_owner_are_read_once_at_the_start(
-    api: FakeApi, client: Client, asynchronous: bool
-) -> None:
-    """With the owner, the stream is opened before the first read instead of after it."""
+def test_several_jobs_are_read_once_at_the_start(api: FakeApi, client: Client, watch_jobs: WatchJobs) -> None:
+    """The stream is opened before the first read, so that no end is missed."""
     make_job(client), make_job(client)
     api.requests.clear()
-
-    async def read() -> list[rest.TaskStatus]:
-        async with AsyncClient("http://scanfleet.test", TOKEN, patience=SOON, transport=api) as other:
-            return [task async for task in other.watch_jobs([41, 42], owner=7)]
-
-    tasks = asyncio.run(read()) if asynchronous else list(client.watch_jobs([41, 42], owner=7))
-    assert final(tasks) == [41, 42]
+    assert final(watch_jobs([41, 42], [])) == [41, 42]
     assert [request.url.path.removeprefix("/api/v1/") for request in api.requests] == ["events", "task/41", "task/42"]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_watch_of_all_jobs_calls_back_whenever_the_stream_is_open(
-    api: FakeApi, client: Client, asynchronous: bool
-) -> None:
+def test_watch_of_all_jobs_calls_back_whenever_the_stream_is_open(api: FakeApi, client: Client) -> None:
     """`opened` is called before the first state of each connection."""
     make_job(client)
     api.cut_after = 1
     seen: list[str] = []
-
-    async def read() -> None:
-        async with AsyncClient("http://scanfleet.test", TOKEN, patience=SOON, transport=api) as other:
-            async for task in other.watch_all(opened=lambda: seen.append("opened")):
-                seen.append(task.status.status)
-                if task.status.status.final:
-                    return
-
-    def read_by_thread() -> None:
-        for task in client.watch_all(opened=lambda: seen.append("opened")):
-            seen.append(task.status.status)
-            if task.status.status.final:
-                return
-
-    asyncio.run(read()) if asynchronous else read_by_thread()
+    for task in client.watch_all(opened=lambda: seen.append("opened")):
+        seen.append(task.status.status)
+        if task.status.status.final:
+            break
     assert seen == ["opened", "pending", "opened", "running", "completed"]
 
 

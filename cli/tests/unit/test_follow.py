@@ -181,19 +181,43 @@ def test_several_jobs_are_watched_over_one_stream(running: FakeApi, run: Any) ->
     assert streams == ["/api/v1/events"]
 
 
+@pytest.mark.parametrize(("admin", "user"), [(False, None), (True, "all"), (None, None)])
+def test_several_jobs_of_unknown_owner_are_watched_over_the_widest_stream_and_read_once(
+    running: FakeApi, run: Any, admin: bool | None, user: str | None
+) -> None:
+    """An administrator may watch the jobs of any users; a service that does not state the caller has only the own stream."""
+    for job in running.jobs.values():
+        job.states = [(JobStatus.RUNNING, 62), (JobStatus.COMPLETED, 100)]
+    quota = {"limit": 600, "left": 600, "reset": 60}
+    limits = {"reads": quota, "writes": quota, "cancels": quota, "at_once": {"limit": 64, "left": 63}}
+    me = {"user_id": 7, "admin": admin, "expires_at": "2026-03-14T21:00:00Z", "limits": limits}
+    if admin is not None:
+        running.answers["GET", "/api/v1/me"] = me
+    running.requests.clear()
+    assert run("job", "watch", "41", "42").code == 0
+    (stream,) = [each for each in running.requests if each.url.path == "/api/v1/events"]
+    assert stream.url.params.get("user_id") == user
+    paths = [each.url.path for each in running.requests]
+    assert [paths.count(f"/api/v1/task/{number}") for number in (41, 42)] == [1, 1]
+
+
 @pytest.mark.parametrize(
     "command",
     [
         ["scan", "127.9.8.0/24", "127.9.9.0/24"],
+        ["job", "wait", "--all"],
         ["job", "submit", "--subnet", "5", "--subnet", "6", "--policy", "3", "--watch"],
     ],
 )
-def test_several_new_jobs_are_read_once_at_the_start(api: FakeApi, run: Any, command: list[str]) -> None:
-    """The command knows the owner of the jobs that it created, so the stream is opened before they are read."""
+def test_several_jobs_of_a_known_owner_are_read_once_at_the_start(api: FakeApi, run: Any, command: list[str]) -> None:
+    """The response that created or listed the jobs names their owner, so the stream is opened without a further request."""
     run("scan", "127.9.8.0/24", "127.9.9.0/24", "--no-watch")
     assert run(*command).code == 0
-    reads = [each.url.path for each in api.requests if each.method == "GET" and each.url.path[-3:] in {"/43", "/44"}]
-    assert reads == ["/api/v1/task/43", "/api/v1/task/44"]
+    paths = [each.url.path for each in api.requests if each.method == "GET"]
+    assert [path for path in paths if path.startswith("/api/v1/task/4") and path.count("/") == 4] == [
+        f"/api/v1/task/{number}" for number in sorted(api.jobs)[-2:]
+    ]
+    assert "/api/v1/me" not in paths
 
 
 class Counting(views.Silent):
