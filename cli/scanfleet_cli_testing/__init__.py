@@ -40,6 +40,7 @@ class FakeJob:
     def __init__(self, id_: int, subnet_id: int, policy_id: int, states: list[State]) -> None:
         self.id, self.subnet_id, self.policy_id = id_, subnet_id, policy_id
         self.states = states
+        self.created_at = NOW
         self.seq = 1
         self.results: list[dict[str, Any]] = []
         self.hosts: list[dict[str, Any]] = []
@@ -66,7 +67,7 @@ class FakeJob:
             status=self.status,
             start_time=NOW if started else None,
             end_time=NOW.replace(minute=1, second=7) if self.status.final else None,
-            created_at=NOW,
+            created_at=self.created_at,
             updated_at=NOW,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from ipaddress import ip_address, ip_network
 from typing import Any, Final, TypeVar
 
@@ -253,12 +254,20 @@ def _unfinished(session: Session) -> dict[int, int]:
     list is read until it contains no further job, except those that were created in the meantime.
     """
     call = calls.list_tasks(status=[status for status in JobStatus if not status.final])
-    found = {row["id"]: row["user_id"] for row in session.rows(call, limit=0)}
-    before, newest = 0, max(found, default=0)
-    while before < len(found) and len(found) >= calls.PAGE_SIZE:  # fewer are one page, read at once
-        before = len(found)
-        found |= {row["id"]: row["user_id"] for row in session.rows(call, limit=0) if row["id"] <= newest}
-    return found
+
+    def created(row: Row) -> datetime:
+        return datetime.fromisoformat(row["created_at"])
+
+    def read() -> dict[int, Row]:
+        return {row["id"]: row for row in session.rows(call, limit=0)}
+
+    found, before = read(), 0
+    if len(found) >= calls.PAGE_SIZE:  # fewer are one page, read at once
+        newest = max(map(created, found.values()))  # by time: ids of several replicas are not in order
+        while before < len(found):
+            before = len(found)
+            found |= {id_: row for id_, row in read().items() if created(row) <= newest}
+    return {id_: row["user_id"] for id_, row in found.items()}
 
 
 @job.command()

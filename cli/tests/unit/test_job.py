@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import httpx2
@@ -14,7 +15,7 @@ from scanfleet.contracts.messages import JobStatus
 from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_cli.output import fields_of, paths_of
 from scanfleet_cli.session import World
-from scanfleet_cli_testing import TOKEN, FakeApi, FakeJob, host_found, result
+from scanfleet_cli_testing import NOW, TOKEN, FakeApi, FakeJob, host_found, result
 
 
 @pytest.fixture
@@ -612,24 +613,25 @@ def test_waiting_for_running_ends_when_the_job_runs(run: Any) -> None:
 
 def test_wait_for_all_jobs_does_not_miss_one_that_moves_to_a_page_that_was_read(jobs: FakeApi, run: Any) -> None:
     """Jobs that end between the pages move the others forward, and a job that is created meanwhile is not waited for."""
-    for number in range(43, 43 + 110):
+    for number in (*range(43, 50), 250, *range(51, 153)):
         jobs.jobs[number] = FakeJob(number, 5, 3, [(JobStatus.RUNNING, 10), (JobStatus.COMPLETED, 100)])
-    jobs.jobs[50].states[-1] = (JobStatus.FAILED, 99)
+    jobs.jobs[250].states[-1] = (JobStatus.FAILED, 99)
     pages: list[str] = []
 
     def ends(request: httpx2.Request) -> None:
         if (request.method, request.url.path) != ("GET", "/api/v1/task"):
             return
         pages.append(request.url.params["page"])
-        if pages == ["1", "2"]:  # job 50 is on it, and ten jobs of the first page end
+        if pages == ["1", "2"]:  # job 250 is on it, and ten jobs of the first page end
             for number in range(143, 153):
                 jobs.jobs[number].seq = 2
             jobs.jobs[200] = FakeJob(200, 5, 3, [(JobStatus.RUNNING, 10)])
+            jobs.jobs[200].created_at = NOW + timedelta(seconds=1)
 
     jobs.fault_of = ends
     ended = run("job", "wait", "--all", "--timeout", "60s")
     assert ended.code == 3
-    assert "job 50 failed" in ended.err
+    assert "job 250 failed" in ended.err
     assert "job 200" not in ended.err
 
 
