@@ -30,6 +30,9 @@ class MemoryBroker:
         self.away = False
         """Set it to make every call fail as if the broker were unavailable."""
 
+        self.leaderless: set[tuple[str, int]] = set()
+        """Topics and partitions without a leader: they store no message, and a batch with one of theirs fails."""
+
         self._records: defaultdict[str, list[RawRecord]] = defaultdict(list)
         self._partitions: defaultdict[tuple[str, int], list[RawRecord]] = defaultdict(list)
         self._groups: defaultdict[tuple[str, str], _Group] = defaultdict(_Group)
@@ -107,9 +110,15 @@ class MemoryBus:
     async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
         envelopes = [encode(topic, message, source=self._source, traceparent=tracing.current()) for message in messages]
         self.broker.check()
+        refused = 0
         for envelope in envelopes:
             partition = topic.partition_of(envelope.key.decode())
+            if (topic.name, partition) in self.broker.leaderless:
+                refused += 1
+                continue
             self.broker.append(topic.name, partition, key=envelope.key, value=envelope.value, headers=envelope.headers)
+        if refused:
+            raise DependencyError(f"{refused} of {len(envelopes)} messages are for partitions without a leader")
 
     def on_dead_letter(self, callback: DeadLetterCallback) -> None:
         self._dead_letter_callbacks.append(callback)

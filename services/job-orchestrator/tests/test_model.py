@@ -81,8 +81,8 @@ class InspectedJobs:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jobs, name)
 
-    async def with_old_events(self, before: datetime, limit: int) -> list[int]:
-        return await self._jobs.with_old_events(before + timedelta(days=1), limit)
+    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[int]:
+        return await self._jobs.with_old_events(before + timedelta(days=1), limit, partitions)
 
     async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
         before = await self._jobs.get([job.id for job in jobs])

@@ -34,6 +34,7 @@ from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry, JobStatus, Run
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.runtime.mongo import Database
 
 LATER = THEN + timedelta(seconds=1)
@@ -474,14 +475,16 @@ async def test_unsettled_jobs_are_found_page_by_page(store: Store) -> None:
 
 
 async def test_jobs_with_old_events_are_found(store: Store) -> None:
-    """A job is found while an event of an age stands in its outbox, and no longer."""
+    """A job of the given partitions is found while an event of an age stands in its outbox, and no longer."""
+    every = range(SCAN_PROGRESS.partitions)
     await store.jobs.insert([scan_job(1), running(scan_job(2), LATER + timedelta(hours=1))])
-    assert await store.jobs.with_old_events(LATER, 10) == [1]
-    assert await store.jobs.with_old_events(THEN, 10) == []
+    assert await store.jobs.with_old_events(LATER, 10, every) == [1]
+    assert await store.jobs.with_old_events(LATER, 10, set(every) - {scan_job(1).partition}) == []
+    assert await store.jobs.with_old_events(THEN, 10, every) == []
     job = (await store.jobs.get([1]))[1]
     await store.jobs.save([published(job, job.seq)])
-    assert await store.jobs.with_old_events(LATER, 10) == []
-    assert set(await store.jobs.with_old_events(LATER + timedelta(hours=2), 10)) == {2}
+    assert await store.jobs.with_old_events(LATER, 10, every) == []
+    assert set(await store.jobs.with_old_events(LATER + timedelta(hours=2), 10, every)) == {2}
 
 
 async def test_outboxes_of_unchanged_jobs_are_emptied_once(store: Store) -> None:

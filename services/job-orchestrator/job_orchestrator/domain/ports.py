@@ -184,7 +184,8 @@ class JobRepository(Protocol):
     async def unsettled(self, after: int, limit: int, partitions: Collection[int] | None = None) -> list[int]:
         """Return ids above `after`, in order, of jobs in `partitions` that are not settled."""
 
-    async def with_old_events(self, before: datetime, limit: int) -> list[int]: ...
+    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[int]:
+        """Return ids of jobs in `partitions` whose outboxes have events from before `before`."""
 
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
         """Remove all events from the outboxes, by job, that contain none after this `seq`; idempotent.

@@ -23,6 +23,9 @@ from scanfleet.security.chunk_grants import Signer
 
 _log = structlog.get_logger()
 
+STOPPED_LATER: Final = "the next heartbeat of each worker is answered with a stop"
+"""How the loss of a StopChunk is repaired, for the log."""
+
 _ROUNDS: Final = 20  # each lost race is progress of another replica; this many in a row are an error
 
 

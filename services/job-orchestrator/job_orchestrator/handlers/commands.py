@@ -8,8 +8,6 @@ from datetime import timedelta
 from itertools import chain
 from typing import Final
 
-import structlog
-
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.job import JobTrigger, ScanJob
 from job_orchestrator.domain.job import change as change_job
@@ -20,6 +18,7 @@ from job_orchestrator.domain.ports import (
 )
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
+from job_orchestrator.handlers.best_effort import try_publish
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.submits import Submits, body_hash
@@ -38,8 +37,6 @@ Reply = CommandAccepted | CommandRejected
 _Message = SubmitJobs | CancelJob
 _Key = tuple[int, str]
 """A user and an Idempotency-Key."""
-
-_log = structlog.get_logger()
 
 # The caller has timed out and may have sent another request. This check is only an optimisation: a late command is harmless
 # because the gateway's `expired` was inserted first.
@@ -157,15 +154,7 @@ class Commands(PartitionListener):
         unfinished = [job.id for job in before.values() if not job.final]
         ended = await self._end(dict.fromkeys(unfinished))
         cancelled = sorted(job.id for job in ended.values() if job.status is JobStatus.CANCELLED)
-        try:
-            await self._outbox.relay(cancelled)
-        except DependencyError as error:
-            _log.warning(
-                "publish_failed",
-                jobs=len(cancelled),
-                error=str(error),
-                next_step="the sweep publishes the events of the cancelled jobs",
-            )
+        await self._outbox.try_publish(ended[id_] for id_ in cancelled)
         self._reconciler.begin(ended[id_] for id_ in cancelled)
         return cancelled
 
@@ -228,9 +217,9 @@ class Commands(PartitionListener):
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
         # In parallel, because the caller waits for the reply. All are idempotent if the batch is redelivered.
         await asyncio.gather(
-            self._publisher.publish(SCAN_REPLIES, answers.values()),
+            try_publish(self._publisher, SCAN_REPLIES, list(answers.values()), "the gateway requests the replies"),
             record(self._audit, entries),
-            self._outbox.publish(fresh),
+            self._outbox.try_publish(fresh),
             self._reconciler.start(fresh),
         )
         if others:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from typing import Final
+
+import structlog
 
 from job_orchestrator.domain.job import ScanJob, published
 from job_orchestrator.domain.ports import JobRepository
 from scanfleet.contracts.messages.topics import SCAN_EVENTS
+from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Publisher
 from scanfleet.runtime.loop import Loop
 
 _EMPTY_SECONDS: Final = 1.0  # interval of the clean-up: most jobs are saved meanwhile, without published events
+
+_log = structlog.get_logger()
 
 
 class Outbox:
@@ -30,12 +37,34 @@ class Outbox:
         self.loop = Loop("outbox", _EMPTY_SECONDS, self.empty, vital=False)
 
     async def relay(self, job_ids: Collection[int]) -> None:
-        """Publish the events in the outboxes of these jobs.
+        """Read these jobs, and publish the events in their outboxes as `try_publish` does.
 
         Raises:
-            DependencyError: some of them may be published; a retry publishes all of them.
+            DependencyError: the database is unavailable.
         """
-        await self.publish((await self._jobs.get(job_ids)).values())
+        await self.try_publish((await self._jobs.get(job_ids)).values())
+
+    async def try_publish(self, jobs: Iterable[ScanJob]) -> None:
+        """Publish the events in the outboxes of these jobs; those that are not acknowledged are left to the sweep.
+
+        A partition without a leader delays neither the events of other partitions nor the caller's other work.
+        """
+        by_partition: defaultdict[int, list[ScanJob]] = defaultdict(list)
+        for job in jobs:
+            by_partition[job.partition].append(job)
+        await asyncio.gather(*map(self._try_publish, by_partition.values()))
+
+    async def _try_publish(self, jobs: Collection[ScanJob]) -> None:
+        try:
+            await self.publish(jobs)
+        except DependencyError as error:
+            _log.warning(
+                "publish_failed",
+                topic=SCAN_EVENTS.name,
+                jobs=len(jobs),
+                error=str(error),
+                next_step="the sweep publishes the events of these jobs",
+            )
 
     async def publish(self, jobs: Iterable[ScanJob]) -> None:
         """Publish the events in the outboxes of these jobs as they are stored, in order, and schedule their removal.

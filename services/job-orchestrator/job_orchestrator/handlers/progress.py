@@ -23,7 +23,8 @@ from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.watch import Watch
-from job_orchestrator.handlers.chunks import Changed, ChunkChanger, stop
+from job_orchestrator.handlers.best_effort import try_publish
+from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stop
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
 from scanfleet.contracts.messages import ChunkClaimed, ChunkProgressed, StopChunk
@@ -111,10 +112,11 @@ class Progress(PartitionListener):
             )
             UNKNOWN_CHUNKS.inc(len(by_chunk[id_]))
         STALE_REPORTS.inc(sum(each.stale for each in effects.values()))
-        await self._publisher.publish(SCAN_TASKS, [stop for each in effects.values() for stop in each.stops])
         if any(each.moved and each.before.state in HELD for each in changed):
             self._wake()
         await self._reconciler.follow(changed)
+        stops = [stop for each in effects.values() for stop in each.stops]
+        await try_publish(self._publisher, SCAN_TASKS, stops, STOPPED_LATER)
 
     async def assigned(self, partitions: Collection[int]) -> None:
         for partition in partitions:
@@ -165,9 +167,10 @@ class Progress(PartitionListener):
         ids = {token.chunk_id for token in tokens}
         changed = [each for each in await self._changer.change(ids, lose, now, charge=False) if each.moved]
         LEASES_EXPIRED.inc(len(changed))
-        await self._publisher.publish(SCAN_TASKS, [stop(each.before.token, "lease expired") for each in changed])
         self._wake()
         await self._reconciler.follow(changed)
+        stops = [stop(each.before.token, "lease expired") for each in changed]
+        await try_publish(self._publisher, SCAN_TASKS, stops, STOPPED_LATER)
 
     def _not_held(self, chunk: Chunk, report: WorkerReport, effects: _Effects, now: datetime) -> Chunk:
         if chunk.state in OPEN:

@@ -21,7 +21,8 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.totals import EMPTY
-from job_orchestrator.handlers.chunks import Changed, ChunkChanger, stop
+from job_orchestrator.handlers.best_effort import try_publish
+from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stop
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reporter import Reporter
@@ -244,7 +245,7 @@ class Reconciler:
             self._clock.now(),
         )
         held = [each.before for each in changed if each.moved and each.before.state in HELD]
-        await self._publisher.publish(SCAN_TASKS, list(_stops(held, reasons)))
+        await try_publish(self._publisher, SCAN_TASKS, list(_stops(held, reasons)), STOPPED_LATER)
         return any(each.moved for each in changed)
 
     def _continue(self, job: ScanJob) -> None:
@@ -410,7 +411,7 @@ class Reconciler:
                     count_transition(stage)
             for outcome, probes in step.ledger.items():
                 PROBES.labels(outcome).inc(probes)
-        await self._outbox.publish([step.after for step in saved])
+        await self._outbox.try_publish(step.after for step in saved)
         return losers
 
 

@@ -11,6 +11,7 @@ from job_orchestrator.domain.job import ScanJob, observe, wait
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.ports import ChunkRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.handlers.best_effort import try_publish
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from scanfleet.contracts.messages import JobProgressed, JobStatus
@@ -113,4 +114,5 @@ class Reporter:
         return observe(job, tally.progress, tally.machines_found, now, eta_seconds=eta)
 
     async def _publish(self, news: Mapping[int, tuple[ScanJob, JobProgressed]]) -> None:
-        await self._publisher.publish(SCAN_EVENTS, [event for _, event in news.values()])
+        events = [event for _, event in news.values()]
+        await try_publish(self._publisher, SCAN_EVENTS, events, "the next progress of each job replaces it")

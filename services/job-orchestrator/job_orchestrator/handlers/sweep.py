@@ -21,6 +21,7 @@ from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.metrics import CENSUS
 from scanfleet.contracts.messages.topics import SCAN_RESULTS
+from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
 from scanfleet.security.chunk_grants import Signer
 
@@ -87,16 +88,14 @@ class Sweeper:
         Raises:
             DependencyError: the next pass does the rest.
         """
-        await self._outbox.relay(await self._jobs.with_old_events(self._clock.now() - _OLD_EVENT, _PAGE))
-        await self._request_checks()
-        now = self._clock.monotonic()
-        if now - self._counted > _CENSUS_SECONDS:
-            self._counted = now  # also after a failure, so that a failing database is not queried more often
-            jobs, chunks = await self._jobs.census(), await self._chunks.census()
-            CENSUS.show(Census(jobs, chunks, await self._deletions.census()))
-        if now - self._reconciled > _RECONCILE_SECONDS:
-            await self._reconcile_all()
-            self._reconciled = now
+        failures: list[DependencyError] = []
+        for part in (self._request_checks, self._take_census, self._reconcile_all, self._relay):
+            try:
+                await part()
+            except DependencyError as error:  # the other parts may not need what is unavailable
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     async def _request_checks(self) -> None:
         now = self._clock.now()
@@ -107,12 +106,27 @@ class Sweeper:
         ids = [chunk.id for chunk in overdue]
         await self._changer.change(ids, lambda chunk: request_check(chunk, now, self._patience), now)
 
+    async def _take_census(self) -> None:
+        now = self._clock.monotonic()
+        if now - self._counted > _CENSUS_SECONDS:
+            self._counted = now  # also after a failure, so that a failing database is not queried more often
+            jobs, chunks = await self._jobs.census(), await self._chunks.census()
+            CENSUS.show(Census(jobs, chunks, await self._deletions.census()))
+
+    async def _relay(self) -> None:
+        before = self._clock.now() - _OLD_EVENT
+        await self._outbox.relay(await self._jobs.with_old_events(before, _PAGE, self._partitions()))
+
     async def _reconcile_all(self) -> None:
+        now = self._clock.monotonic()
+        if now - self._reconciled <= _RECONCILE_SECONDS:
+            return
         after = 0
         while page := await self._jobs.unsettled(after, _PAGE, self._partitions()):
             await self._reconciler.reconcile(page)
             await self._look_for_workers(page)
             after = page[-1]
+        self._reconciled = now
 
     async def _look_for_workers(self, job_ids: Collection[int]) -> None:
         """Report why jobs without a held chunk are waiting, and fail those that have waited too long."""

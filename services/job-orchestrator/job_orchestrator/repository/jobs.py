@@ -157,8 +157,9 @@ class MongoJobs:
         return [each["_id"] async for each in found]
 
     @dependency_errors()
-    async def with_old_events(self, before: datetime, limit: int) -> list[int]:
-        found = self._jobs.find({"outbox.at": {"$lt": before}}, {"_id": 1}).limit(limit)
+    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[int]:
+        old = {"outbox.at": {"$lt": before}, "partition": {"$in": list(partitions)}}
+        found = self._jobs.find(old, {"_id": 1}).limit(limit)
         return [each["_id"] async for each in found]
 
     @dependency_errors()

@@ -83,8 +83,9 @@ class MemoryJobs(MemoryRepository):
         unsettled = (job for job in self._data.jobs.values() if job.id > after and not job.settled)
         return sorted(job.id for job in unsettled if partitions is None or job.partition in partitions)[:limit]
 
-    async def with_old_events(self, before: datetime, limit: int) -> list[int]:
-        old = (job.id for job in self._data.jobs.values() if any(out.at < before for out in job.outbox))
+    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[int]:
+        mine = (job for job in self._data.jobs.values() if job.partition in partitions)
+        old = (job.id for job in mine if any(out.at < before for out in job.outbox))
         return list(islice(old, limit))
 
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:

@@ -76,7 +76,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "dispatch.live_workers": (lambda store: store.dispatch.live_workers(timedelta(minutes=1)), USERS),
     "jobs.seconds_left": (lambda store: store.jobs.seconds_left(), 2 * USERS),
     "jobs.unsettled": (lambda store: store.jobs.unsettled(10, 5), 10),
-    "jobs.with_old_events": (lambda store: store.jobs.with_old_events(THEN, 10), 5),
+    "jobs.with_old_events": (lambda store: store.jobs.with_old_events(THEN, 10, range(12)), 5),
     "jobs.has_unfinished": (lambda store: store.jobs.has_unfinished(3), 5),
     "subnets.equal_to": (lambda store: store.subnets.equal_to(7, [("lab", ScanTarget("127.9.8.0/24"))]), 5),
     "subnets.named": (lambda store: store.subnets.named(7, ["lab"]), 5),

@@ -25,7 +25,6 @@ from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobSt
 from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
-from scanfleet.runtime.bus import Record
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import TargetRules, parse_network
 from scanfleet_testing.bus import MemoryBus
@@ -573,16 +572,35 @@ async def test_batch_of_cancels_costs_a_fixed_number_of_writes(world: World, mon
 
 
 async def test_command_is_answered_after_the_broker_was_unavailable(world: World) -> None:
-    """When the reply cannot be published, the batch fails with a DependencyError; the next attempt answers it."""
+    """A command whose reply cannot be published is carried out, and the reply is returned when the gateway requests it."""
     command = await world.submit()
-    records: list[Record] = world.take(SCAN_COMMANDS)
     world.bus.broker.away = True
-    with pytest.raises(DependencyError):
-        await world.hand(SCAN_COMMANDS, records)
-    world.bus.broker.away = False
-    await world.hand(SCAN_COMMANDS, records)
-    assert [job.id for job in world.accepted(command)] == [1]
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
     assert await jobs_of(world) == [1]
+    world.bus.broker.away = False
+    reply = await world.only.commands.expire(command, 7)
+    assert isinstance(reply, CommandAccepted)
+    assert [job.id for job in reply.jobs] == [1]
+    assert [event.seq for event in world.events(1)] == [1]
+
+
+@pytest.mark.parametrize("topic", [SCAN_EVENTS, SCAN_REPLIES])
+async def test_partition_without_a_leader_blocks_no_other_command(world: World, topic: Topic) -> None:
+    """Commands whose replies or events cannot be published are carried out, and those behind them are answered."""
+    world.worker.hold = True
+    world.bus.broker.leaderless = {(topic.name, topic.partition_of("1" if topic is SCAN_EVENTS else "command-1"))}
+    await world.submit("127.9.8.0/30")
+    other = await world.submit("127.9.9.0/30")
+    await world.settle()
+    await world.cancel(1)
+    cancel = await world.cancel(2)
+    await world.settle()
+    assert {job.status for job in (await world.store.jobs.get([1, 2])).values()} == {JobStatus.CANCELLED}
+    assert [len(world.replies(command)) for command in (other, cancel)] == [1, 1]
+    assert [event.seq for event in world.events(2)] == [1, 2]
+    world.bus.broker.leaderless.clear()
+    await world.wait(10)
+    assert [event.seq for event in world.events(1)] == [1, 2]
 
 
 async def test_traceparent_of_a_request_is_in_events_and_tasks(world: World) -> None:

@@ -24,7 +24,14 @@ from scanfleet.contracts.messages import (
     JobStatus,
     ScanChunk,
 )
-from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_STORED, SCAN_WORKERS
+from scanfleet.contracts.messages.topics import (
+    SCAN_EVENTS,
+    SCAN_PROGRESS,
+    SCAN_RESULTS,
+    SCAN_STORED,
+    SCAN_TASKS,
+    SCAN_WORKERS,
+)
 from scanfleet.errors import DependencyError
 
 LEASE = 31  # seconds in which silence is found out: the lease and the look after it
@@ -369,6 +376,33 @@ async def test_reports_of_an_old_token_are_ignored_and_stopped(world: World, tas
     assert without_end(await chunk_of(world)) == before
     assert [stop.attempt for stop in world.worker.stops] == [1, 1]
     assert counted("stale_reports") == stale + 4
+
+
+async def test_stop_that_cannot_be_sent_blocks_no_other_report(world: World, task: ScanChunk) -> None:
+    """The end of a chunk counts although a stop in the same batch is not acknowledged; the next heartbeat is answered."""
+    stale = Worker(world.bus, "w-2")
+    world.workers.append(stale)
+    world.bus.broker.leaderless = {(SCAN_TASKS.name, SCAN_TASKS.partition_of("w-2"))}
+    token = {"job_id": 1, "chunk_id": "1-0", "attempt": 1, "worker_id": "w-2"}
+    await world.bus.publish(SCAN_PROGRESS, [ChunkProgressed(**token, outcomes="....")])
+    await world.worker.scanned(task)
+    await world.settle()
+    assert await status_of(world) is JobStatus.COMPLETED
+    assert stale.stops == []
+    world.bus.broker.leaderless.clear()
+    await world.bus.publish(SCAN_PROGRESS, [ChunkProgressed(**token, outcomes="....")])
+    await world.settle()
+    assert [stop.chunk_id for stop in stale.stops] == ["1-0"]
+
+
+async def test_expired_lease_requeues_its_chunk_although_the_stop_cannot_be_sent(world: World, task: ScanChunk) -> None:
+    """A lost worker whose partition has no leader keeps no chunk."""
+    await claimed(world, task)
+    world.bus.broker.leaderless = {(SCAN_TASKS.name, SCAN_TASKS.partition_of("w-1"))}
+    world.workers = [other := Worker(world.bus, "w-2")]
+    await world.wait(LEASE + 2)
+    assert [each.attempt for each in other.tasks] == [2]
+    assert await status_of(world) is JobStatus.COMPLETED
 
 
 async def test_stored_of_an_old_attempt_ends_the_chunk(world: World, task: ScanChunk) -> None:

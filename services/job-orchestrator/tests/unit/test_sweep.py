@@ -29,7 +29,7 @@ from scanfleet.contracts.messages import (
     JobStatus,
     Run,
 )
-from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_RESULTS, SCAN_TASKS
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_RESULTS, SCAN_TASKS
 from scanfleet.errors import DependencyError
 from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_testing.chunk_grants import grants
@@ -42,9 +42,46 @@ async def test_old_event_in_an_outbox_is_published(world: World) -> None:
     await world.store.jobs.insert([job])
     await world.only.sweeper.sweep()
     assert [event.seq for event in world.events(9)] == [1, 2]
+    await world.only.outbox.empty()
     assert (await world.store.jobs.get([9]))[9].outbox == ()
     await world.only.sweeper.sweep()
     assert len(world.events(9)) == 2
+
+
+async def test_partition_without_a_leader_ends_no_sweep(world: World) -> None:
+    """Events that cannot be published stop neither the other repairs nor the events of other partitions, sent once each."""
+    world.bus.broker.leaderless = {(SCAN_EVENTS.name, SCAN_EVENTS.partition_of("1"))}
+    await world.store.jobs.insert([scan_job(1), replace(scan_job(2, made=1), status=JobStatus.RUNNING)])
+    await world.store.chunks.insert([chunk(id="2-0", job_id=2, state=ChunkState.STORED, outcomes="asdt")])
+    for _ in range(30):
+        world.now += 1.0
+        await world.only.sweeper.sweep()
+        await world.only.outbox.empty()
+    assert (await world.store.jobs.get([2]))[2].status is JobStatus.COMPLETED
+    assert [event.seq for event in world.events(2)] == [1, 2]
+    world.bus.broker.leaderless.clear()
+    await world.only.sweeper.sweep()
+    assert [event.seq for event in world.events(1)] == [1]
+
+
+async def test_failed_part_of_a_sweep_does_not_stop_the_others() -> None:
+    """A census that takes too long fails its sweep, which publishes old events and repairs jobs all the same."""
+    store = MemoryStore()
+    store.chunks = UncountedChunks(store.data)
+    world = World(store)
+    await world.start()
+    await store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING)])
+    await store.chunks.insert([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
+    with pytest.raises(DependencyError):
+        await world.only.sweeper.sweep()
+    assert [event.seq for event in world.events(9)] == [1, 2]
+
+
+class UncountedChunks(MemoryChunks):
+    """Cannot count the chunks of all jobs in time."""
+
+    async def census(self) -> Counter[ChunkState]:
+        raise DependencyError("the census took too long")
 
 
 async def test_fresh_event_is_left_to_its_replica(world: World) -> None:
