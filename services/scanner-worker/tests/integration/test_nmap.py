@@ -634,7 +634,7 @@ async def test_scan_service_detection_runs_only_recorded_scripts(make_chunk: Mak
     recorded = scripts_of(make_chunk({"service_detection": True, "scripts": ["banner"]}).policy)
     assert recorded == ("banner", *sorted(VERSION_SCRIPTS))
     without_targets = ("-n", "-Pn", "-sT", "-iL", os.devnull)
-    _, output, _ = await nmap._output((*without_targets, "-d2", "-sV", "--script", "banner"))
+    output = await nmap._list("scripts", (*without_targets, "-d2", "-sV", "--script", "banner"))
     assert sorted(re.findall(rb"NSE: Loaded '[^']*/([a-z-]+)\.nse'", output)) == [name.encode() for name in recorded]
 
 
