@@ -18,8 +18,9 @@ from typing import Any, Final
 import httptools
 import structlog
 from prometheus_client import Counter
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from scanfleet.runtime.proxies import Proxies, client_network
@@ -150,6 +151,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._receiving = False  # between the first byte of a request and its last
         self._header_bytes = 0
         self._header_lines = 0
+        self._upgrading = False  # the parser skips the body of the current request
+        self._running: RequestResponseCycle | None = None
         self._silent = 0  # bytes since the parser's last callback, which it buffers
         self._refusal: tuple[int, str] | None = None
         self._head_timer: asyncio.TimerHandle | None = None
@@ -189,6 +192,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True  # uvicorn notifies only the request that was received last
+            self._running.message_event.set()
         self._front.release(self)
         for timer in (self._head_timer, self._stall_timer, self._linger_timer):
             _cancel(timer)
@@ -203,9 +209,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         try:
             self._feed(data)
-        except httptools.HttpParserUpgrade:
-            self.cycle.keep_alive = False  # the request is answered as received; the parser accepts nothing more
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the latter of a CONNECT
             self._receiving = True  # everything that follows belongs to it
             self._refuse(*(self._refusal or (400, "the request is not valid HTTP/1.1")))
         if not self._owes and (self._in_head or not self._receiving):
@@ -216,9 +220,26 @@ class BoundedProtocol(HttpToolsProtocol):
         for start in range(0, len(data), _SLICE):
             piece = view[start : start + _SLICE]
             self._silent += len(piece)
-            self.parser.feed_data(piece)
+            try:
+                self.parser.feed_data(piece)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._parse_without_upgrade()
+                self.parser.feed_data(piece[upgrade.args[0] :])
             if self._silent > MAX_HEADER_BYTES:
                 self._over(431, _TOO_LARGE)
+
+    def _parse_without_upgrade(self) -> None:
+        """Parse the head of the request again without its Upgrade header, with which the parser would skip the body.
+
+        Raises:
+            httptools.HttpParserUpgrade: the request is a CONNECT.
+        """
+        lines = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        version = self.parser.get_http_version().encode()
+        head = b"%b %b HTTP/%b\r\n%b\r\n" % (self.parser.get_method(), self.url, version, b"".join(lines))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.parser.feed_data(head)
 
     def _over(self, status: int, error: str) -> None:
         """Stop the parser, from within one of its callbacks or outside."""
@@ -254,7 +275,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer = None
         if len(self.pipeline) >= MAX_PIPELINED:
             self._over(400, f"more than {MAX_PIPELINED} pipelined requests")
-        super().on_headers_complete()
+        self._upgrading = self.parser.should_upgrade()
+        if not self._upgrading:
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._silent = 0
@@ -265,9 +288,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._receiving = False
         _cancel(self._linger_timer)
         self._linger_timer = None
-        super().on_message_complete()
+        if not self._upgrading:
+            super().on_message_complete()
 
     # Callbacks of the server
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -276,12 +304,15 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stall_timer = self.loop.call_later(self._front.stalled_seconds, self.abort)
+        self._abort_if_stalled()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        _cancel(self._stall_timer)
-        self._stall_timer = None
+        if self._closing.is_closing():
+            self._abort_if_stalled()  # it is not paused again for the data that is left
+        else:
+            _cancel(self._stall_timer)
+            self._stall_timer = None
 
     # End of a connection
 
@@ -323,7 +354,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._linger()
         else:
             raw.close()
-            self._stall_timer = self._stall_timer or self.loop.call_later(self._front.stalled_seconds, self.abort)
+            if self._stall_timer is None:
+                self._abort_if_stalled()
+
+    def _abort_if_stalled(self) -> None:
+        _cancel(self._stall_timer)
+        self._stall_timer = self.loop.call_later(self._front.stalled_seconds, self.abort)
 
     def _linger(self) -> None:
         self.flow.resume_reading()

@@ -40,6 +40,7 @@ _SHARED: Final[dict[str, Any]] = {
     "access_log": False,  # `scanfleet.runtime.service` logs each request with its route and request id
     "server_header": False,
     "proxy_headers": False,
+    "reset_contextvars": True,  # a pipelined request would log the context of the one before it
 }
 
 _log = structlog.stdlib.get_logger(__name__)

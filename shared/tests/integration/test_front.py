@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 import uvicorn
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from scanfleet.runtime import front, service
 from scanfleet.runtime.front import BoundedProtocol
@@ -45,6 +45,19 @@ async def read_whole(request: Request) -> int:
 async def wait(request: Request) -> None:
     request.app.state.asked += 1
     await request.app.state.answer.wait()
+
+
+@router.get("/watch")
+async def watch(request: Request) -> None:
+    request.app.state.asked += 1
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    request.app.state.answer.set()
+
+
+@router.get("/buffered")
+async def buffered() -> Response:
+    return Response(b"x" * 32_000_000)
 
 
 @router.get("/large")
@@ -122,6 +135,10 @@ class Served:
     @property
     def connections(self) -> int:
         return len(self._server.server_state.connections)
+
+    @property
+    def protocols(self) -> list[BoundedProtocol]:
+        return [each for each in self._server.server_state.connections if isinstance(each, BoundedProtocol)]
 
     async def connect(self, source: str = "127.0.0.1") -> Connection:
         connection = Connection(*await asyncio.open_connection(*self._address, local_addr=(source, 0)))
@@ -307,12 +324,46 @@ async def test_trailers_are_no_headers(served: Served) -> None:
     assert (await connection.ask(HEAD + b"\r\n")).json == 1
 
 
-async def test_upgrade_is_ignored(served: Served) -> None:
-    """A request for another protocol is answered as HTTP."""
+UPGRADE: Final = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAAAAMAAAAA\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_", "found"),
+    [
+        (HEAD + UPGRADE + b"\r\n", 3),
+        (b"PUT /thing HTTP/1.1\r\nHost: x\r\n" + UPGRADE + b"Content-Length: 16350\r\n\r\n" + b"x" * 16_350, 16_350),
+        (CHUNKED.replace(b"\r\n\r\n", b"\r\n" + UPGRADE + b"\r\n") + b"4\r\nxxxx\r\n0\r\n\r\n", 4),
+    ],
+    ids=["no body", "length", "chunked"],
+)
+async def test_upgrade_is_ignored(served: Served, request_: bytes, found: int) -> None:
+    """A request for another protocol is answered as HTTP, body included, and so are those behind it."""
     connection = await served.connect()
-    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    answer = await connection.ask(HEAD + upgrade)
-    assert (answer.status, answer.headers["connection"]) == (200, "close")
+    assert (await connection.ask(request_)).json == found
+    connection.send(request_ + HEAD + b"\r\n")
+    assert (await connection.answer()).json == found
+    assert (await connection.answer()).json == 1
+    for byte in request_[:400]:
+        connection.send(bytes([byte]))
+        await asyncio.sleep(0)
+    assert (await connection.ask(request_[400:])).json == found
+
+
+async def test_connect_is_refused(served: Served) -> None:
+    """A request for a tunnel is refused, and what follows is not parsed."""
+    connection = await served.connect()
+    answer = await connection.ask(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\nanything")
+    assert (answer.status, answer.headers["connection"]) == (400, "close")
+    assert await connection.closed()
+
+
+async def test_stream_with_a_request_behind_it_ends_with_its_client(served: Served) -> None:
+    """A request in progress is notified that its client has gone, also when another one waits behind it."""
+    connection = await served.connect()
+    connection.send(b"GET /watch HTTP/1.1\r\nHost: x\r\n\r\n" + HEAD + b"\r\n")
+    await until(lambda: served.app.state.asked)
+    connection.writer.transport.abort()
+    await until(served.app.state.answer.is_set)
 
 
 @pytest.mark.proves("A19")
@@ -385,4 +436,18 @@ async def test_client_that_reads_nothing_is_cut_off() -> None:
         connection.writer.transport.pause_reading()  # type: ignore[attr-defined] # it is a read transport too
         connection.send(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
         await until(lambda: served.connections == 1)
+        await until(lambda: served.connections == 0)
+
+
+@pytest.mark.proves("A19")
+async def test_client_that_reads_a_part_of_a_complete_answer_is_cut_off() -> None:
+    """The timeout of a connection that only sends its rest goes on when the client has read a part of it."""
+    async with serve(stalled_seconds=0.5) as served:
+        connection = await served.connect()
+        connection.writer.transport.pause_reading()  # type: ignore[attr-defined] # it is a read transport too
+        connection.send(b"GET /buffered HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        await until(lambda: [each for each in served.protocols if each.flow.write_paused])
+        (protocol,) = served.protocols
+        assert protocol.transport.is_closing()
+        protocol.resume_writing()  # as the transport does when little is left
         await until(lambda: served.connections == 0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
+import structlog
 from fastapi import APIRouter, FastAPI
 
 from scanfleet.errors import DependencyError
@@ -29,6 +30,13 @@ router = APIRouter()
 @router.get("/thing")
 async def thing() -> int:
     return 1
+
+
+@router.get("/context")
+async def context() -> list[str]:
+    before = list(structlog.contextvars.get_contextvars())
+    structlog.contextvars.bind_contextvars(of_this_request=1)
+    return before
 
 
 class Settings(CommonSettings, ApiSettings):
@@ -104,6 +112,19 @@ async def test_ports_serve_only_their_own_paths(parts: Parts) -> None:
             assert (await asking.get(path)).status_code == 200
             answer = await requests.get(path)
             assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
+
+
+async def test_pipelined_request_has_no_log_context_of_the_one_before(parts: Parts) -> None:
+    """What a request binds to its log lines is not bound to those of the next one on the same connection."""
+    async with running(parts, with_api()) as server:
+        reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
+        ask = b"GET /context HTTP/1.1\r\nHost: x\r\n"
+        writer.write(ask + b"\r\n" + ask + b"Connection: close\r\n\r\n")
+        async with asyncio.timeout(LIMIT):
+            answers = await reader.read()
+        writer.close()
+    assert answers.count(b"request_id") == 2
+    assert b"of_this_request" not in answers
 
 
 async def test_service_without_an_api_listens_only_for_probes(parts: Parts) -> None:
