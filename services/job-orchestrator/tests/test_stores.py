@@ -287,9 +287,10 @@ async def test_reject_changes_an_accepted_command_once(store: Store) -> None:
     """Rejecting changes an accepted command once; an earlier decision stays."""
     cancel_ = command(jobs=(), cancels=3, body="")
     await store.commands.insert([cancel_])
-    await store.commands.reject("c-1", 400, "too late", "state")
-    await store.commands.reject("c-1", 404, "other", "owner")
     rejected = replace(cancel_, state="rejected", status=400, error="too late", rule="state")
+    await store.commands.reject([rejected])
+    await store.commands.reject([replace(rejected, status=404, error="other", rule="owner")])
+    await store.commands.reject([])
     assert (await store.commands.get(["c-1"]))["c-1"] == rejected
 
 
@@ -899,8 +900,7 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
     assert (await store.dispatch.queue(7, 10, THEN, raw=False))[1] == Candidate(
         "1-0", 7, 1, 0.5, needs_raw=False, failed_by=("w-1",)
     )
-    assert await store.dispatch.first_turn(7) == 3
-    assert await store.dispatch.first_turn(99) == 0
+    assert await store.dispatch.first_turns({7, 8, 99}) == {7: 3, 8: 0}
 
 
 async def test_census_counts_unfinished_jobs_and_chunks(store: Store) -> None:

@@ -125,8 +125,8 @@ class CommandRepository(Protocol):
     async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
         """Return the commands with these users and idempotency keys, without their jobs, which may be a thousand each."""
 
-    async def reject(self, command_id: str, status: int, error: str, rule: str) -> None:
-        """Reject an accepted cancel that came too late."""
+    async def reject(self, commands: Sequence[Command]) -> None:
+        """Store these rejections of accepted cancels that came too late; the first one of a command stands."""
 
 
 class JobRepository(Protocol):
@@ -329,8 +329,8 @@ class DispatchRepository(Protocol):
         Without those of the jobs to `skip`, and of jobs of which one of the first chunks cannot be read.
         """
 
-    async def first_turn(self, user_id: int) -> int:
-        """Return the lowest turn among the user's queued chunks, or 0."""
+    async def first_turns(self, users: Collection[int]) -> dict[int, int]:
+        """Return the lowest turn of the queued chunks of those of these users who have any."""
 
     async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
         """Return the chunks that workers hold; with `partitions` only those of jobs in these partitions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from typing import Final
@@ -258,16 +259,18 @@ class Commands(PartitionListener):
         # The first of several commands for one job cancels it.
         ended = await self._end({job_id: id_ for id_, job_id in reversed(allowed.items())})
         answers: dict[str, Reply] = {}
+        rejected: list[Command] = []
         for command in commands:
             job = ended.get(allowed.get(command.id, 0))
             if job is None:
                 rule = Rule.OWNER if jobs.get(command.cancels or 0) else Rule.REQUEST
-                answers[command.id] = await self._too_late(command, 404, "Job not found", rule)
+                rejected.append(_refuse(command, 404, "Job not found", rule))
             elif job.cancel_command == command.id:
                 answers[command.id] = CommandAccepted(command_id=command.id, jobs=(job.view,))
             else:
-                answers[command.id] = await self._too_late(command, 400, f"Job is already {job.status}", Rule.STATE)
-        return answers
+                rejected.append(_refuse(command, 400, f"Job is already {job.status}", Rule.STATE))
+        await self._commands.reject(rejected)
+        return answers | {each.id: _rejected(each.id, each.status, each.error, each.rule) for each in rejected}
 
     async def _end(self, commands: Mapping[int, str | None]) -> dict[int, ScanJob]:
         """Cancel those of these jobs that have not ended, each with its command if there is one; return all final jobs.
@@ -294,9 +297,9 @@ class Commands(PartitionListener):
                     ended[job.id] = job
         raise DependencyError(f"jobs were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
 
-    async def _too_late(self, command: Command, status: int, error: str, rule: Rule) -> Reply:
-        await self._commands.reject(command.id, status, error, rule)
-        return _rejected(command.id, status, error, rule)
+
+def _refuse(command: Command, status: int, error: str, rule: Rule) -> Command:
+    return replace(command, state="rejected", status=status, error=error, rule=rule)
 
 
 def _groups(records: Iterable[Record[_Message]]) -> Iterator[Sequence[Record[_Message]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
@@ -391,9 +390,8 @@ class Reconciler:
 
     async def _first_turns(self, jobs: Iterable[ScanJob]) -> Mapping[int, int]:
         """Return the turn at which new jobs of each user begin."""
-        users = sorted({job.user_id for job in jobs if not job.made and not job.final})
-        turns = await asyncio.gather(*(self._dispatch.first_turn(user) for user in users))
-        return dict(zip(users, turns, strict=True))
+        users = {job.user_id for job in jobs if not job.made and not job.final}
+        return await self._dispatch.first_turns(users) if users else {}
 
     def _remember(self, job_id: int) -> None:
         self._started[job_id] = None

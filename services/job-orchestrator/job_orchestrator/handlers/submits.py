@@ -19,7 +19,7 @@ from job_orchestrator.domain.proposal import Checks, Proposal, Refusal
 from job_orchestrator.domain.quotas import QuotaError, Request, Usage
 from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.usage import Usages
+from job_orchestrator.handlers.recent import Recent
 from scanfleet.contracts.messages import SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.errors import Rule
@@ -50,11 +50,11 @@ class Submits:
         clock: PlatformTime,
     ) -> None:
         self._jobs = jobs
-        self._dispatch = dispatch
         self._policies = policies
         self._subnets = subnets
         self._checks = checks
-        self._usages = Usages(jobs, clock)
+        self._usages = Recent(jobs.usage, Usage(), clock)
+        self._first_turns = Recent(dispatch.first_turns, 0, clock)  # they order only the jobs of one user
         self._clock = clock
 
     async def decide(self, submits: Sequence[SubmitJobs]) -> list[Command]:
@@ -78,7 +78,7 @@ class Submits:
             self._policies.get({(submit.user_id, submit.policy_id) for submit in submits}),
             self._subnets.get({(submit.user_id, id_) for submit in submits for id_ in submit.subnet_ids}),
             self._jobs.take_ids(sum(len(submit.subnet_ids) for submit in submits)),
-            self._first_turns(users),
+            self._first_turns.of(users),
         )
         decided = [await self._check(submit, policies, subnets) for submit in submits]
         ids = iter(taken)
@@ -114,11 +114,6 @@ class Submits:
             except QuotaError as error:
                 errors[submit.command_id] = error
         return errors
-
-    async def _first_turns(self, users: AbstractSet[int]) -> Mapping[int, int]:
-        """Return the turn at which new jobs of each user begin."""
-        turns = await asyncio.gather(*(self._dispatch.first_turn(user) for user in users))
-        return dict(zip(users, turns, strict=True))
 
     async def estimate(self, user_id: int, roles: AbstractSet[str], policy: ScanPolicy, target: Target) -> Proposal:
         """Return the result that a submit of this scan would have, with every reason to refuse it; store nothing.

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-from pymongo import IndexModel
+from pymongo import IndexModel, UpdateOne
 
 from job_orchestrator.domain.command import Command
 from job_orchestrator.repository import documents
@@ -60,9 +60,16 @@ class MongoCommands:
         return {(each["user_id"], each["idempotency_key"]): documents.read_command(each) async for each in found}
 
     @dependency_errors()
-    async def reject(self, command_id: str, status: int, error: str, rule: str) -> None:
-        rejection = {"state": "rejected", "status": status, "error": error, "rule": rule}
-        await self._commands.update_one({"_id": command_id, "state": "accepted"}, {"$set": rejection})
+    async def reject(self, commands: Sequence[Command]) -> None:
+        writes = [
+            UpdateOne(
+                {"_id": each.id, "state": "accepted"},
+                {"$set": {"state": each.state, "status": each.status, "error": each.error, "rule": each.rule}},
+            )
+            for each in commands
+        ]
+        if writes:
+            await self._commands.bulk_write(writes, ordered=False)
 
     async def accepted_submits(self) -> AsyncIterator[Command]:
         """Yield every command that created jobs."""

@@ -27,10 +27,14 @@ class MemoryCommands(MemoryRepository):
     async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
         return {key: replace(command, jobs=()) for key in keys if (command := self._with_key(key)) is not None}
 
-    async def reject(self, command_id: str, status: int, error: str, rule: str) -> None:
-        command = self._data.commands[command_id]
-        if command.state == "accepted":
-            self._data.commands[command_id] = replace(command, state="rejected", status=status, error=error, rule=rule)
+    async def reject(self, commands: Sequence[Command]) -> None:
+        accepted = {each.id: each for each in commands if self._data.commands[each.id].state == "accepted"}
+        self._data.commands |= {
+            id_: replace(
+                self._data.commands[id_], state=each.state, status=each.status, error=each.error, rule=each.rule
+            )
+            for id_, each in accepted.items()
+        }
 
     def _with_key(self, key: tuple[int, str]) -> Command | None:
         every = self._data.commands.values()

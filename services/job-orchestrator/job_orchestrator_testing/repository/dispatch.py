@@ -39,9 +39,12 @@ class MemoryDispatch(MemoryRepository):
             for chunk in sorted(mine, key=lambda chunk: chunk.turn)[:limit]
         ]
 
-    async def first_turn(self, user_id: int) -> int:
-        queued = (chunk for chunk in self._data.chunks.values() if chunk.state is ChunkState.QUEUED)
-        return min((chunk.turn for chunk in queued if chunk.user_id == user_id), default=0)
+    async def first_turns(self, users: Collection[int]) -> dict[int, int]:
+        turns: dict[int, int] = {}
+        for chunk in self._data.chunks.values():
+            if chunk.state is ChunkState.QUEUED and chunk.user_id in users:
+                turns[chunk.user_id] = min(chunk.turn, turns.get(chunk.user_id, chunk.turn))
+        return turns
 
     async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
         return [

@@ -40,7 +40,7 @@ async def _part_of_job(store: MongoStore) -> None:
 QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "commands.get": (lambda store: store.commands.get(["c-1", "c-2"]), 5),
     "commands.by_key": (lambda store: store.commands.by_key([(7, "k-7"), (8, "k-8")]), 5),
-    "commands.reject": (lambda store: store.commands.reject("c-1", 400, "", ""), 2),
+    "commands.reject": (lambda store: store.commands.reject([Command(id="c-1", user_id=1, state="rejected")]), 2),
     "audit.page": (lambda store: store.audit.page(0, 10), 20),
     "audit.page by subject": (lambda store: store.audit.page(0, 10, subject="7"), 20),
     "audit.page by request": (lambda store: store.audit.page(0, 10, request_id="r-7"), 20),
@@ -100,7 +100,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
         lambda store: store.dispatch.queue(3, 5, LATER, raw=True, skip=[3]),
         CHUNKS // USERS,
     ),
-    "dispatch.first_turn": (lambda store: store.dispatch.first_turn(3), 5),
+    "dispatch.first_turns": (lambda store: store.dispatch.first_turns({3, 4}), 6),
     "dispatch.held": (lambda store: store.dispatch.held(), 3 * USERS),
     "dispatch.clocks": (lambda store: store.dispatch.clocks([3, 99]), USERS + 5),
     "dispatch.deactivate_clocks": (lambda store: store.dispatch.deactivate_clocks(), 8 * USERS),

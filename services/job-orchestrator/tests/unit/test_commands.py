@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -634,9 +634,14 @@ class _CountingRepository:
 
     def __getattr__(self, name: str) -> object:
         found = getattr(self._repository, name)
-        if inspect.iscoroutinefunction(found):
+        if not inspect.iscoroutinefunction(found):
+            return found
+
+        async def counted(*arguments: Any, **named: Any) -> Any:
             self._calls[f"{self._name}.{name}"] += 1
-        return found
+            return await found(*arguments, **named)
+
+        return counted
 
 
 async def counting_world() -> tuple[CountingStore, World]:
@@ -647,18 +652,54 @@ async def counting_world() -> tuple[CountingStore, World]:
 
 
 async def test_round_trips_of_a_batch_do_not_grow_with_its_commands() -> None:
-    """Submits of one user in one batch cost as many calls of the store as one submit, their first chunks included."""
-    for count in (1, 100):
+    """Submits in one batch cost as many calls of the store as one submit, their first chunks included; so for other users."""
+    for users, count in ((1, 1), (1, 100), (50, 1)):
         store, world = await counting_world()
-        policy_id, subnets = await world.add("127.9.8.0/30")
-        for _ in range(count):
-            await world.send(policy_id, subnets)
+        for user_id in range(1, users + 1):
+            policy_id, subnets = await world.add("127.9.8.0/30", user_id=user_id)
+            for _ in range(count):
+                await world.send(policy_id, subnets, user_id=user_id)
         store.calls.clear()
         await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
         await world.only.reconciler.work()
-        reads = {"commands.by_key", "policies.get", "subnets.get", "jobs.take_ids", "jobs.usage", "dispatch.first_turn"}
+        reads = {
+            "commands.by_key",
+            "policies.get",
+            "subnets.get",
+            "jobs.take_ids",
+            "jobs.usage",
+            "dispatch.first_turns",
+        }
         writes = {"commands.insert", "jobs.insert", "chunks.insert", "audit.add"}
         assert {name: calls for name, calls in store.calls.items() if calls} == dict.fromkeys(reads | writes, 1)
+
+
+async def test_late_cancels_of_a_batch_are_rejected_in_one_write() -> None:
+    """Fifty cancels of ended jobs in one batch cost as many calls of the store as one."""
+    costs = []
+    for count in (1, 50):
+        store, world = await counting_world()
+        ended = [replace(scan_job(id_), status=JobStatus.COMPLETED) for id_ in range(1, count + 1)]
+        await world.store.jobs.insert(ended)
+        commands = [await world.cancel(job.id) for job in ended]
+        store.calls.clear()
+        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+        assert {world.replies(command)[0].error for command in commands} == {"Job is already completed"}
+        assert store.calls["commands.reject"] == 1
+        costs.append(store.calls.total())
+    assert costs[0] == costs[1]
+
+
+async def test_first_turn_is_not_read_for_each_command() -> None:
+    """A user who submits without a pause costs one read of their queue a second."""
+    store, world = await counting_world()
+    policy_id, subnets = await world.add("127.9.8.0/30")
+    store.calls.clear()
+    for seconds, reads in ((0.0, 1), (0.9, 1), (0.1, 2)):
+        world.now += seconds
+        await world.send(policy_id, subnets)
+        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+        assert store.calls["dispatch.first_turns"] == reads
 
 
 async def test_small_job_costs_few_round_trips_and_records() -> None:
