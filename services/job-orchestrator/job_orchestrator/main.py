@@ -22,6 +22,7 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import Audit
 from job_orchestrator.handlers.chunks import ChunkChanger
+from job_orchestrator.handlers.clocks import UserClocks
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
 from job_orchestrator.handlers.dispatch import Dispatcher
@@ -89,10 +90,9 @@ class Orchestrator:
         deletes_per_second: int,
     ) -> None:
         faults = Faults()
-        held = HeldChunks(
-            store.dispatch, clock, alone=lambda: len(self.progress.partitions) == SCAN_PROGRESS.partitions
-        )
-        changer = ChunkChanger(store.chunks, store.dispatch, held)
+        self.clocks = UserClocks(store.dispatch, clock, self._alone)
+        held = HeldChunks(store.dispatch, clock, self._alone)
+        changer = ChunkChanger(store.chunks, self.clocks, held)
         self.grants = JobGrants(grants, rules.nat64)
         self.outbox = Outbox(store.jobs, publisher)
         self.reporter = Reporter(
@@ -183,7 +183,13 @@ class Orchestrator:
             skips=skips,
         )
         self.dispatcher = Dispatcher(
-            dispatch=store.dispatch, held=held, fleet=self.fleet, skips=skips, tasks=tasks, clock=clock
+            dispatch=store.dispatch,
+            clocks=self.clocks,
+            held=held,
+            fleet=self.fleet,
+            skips=skips,
+            tasks=tasks,
+            clock=clock,
         )
         self.sweeper = Sweeper(
             jobs=store.jobs,
@@ -215,9 +221,13 @@ class Orchestrator:
             )
         )
         sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep, vital=False)
-        self.request_loops = (self.reconciler.loop, self.outbox.loop, self.deletions.loop)
+        self.request_loops = (self.reconciler.loop, self.outbox.loop, self.deletions.loop, self.clocks.loop)
         """They continue what requests began, so that every replica runs them."""
         self.job_loops = (self.reporter.loop, self.dispatcher.loop, sweep)
+
+    def _alone(self) -> bool:
+        """Return whether this replica handles the reports on all chunks."""
+        return len(self.progress.partitions) == SCAN_PROGRESS.partitions
 
 
 def _handled(topic: Topic[M], handler: Handler[M]) -> tuple[Topic, Handler[Any]]:
@@ -290,6 +300,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 orchestrator.grants,
                 clock.now,
             )
+            stack.push_async_callback(orchestrator.clocks.close)
             seal = Loop("audit seal", _SEAL_SECONDS, store.audit.seal, vital=False)
             loops: list[Loop | Consumer] = [
                 Loop("time", _TIME_SECONDS, clock.refresh),

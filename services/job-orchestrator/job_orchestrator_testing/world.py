@@ -291,6 +291,7 @@ class World:
             await self.catch_up()
             for replica in self.replicas:
                 await replica.reporter.report()
+                await replica.clocks.store()
                 await replica.sweeper.sweep()
                 await replica.deletions.step()
             await self.settle()

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from job_orchestrator.domain.attempts import Probed
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, Token, elapsed
-from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository
+from job_orchestrator.domain.ports import ChunkRepository
+from job_orchestrator.handlers.clocks import UserClocks
 from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.contracts.messages import ChunkScanned, StopChunk
@@ -49,9 +50,9 @@ class Changed:
 class ChunkChanger:
     """Changes chunks, and charges their users for attempts that end."""
 
-    def __init__(self, chunks: ChunkRepository, dispatch: DispatchRepository, held: HeldChunks) -> None:
+    def __init__(self, chunks: ChunkRepository, clocks: UserClocks, held: HeldChunks) -> None:
         self._chunks = chunks
-        self._dispatch = dispatch
+        self._clocks = clocks
         self._held = held
         self._running: dict[str, Chunk] = {}
         """Running chunks that this replica stored last, unless another one has changed them since."""
@@ -128,7 +129,7 @@ class ChunkChanger:
         for each in changed:
             if each.before.state in HELD and each.after.state not in HELD:
                 seconds[each.after.user_id] += elapsed(each.before, now)
-        await self._dispatch.charge(seconds)
+        await self._clocks.charge(seconds)
 
 
 def stop(token: Token, reason: str) -> StopChunk:

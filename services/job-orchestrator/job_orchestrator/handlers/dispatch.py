@@ -12,6 +12,7 @@ from job_orchestrator.domain import fairness
 from job_orchestrator.domain.fairness import Credit, Held
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.handlers.clocks import UserClocks
 from job_orchestrator.handlers.fleet import Fleet
 from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator.handlers.skips import Skips
@@ -45,6 +46,7 @@ class Dispatcher:
         self,
         *,
         dispatch: DispatchRepository,
+        clocks: UserClocks,
         held: HeldChunks,
         fleet: Fleet,
         skips: Skips,
@@ -52,6 +54,7 @@ class Dispatcher:
         clock: PlatformTime,
     ) -> None:
         self._dispatch = dispatch
+        self._clocks = clocks
         self._held = held
         self._fleet = fleet
         self._skips = skips
@@ -129,7 +132,7 @@ class Dispatcher:
         if not users:
             return False
         room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers))
-        known = await self._dispatch.clocks(users)
+        known = await self._clocks.known(users, self._held.read_at)
         clocks = fairness.wake(known, users)
         times = fairness.tags(clocks, held, now)
         neediest = sorted(times, key=times.__getitem__)[:_USERS]
@@ -149,8 +152,7 @@ class Dispatcher:
             if len(picks) == room:
                 break
         woken = [clock for clock in clocks.values() if clock != known.users.get(clock.user_id)]
-        if woken or picks:
-            await self._dispatch.wake_clocks(woken, max(known.virtual, round_.virtual))
+        await self._clocks.advance(woken, round_.virtual)
         if not picks:
             return False
         return await self._tasks.send(picks) or len(picks) == room

@@ -26,6 +26,7 @@ class HeldChunks:
         alone: whether this replica handles the reports on all chunks.
 
     Attributes:
+        read_at: monotonic time of the last read.
         certain: whether `known` last returned nothing that another replica may have ended since.
     """
 
@@ -36,7 +37,7 @@ class HeldChunks:
         self._held: dict[str, Held] = {}
         self._since: dict[str, Held | None] = {}
         """Own changes since the last read began, which may be missing in its result; None for an end."""
-        self._read_at = float("-inf")
+        self.read_at = float("-inf")
         self._lock = asyncio.Lock()
         self.certain = True
 
@@ -49,7 +50,7 @@ class HeldChunks:
         async with self._lock:
             alone = self._alone()
             most = _ALONE_SECONDS if alone else max(_SHARED_SECONDS, len(self._held) * _READ_SECONDS)
-            old = self._clock.monotonic() - self._read_at >= most
+            old = self._clock.monotonic() - self.read_at >= most
             if old:
                 await self._read()
             self.certain = alone or old
@@ -79,11 +80,11 @@ class HeldChunks:
 
     def expire(self) -> None:
         """Read again at the next use: another replica has changed chunks."""
-        self._read_at = float("-inf")
+        self.read_at = float("-inf")
 
     async def _read(self) -> None:
         self._since = {}
-        self._read_at = self._clock.monotonic()  # before the query, so that `expire` counts during it
+        self.read_at = self._clock.monotonic()  # before the query, so that `expire` counts during it
         try:
             read = await self._dispatch.held()
         except BaseException:

@@ -397,6 +397,7 @@ async def test_user_is_charged_the_measured_time_once(world: World) -> None:
     for _ in range(3):
         await world.worker.scanned(task)
     await world.settle()
+    await world.only.clocks.store()
     assert (await world.store.dispatch.clocks([7])).users[7].time == pytest.approx(7.0)
 
 

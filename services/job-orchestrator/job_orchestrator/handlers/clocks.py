@@ -1,0 +1,111 @@
+"""Keep the clocks of users in memory, and store what they advance once a second."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Final
+
+from job_orchestrator.domain.fairness import Clock, Clocks
+from job_orchestrator.domain.ports import DispatchRepository
+from job_orchestrator.domain.time import PlatformTime
+from scanfleet.errors import DependencyError
+from scanfleet.runtime.loop import Loop
+
+_SECONDS: Final = (
+    1.0  # of which a killed replica loses the charges; it is also how old the global virtual time of others may be
+)
+
+
+class UserClocks:
+    """The clocks as they were last read, with what this replica has added since; the loop stores it.
+
+    Args:
+        alone: whether this replica handles the reports on all chunks. Otherwise charges are stored at once: another replica could
+            serve a user again whose attempt it no longer counts as held.
+    """
+
+    def __init__(self, dispatch: DispatchRepository, clock: PlatformTime, alone: Callable[[], bool]) -> None:
+        self._dispatch = dispatch
+        self._clock = clock
+        self._alone = alone
+        self._users: dict[int, Clock] = {}
+        self._virtual = 0.0
+        self._stored_virtual = 0.0
+        self._read_at = float("-inf")
+        self._charged: defaultdict[int, float] = defaultdict(float)
+        """Seconds by user that are not stored yet."""
+        self._lock = asyncio.Lock()
+        self.loop = Loop("clocks", _SECONDS, self.store, vital=False)
+
+    async def charge(self, seconds: Mapping[int, float]) -> None:
+        """Add seconds to the clocks of these users.
+
+        Raises:
+            DependencyError: the database is unavailable; seconds may be lost.
+        """
+        for user, time in seconds.items():
+            self._charged[user] += time
+        if self._charged and not self._alone():
+            async with self._lock:
+                await self._store_charges()
+
+    async def known(self, users: Collection[int], since: float) -> Clocks:
+        """Return the existing clocks of these users; read them if they were last read before the monotonic time `since`.
+
+        Raises:
+            DependencyError: the database is unavailable.
+        """
+        async with self._lock:
+            if self._read_at < since or not self._users.keys() >= set(users):
+                self._read_at = self._clock.monotonic()
+                read = await self._dispatch.clocks(users)
+                self._users = dict(read.users)
+                self._stored_virtual = read.virtual
+                self._virtual = max(self._virtual, read.virtual)
+            clocks = (self._users[user] for user in users if user in self._users)
+            return Clocks(
+                {each.user_id: replace(each, time=each.time + self._charged.get(each.user_id, 0.0)) for each in clocks},
+                self._virtual,
+            )
+
+    async def advance(self, woken: Collection[Clock], virtual: float) -> None:
+        """Raise the global virtual time, and activate these clocks, as computed from those that are `known`.
+
+        Raises:
+            DependencyError: the database is unavailable.
+        """
+        self._virtual = max(self._virtual, virtual)
+        if not woken:
+            return
+        async with self._lock:
+            await self._dispatch.wake_clocks(woken, self._virtual)
+            for clock in woken:
+                self._charged.pop(clock.user_id, None)  # its time contains them
+                self._users[clock.user_id] = clock
+
+    async def store(self) -> None:
+        """Store what was added.
+
+        Raises:
+            DependencyError: the database is unavailable; seconds may be lost.
+        """
+        async with self._lock:
+            await self._store_charges()
+            if self._virtual > self._stored_virtual:
+                await self._dispatch.wake_clocks((), self._virtual)
+                self._stored_virtual = self._virtual
+
+    async def close(self) -> None:
+        """Store what was added since the loop's last step, if the database is available."""
+        with contextlib.suppress(DependencyError):
+            await self.store()
+
+    async def _store_charges(self) -> None:
+        charged, self._charged = self._charged, defaultdict(float)
+        await self._dispatch.charge(charged)  # not repeated after an error: it could add the seconds twice
+        for user in charged.keys() & self._users.keys():
+            self._users[user] = replace(self._users[user], time=self._users[user].time + charged[user])
