@@ -114,9 +114,8 @@ def min_rate(policy: ScanPolicy, ports: PortSet, slices: int = WINDOW) -> int | 
 def plan(policy: ScanPolicy, target: Target) -> Plan:
     """Plan a job of this policy on this target."""
     ports = policy.port_set
-    block = _block_size(policy, ports)
+    block, size = _chunk_size(policy, target.included)
     blocks = -(-ports.tcp_count // block) + -(-ports.udp_count // block)
-    size = min(_slice_size(policy, each, target) for each in _first_blocks(ports, block))
     return Plan(
         addresses=target.network.num_addresses,
         excluded=target.network.num_addresses - target.included,
@@ -246,6 +245,14 @@ def _blanks_before(job: ScanJob, end: int) -> int:
     return blocks * sums[-1] + sums[slices]
 
 
+@lru_cache(maxsize=1_000)  # subnets of the same size that are scanned with the same policy
+def _chunk_size(policy: ScanPolicy, included: int) -> tuple[int, int]:
+    """Return the ports and the addresses of a chunk."""
+    ports = policy.port_set
+    block = _block_size(policy, ports)
+    return block, min(_slice_size(policy, each, included) for each in _first_blocks(ports, block))
+
+
 def _block_size(policy: ScanPolicy, ports: PortSet) -> int:
     """Return the ports of a chunk: the maximum that one address can be probed for within one attempt."""
     allowed = max(ATTEMPT_SECONDS, _OF_HOST_TIMEOUT * policy.host_timeout)
@@ -262,12 +269,12 @@ def _first_blocks(ports: PortSet, size: int) -> list[PortSet]:
     return [part.block(0, size) for part in parts if part.count]
 
 
-def _slice_size(policy: ScanPolicy, ports: PortSet, target: Target) -> int:
+def _slice_size(policy: ScanPolicy, ports: PortSet, included: int) -> int:
     """Return the addresses of a chunk: the largest power of two within the planned duration."""
 
     def fits(size: int) -> bool:
         seconds = estimate(policy, ports, size)
-        short = seconds <= _SHORTEST or (seconds <= _LONGEST and size * _SHARES <= target.included)
+        short = seconds <= _SHORTEST or (seconds <= _LONGEST and size * _SHARES <= included)
         return short and longest(policy, ports, size) <= ATTEMPT_SECONDS
 
     size = 1
