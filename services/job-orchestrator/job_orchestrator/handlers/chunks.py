@@ -27,6 +27,7 @@ _log = structlog.get_logger()
 STOPPED_LATER: Final = "the next heartbeat of each worker is answered with a stop"
 """How the loss of a StopChunk is repaired, for the log."""
 
+_CACHED: Final = HELD | {ChunkState.SCANNED}  # whose next change follows soon, on the replica with the job's partition
 _ROUNDS: Final = 20  # each lost race is progress of another replica; this many in a row are an error
 
 
@@ -40,22 +41,40 @@ class Changed:
     @property
     def stored(self) -> Chunk:
         """The chunk as the next change must find it."""
-        return self.after if self.after == self.before else replace(self.after, rev=self.after.rev + 1)
+        return self.after if self.after == self.before else saved(self.after)
 
     @property
     def moved(self) -> bool:
         return self.before.state is not self.after.state
 
 
-class ChunkChanger:
-    """Changes chunks, and charges their users for attempts that end."""
+def saved(chunk: Chunk) -> Chunk:
+    """Return the chunk as it is stored after a save of this version."""
+    return replace(chunk, rev=chunk.rev + 1)
 
-    def __init__(self, chunks: ChunkRepository, clocks: UserClocks, held: HeldChunks) -> None:
+
+class ChunkChanger:
+    """Changes chunks, and charges their users for attempts that end.
+
+    Held and scanned chunks of the jobs whose reports this replica handles are cached as they were stored last. Another replica may
+    have changed one since: a change of it loses the compare-and-set, and only `enough` decides without reading the chunk.
+
+    Args:
+        partitions: returns the partitions of scan-progress that this replica owns.
+    """
+
+    def __init__(
+        self,
+        chunks: ChunkRepository,
+        clocks: UserClocks,
+        held: HeldChunks,
+        partitions: Callable[[], Collection[int]],
+    ) -> None:
         self._chunks = chunks
         self._clocks = clocks
         self._held = held
-        self._running: dict[str, Chunk] = {}
-        """Running chunks that this replica stored last, unless another one has changed them since."""
+        self._partitions = partitions
+        self._cached: dict[str, Chunk] = {}
 
     async def change(
         self,
@@ -64,7 +83,7 @@ class ChunkChanger:
         now: datetime,
         *,
         charge: bool = True,
-        cached: Callable[[Chunk], bool] | None = None,
+        enough: Callable[[Chunk], bool] = lambda _: False,
         prepare: Callable[[Iterable[Changed]], Awaitable[None]] | None = None,
     ) -> list[Changed]:
         """Apply `decide` to each chunk and store the changes; `decide` runs again for a chunk that lost a race.
@@ -74,8 +93,7 @@ class ChunkChanger:
             decide: returns the new version of a chunk.
             now: platform time.
             charge: whether users are charged for attempts that end; not for those of lost workers.
-            cached: whether a running chunk is decided on as it is cached, instead of reading it. If given, running chunks are
-                cached until `verify` or `forget`; a change of one that another replica has changed loses the race.
+            enough: whether a cached chunk that is not changed need not be read.
             prepare: called with the changes before they are saved.
 
         Raises:
@@ -88,40 +106,42 @@ class ChunkChanger:
                 if charge:
                     await self._charge(done, now)
                 return done
-            changes = [Changed(chunk, decide(chunk)) for chunk in await self._versions(left, cached)]
+            cached = [Changed(chunk, decide(chunk)) for id_ in left if (chunk := self._cached.get(id_))]
+            changes = [each for each in cached if each.after != each.before or enough(each.before)]
+            if unknown := left - {each.before.id for each in changes}:
+                read = await self._chunks.get(unknown)
+                changes += [Changed(chunk, decide(chunk)) for chunk in read.values()]
             if prepare:
                 await prepare(changes)
             for each in changes:
-                self._running.pop(each.before.id, None)
+                self._cached.pop(each.before.id, None)
             left = await self._chunks.save([each.after for each in changes if each.after != each.before])
             stored = [each for each in changes if each.before.id not in left]
             for each in stored:
                 if each.moved:
                     CHUNK_TRANSITIONS.labels(each.after.state).inc()
-                if cached and each.after.state is ChunkState.RUNNING:
-                    self._running[each.after.id] = each.stored
+                self.cache([each.stored])
                 if each.after.state not in HELD:
                     self._held.end(each.after)
             done += stored
         raise DependencyError(f"chunks were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
 
+    def cache(self, chunks: Iterable[Chunk]) -> None:
+        """Keep those of these chunks, as they are stored, that this replica will change next."""
+        mine = self._partitions()
+        self._cached |= {each.id: each for each in chunks if each.state in _CACHED and each.partition in mine}
+
     def verify(self, partitions: Collection[int], held: Collection[Token]) -> None:
         """Keep only those of the cached chunks of jobs in these partitions whose attempts are among those that workers hold."""
-        self._running = {
+        self._cached = {
             id_: chunk
-            for id_, chunk in self._running.items()
+            for id_, chunk in self._cached.items()
             if chunk.partition not in partitions or chunk.token in held
         }
 
     def forget(self, partitions: Collection[int]) -> None:
         """Remove the cached chunks of jobs in these partitions: another replica handles their reports from now on."""
         self.verify(partitions, ())
-
-    async def _versions(self, ids: Collection[str], cached: Callable[[Chunk], bool] | None) -> Iterable[Chunk]:
-        known = {id_: self._running[id_] for id_ in ids if id_ in self._running} if cached else {}
-        known = {id_: chunk for id_, chunk in known.items() if cached and cached(chunk)}
-        read = await self._chunks.get([id_ for id_ in ids if id_ not in known])
-        return (known | read).values()
 
     async def _charge(self, changed: Iterable[Changed], now: datetime) -> None:
         """Charge users for attempts that have ended, by the orchestrator's clock."""

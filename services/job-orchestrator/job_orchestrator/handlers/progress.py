@@ -97,12 +97,12 @@ class Progress(PartitionListener):
                     chunk = self._not_held(chunk, report, effects[chunk.id], now)
             return chunk
 
-        # A heartbeat whose map is unchanged needs no query; a report of an attempt that may have ended is judged by the document.
+        # A heartbeat with an unchanged map needs no query; a report of an attempt that may have ended is judged by the document.
         changed = await self._changer.change(
             by_chunk,
             decide,
             now,
-            cached=lambda chunk: all(holds(chunk, report) for report in by_chunk[chunk.id]),
+            enough=lambda chunk: all(holds(chunk, report) for report in by_chunk[chunk.id]),
             prepare=self._reconciler.reopen,
         )
         self._renew(changed, effects)

@@ -17,7 +17,7 @@ from job_orchestrator.domain.ports import AuditRepository, ChunkRepository, Dele
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.chunks import ChunkChanger, granted
+from job_orchestrator.handlers.chunks import ChunkChanger, granted, saved
 from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator.handlers.skips import Skips
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
@@ -139,6 +139,7 @@ class Tasks:
         losers = await self._chunks.save(dispatched)
         if losers:
             self._held.expire()
+        self._changer.cache(saved(chunk) for chunk in dispatched if chunk.id not in losers)
         return losers
 
     async def _refuse(self, job: ScanJob) -> None:

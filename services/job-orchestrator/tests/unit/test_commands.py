@@ -703,7 +703,7 @@ async def test_first_turn_is_not_read_for_each_command() -> None:
 
 
 async def test_small_job_costs_few_round_trips_and_records() -> None:
-    """A job of one chunk is saved once, at its end, and read once; nothing counts its chunks."""
+    """A job of one chunk is saved once, at its end, and read once; nothing reads or counts its chunks."""
     store, world = await counting_world()
     await world.submit("127.9.8.1/32")
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
@@ -715,7 +715,7 @@ async def test_small_job_costs_few_round_trips_and_records() -> None:
     await world.worker.scanned(task)
     await world.settle()
     assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
-    wanted = {"jobs.get": 2, "jobs.save": 1, "chunks.get": 2, "chunks.save": 2, "chunks.standings": 0}
+    wanted = {"jobs.get": 2, "jobs.save": 1, "chunks.get": 0, "chunks.save": 2, "chunks.standings": 0}
     assert {name: store.calls[name] for name in wanted} == wanted
     records = {topic.name: len(world.bus.messages(topic)) for topic in (SCAN_EVENTS, SCAN_TASKS, SCAN_REPLIES)}
     assert records == {"scan-events": 3, "scan-tasks": 1, "scan-replies": 1}

@@ -260,6 +260,34 @@ async def test_heartbeat_of_a_chunk_that_another_replica_took_is_stopped(
     assert (await chunk_of(world)).state is ChunkState.CANCELLED
 
 
+async def test_verdict_after_a_change_by_another_replica_is_decided_on_the_document(
+    counting: tuple[World, CountingChunks, ScanChunk],
+) -> None:
+    """A verdict on a chunk as this replica stored it last loses the race, and keeps what the other replica has stored."""
+    world, chunks, task = counting
+    world.results = None
+    await world.worker.scanned(task)
+    await world.settle()
+    assert chunks.read == 0
+    await world.store.chunks.save([replace(await chunk_of(world), reason="of another replica")])
+    await world.bus.publish(SCAN_STORED, [ChunkStored(job_id=1, chunk_id="1-0", outcomes="ssss")])
+    await world.settle()
+    assert ((await chunk_of(world)).state, (await chunk_of(world)).reason) == (ChunkState.STORED, "of another replica")
+
+
+async def test_verdict_that_the_cached_chunk_would_ignore_is_decided_on_the_document(
+    counting: tuple[World, CountingChunks, ScanChunk],
+) -> None:
+    """A verdict on an attempt that another replica has dispatched counts, although this one has not read it."""
+    world, _, task = counting
+    await world.store.chunks.save([replace(await chunk_of(world), attempt=2, outcomes="ssss")])
+    token = {"job_id": 1, "chunk_id": "1-0", "worker_id": task.worker_id}
+    missing = ChunkIncomplete(**token, attempt=2, addresses=("127.9.8.1",))
+    await world.bus.publish(SCAN_STORED, [missing])
+    await world.deliver()
+    assert ((await chunk_of(world)).state, (await chunk_of(world)).outcomes) == (ChunkState.QUEUED, "s.ss")
+
+
 async def test_new_or_frozen_replica_expires_no_lease(world: World, task: ScanChunk) -> None:
     """After a restart, or an hour of being frozen, a lease restarts."""
     await claimed(world, task)
