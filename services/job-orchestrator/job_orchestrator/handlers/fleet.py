@@ -82,9 +82,8 @@ class Fleet(PartitionListener):
 
         The last one of an instance is of its running process: chunks that another process of the instance holds are lost.
         """
-        held = (
-            await self._held.read()
-        )  # first: the previous owner of a partition may just have dispatched chunks to its workers
+        # First: the previous owner of a partition may just have dispatched chunks to its workers.
+        held = await self._held.read()
         self._caught_up |= set(partitions)
         living = {
             instance: each.credit.worker_id

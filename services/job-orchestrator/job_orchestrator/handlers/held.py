@@ -35,8 +35,8 @@ class HeldChunks:
         self._clock = clock
         self._alone = alone
         self._held: dict[str, Held] = {}
-        self._since: dict[str, Held | None] = {}
-        """Own changes since the last read began, which may be missing in its result; None for an end."""
+        self._meanwhile: dict[str, Held | None] | None = None
+        """Own changes during a read, which may be missing in its result; None for an end."""
         self.read_at = float("-inf")
         self._lock = asyncio.Lock()
         self.certain = True
@@ -67,28 +67,38 @@ class HeldChunks:
             return list(self._held.values())
 
     def add(self, chunks: Iterable[Chunk]) -> None:
-        """Add these chunks, which are about to be dispatched."""
+        """Add these chunks, which were just stored as dispatched."""
         for chunk in chunks:
-            self._held[chunk.id] = self._since[chunk.id] = Held.of(chunk)
+            self._set(chunk.id, Held.of(chunk))
 
     def end(self, chunk: Chunk) -> None:
         """Remove the chunk, which workers no longer hold, unless it was dispatched again meanwhile."""
         held = self._held.get(chunk.id)
         if held is None or held.token.attempt <= chunk.attempt:
-            self._held.pop(chunk.id, None)
-            self._since[chunk.id] = None
+            self._set(chunk.id, None)
 
     def expire(self) -> None:
         """Read again at the next use: another replica has changed chunks."""
         self.read_at = float("-inf")
 
+    def _set(self, id_: str, held: Held | None) -> None:
+        if self._meanwhile is not None:
+            self._meanwhile[id_] = held
+        if held is None:
+            self._held.pop(id_, None)
+        else:
+            self._held[id_] = held
+
     async def _read(self) -> None:
-        self._since = {}
+        meanwhile: dict[str, Held | None] = {}
+        self._meanwhile = meanwhile
         self.read_at = self._clock.monotonic()  # before the query, so that `expire` counts during it
         try:
             read = await self._dispatch.held()
         except BaseException:
             self.expire()
             raise
-        held = {each.token.chunk_id: each for each in read} | self._since
+        finally:
+            self._meanwhile = None
+        held = {each.token.chunk_id: each for each in read} | meanwhile
         self._held = {id_: each for id_, each in held.items() if each is not None}

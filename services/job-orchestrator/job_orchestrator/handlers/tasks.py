@@ -23,7 +23,7 @@ from job_orchestrator.handlers.skips import Skips
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.contracts.messages import ScanChunk
 from scanfleet.contracts.messages.topics import SCAN_TASKS
-from scanfleet.errors import Rule
+from scanfleet.errors import DependencyError, Rule
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Publisher
 from scanfleet.scanning.policy import PolicyError, ScanPolicy, executable
@@ -135,11 +135,16 @@ class Tasks:
 
     async def _store(self, dispatched: Sequence[Chunk]) -> set[str]:
         """Store these chunks, which count as held from now on; return the ids of those that another replica has changed."""
-        self._held.add(dispatched)
-        losers = await self._chunks.save(dispatched)
+        try:
+            losers = await self._chunks.save(dispatched)
+        except DependencyError:
+            self._held.expire()
+            raise
         if losers:
             self._held.expire()
-        self._changer.cache(saved(chunk) for chunk in dispatched if chunk.id not in losers)
+        stored = [saved(chunk) for chunk in dispatched if chunk.id not in losers]
+        self._held.add(stored)
+        self._changer.cache(stored)
         return losers
 
     async def _refuse(self, job: ScanJob) -> None:
