@@ -3,8 +3,12 @@
 This module alone decides whether a record is committed, retried, isolated, dead-lettered or dropped. A `Source`
 provides the records.
 
-Rebalances and stops take effect between two batches. They bound the current batch: it ends at once if it waits for a
-dependency, else within `HURRY_SECONDS`. An unfinished batch is dropped without a commit and is redelivered.
+The offsets of handled batches are committed together, at most `COMMIT_SECONDS` after the first of them. So a crash
+redelivers the batches of that time.
+
+Rebalances and stops take effect between two batches, and commit what is handled. They bound the current batch and that
+commit: a batch ends at once if it waits for a dependency, else both end within `HURRY_SECONDS`. An unfinished batch is
+dropped without a commit and is redelivered.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +34,7 @@ from scanfleet.runtime.bus import Handler, M, PartitionListener, Record
 HURRY_SECONDS: Final = 10.0  # for the current batch at a rebalance: a few slow writes
 FIRST_PAUSE: Final = 0.1  # seconds before the first retry: short, for a brief interruption
 LONGEST_PAUSE: Final = 5.0  # maximum retry delay in seconds: notices recovery soon without overloading the dependency
+COMMIT_SECONDS: Final = 0.25  # maximum delay of a commit: short, since a crash redelivers what is not committed
 LOOK_SECONDS: Final = 1.0  # between two queries of the partitions' end offsets
 STALE_SECONDS: Final = 3.0  # maximum age of end offsets that prove "caught up": far below the shortest lease, 10 s
 
@@ -146,6 +152,8 @@ class ConsumerLoop(Generic[M]):
         self._handler_lock = asyncio.Lock()  # serialises calls to the handler
         self._hurry = asyncio.Event()
         self._deadline: asyncio.Timeout | None = None  # of the current call to the handler
+        self._uncommitted: dict[int, int] = {}  # by partition, the offset after the last handled record
+        self._commit_due = math.inf  # on the monotonic clock
         self._epoch = 0  # counts revocations: records polled before one may belong to another member
         self._looked = 0.0
         self._targets: dict[int, _Target] = {}
@@ -167,8 +175,9 @@ class ConsumerLoop(Generic[M]):
     async def stop(self) -> None:
         if self._task is None:
             return
-        self._hurry_up()
+        deadline = self._hurry_up()
         async with self._handler_lock:
+            await self._commit_by(deadline)
             task, self._task = self._task, None
             task.cancel()
         await asyncio.wait([task])
@@ -191,16 +200,20 @@ class ConsumerLoop(Generic[M]):
 
     async def revoked(self, partitions: Collection[int]) -> None:
         self._epoch += 1
-        self._hurry_up()
+        deadline = self._hurry_up()
         async with self._handler_lock:
+            await self._commit_by(deadline)
             self._targets.clear()
             if partitions:
                 await self._partitions.revoked(partitions)
 
-    def _hurry_up(self) -> None:
+    def _hurry_up(self) -> float:
+        """Bound the current batch, and return its deadline on the event loop's clock."""
         self._hurry.set()
+        deadline = asyncio.get_running_loop().time() + HURRY_SECONDS
         if self._deadline is not None:
-            self._deadline.reschedule(asyncio.get_running_loop().time() + HURRY_SECONDS)
+            self._deadline.reschedule(deadline)
+        return deadline
 
     async def _run(self) -> None:
         try:
@@ -211,19 +224,22 @@ class ConsumerLoop(Generic[M]):
             raise
 
     async def _run_once(self) -> None:
+        look_due = self._looked + LOOK_SECONDS
         try:
-            records = await self._source.poll(max(0.0, self._looked + LOOK_SECONDS - time.monotonic()))
+            records = await self._source.poll(max(0.0, min(look_due, self._commit_due) - time.monotonic()))
         except _UNAVAILABLE as error:
             self._set_broker_state(available=False, error=error)
             await asyncio.sleep(FIRST_PAUSE)
             return
         epoch = self._epoch
-        if time.monotonic() >= self._looked + LOOK_SECONDS:
+        if time.monotonic() >= look_due:
             await self._query_ends()
         async with self._handler_lock:
             if epoch != self._epoch:
                 return
             if records and not await self._finish(records):
+                return
+            if time.monotonic() >= self._commit_due and not await self._commit():
                 return
             await self._report()
 
@@ -282,15 +298,12 @@ class ConsumerLoop(Generic[M]):
             self._deadline = None
 
     async def _finish(self, records: Sequence[RawRecord]) -> bool:
-        """Handle and commit one batch; return False when it was dropped."""
+        """Handle one batch; return False when it was dropped."""
         self._taken = time.monotonic()
         try:
             with self._handling.time():
                 async with asyncio.timeout(None) as self._deadline:
                     await self._handle(records)
-                    # Later records of a partition overwrite earlier ones.
-                    offsets = {record.partition: record.offset + 1 for record in records}
-                    await self._retry_until_available(lambda: self._source.commit(offsets))
         except (BatchDroppedError, TimeoutError) as error:
             _log.info(
                 "batch_dropped",
@@ -303,7 +316,46 @@ class ConsumerLoop(Generic[M]):
         finally:
             self._deadline = self._taken = None
             self._blocked = False
+        if not self._uncommitted:
+            self._commit_due = time.monotonic() + COMMIT_SECONDS
+        # Later records of a partition overwrite earlier ones.
+        self._uncommitted |= {record.partition: record.offset + 1 for record in records}
         return True
+
+    async def _commit(self) -> bool:
+        """Commit what is handled, retrying while the broker is unavailable; return False when a rebalance prevents it."""
+        try:
+            await self._retry_until_available(lambda: self._source.commit(self._uncommitted))
+        except BatchDroppedError as error:
+            self._commit_failed(error)
+            return False
+        finally:
+            self._blocked = False
+            self._forget_uncommitted()
+        return True
+
+    async def _commit_by(self, deadline: float) -> None:
+        """Commit what is handled before its partitions are released; what fails is redelivered."""
+        if not self._uncommitted:
+            return
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._source.commit(self._uncommitted)
+        except (BatchDroppedError, *_UNAVAILABLE) as error:
+            self._commit_failed(error)
+        finally:
+            self._forget_uncommitted()
+
+    def _forget_uncommitted(self) -> None:
+        self._uncommitted, self._commit_due = {}, math.inf
+
+    def _commit_failed(self, error: Exception) -> None:
+        _log.info(
+            "commit_failed",
+            consumer=self._name,
+            error=repr(error),
+            next_step="the handled records are redelivered",
+        )
 
     async def _handle(self, records: Sequence[RawRecord]) -> None:
         batch: list[tuple[RawRecord, Record[M]]] = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from uuid import uuid4
 
 import pytest
@@ -16,7 +17,14 @@ from scanfleet.contracts.messages.envelope import RawRecord, encode
 from scanfleet.contracts.messages.topics import SCAN_STORED, SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
-from scanfleet.runtime.consumer import LOOK_SECONDS, ConsumerLoop, Listener, Rejected
+from scanfleet.runtime.consumer import (
+    COMMIT_SECONDS,
+    LOOK_SECONDS,
+    BatchDroppedError,
+    ConsumerLoop,
+    Listener,
+    Rejected,
+)
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until
 
@@ -81,6 +89,108 @@ async def test_records_polled_before_a_revocation_are_not_handled_after_it() -> 
         await until(lambda: script.committed)
     assert [handled.offset for handled in recorder.handled] == [1]
     assert script.committed == [{0: 2}]
+
+
+async def test_commits_of_a_busy_loop_are_bounded_per_second() -> None:
+    """Batches that follow each other share a commit, and the offsets of the last one are committed without another batch."""
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        for offset in range(100):
+            await asyncio.sleep(0.01)
+            yield [record(offset)]
+
+    script, recorder = Script(polls()), Recorder()
+    async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)):
+        began = time.monotonic()
+        await until(lambda: script.committed and script.committed[-1] == {0: 100})
+        seconds = time.monotonic() - began
+    assert len(recorder.handled) == len(recorder.tries) == 100
+    assert len(script.committed) <= seconds / COMMIT_SECONDS + 1
+
+
+@pytest.mark.parametrize("how", ["revocation", "stop"])
+async def test_handled_offsets_are_committed_before_partitions_are_released(how: str) -> None:
+    """A revocation and a stop commit what is handled, before the handler and the source release the partitions."""
+    order: list[object] = []
+
+    class Ordered(Script):
+        async def commit(self, offsets: Mapping[int, int]) -> None:
+            order.append(offsets)
+
+        async def close(self) -> None:
+            order.append("closed")
+
+    class Revoked(Recorder):
+        async def revoked(self, partitions: Collection[int]) -> None:
+            order.append("revoked")
+            await super().revoked(partitions)
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield [record(0)]
+
+    script, recorder = Ordered(polls()), Revoked()
+    async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)):
+        await until(lambda: recorder.handled)
+        if how == "revocation":
+            await script.listener.revoked({0})
+            order.append("released")
+    assert order == ([{0: 1}, "revoked", "released", "closed"] if how == "revocation" else [{0: 1}, "closed"])
+
+
+@pytest.mark.parametrize("error", [DependencyError("unavailable"), BatchDroppedError("another member has them")])
+async def test_failed_commit_at_a_revocation_releases_the_partitions(error: Exception) -> None:
+    """If what is handled cannot be committed, the partitions are released nevertheless, and it is not committed later."""
+    tries: list[Mapping[int, int]] = []
+
+    class Failing(Script):
+        async def commit(self, offsets: Mapping[int, int]) -> None:
+            tries.append(offsets)
+            if len(tries) == 1:
+                raise error
+
+    released = asyncio.Event()
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield [record(0)]
+        await released.wait()
+        yield [record(7)]
+
+    script, recorder = Failing(polls()), Recorder()
+    async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)):
+        await until(lambda: recorder.handled)
+        await script.listener.revoked({0})
+        assert not recorder.partitions
+        await script.listener.assigned({0})
+        released.set()
+        await until(lambda: len(tries) == 2)
+    assert tries == [{0: 1}, {0: 8}]
+
+
+async def test_commit_dependency_error_is_retried() -> None:
+    """While offsets cannot be committed the loop is unready and handles nothing else; then they are committed."""
+    tries: list[Mapping[int, int]] = []
+
+    class Failing(Script):
+        async def commit(self, offsets: Mapping[int, int]) -> None:
+            tries.append(offsets)
+            if len(tries) < 3:
+                raise DependencyError("unavailable")
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield [record(0)]
+        await asyncio.sleep(COMMIT_SECONDS)
+        yield ()
+        yield [record(1)]
+
+    script, recorder = Failing(polls()), Recorder()
+    consumer = ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)
+    async with Running(consumer):
+        await until(lambda: tries)
+        assert not consumer.ready
+        assert len(recorder.handled) == 1
+        await until(lambda: len(recorder.handled) == 2)
+        assert consumer.ready
+    assert tries == [{0: 1}] * 3 + [{0: 2}]
 
 
 async def test_dead_letter_write_failure_is_retried() -> None:
@@ -217,7 +327,7 @@ async def test_handling_one_record_sets_log_context_and_trace() -> None:
 
     script = Script(polls())
     async with Running(ConsumerLoop(SCAN_STORED, "test", Recorder(does), script, no_dead_letter)):
-        await until(lambda: len(script.committed) == 2)
+        await until(lambda: len(seen) == 2)
     assert seen == [({"job_id": 41, "chunk_id": "41-7"}, trace), ({}, None)]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from typing import cast
 
 import pytest
 from prometheus_client import REGISTRY
@@ -12,10 +13,13 @@ from result_store_testing import handler as results_handler
 from scanfleet.contracts.messages import Audited, ChunkIncomplete, ChunkStored, Message, PortFound
 from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
 from scanfleet.errors import DependencyError
+from scanfleet.runtime.bus import Record
+from scanfleet.runtime.consumer import ConsumerLoop
 from scanfleet.security.audit import SINGLES, Refusals
 from scanfleet.services import RESULT_STORE
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.chunk_grants import grants
+from scanfleet_testing.consumers import Running
 from scanfleet_testing.tracing import ids, recording
 from scanfleet_testing.waiting import until
 
@@ -217,6 +221,31 @@ async def test_consumer_store_outage_commits_and_loses_nothing() -> None:
     bus = await run(store, story)
     assert bus.messages(SCAN_STORED) == [stored("a")]
     assert len(store.hosts) == 1
+
+
+async def test_consumer_crash_before_its_commit_repeats_without_effect() -> None:
+    """A batch that was handled but not committed is handled again after a crash: it stores nothing, and its reply is the same."""
+    bus, store = MemoryBus(), MemoryStore()
+    handler = results_handler(store, bus)
+
+    class Crashing:
+        async def handle(self, records: Sequence[Record[Scanned]]) -> None:
+            await handler.handle(records)
+            assert consumer._task is not None
+            consumer._task.cancel()
+
+    consumer = cast(ConsumerLoop, bus.consume(SCAN_RESULTS, GROUP, Crashing()))
+    await consumer.start()
+    await bus.publish(SCAN_RESULTS, [host("127.9.8.0", 22), scanned("ad")])
+    await until(lambda: not consumer.alive)
+    bus.broker.group(SCAN_RESULTS, GROUP)._members.clear()
+    assert not bus.broker.committed(SCAN_RESULTS, GROUP)
+    before = dict(store.hosts), dict(store.chunks)
+    async with Running(bus.consume(SCAN_RESULTS, GROUP, handler)):
+        await until(lambda: len(bus.messages(SCAN_STORED)) == 2)
+    assert (store.hosts, store.chunks) == before
+    assert bus.messages(SCAN_STORED) == [stored("ad"), stored("ad")]
+    assert sum(bus.broker.committed(SCAN_RESULTS, GROUP).values()) == 2
 
 
 async def test_consumer_invalid_message_affects_no_other() -> None:
