@@ -23,9 +23,8 @@ EndOffsets = Callable[[Collection[TopicPartition]], Awaitable[Mapping[TopicParti
 
 BATCH: Final = 500  # records per poll: enough to share a round of writes, few enough to finish within a second
 BATCH_BYTES: Final = 16 * 1024 * 1024  # per fetch: held in memory by a consumer in addition to the current batch
-POLL_MS: Final = (
-    250  # a long poll delays the next fetch for a partition that was busy; an idle consumer sends 4 a second
-)
+POLL_MS: Final = 1_000  # of a fetch without records: an idle consumer sends one a second
+BUSY_POLL_MS: Final = 250  # the same during a batch: the fetch may lack a busy partition, and the next one waits for it
 OPEN_SECONDS: Final = 30.0  # for joining a group, whose members may finish their batches first
 COMMIT_SECONDS: Final = 5.0  # the client would look for a lost coordinator indefinitely
 SESSION_MS: Final = 10_000  # after which a killed member's partitions are reassigned; a restart takes less
@@ -67,6 +66,8 @@ class Tail:
         return partitions
 
     async def poll(self, seconds: float) -> Sequence[RawRecord]:
+        fetcher = self._client._fetcher  # noqa: SLF001 # no setting for what follows
+        fetcher._fetch_max_wait_ms = POLL_MS  # noqa: SLF001 # as above
         try:
             # The client has no timeout for a rebalancing group.
             async with asyncio.timeout(seconds + 1):
@@ -77,7 +78,9 @@ class Tail:
             if not error.retriable:
                 raise
             raise DependencyError(f"cannot read {self._name}: {error!r}") from error
-        waiting = self._client._fetcher._records  # noqa: SLF001 # no setting
+        finally:
+            fetcher._fetch_max_wait_ms = BUSY_POLL_MS  # noqa: SLF001 # as above
+        waiting = fetcher._records  # noqa: SLF001 # as above
         for partition in waiting.keys() & fetched.keys():
             waiting.move_to_end(partition)  # the client would empty one partition before it turns to the next one
         return [self._raw(record) for records in fetched.values() for record in records]
@@ -110,6 +113,7 @@ class Tail:
             enable_auto_commit=False,
             fetch_max_wait_ms=POLL_MS,
             fetch_max_bytes=BATCH_BYTES,
+            consumer_timeout_ms=POLL_MS,
             request_timeout_ms=REQUEST_MS,
             retry_backoff_ms=BACKOFF_MS,
             metadata_max_age_ms=METADATA_MS,

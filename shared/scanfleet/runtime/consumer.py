@@ -36,6 +36,7 @@ FIRST_PAUSE: Final = 0.1  # seconds before the first retry: short, for a brief i
 LONGEST_PAUSE: Final = 5.0  # maximum retry delay in seconds: notices recovery soon without overloading the dependency
 COMMIT_SECONDS: Final = 0.25  # maximum delay of a commit: short, since a crash redelivers what is not committed
 LOOK_SECONDS: Final = 1.0  # between two queries of the partitions' end offsets
+LAG_SECONDS: Final = 5.0  # the same if only the lag and the broker's state depend on them
 STALE_SECONDS: Final = 3.0  # maximum age of end offsets that prove "caught up": far below the shortest lease, 10 s
 
 Rejected = Sequence[tuple[RawRecord, str]]
@@ -137,6 +138,8 @@ class ConsumerLoop(Generic[M]):
         self._key = None if key is None else key.encode()
         self._handler = handler
         self._partitions = handler if isinstance(handler, PartitionListener) else PartitionListener()
+        follows = type(self._partitions).caught_up is not PartitionListener.caught_up
+        self._look_seconds = LOOK_SECONDS if follows else LAG_SECONDS
         self._source = source
         self._dead_letter = dead_letter
         self._name = f"{topic.name} ({group})"
@@ -224,7 +227,7 @@ class ConsumerLoop(Generic[M]):
             raise
 
     async def _run_once(self) -> None:
-        look_due = self._looked + LOOK_SECONDS
+        look_due = self._looked + (self._look_seconds if self._broker_available else LOOK_SECONDS)
         try:
             records = await self._source.poll(max(0.0, min(look_due, self._commit_due) - time.monotonic()))
         except _UNAVAILABLE as error:

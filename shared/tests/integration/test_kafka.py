@@ -33,7 +33,7 @@ from scanfleet.contracts.messages.topics import SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.broker import access
-from scanfleet.kafka.sources import Member
+from scanfleet.kafka.sources import POLL_MS, Member
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
 from scanfleet.runtime.bus import Record
 from scanfleet.runtime.consumer import BatchDroppedError, ConsumerLoop
@@ -473,6 +473,26 @@ async def put(bench: Bench, partition: int, batch: bytearray) -> None:
         builder._build()
         builder._buffer = batch
         await (await producer.send_batch(builder, bench.name, partition=partition))
+
+
+async def test_busy_partition_does_not_wait_for_the_long_poll_of_others(bench: Bench) -> None:
+    """A record for a partition whose last batch took long is read at once, not after a fetch from idle partitions."""
+    bus, go_on = await bench.bus(), asyncio.Event()
+    recorder = Recorder(lambda _: go_on.wait())
+    consumer = cast(ConsumerLoop, bus.consume(SCAN_WORKERS, GROUP, recorder))
+    async with Running(consumer):
+        fetcher = cast(Member, consumer._source)._client._fetcher
+        await bus.publish(SCAN_WORKERS, one_worker([1]))
+        await until(lambda: recorder.tries)
+        await bus.publish(SCAN_WORKERS, one_worker([2]))
+        await until(lambda: fetcher._records)
+        await asyncio.sleep(POLL_MS / 5_000)  # more than the client would wait for the batch by default
+        go_on.set()
+        await until(lambda: len(recorder.handled) == 2)
+        began = time.monotonic()
+        await bus.publish(SCAN_WORKERS, one_worker([3]))
+        await until(lambda: len(recorder.handled) == 3)
+        assert time.monotonic() - began < POLL_MS / 2_000
 
 
 async def letters(bench: Bench) -> list[Any]:

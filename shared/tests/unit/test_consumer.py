@@ -310,6 +310,31 @@ async def test_steady_traffic_does_not_keep_a_partition_from_being_caught_up() -
         await until(lambda: recorder.caught_up_after)
 
 
+async def test_end_offsets_are_queried_less_often_for_a_handler_without_caught_up() -> None:
+    """A handler that does not react to the end of a partition causes a query of end offsets only every few seconds."""
+
+    class Counting(Script):
+        looks = 0
+
+        async def ends(self) -> Mapping[int, int]:
+            self.looks += 1
+            return await super().ends()
+
+    class Plain:
+        async def handle(self, _: object) -> None: ...
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield []
+
+    follows, plain = Counting(polls()), Counting(polls())
+    async with Running(
+        ConsumerLoop(SCAN_WORKERS, "test", Recorder(), follows, no_dead_letter),
+        ConsumerLoop(SCAN_WORKERS, "plain", Plain(), plain, no_dead_letter),
+    ):
+        await until(lambda: follows.looks == 3)
+        assert plain.looks == 1
+
+
 async def test_handling_one_record_sets_log_context_and_trace() -> None:
     """While one record is handled every log line has its ids, and sent messages belong to its trace."""
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
