@@ -23,6 +23,9 @@ from scanner_worker.handlers.exclusion import Exclusion
 from scanner_worker.metrics import SLOTS
 
 READY_S: Final = 2.0  # interval of announcements: an orchestrator discovers its workers within this time of its start
+LEAST_S: Final = (
+    0.1  # minimum interval: runs that end in between share an announcement; each report frees its slots already
+)
 START_S: Final = 2.0  # timeout for a chunk to get a slot; then it is released, since another worker may have a free one
 LATE_S: Final = 1.0  # time for tasks that were dispatched before the orchestrators handled the last announcement
 FLUSH_S: Final = 5.0  # timeout for the final reports of a worker that shuts down
@@ -61,7 +64,7 @@ class Worker:
         self._seen: OrderedDict[str, int] = OrderedDict()  # the newest attempt by chunk id
         self._tasks: set[asyncio.Task[None]] = set()
         self._alive = True
-        self._announcing = Loop("announce", READY_S, self._announce)
+        self._announcing = Loop("announce", READY_S, self._announce, least=LEAST_S)
         self.exclusion = Exclusion(scanner.check, self._announcing.wake)
 
     async def start(self) -> None:

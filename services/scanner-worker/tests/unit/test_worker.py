@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
@@ -38,7 +39,7 @@ from scanfleet_testing.waiting import until
 from scanner_worker.domain.ports import Found
 from scanner_worker.domain.scan import CannotStartError, Host, ScanError
 from scanner_worker.handlers.batch import Abilities
-from scanner_worker.handlers.worker import Worker
+from scanner_worker.handlers.worker import LEAST_S, Worker
 
 MakeChunk = Callable[..., ScanChunk]
 
@@ -164,6 +165,17 @@ async def test_worker_announces_slots_and_capabilities() -> None:
         await until(lambda: len(rig.messages(SCAN_WORKERS, WorkerReady)) >= 2)
         ready = rig.messages(SCAN_WORKERS, WorkerReady)[0]
         assert (ready.worker_id, ready.slots, ready.raw) == ("worker", 3, False)  # type: ignore[attr-defined] # another kind of message fails the test
+
+
+async def test_worker_announcements_of_short_scans_are_bounded_per_second(make_chunk: MakeChunk) -> None:
+    """Scans that end shortly after one another share an announcement."""
+    async with rigged(*hosts(0, 1, 2, 3), slots=1) as rig:
+        began = time.monotonic()
+        for number in range(30):
+            await rig.send(make_chunk(chunk_id=f"1-{number}"))
+            await until(lambda n=number: rig.progress().count("ChunkScanned") == n + 1)  # type: ignore[misc] # mypy infers no type for a lambda with a default
+        announced = len(rig.messages(SCAN_WORKERS, WorkerReady))
+        assert announced <= (time.monotonic() - began) / LEAST_S + 2
 
 
 async def test_worker_chunk_is_scanned_and_reported(make_chunk: MakeChunk) -> None:
