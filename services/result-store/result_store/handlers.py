@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Final
 
@@ -66,11 +65,8 @@ class ResultsHandler:
             await self._store_and_answer(records, batch)
 
     async def _store_and_answer(self, records: Sequence[Record[Scanned]], batch: Batch) -> None:
-        closed, new = await asyncio.gather(
-            self._store.closed(batch.chunk_ids),
-            self._store.add(list(batch.hosts.values())),
-        )
-        answers = await self._answers(batch, closed)
+        new = await self._store.add(list(batch.hosts.values()))
+        answers = await self._answers(batch)
         # Written first and read after: either this batch sees the mark, or the deletion sees what the batch has stored.
         if deleted := await self._store.deleted({message.job_id for message in batch.messages}):
             OF_DELETED_JOBS.inc()
@@ -79,7 +75,6 @@ class ResultsHandler:
             await self._publisher.publish(SCAN_STORED, answers)
         HOSTS_STORED.inc(new)
         DUPLICATES.inc(len(records) - len(batch.scanned) - new)
-        LATE.inc(sum(host.scanned.chunk_id in closed for host in batch.hosts.values()))
 
     def _covered(self, record: Record[Scanned]) -> bool:
         if fault := self._grants.fault(record.message):
@@ -87,27 +82,31 @@ class ResultsHandler:
             self._refusals.add_uncovered(record, fault)
         return not fault
 
-    async def _answers(
-        self,
-        batch: Batch,
-        closed: dict[str, ClosedChunk],
-    ) -> list[ChunkIncomplete | ChunkStored]:
+    async def _answers(self, batch: Batch) -> list[ChunkIncomplete | ChunkStored]:
         """Close the chunks that are complete, and build a reply to every ChunkScanned."""
-        stored = await self._store.stored({each.chunk_id for each, _ in batch.scanned} - closed.keys())
+        stored = await self._store.stored({each.chunk_id for each, _ in batch.scanned})
         closing: dict[str, ClosedChunk] = {}
-        incomplete: list[ChunkIncomplete] = []
+        open_: list[tuple[ChunkScanned, ChunkIncomplete]] = []
         complete: list[ChunkScanned] = []
         for scanned, place in batch.scanned:
-            if scanned.chunk_id not in closed and scanned.chunk_id not in closing:
+            if scanned.chunk_id not in closing:
                 verdict = close(scanned, place, stored[scanned.chunk_id])
                 if isinstance(verdict, ChunkIncomplete):
-                    incomplete.append(verdict)
+                    open_.append((scanned, verdict))
                     continue
                 closing[scanned.chunk_id] = verdict
             complete.append(scanned)
-        before = await self._store.close(list(closing.values()))
-        final = closed | closing | before
-        CHUNKS_CLOSED.inc(len(closing) - len(before))
+        # `close` returns those of the other chunks that an earlier batch has closed.
+        unknown = {host.scanned.chunk_id for host in batch.hosts.values()} - closing.keys()
+        unknown |= {scanned.chunk_id for scanned, _ in open_}
+        closed = await self._store.closed(unknown)
+        before = await self._store.close([chunk for id_, chunk in closing.items() if id_ not in closed])
+        before |= closed
+        final = closing | before
+        CHUNKS_CLOSED.inc(len(closing.keys() - before.keys()))
+        LATE.inc(sum(host.scanned.chunk_id in before for host in batch.hosts.values()))
+        complete += [scanned for scanned, _ in open_ if scanned.chunk_id in closed]
+        incomplete = [verdict for scanned, verdict in open_ if scanned.chunk_id not in closed]
         for each in incomplete:
             CHUNKS_INCOMPLETE.inc()
             _log.warning(

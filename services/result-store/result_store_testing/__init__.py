@@ -58,7 +58,7 @@ class MemoryStore:
         return found
 
     async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
-        before = await self.closed([chunk.chunk_id for chunk in chunks])
+        before = {chunk.chunk_id: self.chunks[chunk.chunk_id] for chunk in chunks if chunk.chunk_id in self.chunks}
         self.chunks |= {chunk.chunk_id: chunk for chunk in chunks} | before
         return before
 

@@ -182,6 +182,30 @@ async def test_handle_outcomes_are_counted(handler: ResultsHandler) -> None:
     assert [metric(name) - old for name, old in zip(names, before, strict=True)] == [2, 1, 1, 1, 1]
 
 
+class ReadStore(MemoryStore):
+    """Records which chunks are looked up among the closed ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: set[str] = set()
+
+    async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
+        self.asked |= set(chunk_ids)
+        return await super().closed(chunk_ids)
+
+
+async def test_handle_looks_up_closed_chunks_only_where_the_batch_closes_none(answers: Answers) -> None:
+    """Chunks that a batch completes are not looked up; those with hosts alone, or a map that lacks hosts, are."""
+    store = ReadStore()
+    handler = results_handler(store, answers)
+    log = Log()
+    await handler.handle(log.append(scanned("dd"), host("127.9.8.0", chunk_id="1-1"), scanned("a", chunk_id="1-1")))
+    assert store.asked == set()
+    await handler.handle(log.append(host(chunk_id="1-2"), scanned("a", chunk_id="1-3")))
+    assert store.asked == {"1-2", "1-3"}
+    assert [type(each) for each in answers.sent] == [ChunkStored, ChunkStored, ChunkIncomplete]
+
+
 class UnavailableStore(MemoryStore):
     """Stores hosts and then fails, `failures` times: between the write and the commit."""
 
