@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from scanfleet.clock import utc_now
@@ -126,8 +126,8 @@ class MemoryBus:
     def consume(self, topic: Topic[M], group: str, handler: Handler[M]) -> Consumer:
         return self._member(topic, group, handler, _Member(self.broker, topic, group))
 
-    def tail(self, topic: Topic[M], handler: Handler[M], *, key: str | None = None) -> Consumer:
-        return ConsumerLoop(topic, f"{self._source}-tail", handler, _Tail(self.broker, topic), None, key=key)
+    def tail(self, topic: Topic[M], handler: Handler[M], *, wants: Callable[[str], bool] | None = None) -> Consumer:
+        return ConsumerLoop(topic, f"{self._source}-tail", handler, _Tail(self.broker, topic), None, wants=wants)
 
     def messages(self, topic: Topic[M]) -> list[M]:
         """Return all messages sent to `topic`, in order of arrival."""

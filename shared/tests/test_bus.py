@@ -387,12 +387,15 @@ async def test_tail_skips_and_counts_unhandled_records(backend: Backend) -> None
     assert not await backend.records(SCAN_WORKERS, dead_letters=True)
 
 
-async def test_tail_of_one_key_does_not_decode_other_records(backend: Backend) -> None:
-    """A reader of one key handles its records and does not count records with other keys."""
+async def test_tail_of_some_keys_does_not_decode_other_records(backend: Backend) -> None:
+    """A reader of some keys handles their records and does not count records with other keys, or without one."""
     bus, recorder = await backend.bus("one"), Recorder()
+    wanted = SCAN_WORKERS.key_of(ready(1))
     before = skipped()
-    async with Running(bus.tail(SCAN_WORKERS, recorder, key=SCAN_WORKERS.key_of(ready(1)))):
+    async with Running(bus.tail(SCAN_WORKERS, recorder, wants=lambda key: key == wanted)):
         backend.put(0, b"somebody else", b"junk", ())
+        backend.put(0, b"\xff", b"junk", ())
+        backend.put(0, None, b"junk", ())
         await bus.publish(SCAN_WORKERS, [ready(2, worker="another-1"), ready(1)])
         await until(lambda: recorder.handled)
     assert numbers(recorder) == [1]

@@ -51,7 +51,7 @@ def create_app() -> FastAPI:
             egress=str(settings.egress_address) if settings.egress_address else None,
         )
         worker = Worker(worker_id, abilities, nmap, bus, refusals.add_denied_chunk)
-        tasks = bus.tail(topics.SCAN_TASKS, worker, key=worker_id)
+        tasks = bus.tail(topics.SCAN_TASKS, worker, wants=lambda key: key == worker_id)
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             stack.callback(_exit_with_0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Collection, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, cast
@@ -158,7 +158,7 @@ class KafkaBus:
         )
         return self._member(topic, group, handler, source)
 
-    def tail(self, topic: Topic[M], handler: Handler[M], *, key: str | None = None) -> Consumer:
+    def tail(self, topic: Topic[M], handler: Handler[M], *, wants: Callable[[str], bool] | None = None) -> Consumer:
         source = Tail(
             topic,
             name=self._prefix + topic.name,
@@ -166,7 +166,7 @@ class KafkaBus:
             access=self._access,
             end_offsets=self._end_offsets,
         )
-        return ConsumerLoop(topic, f"{self._source}-tail", handler, source, None, key=key)
+        return ConsumerLoop(topic, f"{self._source}-tail", handler, source, None, wants=wants)
 
     async def past(
         self, topic: Topic, first: int = 0, *, partition: int | None = None

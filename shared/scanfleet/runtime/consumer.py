@@ -121,7 +121,7 @@ class ConsumerLoop(Generic[M]):
         source: provides the records.
         dead_letter: `dead_letter(rejected)` returns when the records are stored, or raises DependencyError to be retried.
             None for a reader without a group, which skips and counts instead because others read the same records.
-        key: handle only the records with this key; others are not decoded.
+        wants: returns for a key whether to handle its records; others are not decoded.
     """
 
     def __init__(
@@ -132,10 +132,10 @@ class ConsumerLoop(Generic[M]):
         source: Source,
         dead_letter: Callable[[Rejected], Awaitable[None]] | None,
         *,
-        key: str | None = None,
+        wants: Callable[[str], bool] | None = None,
     ) -> None:
         self._topic = topic
-        self._key = None if key is None else key.encode()
+        self._wants = wants
         self._handler = handler
         self._partitions = handler if isinstance(handler, PartitionListener) else PartitionListener()
         follows = type(self._partitions).caught_up is not PartitionListener.caught_up
@@ -364,7 +364,7 @@ class ConsumerLoop(Generic[M]):
         batch: list[tuple[RawRecord, Record[M]]] = []
         rejected: list[tuple[RawRecord, str]] = []
         for raw in records:
-            if self._key not in {None, raw.key}:
+            if self._wants is not None and not self._wants((raw.key or b"").decode(errors="replace")):
                 continue
             try:
                 message = decode(self._topic, raw)

@@ -28,6 +28,10 @@ class Commands:
         self._waiting: dict[str, asyncio.Future[Reply]] = {}
         """At most as many as there are concurrent requests."""
 
+    def awaits(self, command_id: str) -> bool:
+        """Return whether a request of this process waits for the reply to this command."""
+        return command_id in self._waiting
+
     async def handle(self, records: Sequence[Record[Reply]]) -> None:
         for record in records:
             reply = record.message

@@ -87,6 +87,10 @@ class Watches:
         self._watches: defaultdict[JobsWatched, set[Watch]] = defaultdict(set)
         self._ended = False
 
+    def wants(self, _: str) -> bool:
+        """Return whether there is a watch that may receive an event, whatever its job."""
+        return bool(self._watches)
+
     async def handle(self, records: Sequence[Record[JobEvent]]) -> None:
         for record in records:
             event = record.message

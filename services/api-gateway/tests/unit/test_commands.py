@@ -10,11 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from api_gateway.domain.ports import Reply
 from api_gateway_testing import Command, Gateway, Running, accept, job, silence
 from scanfleet.contracts.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.contracts.messages.topics import SCAN_REPLIES
 from scanfleet.security.auth import Principal
+from scanfleet_testing.waiting import until
 
 BODY = {"subnet_ids": [5, 6], "policy_id": 3}
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -93,6 +96,25 @@ async def test_create_tasks_with_the_same_key_has_another_command_id(gateway: Ru
         await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
     first, second = gateway.replier.commands
     assert first.command_id != second.command_id
+
+
+async def test_replies_to_other_gateways_are_not_decoded(gateway: Running) -> None:
+    """Of all replies only those to waiting requests of this gateway are handled."""
+
+    def handled() -> float:
+        samples = (sample for metric in REGISTRY.collect() for sample in metric.samples)
+        name, topic = "scanfleet_bus_consumed_total", SCAN_REPLIES.name
+        return sum(each.value for each in samples if each.name == name and each.labels["topic"] == topic)
+
+    async def reply(command: Command) -> Sequence[Reply]:
+        mine = CommandAccepted(command_id=command.command_id, jobs=(job(1),))
+        return [*(CommandAccepted(command_id=f"foreign-{number}", jobs=()) for number in range(20)), mine]
+
+    gateway.replier.reply = reply
+    before = handled()
+    assert (await gateway.client.post("/api/v1/task", json=BODY)).status_code == 201
+    await until(lambda: handled() > before)
+    assert handled() == before + 1
 
 
 async def test_replies_are_matched_to_their_requests(gateway: Running) -> None:

@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import REGISTRY
 from starlette.types import Message
 
-from api_gateway.handlers.events import MAX_WAITING, Watch
+from api_gateway.handlers.events import MAX_WAITING, Watch, Watches
 from api_gateway_testing import Client, Gateway, Running, Stream, job
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
@@ -653,6 +653,17 @@ async def test_stream_of_other_users_jobs_is_for_administrators(running: tuple[R
     assert (refused.status_code, refused.json()) == (403, {"error": "for administrators"})
     for junk in ("0", "x", "ALL", "", "7,8"):
         assert (await gateway.client.get(f"{ALL}?user_id={junk}")).status_code == 400
+
+
+def test_events_are_wanted_only_while_there_is_a_watch() -> None:
+    """Events are decoded from the first watch of any job to the end of the last one."""
+    watches = Watches()
+    assert not watches.wants("41")
+    with watches.watch(("user", 7)):
+        with watches.watch(("job", 42)):
+            assert watches.wants("41")
+        assert watches.wants("41")
+    assert not watches.wants("41")
 
 
 @pytest.mark.proves("G11")
