@@ -45,11 +45,8 @@ class Selection:
     """Which of a job's hosts are requested: those with a port that matches, if ports or a service are given."""
 
     limit: int | None = None
-    ports: frozenset[int] = frozenset()
+    ports: tuple[Range, ...] = ()
     """Empty selects every host."""
-
-    ranges: tuple[Range, ...] = ()
-    """The same ports as ranges."""
 
     service: str | None = None
 
@@ -58,10 +55,11 @@ class Selection:
             return True
         if any(self._selects(found) for found in host.ports):
             return True
-        return self.service is None and overlap(silent, self.ranges)
+        return self.service is None and overlap(silent, self.ports)
 
     def _selects(self, found: PortFound) -> bool:
-        return (not self.ports or found.port in self.ports) and self.service in (None, found.service)
+        listed = not self.ports or overlap(self.ports, ((found.port, found.port),))
+        return listed and self.service in (None, found.service)
 
 
 class Machine:
@@ -203,8 +201,7 @@ async def _selection(
     limit: Annotated[int | None, Query(ge=1, le=MAX_RESULTS)] = None,
     service: ServiceName = None,
 ) -> Selection:
-    ports = ports_in(request)
-    return Selection(limit, ports, disjoint((port, port) for port in ports), service)
+    return Selection(limit, disjoint((port, port) for port in ports_in(request)), service)
 
 
 async def _after(after: AddressText = None) -> str | None:
