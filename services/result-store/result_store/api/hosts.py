@@ -68,12 +68,13 @@ class Machine:
     Attributes:
         address: its address.
         selected: whether the selection requests it.
+        timed_out: whether it timed out in a chunk, whatever its outcome in others.
         details: those of all chunks.
         updated_at: time of the last report about it.
     """
 
     def __init__(self, first: Host, selection: Selection = Selection()) -> None:
-        self.selected = False
+        self.selected = self.timed_out = False
         self.details = HostDetails()
         self._selection = selection
         self._job_id = first.scanned.job_id
@@ -92,6 +93,7 @@ class Machine:
         self._created_at = min(self._created_at, host.place.created_at)
         self.updated_at = max(self.updated_at, host.place.created_at)
         self._outcomes.add(scanned.outcome)
+        self.timed_out = Outcome.TIMED_OUT in self._outcomes
         self._silent += silent
         self._port_count += host.result_count
         self._os_info = self._os_info or next((port.os_info for port in scanned.ports if port.os_info), "")

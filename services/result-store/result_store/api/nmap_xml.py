@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import zip_longest
 from typing import Annotated, Final, Literal, cast
@@ -39,6 +41,8 @@ _UNKNOWN: Final = "unknown-response"  # nmap's name for an unknown reason
 _PRECEDENCE: Final = "atsd"
 """Of the outcomes of an address in several chunks the first of these is that of the address; others are not written."""
 
+_PORTS_PER_TURN: Final = 50  # about 10 ms: each element is parsed
+
 _RANKS: Final = {each.value: (_PRECEDENCE + each.value).index(each.value) for each in Outcome}
 
 
@@ -55,19 +59,23 @@ class Block:
     ports: set[str] = field(default_factory=set)
     """Those of its chunks."""
 
+    late: set[int] = field(default_factory=set)
+    """Indexes of the addresses that timed out in a chunk, whatever their outcomes in others."""
+
     def add(self, chunk: ClosedChunk) -> None:
         if self.letters:
             pairs = zip_longest(self.letters, chunk.outcomes, fillvalue=Outcome.BLANK.value)
             self.letters = "".join(one if _RANKS[one] <= _RANKS[other] else other for one, other in pairs)
         else:
             self.letters = chunk.outcomes
+        self.late.update(index for index, letter in enumerate(chunk.outcomes) if letter == Outcome.TIMED_OUT)
         self.nmap = self.nmap or chunk.nmap
         self.technique = self.technique or chunk.technique
         if chunk.ports:
             self.ports.add(chunk.ports)
 
 
-async def blocks(chunks: AsyncIterator[ClosedChunk]) -> AsyncIterator[Block]:
+async def blocks(chunks: AsyncIterator[ClosedChunk]) -> AsyncGenerator[Block]:
     """Merge the chunks of each slice of addresses; they are sorted by address."""
     block: Block | None = None
     async for chunk in chunks:
@@ -78,6 +86,18 @@ async def blocks(chunks: AsyncIterator[ClosedChunk]) -> AsyncIterator[Block]:
         block.add(chunk)
     if block is not None:
         yield block
+
+
+async def _first(chunks: AsyncIterator[ClosedChunk]) -> Block | None:
+    """Return the first slice of addresses that nmap scanned, else the first one; None if no chunk is closed."""
+    first: Block | None = None
+    async with aclosing(blocks(chunks)) as slices:
+        async for block in slices:
+            if block.nmap:
+                return block
+            first = first or block
+            await asyncio.sleep(0)  # as in `_merged`
+    return first
 
 
 class _Ports:
@@ -103,7 +123,7 @@ async def document(
     job: ExportedJob,
     details: AsyncIterator[Machine],
     ports: AsyncIterator[Host],
-    chunks: AsyncIterator[ClosedChunk],
+    chunks: Callable[[], AsyncIterator[ClosedChunk]],
     *,
     down: bool = True,
 ) -> AsyncIterator[str]:
@@ -113,16 +133,14 @@ async def document(
         job: the finished job.
         details: its hosts, by address.
         ports: the ports of its hosts, by address.
-        chunks: its closed chunks, by address.
+        chunks: returns its closed chunks, by address; called twice, since the head describes the first scanned ones.
         down: whether hosts that are down are written too; they are counted in any case.
     """
     up_count = down_count = 0
     written = _PRECEDENCE if down else _PRECEDENCE.replace(Outcome.DOWN, "")
     of_hosts = _Ports(ports)
-    slices = blocks(chunks)
-    first = await anext(slices, None)
-    yield _head(job, first)
-    async for each in _merged(details, first, slices):
+    yield _head(job, await _first(chunks()))
+    async for each in _merged(details, blocks(chunks())):
         if isinstance(each, Machine):
             up_count += 1
             async for part in _found(each, of_hosts):
@@ -139,14 +157,11 @@ async def document(
 
 
 async def _merged(
-    details: AsyncIterator[Machine], block: Block | None, further: AsyncIterator[Block]
+    details: AsyncIterator[Machine], slices: AsyncIterator[Block]
 ) -> AsyncIterator[Machine | tuple[_Address, str]]:
-    """Yield each host with findings, and the outcomes of the addresses between them, in order of addresses.
-
-    The outcomes are those of the addresses from the given one on.
-    """
+    """Yield each host with findings, and an address with the outcomes from it on between them, in order of addresses."""
     machine = await anext(details, None)
-    while block is not None:
+    async for block in slices:
         base, index = ip_address(block.first_address), 0
         first, last = address_key(str(base)), address_key(str(base + (len(block.letters) - 1)))
         while machine is not None and (key := address_key(machine.address)) <= last:
@@ -154,12 +169,12 @@ async def _merged(
                 until = index_of(block.first_address, machine.address)
                 yield base + index, block.letters[index:until]
                 index = until + 1
+                machine.timed_out |= until in block.late
             yield machine
             machine = await anext(details, None)
         if index < len(block.letters):
             yield base + index, block.letters[index:]
         await asyncio.sleep(0)  # chunks come in pages: without it, other requests would wait for all blocks of one
-        block = await anext(further, None)
     while machine is not None:
         yield machine
         machine = await anext(details, None)
@@ -194,10 +209,10 @@ def _scan_info(technique: str, protocol: str, count: int, services: str) -> str:
 
 async def _found(machine: Machine, ports: _Ports) -> AsyncIterator[str]:
     """Yield the element of a host with findings in parts, one per port."""
-    details, late = machine.details, machine.outcome is Outcome.TIMED_OUT
+    details = machine.details
     ended = _seconds(machine.updated_at)
     began = "" if details.seconds is None else f' starttime="{ended - round(details.seconds)}"'
-    yield f'<host{began} endtime="{ended}"{_LATE if late else ""}>'
+    yield f'<host{began} endtime="{ended}"{_LATE if machine.timed_out else ""}>'
     yield _status("up", details.reason or _UNKNOWN) + _address(ip_address(machine.address))
     if details.mac:
         vendor = attribute("vendor", details.vendor) if details.vendor else ""
@@ -210,7 +225,10 @@ async def _found(machine: Machine, ports: _Ports) -> AsyncIterator[str]:
         reasons = f'<extrareasons reason="no-response" count="{count}" proto="udp" ports="{machine.open_filtered}"/>\n'
         yield _extra("open|filtered", count, reasons)
     async for host in ports.of(machine.address):
-        for found in sorted(host.scanned.ports, key=lambda each: (each.protocol, each.port)):
+        listed = sorted(host.scanned.ports, key=lambda each: (each.protocol, each.port))
+        for number, found in enumerate(listed):
+            if number % _PORTS_PER_TURN == 0:
+                await asyncio.sleep(0)  # other requests would wait for all ports
             yield port(found) + "\n"
     yield "</ports>\n"
     if details.systems:
@@ -307,7 +325,7 @@ async def nmap_xml(
         job,
         machines(store.hosts_by_address(job_id, whose, Parts.DETAILS)),
         store.hosts_by_address(job_id, whose, Parts.PORTS),
-        store.chunks_by_address(job_id, whose),
+        partial(store.chunks_by_address, job_id, whose),
         down=hosts == "all",
     )
     headers = {

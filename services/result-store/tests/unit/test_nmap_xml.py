@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -174,6 +175,43 @@ async def test_document_names_common_ports_by_number() -> None:
     assert root.get("args") == "nmap --top-ports 5 127.9.8.0/29 (Scanfleet job 1)"
 
 
+@pytest.mark.parametrize(("ports", "services"), [("top:2", "22,80"), ("T:22,80", "22,80")])
+async def test_document_names_the_ports_of_the_first_slice_that_was_scanned(ports: str, services: str) -> None:
+    """Slices of refused addresses have neither ports nor a version of nmap; the head has those of a later one."""
+    store = MemoryStore()
+    chunks = [ClosedChunk(1, f"1-{number}", f"127.9.8.{number}", "r", 7, "syn") for number in range(2)]
+    await store.close([*chunks, ClosedChunk(1, "1-2", "127.9.8.2", "d", 7, "syn", "7.93", "22,80")])
+    root = await written(store, ports=ports)
+    expected = {"type": "syn", "protocol": "tcp", "numservices": "2", "services": services}
+    assert [each.attrib for each in root.findall("scaninfo")] == [expected]
+    assert root.get("version") == "7.93"
+    assert len(root.findall("host")) == 1
+
+
+async def test_document_host_with_one_block_of_ports_that_timed_out_is_timed_out() -> None:
+    """A host that answered in one chunk and timed out in another was not scanned completely; other hosts were."""
+    store = await store_of(
+        host("127.9.8.1", 22, chunk_id="1-0"),
+        host("127.9.8.1", outcome="t", chunk_id="1-1"),
+        host("127.9.8.2", 22, chunk_id="1-0"),
+        host("127.9.8.9", 22, chunk_id="1-2"),  # of chunks that were not closed
+        host("127.9.8.9", outcome="t", chunk_id="1-3", open_filtered="5"),
+    )
+    await store.close(
+        [ClosedChunk(1, id_, "127.9.8.0", letters, 7) for id_, letters in (("1-0", "daas"), ("1-1", "dtss"))]
+    )
+    late = [
+        (attributes(each.find("address"))["addr"], each.get("timedout")) for each in (await written(store)).iter("host")
+    ]
+    assert late == [
+        ("127.9.8.0", None),
+        ("127.9.8.1", "true"),
+        ("127.9.8.2", None),
+        ("127.9.8.3", None),
+        ("127.9.8.9", "true"),
+    ]
+
+
 async def test_document_ranges_of_several_blocks_are_joined() -> None:
     """Ranges of ports that adjoin, in the head and at a host, are written as one."""
     store = await store_of(
@@ -307,7 +345,7 @@ async def test_document_of_a_large_job_is_bounded_in_memory() -> None:
     job = ExportedJob.model_validate(JOB)
     size = 0
     tracemalloc.start()
-    async for part in document(job, machines(hosts(Parts.DETAILS)), hosts(Parts.PORTS), chunks()):
+    async for part in document(job, machines(hosts(Parts.DETAILS)), hosts(Parts.PORTS), chunks):
         size += len(part)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -327,7 +365,25 @@ async def test_document_of_a_large_job_leaves_turns_to_others() -> None:
     found = machines(store.hosts_by_address(1, 7, Parts.DETAILS))
     ports = store.hosts_by_address(1, 7, Parts.PORTS)
     async with counting_turns() as turns:
-        async for part in document(ExportedJob.model_validate(JOB), found, ports, chunks()):
+        async for part in document(ExportedJob.model_validate(JOB), found, ports, chunks):
             size += len(part)
     assert size > blocks * 1_024 * 100
     assert turns.count >= blocks
+
+
+async def test_document_of_a_host_with_many_ports_leaves_turns_to_others() -> None:
+    """While the ports of one host are written, the event loop runs other tasks after each hundred ports."""
+    chunks, ports = 4, tuple(PortFound(port=number) for number in range(2_000))
+
+    async def hosts(parts: Parts) -> AsyncIterator[Host]:
+        for number in range(chunks):
+            listed = ports if parts is Parts.PORTS else ()
+            yield Host(host("127.9.8.1", *listed, chunk_id=f"1-{number}"), Place(EPOCH, number))
+
+    size, found = 0, machines(hosts(Parts.DETAILS))
+    closed = partial(MemoryStore().chunks_by_address, 1, 7)
+    async with counting_turns() as turns:
+        async for part in document(ExportedJob.model_validate(JOB), found, hosts(Parts.PORTS), closed):
+            size += len(part)
+    assert size > chunks * 2_000 * 50
+    assert turns.count >= chunks * 20
