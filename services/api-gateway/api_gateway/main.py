@@ -76,7 +76,8 @@ def create_app(
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             key = read_private_key(settings.internal_key_file)
-            # Cancels have a separate pool of connections, so that queries do not delay them.
+            # Cancels, and the queries that identify their callers, have a separate pool of connections, so that other
+            # queries do not delay them.
             queries = await stack.enter_async_context(connect(settings, transport))
             cancels = await stack.enter_async_context(connect(settings, transport))
             tokens = InternalTokens(key, ORCHESTRATOR)
@@ -86,7 +87,7 @@ def create_app(
             result_store = Upstream(
                 queries, str(settings.result_store_url), InternalTokens(key, RESULT_STORE), stalled_seconds=seconds
             )
-            app.state.verifier = await stack.enter_async_context(_open_verifier(app, settings, orchestrator, transport))
+            app.state.verifier = await stack.enter_async_context(_open_verifier(app, settings, canceller, transport))
             await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             commands = Commands(bus, reply_seconds=settings.reply_seconds)

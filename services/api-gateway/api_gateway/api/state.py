@@ -19,7 +19,7 @@ class State:
     commands: Commands
     orchestrator: Orchestrator
     canceller: Orchestrator
-    """The same service over a pool of connections for cancels only."""
+    """The same service over a pool of connections for cancels, and for identifying callers."""
     result_store: Upstream
     scan_limits: ScanLimits
     watches: Watches

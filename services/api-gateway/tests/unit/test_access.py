@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from api_gateway.auth import MAX_STALE_S, MAX_USERS, KeyReports, Revocations, UserIds
+from api_gateway.settings import Settings
 from api_gateway_testing import Gateway, Running
 from scanfleet.contracts.rest import Revoked
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
@@ -254,6 +256,33 @@ async def test_command_of_a_mapped_user_has_the_assigned_id(mapped: Running) -> 
     answer = await mapped.client.post("/api/v1/task", json={"subnet_ids": [5], "policy_id": 3}, headers=headers)
     assert answer.status_code == 201
     assert [command.user_id for command in mapped.replier.commands] == [41]
+
+
+class Exhausted(httpx.AsyncBaseTransport):
+    """A pool of connections without a free one."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        raise httpx.PoolTimeout("no free connection", request=request)
+
+
+@pytest.mark.proves("G8")
+async def test_cancel_of_a_mapped_user_without_connections_for_queries_is_executed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The id and the revocations that a cancel needs are queried over the connections for cancels."""
+    pools = iter([Exhausted()])
+
+    @asynccontextmanager
+    async def connect(_: Settings, services: httpx.AsyncBaseTransport) -> AsyncIterator[httpx.AsyncBaseTransport]:
+        yield next(pools, services)
+
+    monkeypatch.setattr("api_gateway.main.connect", connect)
+    async with Gateway().run(jwt_user_ids="mapped") as running:
+        running.services.on("POST", USERS, httpx.Response(200, json={"user_id": 41}))
+        headers = {"Authorization": f"Bearer {running.issuer.token(sub=UUID)}"}
+        assert (await running.client.get("/api/v1/task", headers=headers)).status_code == 503
+        assert (await running.client.post("/api/v1/task/1/cancel", headers=headers)).status_code == 200
+        assert [command.user_id for command in running.replier.commands] == [41]
 
 
 @pytest.mark.parametrize("answer", [httpx.Response(500), httpx.Response(200, json={"user_id": 0}), None])

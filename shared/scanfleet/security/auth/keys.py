@@ -197,6 +197,8 @@ class JwksKeys:
             self._fetched = _from_jwks(await self._fetch(), self._algorithms)
             self._fetched_at = self._clock()
         except _FetchError as error:
+            if isinstance(error, _NoKeyError):  # fetched: the issuer has withdrawn the previous keys
+                self._fetched, self._fetched_at = (), self._clock()
             self._failure = error
             level = logging.ERROR if error.permanent else logging.WARNING
             _log.log(level, "issuer_keys_unavailable", url=self._url, error=str(error), known=len(self._keys))
