@@ -22,7 +22,7 @@ from api_gateway.api.state import Handed
 from api_gateway.auth import RefusedSignInError, SignIn
 from api_gateway.settings import Settings
 from scanfleet.contracts import rest
-from scanfleet.errors import BadRequestError, NotFoundError, UnauthorizedError
+from scanfleet.errors import BadRequestError, NotFoundError, UnauthorizedError, UnavailableError
 from scanfleet.security.auth import Caller, Verifier, bearer_token
 
 COOKIE: Final = "__Host-session"  # the prefix binds it to this host, path / and https
@@ -151,8 +151,8 @@ async def refresh_session(request: Request, caller: Caller, state: Handed) -> Re
     """Replace the session's tokens by new ones of the issuer. Not concurrently: a refresh token may be valid only once."""
     sessions = _sessions(request)
     sign_in: SignIn | None = request.app.state.sign_in
-    token = sessions.refresh_token(request)
-    if sign_in is None or token is None:
+    current, token = sessions.token(request), sessions.refresh_token(request)
+    if sign_in is None or current is None or token is None:
         raise BadRequestError("this session has no refresh token: it ends with its token")
     # Before the exchange, which may use up the refresh token: an error after it would lose the new one.
     await state.orchestrator.record_session(state.orchestrator.identity(request), "refresh")
@@ -160,7 +160,13 @@ async def refresh_session(request: Request, caller: Caller, state: Handed) -> Re
         tokens = await sign_in.refresh(token)
     except RefusedSignInError as error:
         raise UnauthorizedError("the issuer has ended the session; sign in again", reason=str(error)) from error
-    verified = await cast(Verifier, request.app.state.verifier).verify(tokens.access)
+    try:
+        verified = await cast(Verifier, request.app.state.verifier).verify(tokens.access)
+    except UnavailableError:
+        # The exchange may have used up the previous refresh token.
+        kept = sessions.cookie(current, caller.expires_at, refresh=tokens.refresh or token)
+        request.scope["answer_headers"].append((b"set-cookie", kept.encode()))
+        raise
     if verified.user_id != caller.user_id:
         raise UnauthorizedError("the session is not valid; sign in again", reason="refreshed token is of another user")
     cookie = sessions.cookie(tokens.access, verified.expires_at, refresh=tokens.refresh or token)

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from http.cookies import SimpleCookie
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import AsyncMock, Mock
 from urllib.parse import parse_qs, urlsplit
 
@@ -30,7 +30,7 @@ from scanfleet.contracts.messages import Audited, AuditEntry
 from scanfleet.contracts.messages.envelope import decode
 from scanfleet.contracts.messages.topics import SCAN_AUDIT
 from scanfleet.errors import UnavailableError
-from scanfleet.security.auth import Principal
+from scanfleet.security.auth import Caller, Principal
 from scanfleet.services import GATEWAY
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import Issuer
@@ -431,6 +431,32 @@ async def test_session_whose_refresh_is_not_recorded_keeps_its_refresh_token(bot
     assert (await refresh(gateway, session)).status_code == 503
     assert provider.asked == []
     gateway.services.away.clear()
+    assert (await refresh(gateway, session)).status_code == 204
+
+
+async def test_session_whose_new_token_cannot_be_verified_keeps_the_new_refresh_token(
+    both: tuple[Running, Provider], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refresh that is a 503 after the exchange returns the old token with the new refresh token."""
+    gateway, provider = both
+    location, kept = await login(gateway)
+    session = cookies(await come_back(gateway, provider.authorize(location), kept))[COOKIE]
+    old = gateway.app.state.sessions.unseal(session)["access"]
+    provider.claims = {"user_id": 7, "jti": "new"}
+    verify = gateway.app.state.verifier.verify
+
+    async def verify_old(token: str) -> Caller:
+        if token != old:
+            raise UnavailableError("the issuer's keys are unavailable; try again")
+        return cast(Caller, await verify(token))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gateway.app.state.verifier, "verify", verify_old)
+        answer = await refresh(gateway, session)
+        assert answer.status_code == 503
+        assert (await refresh(gateway, session)).status_code == 401  # its refresh token is used up
+        session = cookies(answer)[COOKIE]
+        assert gateway.app.state.sessions.unseal(session)["access"] == old
     assert (await refresh(gateway, session)).status_code == 204
 
 
