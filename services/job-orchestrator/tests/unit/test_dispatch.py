@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Clock, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator_testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
-from job_orchestrator_testing.repository import Data, MemoryDispatch
+from job_orchestrator_testing.repository import Data, MemoryChunks, MemoryDispatch
 from job_orchestrator_testing.world import listeners
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import ChunkScanned, JobStatus, Message, ScanChunk, WorkerReady
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS, Topic
+from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS, Preset, fill_in
 from scanfleet.scanning.ports import PortSet
@@ -533,7 +535,7 @@ class Noting(MemoryDispatch):
         super().__init__(data)
         self.seen: list[str] = []
         self.rounds: list[float] = []
-        self.read = 0
+        self.read = self.looks = 0
 
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
         seen = list(workers)
@@ -547,6 +549,7 @@ class Noting(MemoryDispatch):
     async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
         held = await super().held(partitions)
         self.read += len(held)
+        self.looks += 1
         return held
 
 
@@ -612,6 +615,43 @@ async def test_rounds_do_not_read_the_held_chunks() -> None:
         await world.settle()
         assert len(world.worker.tasks) == 1 + number
     assert noting.read == 0
+
+
+class Losing(MemoryChunks):
+    """Its first save of a dispatched chunk ends with `error`, or else loses the race against another replica."""
+
+    error: Exception | None = None
+    saves = 0
+
+    async def save(self, chunks: Sequence[Chunk]) -> set[str]:
+        self.saves += 1
+        if self.saves > 1:
+            return await super().save(chunks)
+        if self.error:
+            raise self.error
+        return {each.id for each in chunks}
+
+
+@pytest.mark.parametrize("error", [None, DependencyError("unavailable")])
+async def test_held_chunks_are_read_again_after_a_dispatch_was_not_stored(error: Exception | None) -> None:
+    """After a lost race, or a save that may be done, the next round reads what workers hold."""
+    store = MemoryStore()
+    store.dispatch = noting = Noting(store.data)
+    store.chunks = losing = Losing(store.data)
+    losing.error = error
+    world = World(store)
+    world.worker.hold = True
+    await queue(world, 7, 1)
+    await world.start()
+    await world.worker.announce()
+    await world.deliver()
+    looks = noting.looks
+    with contextlib.suppress(DependencyError):
+        await world.only.dispatcher.fill()
+    assert noting.looks == looks + (error is None)
+    world.only.dispatcher.wake()
+    await world.only.dispatcher.fill()
+    assert (noting.looks, len(tasks(world))) == (looks + 1, 1)
 
 
 async def test_slot_freed_by_another_replica_is_filled_soon() -> None:
