@@ -45,6 +45,9 @@ export class ApiError extends Error {
   }
 }
 
+/** Whether a change may have been made although its answer is this error. */
+export const unsure = (error: unknown): boolean => error instanceof ApiError && (error.status === 0 || error.status >= 500);
+
 /** The signed-in user; undefined while unknown, null when signed out. */
 export const me = signal<Me | null | undefined>(undefined);
 /** Error message of a session that ended while the page was in use, else empty; the page then shows a sign-in dialog. */

@@ -2,7 +2,8 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import type { OutcomeMap } from "./api";
-import { bitsOf, toNumber, toText } from "./addresses";
+import { bitsOf, parseNetwork, toNumber, toText } from "./addresses";
+import { go, query, withQuery } from "./router";
 import { count } from "./text";
 
 /** Every letter of a map in the order of the legend: its name and its colour in the style sheet. */
@@ -39,7 +40,7 @@ export function together(map: OutcomeMap): string {
   return letters;
 }
 
-const REST = 250; // ms that the cursor stays on an address before its ports are loaded
+const REST = 250; // ms that the cursor stays on an address before its ports are loaded; browsers limit changes of the URL
 
 const columnsFor = (size: number) => (size <= 256 ? 16 : size <= 1_024 ? 32 : size <= 4_096 ? 64 : 256);
 
@@ -48,9 +49,9 @@ export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters
   const canvas = useRef<HTMLCanvasElement>(null);
   const box = useRef<HTMLDivElement>(null);
   const legend = useRef<HTMLUListElement>(null);
-  const cursor = useSignal(-1);
+  const cursor = useSignal(-1); // the URL has it when it rests
   const found = useSignal({ address: "", text: "" });
-  const only = useSignal("");
+  const only = query("only");
   const width = useSignal(0);
   const theme = useSignal(0);
 
@@ -89,8 +90,8 @@ export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters
     context.clearRect(0, 0, element.width, element.height);
     const gap = size >= 6 ? Math.max(1, Math.round(ratio)) : 0;
     const swatches = legend.current!.querySelectorAll<HTMLElement>(".swatch");
-    OUTCOMES.forEach(([letter], which) => {
-      if (!totals[letter] || (only.value && only.value !== letter)) return;
+    OUTCOMES.forEach(([letter, name], which) => {
+      if (!totals[letter] || (only && only !== name)) return;
       context.fillStyle = getComputedStyle(swatches[which]!).backgroundColor;
       for (let index = letters.indexOf(letter); index >= 0; index = letters.indexOf(letter, index + 1)) {
         context.fillRect((index % columns) * size, Math.floor(index / columns) * size, size - gap, size - gap);
@@ -103,9 +104,19 @@ export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters
       context.lineWidth = Math.max(2, ratio * 2);
       context.strokeRect(x - 1, y - 1, size - gap + 2, size - gap + 2);
     }
-  }, [letters, only.value, cursor.value, cell, columns, rows, theme.value]);
+  }, [letters, only, cursor.value, cell, columns, rows, theme.value]);
 
   const pointed = cursor.value >= 0 && cursor.value < letters.length ? address(cursor.value) : "";
+  const at = parseNetwork(query("at"))?.first;
+  useEffect(() => {
+    const index = at === undefined ? -1 : Number(at - first);
+    cursor.value = index < letters.length ? Math.max(-1, index) : -1;
+  }, [at, first]);
+  useEffect(() => {
+    if (!pointed) return;
+    const timer = window.setTimeout(() => go(withQuery({ at: pointed }), { replace: true }), REST);
+    return () => window.clearTimeout(timer);
+  }, [pointed]);
   const answered = !!pointed && letters[cursor.value] === "a";
   useEffect(() => {
     if (!answered) return;
@@ -158,9 +169,9 @@ export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters
             <button
               type="button"
               title={meaning}
-              aria-pressed={only.value === letter}
+              aria-pressed={only === name}
               disabled={!totals[letter]}
-              onClick={() => void (only.value = only.value === letter ? "" : letter)}
+              onClick={() => go(withQuery({ only: only === name ? undefined : name }), { replace: true })}
             >
               <span class={`swatch ${className(name)}`} />
               <span class="name">{name}</span>

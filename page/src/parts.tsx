@@ -2,9 +2,9 @@
 import { signal, useComputed, useSignal } from "@preact/signals";
 import type { ComponentChildren } from "preact";
 import { useEffect, useId, useLayoutEffect, useRef } from "preact/hooks";
-import { ApiError, change, received, recovered, send, type Job, type Status } from "./api";
+import { ApiError, received, recovered, send, unsure, type Job, type Status } from "./api";
 import { go, withQuery } from "./router";
-import { draft, dropDraft, keepDraft } from "./store";
+import { create, draft, dropDraft, keepDraft, type Kind, type Named } from "./store";
 import { ago, count, exact } from "./text";
 
 export interface Loaded<T> {
@@ -245,18 +245,19 @@ export function Field({ label, hint, error, children }: FieldProps) {
 interface Draft<T> {
   value: T;
   tag: string;
+  lost?: unknown; // body of a PUT whose answer was lost
 }
 
 /**
- * What a form changes: an object at `path`, or a new one without `id`. A draft keeps the tag of the version that it was
+ * What a form changes: an object of a kind, or a new one without `id`. A draft keeps the tag of the version that it was
  * made from, so that it cannot overwrite a later one.
  *
  * @param shown the form's content for an object of the API, or for a new one
  * @param sent the body for the form's content
  * @param list the page to go to at the end
  */
-export function useEdited<T, Found>(path: string, id: string | undefined, shown: (found: Found | undefined) => T, sent: (value: T) => unknown, list: string) {
-  const key = `${path}/${id ?? "new"}`;
+export function useEdited<T, Found>(kind: Kind, id: string | undefined, shown: (found: Found | undefined) => T, sent: (value: T) => Named, list: string) {
+  const key = `/api/v1/${kind}/${id ?? "new"}`;
   const entered = useSignal(draft<Draft<T>>(key));
   const found = useLoad(
     async (signal): Promise<Draft<T>> => {
@@ -268,17 +269,29 @@ export function useEdited<T, Found>(path: string, id: string | undefined, shown:
   );
   const now = entered.value ?? found.data;
   const value = now?.value ?? shown(undefined);
-  const enter = (changed: T) => {
-    entered.value = { value: changed, tag: now!.tag };
-    keepDraft(key, entered.value);
+  const keep = (changed: Draft<T>) => {
+    entered.value = changed;
+    keepDraft(key, changed);
   };
+  const enter = (changed: T) => keep({ ...now!, value: changed });
   const discard = () => {
     dropDraft(key);
     entered.value = undefined;
   };
+  /** Send a draft; first repeat a PUT whose answer was lost, which succeeds also if it had arrived, and returns the tag that it has made. */
+  const put = async ({ tag, lost }: Draft<T>): Promise<void> => {
+    for (const body of lost ? [lost, sent(value)] : [sent(value)]) {
+      try {
+        tag = (await send("PUT", key, { body, headers: tag ? { "If-Match": tag } : {} })).headers.get("ETag") ?? "";
+      } catch (error) {
+        keep(unsure(error) ? { value, tag, lost: body } : { value, tag });
+        throw error;
+      }
+    }
+  };
   const save = useAction(async () => {
-    if (id) await change("PUT", key, sent(value), now!.tag ? { headers: { "If-Match": now!.tag } } : {});
-    else await change("POST", path, sent(value));
+    if (id) await put(now!);
+    else await create(kind, sent(value), key);
     dropDraft(key);
     go(list);
   });

@@ -112,7 +112,7 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
   const loading = useSignal(true);
   const cut = useSignal(false);
   const error = useSignal<ApiError | undefined>(undefined);
-  const search = useSignal(query("q"));
+  const search = useComputed(() => query("q"));
   const again = useSignal(0);
   const columns = (query("columns") || USUAL.join()).split(",").filter((each): each is Column => COLUMNS.some(([name]) => name === each));
   const [sort, direction] = (query("sort") || "ip_address").split(":") as [Column, string?];
@@ -184,10 +184,7 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
           aria-label="Search results"
           placeholder="ssh   :443   10.20.3."
           value={search.value}
-          onInput={(event) => {
-            search.value = event.currentTarget.value;
-            go(withQuery({ q: search.value }), { replace: true });
-          }}
+          onInput={(event) => go(withQuery({ q: event.currentTarget.value }), { replace: true })}
         />
         <details class="menu">
           <summary>Columns</summary>

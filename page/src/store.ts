@@ -1,6 +1,6 @@
 // What several pages show: the caller's subnets and policies by id.
 import { signal } from "@preact/signals";
-import { get, type Info, type Policy, type Subnet } from "./api";
+import { change, get, unsure, type Info, type Policy, type Subnet } from "./api";
 
 export const info = signal<Info | undefined>(undefined);
 export const subnets = signal<Map<number, Subnet>>(new Map());
@@ -44,4 +44,32 @@ export async function loadInfo(signal?: AbortSignal): Promise<void> {
 const drafts = new Map<string, unknown>();
 export const draft = <T>(name: string): T | undefined => drafts.get(name) as T | undefined;
 export const keepDraft = (name: string, value: unknown): void => void drafts.set(name, value);
-export const dropDraft = (name: string): void => void drafts.delete(name);
+export const dropDraft = (name: string): void => void [name, attemptOf(name)].forEach((each) => drafts.delete(each));
+
+const attemptOf = (form: string) => `${form} attempt`;
+const PLURALS = { subnet: "subnets", policy: "policies" };
+export type Kind = keyof typeof PLURALS;
+
+export type Named = { name: string } & Record<string, unknown>;
+
+interface Attempt {
+  name: string;
+  after: number; // id of the newest object before it
+}
+
+/** Create an object from a form, once: when the answer to an earlier attempt was lost, what it has created becomes this object. */
+export async function create(kind: Kind, body: Named, form: string): Promise<number> {
+  const path = `/api/v1/${kind}`;
+  const before = draft<Attempt>(attemptOf(form));
+  const newest = (await get<Record<string, { id: number; name: string }[]>>(`${path}?page_size=${before ? PAGE : 1}`))[PLURALS[kind]]!;
+  const lost = before && newest.find((each) => each.id > before.after && each.name === before.name);
+  if (!lost) keepDraft(attemptOf(form), { name: body.name, after: newest[0]?.id ?? 0 });
+  try {
+    const { id } = lost ? await change<{ id: number }>("PUT", `${path}/${lost.id}`, body) : await change<{ id: number }>("POST", path, body);
+    drafts.delete(attemptOf(form));
+    return id;
+  } catch (error) {
+    if (!lost && !unsure(error)) drafts.delete(attemptOf(form)); // it has created nothing
+    throw error;
+  }
+}

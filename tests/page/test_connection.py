@@ -33,6 +33,18 @@ window.fetch = async (path, options) => {
     }), answer);
 };
 """
+# The answers to the requests in `lost`, such as "POST /api/v1/task", are lost once each, after the requests have arrived.
+LOSE_ANSWERS = """
+const arriving = window.fetch;
+window.lost = [];
+window.fetch = async (path, options) => {
+    const answer = await arriving(path, options);
+    const index = window.lost.indexOf(`${options?.method} ${path}`);
+    if (index < 0) return answer;
+    window.lost.splice(index, 1);
+    throw new TypeError("network error");
+};
+"""
 # Counts the renderings of new text, and those that change a live region.
 COUNT_ANNOUNCEMENTS = """
 window.shown = window.announced = 0;
@@ -289,3 +301,68 @@ def test_page_estimate_that_fails_has_its_request_id(page: Page, stack: Stack) -
     page.get_by_role("button", name="Try again").click()
     expect(page.get_by_text("1 address × 1,000 ports")).to_be_visible()
     expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_page_creation_whose_answer_was_lost_is_made_once(page: Page, stack: Stack, user: Client) -> None:
+    """A subnet whose creation was not answered is created once, with what the form holds when it is saved again."""
+    page.add_init_script(LOSE_ANSWERS)
+    page.goto(f"{stack.url}/app/subnets/new")
+    page.get_by_label("Network").fill("127.44.19.0/24")
+    page.get_by_label("Name").fill("made once")
+    page.evaluate("window.lost.push('POST /api/v1/subnet')")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("alert").filter(has_text="Scanfleet cannot be reached.")).to_be_visible()
+    page.get_by_label("Exclude").fill("127.44.19.7")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("row", name="made once")).to_contain_text("255")
+    found = user.http.get("/api/v1/subnet", params={"page_size": 100}).json()["subnets"]
+    assert [each["exclude"] for each in found if each["name"] == "made once"] == [["127.44.19.7/32"]]
+
+
+def test_page_replacement_whose_answer_was_lost_is_no_conflict(page: Page, stack: Stack, user: Client) -> None:
+    """A policy whose replacement was not answered can be changed further and saved: its later version is the page's own."""
+    policy_id = user.policy(name="answered late", preset="quick")
+    page.add_init_script(LOSE_ANSWERS)
+    page.goto(f"{stack.url}/app/policies/{policy_id}")
+    page.get_by_label("Ports").fill("8022")
+    page.evaluate("path => window.lost.push(`PUT ${path}`)", f"/api/v1/policy/{policy_id}")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("alert").filter(has_text="Scanfleet cannot be reached.")).to_be_visible()
+    page.get_by_label("Ports").fill("8023")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("row", name="answered late")).to_contain_text("8023")
+
+
+def test_page_scan_whose_answer_was_lost_is_started_once(page: Page, stack: Stack, user: Client) -> None:
+    """A scan form that is sent again starts no second job; changed, it starts further jobs only after it says so."""
+    page.add_init_script(LOSE_ANSWERS)
+    subnet_id = user.subnet("127.44.12.3")
+
+    def start(ports: str, *, lost: bool = False) -> None:
+        page.get_by_label("Ports").fill(ports)
+        if lost:
+            page.evaluate("window.lost.push('POST /api/v1/task')")
+        page.get_by_role("button", name="Start").click()
+
+    def jobs() -> int:
+        total: int = user.http.get("/api/v1/task", params={"subnet_id": subnet_id}).json()["total"]
+        return total
+
+    page.goto(f"{stack.url}/app/new?subnet={subnet_id}")
+    start("8021", lost=True)
+    expect(page.get_by_role("alert").filter(has_text="Scanfleet cannot be reached.")).to_be_visible()
+    start("8022")
+    expect(page.get_by_role("alert")).to_contain_text("was sent before with other values, and has created jobs")
+    start("8021")
+    expect(page.get_by_role("heading", name=re.compile(r"Job \d+"))).to_be_visible()
+    assert jobs() == 1
+
+    page.goto(f"{stack.url}/app/new?subnet={subnet_id}")
+    start("8021", lost=True)
+    expect(page.get_by_role("alert").filter(has_text="Scanfleet cannot be reached.")).to_be_visible()
+    start("8022")
+    expect(page.get_by_role("alert")).to_contain_text("was sent before with other values, and has created jobs")
+    assert jobs() == 2
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_role("heading", name=re.compile(r"Job \d+"))).to_be_visible()
+    assert jobs() == 3

@@ -655,3 +655,32 @@ def test_page_audit_is_not_asked_for_by_others(browser: Browser, stack: Stack) -
         expect(page.get_by_text("The audit log is for administrators.")).to_be_visible()
         expect(page.locator("body[data-busy]")).to_have_count(0)
     assert asked == []
+
+
+def test_page_url_has_the_state_of_the_page(page: Page, stack: Stack, finished: int) -> None:
+    """Searches, the filter and the cursor of a map, and a paused list are the same after a reload of the URL."""
+    subnets = [{"id": n, "name": f"net {n}", "cidr": f"10.0.{n}.0/24", "exclude": []} for n in range(1, 13)]
+    page.route("**/api/v1/subnet?*", lambda route: route.fulfill(json={"subnets": subnets, "total": len(subnets)}))
+    for path in ("subnets", "new"):
+        page.goto(f"{stack.url}/app/{path}")
+        page.get_by_label("Search subnets").fill("net 7")
+        page.reload()
+        expect(page.get_by_label("Search subnets")).to_have_value("net 7")
+        expect(page.get_by_text("10.0.7.0/24").first).to_be_visible()
+        expect(page.get_by_text("10.0.8.0/24")).to_have_count(0)
+
+    page.goto(f"{stack.url}/app/jobs/{finished}")
+    answered = page.get_by_role("button", name="answered")
+    answered.click()
+    page.get_by_role("application").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url(f"**/app/jobs/{finished}?only=answered&at={NET}.1")
+    page.reload()
+    expect(page.locator(".cursor")).to_contain_text(f"{NET}.1 — answered, 2 ports open")
+    expect(answered).to_have_attribute("aria-pressed", "true")
+
+    page.goto(f"{stack.url}/app/jobs")
+    page.get_by_role("button", name="pause").click()
+    page.reload()
+    expect(page.locator(".dot")).to_have_text("paused")

@@ -47,7 +47,7 @@ export function Jobs() {
   const filters = new URLSearchParams();
   for (const name of ["user_id", "subnet_id", "policy_id"]) if (query(name)) filters.set(name, query(name));
   const page = pageNumber();
-  const paused = useSignal(false);
+  const paused = query("paused") !== "";
   const changes = useSignal(0);
   const changed = useSettled(changes.value, SETTLE);
   useLoad((signal) => Promise.all([loadSubnets(signal), loadPolicies(signal)]), []); // names; without them ids are shown
@@ -74,7 +74,7 @@ export function Jobs() {
   }, []);
 
   useEffect(() => {
-    if (paused.value || forbidden) return;
+    if (paused || forbidden) return;
     const unfinished = new Map<number, string>(); // what the list may show of jobs that can change
     return watch(whose ? `/api/v1/events?user_id=${encodeURIComponent(whose)}` : "/api/v1/events", (task) => {
       const { id, status } = task.job;
@@ -83,7 +83,7 @@ export function Jobs() {
       if (isFinal(status)) unfinished.delete(id);
       else unfinished.set(id, status);
     }, list.reload);
-  }, [paused.value, whose, forbidden]);
+  }, [paused, whose, forbidden]);
 
   useEffect(() => {
     if (!list.data) return;
@@ -112,9 +112,9 @@ export function Jobs() {
         <Search />
         {me.value!.admin && <Whose />}
         <span class="live">
-          <LiveDot paused={paused.value} />
-          <button type="button" class="quiet" onClick={() => void (paused.value = !paused.value)}>
-            {paused.value ? "resume" : "pause"}
+          <LiveDot paused={paused} />
+          <button type="button" class="quiet" onClick={() => go(withQuery({ paused: paused ? undefined : 1 }), { replace: true })}>
+            {paused ? "resume" : "pause"}
           </button>
         </span>
       </div>

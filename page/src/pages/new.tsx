@@ -4,7 +4,7 @@ import { ApiError, change, get, type Estimate, type Job, type Policy } from "../
 import { countPorts, parseNetwork } from "../addresses";
 import { Field, Kept, Problem, Title, took, useAction, useLoad } from "../parts";
 import { go, query, withQuery } from "../router";
-import { draft, dropDraft, info, keepDraft, loadPolicies, loadSubnets, policies, subnets } from "../store";
+import { create, draft, dropDraft, info, keepDraft, loadPolicies, loadSubnets, policies, subnets } from "../store";
 import { count, duration, plural, visible } from "../text";
 
 const DRAFT = "scan";
@@ -29,7 +29,6 @@ function equalPolicy(fields: { preset: string; ports?: string }): Policy | undef
 
 export function NewScan() {
   const lists = useLoad((signal) => Promise.all([loadSubnets(signal), loadPolicies(signal)]), []);
-  const search = useSignal("");
   const entered = useSignal<Entered>(draft<Entered>(DRAFT) ?? { cidr: "", preset: "standard", ports: "" });
   const enter = (changed: Partial<Entered>) => {
     entered.value = { ...entered.value, ...changed };
@@ -79,29 +78,36 @@ export function NewScan() {
     [policy?.id, chosen],
   );
 
-  // The same request has the same key however often it is sent, so that a repeated one makes no second job.
-  const request = useRef({ of: "", key: "" });
+  // One key for the opened form: however often it is sent and changed in between, its jobs are created once. Another one is only for
+  // values with which the user starts further jobs.
+  const key = useRef(crypto.randomUUID());
+  const further = useRef<Record<string, string>>({});
   const made = useRef<{ subnets: Record<string, number>; policies: Record<string, number> }>({ subnets: {}, policies: {} });
   const start = useAction(async () => {
     const ids = [...chosen];
     if (cidr.trim()) {
       const network = cidr.trim();
       const there = [...subnets.value.values()].find((each) => each.cidr === network && !each.exclude.length);
-      ids.push((made.current.subnets[network] ??= there?.id ?? (await change<{ id: number }>("POST", "/api/v1/subnet", { name: network, cidr: network })).id));
+      ids.push((made.current.subnets[network] ??= there?.id ?? (await create("subnet", { name: network, cidr: network }, `${DRAFT} subnet`))));
     }
     let id = policy?.id;
     if (!id) {
       const name = ports.trim() ? `${preset}: ${ports.trim()}`.slice(0, 200) : preset;
-      id = made.current.policies[JSON.stringify(values)] ??= equalPolicy(values)?.id ?? (await change<{ id: number }>("POST", "/api/v1/policy", { name, ...values })).id;
+      id = made.current.policies[JSON.stringify(values)] ??= equalPolicy(values)?.id ?? (await create("policy", { name, ...values }, `${DRAFT} policy`));
     }
     const body = { subnet_ids: [...new Set(ids)], policy_id: id };
-    if (request.current.of !== JSON.stringify(body)) request.current = { of: JSON.stringify(body), key: crypto.randomUUID() };
-    const { jobs } = await change<{ jobs: Job[] }>("POST", "/api/v1/task", body, { headers: { "Idempotency-Key": request.current.key } });
+    const of = JSON.stringify(body);
+    const headers = { "Idempotency-Key": further.current[of] ?? key.current };
+    const { jobs } = await change<{ jobs: Job[] }>("POST", "/api/v1/task", body, { headers }).catch((error: unknown) => {
+      if (!(error instanceof ApiError && error.message.startsWith("Idempotency-Key "))) throw error;
+      further.current[of] = crypto.randomUUID();
+      throw new ApiError(error.status, "The form was sent before with other values, and has created jobs: see the list of jobs. Start again to create these as well.", error.requestId);
+    });
     dropDraft(DRAFT);
     go(jobs.length === 1 ? `/app/jobs/${jobs[0]!.id}` : "/app/jobs");
   });
 
-  const term = search.value.trim().toLowerCase();
+  const term = query("q").trim().toLowerCase();
   const all = [...subnets.value.values()];
   const found = all.filter((each) => chosen.includes(each.id) || each.name.toLowerCase().includes(term) || each.cidr.includes(term));
   const wrong: Record<string, string | undefined> = { ...estimated?.error?.fields, ...start.error?.fields };
@@ -120,7 +126,7 @@ export function NewScan() {
         <fieldset>
           <legend>What</legend>
           {all.length > 8 && (
-            <input type="search" aria-label="Search subnets" placeholder="name, 10.20." value={search.value} onInput={(event) => void (search.value = event.currentTarget.value)} />
+            <input type="search" aria-label="Search subnets" placeholder="name, 10.20." value={query("q")} onInput={(event) => go(withQuery({ q: event.currentTarget.value }), { replace: true })} />
           )}
           <Kept shown={all.length} total={lists.data?.[0]} />
           {!!all.length && (

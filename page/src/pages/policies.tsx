@@ -194,7 +194,7 @@ function entered(found: Policy | undefined): Fields {
 
 export function PolicyForm({ id }: { id: string | undefined }) {
   const schema = useLoad(loadSchema, []);
-  const form = useEdited("/api/v1/policy", id, entered, (fields) => fields, "/app/policies");
+  const form = useEdited("policy", id, entered, (fields) => ({ ...fields, name: String(fields.name ?? "") }), "/app/policies");
   const { value, enter, wrong } = form;
   return (
     <>

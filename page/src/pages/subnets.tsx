@@ -2,7 +2,7 @@ import { useSignal } from "@preact/signals";
 import { change, type Subnet, type Verdict } from "../api";
 import { countAddresses } from "../addresses";
 import { Confirm, EditForm, Field, Kept, Pager, Problem, Title, useAction, useEdited, useLoad } from "../parts";
-import { go, pageNumber, withQuery } from "../router";
+import { go, pageNumber, query, withQuery } from "../router";
 import { draft, dropDraft, keepDraft, loadSubnets, subnets } from "../store";
 import { count, parseCsv, plural, visible } from "../text";
 import { LastScan } from "./last-scan";
@@ -11,21 +11,16 @@ const SIZE = 50;
 
 export function Subnets() {
   const list = useLoad(loadSubnets, []);
-  const search = useSignal("");
   const deleting = useSignal<Subnet | undefined>(undefined);
-  const wanted = search.value.trim().toLowerCase();
+  const wanted = query("q").trim().toLowerCase();
   const all = [...subnets.value.values()];
   const found = all.filter((each) => each.name.toLowerCase().includes(wanted) || each.cidr.includes(wanted));
   const page = pageNumber();
-  const find = (text: string) => {
-    search.value = text;
-    go(withQuery({ page: undefined }), { replace: true });
-  };
   return (
     <>
       <Title text="Subnets" />
       <div class="bar">
-        <input type="search" aria-label="Search subnets" placeholder="name, 10.20." value={search.value} onInput={(event) => find(event.currentTarget.value)} />
+        <input type="search" aria-label="Search subnets" placeholder="name, 10.20." value={query("q")} onInput={(event) => go(withQuery({ q: event.currentTarget.value, page: undefined }), { replace: true })} />
         <a class="button" href="/app/subnets/new">
           New subnet
         </a>
@@ -117,7 +112,7 @@ const networks = (text: string) => text.split(/[\s,]+/).filter(Boolean);
 const sent = ({ name, cidr, exclude }: Entered) => ({ name: name || cidr, cidr: cidr.trim(), exclude: networks(exclude) });
 
 export function SubnetForm({ id }: { id: string | undefined }) {
-  const form = useEdited("/api/v1/subnet", id, shown, sent, "/app/subnets");
+  const form = useEdited("subnet", id, shown, sent, "/app/subnets");
   const { value, wrong } = form;
   const enter = (changed: Partial<Entered>) => form.enter({ ...value, ...changed });
   const size = countAddresses(value.cidr, networks(value.exclude));

@@ -20,7 +20,7 @@ from job_orchestrator.api.state import (
 from job_orchestrator.domain.resources import Content, Owned
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
-from scanfleet.errors import NotFoundError
+from scanfleet.errors import NotFoundError, PreconditionFailedError
 from scanfleet.runtime.service import PathId, typed
 from scanfleet.security.auth import Caller, Guarded
 
@@ -71,7 +71,12 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         record: Recorded,
     ) -> Answer:
         old = await mine(state, rules, caller.user_id, id_)
-        conditional = check_unchanged(rules.view(old), request)
+        try:
+            conditional = check_unchanged(rules.view(old), request)
+        except PreconditionFailedError:
+            if (old.name, old.content) != (body.name, rules.accept(body, state.checks)):
+                raise
+            return tagged(rules.view(old), response)  # a repeat after a lost response (RFC 9110, 13.1.1)
         content = rules.accept(body, state.checks)
         new = old.revised(body.name, content, utc_now())
         await record()

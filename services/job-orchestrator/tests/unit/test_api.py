@@ -575,6 +575,16 @@ async def test_put_with_an_outdated_etag_is_a_412(api: Api, resource: AnyResourc
 
 
 @every_resource
+async def test_repeated_put_succeeds(api: Api, resource: AnyResource) -> None:
+    """A PUT that is repeated with its first `If-Match`, as after a lost response, is a 200 with the ETag that it had made."""
+    path, body = resource.path, {"name": "x"} | BODIES[resource.name]
+    made = await api.raw("POST", path, json=body, headers=ISSUER.bearer())
+    headers = ISSUER.bearer() | {"If-Match": made.headers["ETag"]}
+    first, repeat = [await api.raw("PUT", f"{path}/1", json=body | {"name": "y"}, headers=headers) for _ in range(2)]
+    assert (repeat.status_code, repeat.headers["ETag"], repeat.json()) == (200, first.headers["ETag"], first.json())
+
+
+@every_resource
 async def test_concurrent_change_is_a_412(api: Api, store: MemoryStore, resource: AnyResource) -> None:
     """A change between the check of the tag and the write is detected by the write."""
     path, body = resource.path, {"name": "x"} | BODIES[resource.name]
