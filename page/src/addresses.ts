@@ -44,32 +44,8 @@ export function parseNetwork(text: string): Network | undefined {
   }
 }
 
-const sizeOf = (network: Network): number => 2 ** (network.bits - network.length);
-
-/** How many numbers lie in at least one of these ranges, each without its end. */
-function covered(ranges: [bigint, bigint][]): number {
-  let sum = 0n;
-  let reached = 0n;
-  for (const [first, end] of ranges.sort((a, b) => (a[0] < b[0] ? -1 : 1))) {
-    const from = first > reached ? first : reached;
-    if (end <= from) continue;
-    sum += end - from;
-    reached = end;
-  }
-  return Number(sum);
-}
-
-/** The addresses of a network less those of the excluded ones within. */
-export function countAddresses(cidr: string, exclude: string[]): number {
-  const network = parseNetwork(cidr);
-  if (!network) return 0;
-  const end = network.first + (1n << BigInt(network.bits - network.length));
-  const inside = exclude
-    .map(parseNetwork)
-    .filter((each) => each !== undefined && each.bits === network.bits && each.first >= network.first && each.first < end)
-    .map((each): [bigint, bigint] => [each!.first, each!.first + BigInt(sizeOf(each!))]);
-  return sizeOf(network) - covered(inside);
-}
+/** The number of addresses of a network as the API writes it. */
+export const sizeOf = (cidr: string): number => 2 ** (bitsOf(cidr) - Number(cidr.split("/")[1]));
 
 /** Ascending addresses as the fewest networks. */
 export function collapse(addresses: string[]): string[] {
@@ -88,19 +64,4 @@ export function collapse(addresses: string[]): string[] {
     }
   }
   return found;
-}
-
-/** How many ports a policy's text names; undefined if it cannot be read. */
-export function countPorts(text: string): number | undefined {
-  const top = /^top:(?:(\d+)-)?(\d+)$/.exec(text.trim());
-  if (top) return Number(top[2]) - Number(top[1] ?? 1) + 1;
-  const ranges: [bigint, bigint][] = [];
-  let protocol = 0n;
-  for (const part of text.split(",").map((each) => each.trim())) {
-    const range = /^([TU]:)?(\d+)(?:-(\d+))?$/i.exec(part);
-    if (!range) return undefined;
-    if (range[1]) protocol = /u/i.test(range[1]) ? 65536n : 0n; // until the next one
-    ranges.push([protocol + BigInt(range[2]!), protocol + BigInt(range[3] ?? range[2]!) + 1n]);
-  }
-  return covered(ranges) || undefined;
 }

@@ -35,24 +35,6 @@ export function csvLine(cells: (string | number)[]): string {
   return safe.map((cell) => (/[",\r\n]/.test(cell) ? `"${cell.replaceAll('"', '""')}"` : cell)).join(",") + "\r\n";
 }
 
-/** The records of a CSV file (RFC 4180), each with the number of the line on which it ends; without empty lines. */
-export function parseCsv(text: string): { line: number; cells: string[] }[] {
-  const rows: { line: number; cells: string[] }[] = [];
-  let line = 1;
-  let cells: string[] = [];
-  for (const [all, cell, end] of text.matchAll(/("(?:[^"]|"")*"|[^,\r\n]*)(,|\r?\n|\r|$)/g)) {
-    cells.push(cell!.startsWith('"') ? cell!.slice(1, -1).replaceAll('""', '"').trim() : cell!.trim());
-    line += cell!.split("\n").length - 1;
-    if (end !== ",") {
-      if (cells.length > 1 || cells[0] !== "") rows.push({ line, cells });
-      line++;
-      cells = [];
-    }
-    if (all === "" || end === "") break;
-  }
-  return rows;
-}
-
 export function save(name: string, content: Blob): void {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(content);

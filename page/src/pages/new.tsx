@@ -1,7 +1,7 @@
 import { useSignal } from "@preact/signals";
 import { useRef } from "preact/hooks";
 import { ApiError, change, get, type Estimate, type Job, type Policy } from "../api";
-import { countPorts, parseNetwork } from "../addresses";
+import { parseNetwork } from "../addresses";
 import { Field, Kept, Problem, Title, took, useAction, useLoad } from "../parts";
 import { go, query, withQuery } from "../router";
 import { create, draft, dropDraft, info, keepDraft, loadPolicies, loadSubnets, policies, subnets } from "../store";
@@ -18,6 +18,7 @@ interface Entered {
 }
 
 const NEW = "new";
+const PORTS = /^\s*(top:(\d+-)?\d+|([TU]:)?\d+(-\d+)?(\s*,\s*([TU]:)?\d+(-\d+)?)*)\s*$/i; // text that is complete
 
 /** A policy of the caller that is equal to a new one with these fields. */
 function equalPolicy(fields: { preset: string; ports?: string }): Policy | undefined {
@@ -48,7 +49,7 @@ export function NewScan() {
   const networks = [...own.map((each) => ({ subnet_id: each.id })), ...(parseNetwork(cidr) ? [{ cidr: cidr.trim() }] : [])];
   const names = [...own.map((each) => each.cidr), cidr.trim()];
   // Incomplete input is not sent: the API would record a refused request.
-  const wanted = countPorts(portText)
+  const wanted = PORTS.test(portText)
     ? networks.slice(0, ESTIMATED).map((each) => ({ ...each, ...(policy ? { policy_id: policy.id } : { policy: values }) }))
     : [];
   const asked = JSON.stringify(wanted);

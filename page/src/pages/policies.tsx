@@ -1,10 +1,9 @@
 import { useSignal } from "@preact/signals";
 import { change, get, type Policy } from "../api";
-import { countPorts } from "../addresses";
 import { Confirm, EditForm, Field, Kept, Pager, Problem, Title, useEdited, useLoad } from "../parts";
 import { pageNumber } from "../router";
 import { info, loadPolicies, policies } from "../store";
-import { count, visible } from "../text";
+import { visible } from "../text";
 import { LastScan } from "./last-scan";
 
 const SIZE = 50;
@@ -129,7 +128,7 @@ function PolicyFields({ schema, fields, enter, wrong }: { schema: Record<string,
           const value = fields[name];
           const usually = Array.isArray(usual[name]) ? (usual[name] as string[]).join(", ") || "none" : String(usual[name] ?? "none");
           return (
-            <Field key={name} label={name.replaceAll("_", " ")} hint={name === "ports" ? portsHint(String(value ?? usual.ports ?? ""), hint) : hint} error={wrong[name]}>
+            <Field key={name} label={name.replaceAll("_", " ")} hint={hint} error={wrong[name]}>
               {(attributes) => {
                 if (part.enum || part.type === "boolean") {
                   return (
@@ -181,11 +180,6 @@ function PolicyFields({ schema, fields, enter, wrong }: { schema: Record<string,
     </>
   );
 }
-
-const portsHint = (text: string, hint: string | undefined) => {
-  const ports = countPorts(text);
-  return `${ports === undefined ? "" : `${count(ports)} ports. `}${hint ?? ""}`;
-};
 
 function entered(found: Policy | undefined): Fields {
   const { id: _id, user_id: _user, created_at: _made, updated_at: _changed, ...fields } = (found ?? {}) as Fields;

@@ -1,10 +1,10 @@
 import { useSignal } from "@preact/signals";
 import { change, type Subnet, type Verdict } from "../api";
-import { countAddresses } from "../addresses";
+import { sizeOf } from "../addresses";
 import { Confirm, EditForm, Field, Kept, Pager, Problem, Title, useAction, useEdited, useLoad } from "../parts";
 import { go, pageNumber, query, withQuery } from "../router";
 import { draft, dropDraft, keepDraft, loadSubnets, subnets } from "../store";
-import { count, parseCsv, plural, visible } from "../text";
+import { count, plural, visible } from "../text";
 import { LastScan } from "./last-scan";
 
 const SIZE = 50;
@@ -58,7 +58,7 @@ export function Subnets() {
                   </td>
                   <td>{visible(each.name)}</td>
                   <td class="number" data-label="Addresses">
-                    {count(countAddresses(each.cidr, each.exclude))}
+                    {count(sizeOf(each.cidr) - each.exclude.reduce((sum, part) => sum + sizeOf(part), 0))}
                   </td>
                   <td data-label="Last scan">
                     <LastScan filter={`subnet_id=${each.id}`} />
@@ -115,12 +115,11 @@ export function SubnetForm({ id }: { id: string | undefined }) {
   const form = useEdited("subnet", id, shown, sent, "/app/subnets");
   const { value, wrong } = form;
   const enter = (changed: Partial<Entered>) => form.enter({ ...value, ...changed });
-  const size = countAddresses(value.cidr, networks(value.exclude));
   return (
     <>
       <Title text={id ? `Subnet ${id}` : "New subnet"} />
       <EditForm form={form}>
-        <Field label="Network" hint={size ? plural(size, "address", "addresses") : "as a CIDR, or a single address"} error={wrong.cidr}>
+        <Field label="Network" hint="as a CIDR, or a single address" error={wrong.cidr}>
           {(attributes) => <input {...attributes} required spellcheck={false} value={value.cidr} onInput={(event) => enter({ cidr: event.currentTarget.value })} />}
         </Field>
         <Field label="Name" hint="the network itself unless given" error={wrong.name}>
@@ -134,28 +133,13 @@ export function SubnetForm({ id }: { id: string | undefined }) {
   );
 }
 
-interface Line {
-  number: number;
-  name: string;
-  cidr: string;
-  exclude: string;
-}
-
-/** The lines of a file as the API reads them: a first line with the names of the columns, and the others in its order. */
-function readLines(text: string): Line[] {
-  const [header, ...rows] = parseCsv(text.replace(/^\ufeff/, ""));
-  const columns = header?.cells.map((cell) => cell.toLowerCase()) ?? [];
-  const at = (cells: string[], name: string) => cells[columns.indexOf(name)] ?? "";
-  return rows.map(({ line, cells }) => ({ number: line, name: at(cells, "name"), cidr: at(cells, "cidr"), exclude: at(cells, "exclude") }));
-}
-
 const IMPORT = "import";
 const VERDICTS = { create: "to create", update: "to update", exists: "there already", refused: "refused" };
 const ACTIONS = ["create", "update", "exists", "refused"] as const;
 
 export function SubnetImport() {
   const text = useSignal(draft<string>(IMPORT) ?? "");
-  const lines = useSignal<(Line & Partial<Verdict>)[] | undefined>(undefined);
+  const lines = useSignal<(Verdict & { text: string })[] | undefined>(undefined);
   const message = useSignal("");
   const update = useSignal(false);
   const post = <T,>(query: string) => change<T>("POST", `/api/v1/subnet/import?update=${update.value}${query}`, text.value, { headers: { "Content-Type": "text/csv" } });
@@ -172,8 +156,8 @@ export function SubnetImport() {
     const [checked, updating] = [text.value, update.value];
     send.clear();
     const answer = await post<{ lines: Verdict[] }>("&dry_run=true");
-    const verdicts = new Map(answer.lines.map((each) => [each.line, each]));
-    if (text.value === checked && update.value === updating) lines.value = readLines(checked).map((line) => ({ ...line, ...verdicts.get(line.number) }));
+    const texts = checked.split(/\r\n|\r|\n/);
+    if (text.value === checked && update.value === updating) lines.value = answer.lines.map((each) => ({ ...each, text: texts[each.line - 1] ?? "" }));
   });
   const send = useAction(async () => {
     check.clear();
@@ -239,25 +223,19 @@ export function SubnetImport() {
           <thead>
             <tr>
               <th scope="col">Line</th>
-              <th scope="col">Network</th>
-              <th scope="col">Name</th>
-              <th scope="col">Exclude</th>
+              <th scope="col">Text</th>
               <th scope="col">Import</th>
             </tr>
           </thead>
           <tbody>
             {lines.value.map((each) => (
-              <tr key={each.number}>
-                <td data-label="Line">{each.number}</td>
+              <tr key={each.line}>
+                <td data-label="Line">{each.line}</td>
                 <td>
-                  <code>{visible(each.cidr)}</code>
-                </td>
-                <td>{visible(each.name)}</td>
-                <td data-label="Exclude">
-                  <code class="long">{visible(each.exclude)}</code>
+                  <code class="long">{visible(each.text)}</code>
                 </td>
                 <td>
-                  {each.error ? <strong class="wrong">{visible(each.error)}</strong> : each.action && (each.id ? <a href={`/app/subnets/${each.id}`}>{VERDICTS[each.action]}</a> : VERDICTS[each.action])}
+                  {each.error ? <strong class="wrong">{visible(each.error)}</strong> : each.id ? <a href={`/app/subnets/${each.id}`}>{VERDICTS[each.action]}</a> : VERDICTS[each.action]}
                 </td>
               </tr>
             ))}
