@@ -131,6 +131,7 @@ class Orchestrator:
             publisher=publisher,
             outbox=self.outbox,
             reconciler=self.reconciler,
+            faults=faults,
             submits=self.submits,
             clock=clock,
         )

@@ -163,6 +163,17 @@ def stop(token: Token, reason: str) -> StopChunk:
     )
 
 
+def stops(reasons: Iterable[tuple[Token, str]]) -> list[StopChunk]:
+    """Return the stops of these tokens, except of those from damaged documents without a valid id of a worker."""
+    stops_: list[StopChunk] = []
+    for token, reason in reasons:
+        try:
+            stops_.append(stop(token, reason))
+        except ValidationError as error:  # the scans of the other chunks must stop
+            _log.error("scan_not_stopped", job_id=token.job_id, chunk_id=token.chunk_id, cause=str(error))
+    return stops_
+
+
 def granted(chunk: Chunk, signer: Signer) -> Grant:
     """Return the signed scope of the chunk's current attempt."""
     return signer.grant(

@@ -20,6 +20,7 @@ from job_orchestrator.domain.ports import (
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.best_effort import try_publish
+from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.submits import Submits, body_hash
@@ -58,6 +59,7 @@ class Commands(PartitionListener):
         publisher: Publisher,
         outbox: Outbox,
         reconciler: Reconciler,
+        faults: Faults,
         submits: Submits,
         clock: PlatformTime,
     ) -> None:
@@ -67,6 +69,7 @@ class Commands(PartitionListener):
         self._publisher = publisher
         self._outbox = outbox
         self._reconciler = reconciler
+        self._faults = faults
         self._submits = submits
         self._clock = clock
         self._caught_up: dict[int, float] = {}
@@ -263,8 +266,8 @@ class Commands(PartitionListener):
         for command in commands:
             job = ended.get(allowed.get(command.id, 0))
             if job is None:
-                rule = Rule.OWNER if jobs.get(command.cancels or 0) else Rule.REQUEST
-                rejected.append(_refuse(command, 404, "Job not found", rule))
+                theirs = command.cancels in jobs and command.id not in allowed
+                rejected.append(_refuse(command, 404, "Job not found", Rule.OWNER if theirs else Rule.REQUEST))
             elif job.cancel_command == command.id:
                 answers[command.id] = CommandAccepted(command_id=command.id, jobs=(job.view,))
             else:
@@ -274,6 +277,8 @@ class Commands(PartitionListener):
 
     async def _end(self, commands: Mapping[int, str | None]) -> dict[int, ScanJob]:
         """Cancel those of these jobs that have not ended, each with its command if there is one; return all final jobs.
+
+        A job that raises an unexpected error is left out.
 
         Raises:
             DependencyError: some are cancelled; calling again cancels the others.
@@ -285,11 +290,13 @@ class Commands(PartitionListener):
                 return ended
             jobs = await self._jobs.get(left)
             ended |= {job.id: job for job in jobs.values() if job.final}
-            cancelled = {
-                job.id: change_job(job, JobTrigger.CANCEL, self._clock.now(), cancel_command=commands[job.id])
-                for job in jobs.values()
-                if not job.final
-            }
+            cancelled: dict[int, ScanJob] = {}
+            for job in jobs.values():
+                if not job.final:
+                    with self._faults.isolated(job):
+                        cancelled[job.id] = change_job(
+                            job, JobTrigger.CANCEL, self._clock.now(), cancel_command=commands[job.id]
+                        )
             left = await self._jobs.save(list(cancelled.values()))
             for job in cancelled.values():
                 if job.id not in left:

@@ -24,7 +24,7 @@ from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.watch import Watch
 from job_orchestrator.handlers.best_effort import try_publish
-from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stop
+from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stop, stops
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
 from scanfleet.contracts.messages import ChunkClaimed, ChunkProgressed, StopChunk
@@ -115,8 +115,8 @@ class Progress(PartitionListener):
         if any(each.moved and each.before.state in HELD for each in changed):
             self._wake()
         await self._reconciler.follow(changed)
-        stops = [stop for each in effects.values() for stop in each.stops]
-        await try_publish(self._publisher, SCAN_TASKS, stops, STOPPED_LATER)
+        stale = [each for chunk in effects.values() for each in chunk.stops]
+        await try_publish(self._publisher, SCAN_TASKS, stale, STOPPED_LATER)
 
     async def assigned(self, partitions: Collection[int]) -> None:
         for partition in partitions:
@@ -169,8 +169,8 @@ class Progress(PartitionListener):
         LEASES_EXPIRED.inc(len(changed))
         self._wake()
         await self._reconciler.follow(changed)
-        stops = [stop(each.before.token, "lease expired") for each in changed]
-        await try_publish(self._publisher, SCAN_TASKS, stops, STOPPED_LATER)
+        lost = stops((each.before.token, "lease expired") for each in changed)
+        await try_publish(self._publisher, SCAN_TASKS, lost, STOPPED_LATER)
 
     def _not_held(self, chunk: Chunk, report: WorkerReport, effects: _Effects, now: datetime) -> Chunk:
         if chunk.state in OPEN:

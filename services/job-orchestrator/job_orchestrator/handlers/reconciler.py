@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from types import MappingProxyType
 from typing import Final
-
-import structlog
-from pydantic import ValidationError
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.census import Standing
@@ -21,12 +18,12 @@ from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository, J
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.handlers.best_effort import try_publish
-from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stop
+from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stops
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.metrics import PROBES, count_transition
-from scanfleet.contracts.messages import JobStatus, StopChunk
+from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.topics import SCAN_TASKS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
@@ -38,8 +35,6 @@ _WORK_SECONDS: Final = 10.0  # interval of the work loop, which is also woken wh
 _STARTED: Final = 10_000  # started jobs that are cached, so that their claims need no query
 
 _DONE: Final = frozenset(ChunkState) - OPEN
-
-_log = structlog.stdlib.get_logger(__name__)
 
 Known = Mapping[str, Chunk]
 """Chunks by id, as they were just stored."""
@@ -213,9 +208,10 @@ class Reconciler:
         job = (await self._jobs.get([job_id])).get(job_id)
         if job is None or job.final:
             return
-        failed = change_job(job, JobTrigger.FAIL, self._clock.now(), error=error)
-        if not await self._save([_Step(job, (failed,))]):
-            await self.reconcile([job_id])
+        with self._faults.isolated(job):
+            failed = change_job(job, JobTrigger.FAIL, self._clock.now(), error=error)
+            if not await self._save([_Step(job, (failed,))]):
+                await self.reconcile([job_id])
 
     async def cancel_chunks(self, job_id: int, reason: str) -> bool:
         """Cancel a page of the job's chunks that are not final, first those that are being scanned.
@@ -244,7 +240,8 @@ class Reconciler:
             self._clock.now(),
         )
         held = [each.before for each in changed if each.moved and each.before.state in HELD]
-        await try_publish(self._publisher, SCAN_TASKS, list(_stops(held, reasons)), STOPPED_LATER)
+        stopped = stops((chunk.token, reasons[chunk.job_id]) for chunk in held)
+        await try_publish(self._publisher, SCAN_TASKS, stopped, STOPPED_LATER)
         return any(each.moved for each in changed)
 
     def _continue(self, job: ScanJob) -> None:
@@ -421,15 +418,6 @@ def _is_late(changed: Changed) -> bool:
 def _ended(job: ScanJob) -> str:
     """Return why its scans are stopped."""
     return f"job {job.status}"
-
-
-def _stops(held: Iterable[Chunk], reasons: Mapping[int, str]) -> Iterator[StopChunk]:
-    """Yield the stops of these chunks, except of those whose damaged documents contain no valid id of a worker."""
-    for chunk in held:
-        try:
-            yield stop(chunk.token, reasons[chunk.job_id])
-        except ValidationError as error:  # the scans of the other chunks must stop
-            _log.error("scan_not_stopped", job_id=chunk.job_id, chunk_id=chunk.id, cause=str(error))
 
 
 def _uncounted(job: ScanJob, known: Known) -> list[Chunk] | None:

@@ -97,7 +97,11 @@ class Reporter:
             DependencyError: the next sweep does it.
         """
         now = self._clock.now()
-        news = {job.id: each for job, reason in jobs if (each := wait(self._outbox.unsent(job), reason, now))}
+        news: dict[int, tuple[ScanJob, JobProgressed]] = {}
+        for job, reason in jobs:
+            with self._faults.isolated(job):
+                if each := wait(self._outbox.unsent(job), reason, now):
+                    news[job.id] = each
         losers = await self._jobs.save([job for job, _ in news.values()])
         await self._publish({id_: each for id_, each in news.items() if id_ not in losers})
 

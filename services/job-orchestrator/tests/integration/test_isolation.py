@@ -55,6 +55,7 @@ _DAMAGES: Final = {
     "time of an event": _Damage("jobs", 99, ChunkState.QUEUED, {"outbox": [{"at": "yesterday"}]}),
     "subnet of an ended job": _Damage("jobs", 99, ChunkState.STORED, _ENDED | {"subnet_id": [1]}),
     "time of an ended job": _Damage("jobs", 99, ChunkState.STORED, _ENDED | {"end_time": [THEN], "subnet_id": 98}),
+    "machines of a running job": _Damage("jobs", 99, ChunkState.QUEUED, {"machines_found": -1}, unreadable=False),
     "slices of a running job": _Damage("jobs", 99, ChunkState.STORED, {"chunk_addresses": 0}),
     "clock of a user": _Damage("clocks", 8, ChunkState.QUEUED, {"time": "foo", "active": True}),
     "global virtual time": _Damage("clocks", "virtual", ChunkState.QUEUED, {"time": "foo"}),

@@ -584,6 +584,17 @@ async def test_command_is_answered_after_the_broker_was_unavailable(world: World
     assert [event.seq for event in world.events(1)] == [1]
 
 
+@pytest.mark.proves("F27", "G17")
+async def test_job_whose_events_are_invalid_stops_no_other_cancel(world: World) -> None:
+    """Beside a damaged job the others are cancelled, by a command or all at once."""
+    damaged = replace(scan_job(1), machines_found=-1)
+    await world.store.jobs.insert([damaged, scan_job(2), scan_job(3)])
+    commands = [await world.cancel(id_) for id_ in (1, 2)]
+    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    assert [type(world.replies(command)[0]) for command in commands] == [CommandRejected, CommandAccepted]
+    assert await world.only.commands.cancel([1, 2, 3]) == [3]
+
+
 @pytest.mark.parametrize("topic", [SCAN_EVENTS, SCAN_REPLIES])
 async def test_partition_without_a_leader_blocks_no_other_command(world: World, topic: Topic) -> None:
     """Commands whose replies or events cannot be published are carried out, and those behind them are answered."""

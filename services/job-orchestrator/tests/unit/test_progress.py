@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -11,7 +12,7 @@ from prometheus_client import REGISTRY
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Effort, Totals
-from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
+from job_orchestrator_testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository import MemoryChunks
 from scanfleet.contracts.messages import (
     ChunkClaimed,
@@ -23,6 +24,7 @@ from scanfleet.contracts.messages import (
     JobProgressed,
     JobStatus,
     ScanChunk,
+    StopChunk,
 )
 from scanfleet.contracts.messages.topics import (
     SCAN_EVENTS,
@@ -421,6 +423,21 @@ async def test_stop_that_cannot_be_sent_blocks_no_other_report(world: World, tas
     await world.bus.publish(SCAN_PROGRESS, [ChunkProgressed(**token, outcomes="....")])
     await world.settle()
     assert [stop.chunk_id for stop in stale.stops] == ["1-0"]
+
+
+@pytest.mark.proves("F27", "G17")
+async def test_expired_lease_with_an_invalid_worker_id_does_not_end_the_check(world: World) -> None:
+    """A lease that expires in a damaged document is requeued like the others, although its worker cannot be stopped."""
+    held: dict[str, Any] = {"state": ChunkState.RUNNING, "attempt": 1, "reach": 4}
+    for id_, worker in ((8, "not/valid"), (9, "w-9")):
+        await world.store.jobs.insert([replace(scan_job(id_, made=1), status=JobStatus.RUNNING, outbox=())])
+        partition = scan_job(id_).partition
+        await world.store.chunks.insert(
+            [chunk(id=f"{id_}-0", job_id=id_, partition=partition, worker_id=worker, **held)]
+        )
+    await world.wait(LEASE + 2)
+    assert [await status_of(world, id_) for id_ in (8, 9)] == [JobStatus.COMPLETED] * 2
+    assert [each.worker_id for each in world.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)] == ["w-9"]
 
 
 async def test_expired_lease_requeues_its_chunk_although_the_stop_cannot_be_sent(world: World, task: ScanChunk) -> None:

@@ -274,6 +274,19 @@ async def test_job_whose_reason_to_wait_is_unknown_is_skipped(world: World) -> N
     assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
 
 
+@pytest.mark.proves("F27", "G17")
+async def test_job_whose_events_are_invalid_is_skipped(world: World) -> None:
+    """A damaged count of machines stops neither the sweep nor the events of other jobs, nor a give-up of the dispatcher."""
+    world.workers = []
+    damaged = replace(scan_job(8), machines_found=-1, outbox=())
+    await world.store.jobs.insert([damaged, replace(scan_job(9), outbox=())])
+    world.now += 60.0
+    await world.only.sweeper.sweep()
+    assert (await world.store.jobs.get([9]))[9].waiting == "no_worker"
+    await world.only.reconciler.give_up(8, "refused")
+    assert (await world.store.jobs.get([8]))[8].status is JobStatus.PENDING
+
+
 async def test_cancel_of_a_large_job_stops_running_chunks_first(world: World) -> None:
     """A cancel of a job with thousands of queued chunks stops the running ones first."""
     await world.store.jobs.insert(
