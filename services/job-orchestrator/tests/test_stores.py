@@ -555,18 +555,19 @@ async def test_receipt_replaces_its_job(store: Store) -> None:
     assert (await store.jobs.get([1, 2])).keys() == {2}
     assert [each.id for each in (await store.jobs.page(7, set(), 0, 9))[0]] == [3, 2]
     assert await store.jobs.expired(LATER + timedelta(seconds=1), 9) == [first]
-    assert await store.deletions.due(THEN, 9) == []
-    assert await store.deletions.due(LATER, 9) == [receipt]
+    assert await store.deletions.due(THEN, 9, chunks=False) == []
+    assert await store.deletions.due(LATER, 9, chunks=False) == [receipt]
     assert await store.deletions.advance([], Stage.CHUNKS, Stage.DONE, None) == 0
     assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 0  # it is not there yet
     assert await store.deletions.advance([1, 2], Stage.RESULTS, Stage.RESULTS, LATER + timedelta(seconds=60)) == 1
-    assert await store.deletions.due(LATER, 9) == []
+    assert await store.deletions.due(LATER, 9, chunks=False) == []
     counts = Counts(hosts=3, rows=5, chunks=1)
     assert await store.deletions.advance([1], Stage.RESULTS, Stage.CHUNKS, LATER, counts) == 1
-    assert await store.deletions.due(LATER, 9) == [replace(receipt, stage=Stage.CHUNKS, counts=counts)]
+    assert await store.deletions.due(LATER, 9, chunks=True) == [replace(receipt, stage=Stage.CHUNKS, counts=counts)]
+    assert await store.deletions.due(LATER, 9, chunks=False) == []
     assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 1
     assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 0
-    assert await store.deletions.due(LATER + timedelta(days=9), 9) == []
+    assert await store.deletions.due(LATER + timedelta(days=9), 9, chunks=True) == []
     [done], _ = await store.deletions.page(7, [Stage.DONE], 0, 9)
     assert done.completed_at is not None
     assert done == replace(receipt, stage=Stage.DONE, counts=counts, completed_at=done.completed_at)
@@ -1214,10 +1215,13 @@ async def test_unreadable_receipts_do_not_delay_other_deletions(mongo_store: Mon
     now = THEN + timedelta(minutes=1)
     before = UNREADABLE.labels("deletions")._value.get()
     with capture_logs() as logs:
-        assert await mongo_store.deletions.due(now, 3) == []
+        assert await mongo_store.deletions.due(now, 3, chunks=False) == []
     assert {line["collection"] for line in logs} == {"deletions"}
     assert UNREADABLE.labels("deletions")._value.get() == before + 3
     assert [(line["event"], line["id"]) for line in logs] == [("unreadable_document", str(n)) for n in (1, 2, 3)]
-    assert [each.job_id for each in await mongo_store.deletions.due(now, 3)] == [4]
+    assert [each.job_id for each in await mongo_store.deletions.due(now, 3, chunks=False)] == [4]
     await database["jobs"].update_one({"_id": 2}, {"$set": {"deletion.stage": "results"}})
-    assert [each.job_id for each in await mongo_store.deletions.due(now + timedelta(hours=1), 9)] == [4, 2]
+    assert [each.job_id for each in await mongo_store.deletions.due(now + timedelta(hours=1), 9, chunks=False)] == [
+        4,
+        2,
+    ]

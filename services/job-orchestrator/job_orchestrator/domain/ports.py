@@ -226,8 +226,8 @@ class DeletionRepository(Protocol):
     async def begin(self, job: ScanJob, receipt: Deletion) -> bool:
         """Replace the job by the receipt, due at once, unless the job has changed; return whether it was replaced."""
 
-    async def due(self, now: datetime, limit: int) -> list[Deletion]:
-        """Return due deletions, the longest waiting first; those that cannot be read are due again after a pause."""
+    async def due(self, now: datetime, limit: int, *, chunks: bool) -> list[Deletion]:
+        """Return due deletions in the stage of chunks, or else in any other, the longest waiting first; those that cannot be read are due again after a pause."""
 
     async def advance(
         self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None, counts: Counts | None = None

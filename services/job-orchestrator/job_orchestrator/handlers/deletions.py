@@ -141,7 +141,7 @@ class Deletions:
         """
         await self._expire()
         now = self._clock.now()
-        due = await self._deletions.due(now, _AT_ONCE)
+        due = await self._deletions.due(now, _AT_ONCE, chunks=False)
         waiting = [each.job_id for each in due if each.stage is Stage.WAITING]
         stopped = [id_ for id_ in waiting if not await self._cancel_chunks(id_, "job deleted")]
         if await self._deletions.advance(stopped, Stage.WAITING, Stage.RESULTS, now):
@@ -150,17 +150,23 @@ class Deletions:
         await self._publisher.publish(SCAN_DELETIONS, [_request(each) for each in asked])
         asked_ids = [each.job_id for each in asked]
         await self._deletions.advance(asked_ids, Stage.RESULTS, Stage.RESULTS, now + _ASK_AGAIN)
+        await self._delete_some(now)
+
+    async def _delete_some(self, now: datetime) -> None:
+        """Delete as many chunks as a step may; a job with more takes its next turn behind the others."""
         left = self._per_step
         done: list[Deletion] = []
-        for each in due:
-            if each.stage is Stage.CHUNKS and left:
-                deleted = await self._chunks.delete(each.job_id, left)
-                DELETED_CHUNKS.inc(deleted)
-                if deleted < left:
-                    done.append(each)
-                else:
-                    self.loop.wake()
-                left -= deleted
+        for each in await self._deletions.due(now, _AT_ONCE, chunks=True):
+            if not left:
+                break
+            deleted = await self._chunks.delete(each.job_id, left)
+            DELETED_CHUNKS.inc(deleted)
+            if deleted < left:
+                done.append(each)
+            else:
+                await self._deletions.advance([each.job_id], Stage.CHUNKS, Stage.CHUNKS, now)
+                self.loop.wake()
+            left -= deleted
         for reason in REASONS:
             ended = [each.job_id for each in done if each.reason == reason]
             DELETED_JOBS.labels(reason).inc(await self._deletions.advance(ended, Stage.CHUNKS, Stage.DONE, None))

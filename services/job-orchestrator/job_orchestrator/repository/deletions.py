@@ -43,8 +43,9 @@ class MongoDeletions:
         return (await self._jobs.replace_one(wanted, document)).matched_count == 1
 
     @dependency_errors()
-    async def due(self, now: datetime, limit: int) -> list[Deletion]:
-        found = await self._jobs.find({"due": {"$lte": now}}).sort("due", 1).limit(limit).to_list(limit)
+    async def due(self, now: datetime, limit: int, *, chunks: bool) -> list[Deletion]:
+        stage = {"deletion.stage": {"$eq" if chunks else "$ne": Stage.CHUNKS.value}}
+        found = await self._jobs.find({"due": {"$lte": now}} | stage).sort("due", 1).limit(limit).to_list(limit)
         receipts = [documents.readable(documents.read_deletion, each, "deletions") for each in found]
         unreadable = [each["_id"] for each, receipt in zip(found, receipts, strict=True) if receipt is None]
         if unreadable:  # otherwise they would stay the longest waiting ones, and could fill every result

@@ -23,8 +23,12 @@ class MemoryDeletions(MemoryRepository):
         self._data.receipts[job.id] = (receipt, receipt.requested_at)
         return True
 
-    async def due(self, now: datetime, limit: int) -> list[Deletion]:
-        due = sorted((at, id_) for id_, (_, at) in self._data.receipts.items() if at is not None and at <= now)
+    async def due(self, now: datetime, limit: int, *, chunks: bool) -> list[Deletion]:
+        due = sorted(
+            (at, id_)
+            for id_, (receipt, at) in self._data.receipts.items()
+            if at is not None and at <= now and (receipt.stage is Stage.CHUNKS) is chunks
+        )
         return [self._data.receipts[id_][0] for _, id_ in due[:limit]]
 
     async def advance(

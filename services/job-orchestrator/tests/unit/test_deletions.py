@@ -108,7 +108,7 @@ async def test_deleted_job_is_hidden_at_once_and_then_removed(world: World) -> N
         await world.wait(3, seconds=61)
         assert await chunks_of(world, 1) == 0
         await assert_hidden(http)
-    assert await world.store.deletions.due(world.only.commands._clock.now() + timedelta(days=9), 9) == []
+    assert await world.store.deletions.due(world.only.commands._clock.now() + timedelta(days=9), 9, chunks=True) == []
 
 
 async def test_cancel_of_a_deleted_job_is_a_404(world: World) -> None:
@@ -533,6 +533,28 @@ async def test_chunks_are_deleted_at_the_set_rate() -> None:
         await world.settle()
     assert left == [150, 150, 50]
     assert REGISTRY.get_sample_value("scanfleet_deleted_chunks_total") == before + 150
+
+
+async def test_large_deletions_of_one_user_do_not_delay_those_of_others() -> None:
+    """While the chunks of 150 large jobs are deleted, the results of another job are deleted at once, and its chunks in turn."""
+    world = World(MemoryStore(), deletes_per_second=10)
+    large, small = range(1, 151), 151
+    await world.store.jobs.insert([change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True) for n in large])
+    await world.store.chunks.insert([chunk(id=f"{n}-{i}", job_id=n, index=i) for n in large for i in range(30)])
+    await world.only.deletions.delete(large, "request")
+    for _ in range(2):
+        world.now += 1.0
+        await world.only.deletions.step()
+        await world.settle()
+    await world.store.jobs.insert([change(scan_job(small, user_id=8), JobTrigger.CANCEL, THEN, settled=True)])
+    await world.only.deletions.delete([small], "request")
+    for _ in range(2):
+        world.now += 1.0
+        await world.only.deletions.step()
+        await world.settle()
+    [receipt], _ = await world.store.deletions.page(8, list(Stage), 0, 9)
+    assert receipt.stage is Stage.CHUNKS
+    assert [await chunks_of(world, n) for n in large[:5]] == [20, 20, 20, 30, 30]
 
 
 class SlowChunks(MemoryChunks):
