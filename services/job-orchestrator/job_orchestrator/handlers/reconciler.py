@@ -307,7 +307,9 @@ class Reconciler:
             if standing.open and await self._cancel({job.id: _ended(job)}, OPEN):
                 self._continue(job)  # it is settled only when a query finds none
             counted = await self._count(job, standing, known)
-            after = replace(counted, settled=not standing.open and counted.totals.done == job.made)
+            # After a full page there may be more chunks that a replica created without counting them in `made`.
+            complete = counted.totals.done == counted.made and counted.totals.done - job.totals.done < _PAGE
+            after = replace(counted, settled=not standing.open and complete)
             return _Step(job, () if after == job else (after,)), ()
         started = job
         if job.status is JobStatus.PENDING and (standing.begun or standing.open < job.made):
@@ -347,7 +349,9 @@ class Reconciler:
     async def _count(self, job: ScanJob, standing: Standing, known: Known) -> ScanJob:
         """Return the job with its ended chunks added to the totals, in index order up to the first that has not ended."""
         first = job.totals.done
-        ended = job.made if standing.lowest is None else standing.lowest
+        # A replica that created chunks of a job that has ended meanwhile could not save it: they are beyond `made`.
+        last = job.plan.chunk_count if job.final else job.made
+        ended = last if standing.lowest is None else standing.lowest
         end = min(ended, first + _PAGE)
         if first >= end:
             return job
@@ -359,11 +363,12 @@ class Reconciler:
             tally.end(chunk)
             done += 1
         # A replica stopped before it had created them (ADR 73), or release 0.1 halfway: existing chunks are kept.
-        if done < end:
-            await self._chunks.insert(list(plan.chunks(job, done, end)))
-        if first < done < ended:  # a job without progress, as with an unreadable chunk, waits for the next sweep
+        if missing := list(plan.chunks(job, done, min(end, job.made))):
+            await self._chunks.insert([cancel(chunk) for chunk in missing] if job.final else missing)
+        # A job without progress, as with an unreadable chunk, waits for the next sweep.
+        if first < done < ended and (missing or done == end):
             self._continue(job)
-        counted = replace(job, totals=tally.totals)
+        counted = replace(job, totals=tally.totals, made=max(job.made, done))
         return replace(counted, seconds_left=0.0 if job.final else Tally(counted).seconds_left)
 
     async def _counted(self, job: ScanJob, first: int, end: int, known: Known) -> AsyncIterator[Chunk]:
@@ -380,7 +385,8 @@ class Reconciler:
 
         The query must follow that of the jobs, so that all chunks created by then are visible.
         """
-        found = {job.id: Standing.of(chunks) for job in jobs if (chunks := _uncounted(job, known)) is not None}
+        unfinished = (job for job in jobs if not job.final)  # final ones may have chunks beyond `made`
+        found = {job.id: Standing.of(chunks) for job in unfinished if (chunks := _uncounted(job, known)) is not None}
         if unknown := [job.id for job in jobs if job.id not in found]:
             found |= await self._chunks.standings(unknown)
         return found

@@ -14,6 +14,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.census import Standing
 from job_orchestrator.domain.chunk import OPEN, Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
+from job_orchestrator.domain.ledger import Tally
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository.chunks import MemoryChunks
 from job_orchestrator_testing.repository.data import Data
@@ -334,3 +335,33 @@ async def test_late_report_counts_although_the_replica_dies_after_the_save() -> 
 
 def _held(chunk: Chunk) -> Chunk:
     return replace(chunk, state=ChunkState.RUNNING, attempt=1, worker_id="w-1")
+
+
+@pytest.mark.parametrize("states", [[ChunkState.STORED] * 3 + [ChunkState.QUEUED], [ChunkState.STORED] * 4])
+async def test_chunks_that_a_replica_created_before_it_stopped_are_counted_after_a_cancel(
+    world: World, states: list[ChunkState]
+) -> None:
+    """A cancelled job whose last chunks are not counted as created settles, and its ledger shows all stored results."""
+    job = replace(scan_job(9, cidr="127.9.8.0/27", chunk_addresses=4, chunk_count=8, made=2), status=JobStatus.RUNNING)
+    await world.store.jobs.insert([replace(job, outbox=())])
+    created = zip(plan.chunks(job, 0, 4), states, strict=True)
+    stored = [
+        replace(each, state=state, outcomes="ssss" if state is ChunkState.STORED else each.outcomes)
+        for each, state in created
+    ]
+    await world.store.chunks.insert(stored)
+    await world.cancel(9)
+    await world.wait(2)
+    after = (await world.store.jobs.get([9]))[9]
+    assert (after.status, after.settled, after.totals.done, after.made) == (JobStatus.CANCELLED, True, 4, 4)
+    assert Tally(after).counts["silent"] == 4 * 2 * states.count(ChunkState.STORED)
+
+
+async def test_missing_chunks_of_a_cancelled_job_are_created_as_cancelled(world: World) -> None:
+    """The dispatcher finds no queued chunk of a job that has ended."""
+    await world.store.jobs.insert([change(scan_job(9, chunk_count=2, made=2), JobTrigger.CANCEL, THEN)])
+    await world.only.reconciler.reconcile([9])
+    assert [each.state async for each in world.store.chunks.of_job(9)] == [ChunkState.CANCELLED] * 2
+    world.now += 11.0
+    await world.only.sweeper.sweep()
+    assert (await world.store.jobs.get([9]))[9].settled
