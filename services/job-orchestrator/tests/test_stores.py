@@ -694,12 +694,13 @@ async def test_attempts_of_deleted_chunks_are_kept(mongo_store: MongoStore, data
     await mongo_store.chunks.insert([probed, chunk(id="1-1", index=1)])
     before = utc_now()
     assert await mongo_store.chunks.delete(1, 9) == 2
-    await mongo_store.chunks.insert([replace(probed, attempts=(*probed.attempts, *probed.attempts))])
+    ended = replace(probed, attempts=tuple(replace(each, ended=LATER) for each in probed.attempts))
+    await mongo_store.chunks.insert([ended])  # the attempt ends after an archive whose deletion failed
     assert await mongo_store.chunks.delete(1, 9) == 1
     [kept] = await database["attempts"].find().to_list(None)
     forget_at = kept.pop("forget_at")
     assert timedelta(days=1_094) < forget_at - before < timedelta(days=1_096)
-    stored = documents.write_chunk(probed)
+    stored = documents.write_chunk(ended)
     names = ("_id", "zone", "key", "job_id", "user_id", "first_address", "ports", "attempts", "dropped")
     assert kept == {name: stored[name] for name in names} | {"probed": "ppppp.rx"}
 

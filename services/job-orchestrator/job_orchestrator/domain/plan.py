@@ -57,7 +57,7 @@ _RATE_OF_NMAP: Final = 500  # packets per second: a job with a lower limit or mi
 def estimate(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
     """Return the expected slot seconds of one nmap for `addresses` × `ports`."""
     fastest = _PER_SECOND[policy.timing]
-    rate = min(fastest, policy.max_rate or fastest)
+    rate = min(fastest, nmap_rate(policy) or fastest)
     udp_rate = min(_UDP_PER_SECOND, rate)
     per_address = ports.tcp_count / rate + ports.udp_count / udp_rate
     per_address += _SERVICE * policy.service_detection + _SCRIPTS * bool(policy.scripts) + _OS * policy.os_detection

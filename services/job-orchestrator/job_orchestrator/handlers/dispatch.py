@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from datetime import datetime
 from typing import Final
 
 from job_orchestrator.domain import fairness
-from job_orchestrator.domain.fairness import Credit, Held
+from job_orchestrator.domain.fairness import Candidate, Credit, Held
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.clocks import UserClocks
@@ -27,7 +28,7 @@ _STOP_SECONDS: Final = (
     3.0  # for a round that has stored its dispatches, to publish their tasks before the process stops
 )
 _EXTRA: Final = 20  # approximate number of prefetched chunks for 2 seconds; more are picked in the next round
-_USERS: Final = 64  # maximum users per round, those with the lowest virtual time
+_USERS: Final = 64  # users whose chunks are queried at once, those with the lowest virtual time first
 _REST_SECONDS: Final = 1.0  # interval of checks for idle users and live workers
 _AHEAD_SECONDS: Final = 1.0  # interval of checks for small chunks while every slot is taken, unless chunks were created
 _PICKS: Final = 128  # maximum chunks per round, so that a round reads some thousands at most
@@ -135,15 +136,8 @@ class Dispatcher:
         known = await self._clocks.known(users, self._held.read_at)
         clocks = fairness.wake(known, users)
         times = fairness.tags(clocks, held, now)
-        neediest = sorted(times, key=times.__getitem__)[:_USERS]
-        queues = await asyncio.gather(
-            *(self._dispatch.queue(user, room, now, raw=raw, skip=self._skips.jobs(user)) for user in neediest)
-        )
-        without = [user for user, queue in zip(neediest, queues, strict=True) if not queue and self._skips.jobs(user)]
-        # They would fill the list of the neediest.
-        await asyncio.gather(*(self._skips.rest(user, raw=raw) for user in without))
+        waiting = await self._queues(sorted(times, key=times.__getitem__), room, now, raw=raw)
         fleet = self._live | {credit.instance: credit for credit in workers}
-        waiting = {user: queue for user, queue in zip(neediest, queues, strict=True) if queue}
         of_waiting = {user: times[user] for user in waiting}
         round_ = fairness.Round(workers, of_waiting, fairness.occupied(held), fleet.values())
         picks: list[Pick] = []
@@ -156,3 +150,22 @@ class Dispatcher:
         if not picks:
             return False
         return await self._tasks.send(picks) or len(picks) == room
+
+    async def _queues(
+        self, users: Sequence[int], room: int, now: datetime, *, raw: bool
+    ) -> Mapping[int, Sequence[Candidate]]:
+        """Return the first chunks that may start of the first of these users, who are in the order of their need."""
+        found: dict[int, Sequence[Candidate]] = {}
+        for first in range(0, len(users), _USERS):
+            neediest = users[first : first + _USERS]
+            queues = await asyncio.gather(
+                *(self._dispatch.queue(user, room, now, raw=raw, skip=self._skips.jobs(user)) for user in neediest)
+            )
+            found |= {user: queue for user, queue in zip(neediest, queues, strict=True) if queue}
+            without = [user for user in neediest if user not in found]
+            # They would fill the list of the neediest.
+            await asyncio.gather(*(self._skips.rest(user, raw=raw) for user in without if self._skips.jobs(user)))
+            # The chunks of users without candidates may not start yet: they must not leave slots idle.
+            if not without or sum(map(len, found.values())) >= room:
+                break
+        return found

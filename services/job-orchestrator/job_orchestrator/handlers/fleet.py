@@ -64,11 +64,10 @@ class Fleet(PartitionListener):
         for each in records:
             ready = each.message
             announced[ready.instance] = Credit(ready.worker_id, ready.instance, ready.slots, ready.raw, each.partition)
-        news = [credit for credit in announced.values() if not self._is_noted(credit, now)]
-        await self._dispatch.seen_workers(news)
-        for instance, credit in announced.items():
-            noted = now if credit in news else self._workers[instance].noted
-            self._workers[instance] = _Announced(credit, now, noted)
+        noted = {id_: self._workers[id_].noted for id_, each in announced.items() if self._is_noted(each, now)}
+        await self._dispatch.seen_workers([each for id_, each in announced.items() if id_ not in noted])
+        # The dispatcher may have removed silent workers meanwhile.
+        self._workers |= {id_: _Announced(each, now, noted.get(id_, now)) for id_, each in announced.items()}
         self._wake()
 
     async def revoked(self, partitions: Collection[int]) -> None:

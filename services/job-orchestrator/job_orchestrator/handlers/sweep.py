@@ -134,8 +134,8 @@ class Sweeper:
         jobs = {id_: job for id_, job in found.items() if not job.final and not self._faults.has(job)}
         live = await self._dispatch.live_workers(LIVE)
         held = {each.token.job_id for each in await self._dispatch.held()}
-        standings = await self._chunks.standings(jobs)
         raw = any(worker.raw for worker in live)
+        standings = {} if raw else await self._chunks.standings(jobs)
         now = self._clock.now()
 
         def reason(job: ScanJob) -> str:

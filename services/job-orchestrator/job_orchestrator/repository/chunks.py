@@ -169,7 +169,8 @@ class MongoChunks:
             [
                 {"$match": attempted},
                 {"$project": kept | {"probed": _PROBED, "forget_at": from_now(self._keep)}},
-                {"$merge": {"into": "attempts", "whenMatched": "keepExisting"}},
+                # A chunk may have changed after an archive whose deletion failed.
+                {"$merge": {"into": "attempts", "whenMatched": "replace"}},
             ],
         ).to_list(None)
 

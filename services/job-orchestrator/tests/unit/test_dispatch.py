@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -712,3 +713,44 @@ async def test_stop_publishes_the_tasks_of_stored_dispatches(world: World) -> No
     slow.allowed.set()
     await stopping
     assert len(tasks(world)) == 3
+
+
+async def test_users_whose_chunks_may_not_start_yet_leave_no_slot_idle(world: World) -> None:
+    """A chunk is dispatched although a whole page of needier users have only chunks that wait for their next attempt."""
+    await world.start()
+    await world.worker.announce()
+    later = world.time + timedelta(seconds=60)
+    waiting = [scan_job(n, user_id=100 + n, made=1) for n in range(1, 65)]
+    ready = scan_job(65, user_id=99, made=1)
+    await world.store.jobs.insert([*waiting, ready])
+    await world.store.chunks.insert(
+        [chunk(id=f"{job.id}-0", job_id=job.id, user_id=job.user_id, not_before=later) for job in waiting]
+    )
+    await world.store.chunks.insert([chunk(id="65-0", job_id=65, user_id=99)])
+    await world.store.dispatch.charge({99: 100.0})
+    await world.settle()
+    assert [task.chunk_id for task in tasks(world)] == ["65-0"]
+
+
+class SlowAnnouncements(MemoryDispatch):
+    """Takes the time in which a worker becomes silent to store an announcement."""
+
+    world: World
+
+    async def seen_workers(self, workers: Iterable[Credit]) -> None:
+        self.world.now += 4.0
+        self.world.only.fleet.credits()
+        await super().seen_workers(workers)
+
+
+async def test_announcement_counts_although_its_worker_was_removed_while_it_was_stored() -> None:
+    """A worker that has been silent until its announcement was stored gets chunks."""
+    store = MemoryStore()
+    store.dispatch = slow = SlowAnnouncements(store.data)
+    world = slow.world = World(store)
+    await world.start()
+    await world.worker.announce()
+    await world.deliver()
+    await world.worker.announce()
+    await world.deliver()
+    assert [credit.worker_id for credit in world.only.fleet.credits()] == ["w-1"]

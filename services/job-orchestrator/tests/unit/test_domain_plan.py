@@ -448,6 +448,15 @@ def test_estimate_grows_with_the_work(less: dict[str, object], more: dict[str, o
     assert plan.estimate(one, one.port_set, 20) > plan.estimate(one, one.port_set, 10)
 
 
+@pytest.mark.parametrize("max_rate", [100, 600, 5_000, 1_000_000])
+def test_estimate_uses_the_rate_of_each_nmap(max_rate: int) -> None:
+    """The nmap processes of a job share its `max_rate`, so none is expected to be faster than its share."""
+    policy = scan_policy(ports="1-1000", max_rate=max_rate)
+    nmap_rate = plan.nmap_rate(policy)
+    assert nmap_rate is not None
+    assert plan.estimate(policy, policy.port_set, 10) >= 10 * 1_000 / nmap_rate
+
+
 @pytest.mark.parametrize(("timing", "delay"), [(0, 300.0), (1, 15.0), (2, 0.4)])
 def test_slow_timing_is_estimated_with_its_waits(timing: int, delay: float) -> None:
     """The estimate includes nmap's delay between two probes to an address, once for all addresses probed in parallel."""
