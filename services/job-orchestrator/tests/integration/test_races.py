@@ -58,16 +58,16 @@ async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoSt
     chance = random.Random(5)  # noqa: S311 # moments, not secrets
     stores, commands = world.replicas[0].handlers[SCAN_STORED], world.replicas[1].handlers[SCAN_COMMANDS]
 
-    lead = 0.0  # of the completion, which takes more steps
+    lead = 0.0  # of the completion; of the cancel if it is negative
 
     async def race(each: ChunkScanned) -> None:
         nonlocal lead
         stored = ChunkStored(job_id=each.job_id, chunk_id=each.chunk_id, outcomes=each.outcomes)
         cancel = CancelJob(command_id=f"cancel-{each.job_id}", user_id=7, job_id=each.job_id)
-        moment = max(0.0, lead + chance.uniform(-MOMENT / 2, MOMENT / 2))
-        await asyncio.gather(soon(stores, stored, 0), soon(commands, cancel, moment))
+        moment = lead + chance.uniform(-MOMENT / 2, MOMENT / 2)
+        await asyncio.gather(soon(stores, stored, max(0.0, -moment)), soon(commands, cancel, max(0.0, moment)))
         (job,) = (await mongo_store.jobs.get([each.job_id])).values()
-        lead = max(0.0, lead + (STEP if job.status is JobStatus.CANCELLED else -STEP))
+        lead += STEP if job.status is JobStatus.CANCELLED else -STEP
 
     left: Sequence[ChunkScanned] = list(scanned.values())
     while left:
