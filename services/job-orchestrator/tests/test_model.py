@@ -81,7 +81,7 @@ class InspectedJobs:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jobs, name)
 
-    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[int]:
+    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
         return await self._jobs.with_old_events(before + timedelta(days=1), limit, partitions)
 
     async def save(self, jobs: Sequence[ScanJob]) -> set[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -475,17 +475,29 @@ async def test_unsettled_jobs_are_found_page_by_page(store: Store) -> None:
     assert await store.jobs.unsettled(0, 10, []) == []
 
 
+async def test_missing_jobs_are_neither_stored_nor_deleted(store: Store) -> None:
+    """Of some ids those are missing that no job and no receipt has."""
+    ended = change(scan_job(2), JobTrigger.CANCEL, LATER, settled=True)
+    await store.jobs.insert([scan_job(1), ended])
+    await store.deletions.begin(ended, Deletion(job_id=2, user_id=7, subnet_id=1, reason="request", requested_at=LATER))
+    assert await store.jobs.missing([1, 2, 3]) == {3}
+
+
 async def test_jobs_with_old_events_are_found(store: Store) -> None:
     """A job of the given partitions is found while an event of an age stands in its outbox, and no longer."""
-    every = range(SCAN_PROGRESS.partitions)
+    every = set(range(SCAN_PROGRESS.partitions))
+
+    async def found(before: datetime, partitions: Collection[int] = every) -> list[int]:
+        return [job.id for job in await store.jobs.with_old_events(before, 10, partitions)]
+
     await store.jobs.insert([scan_job(1), running(scan_job(2), LATER + timedelta(hours=1))])
-    assert await store.jobs.with_old_events(LATER, 10, every) == [1]
-    assert await store.jobs.with_old_events(LATER, 10, set(every) - {scan_job(1).partition}) == []
-    assert await store.jobs.with_old_events(THEN, 10, every) == []
+    assert await found(LATER) == [1]
+    assert await found(LATER, every - {scan_job(1).partition}) == []
+    assert await found(THEN) == []
     job = (await store.jobs.get([1]))[1]
     await store.jobs.save([published(job, job.seq)])
-    assert await store.jobs.with_old_events(LATER, 10, every) == []
-    assert set(await store.jobs.with_old_events(LATER + timedelta(hours=2), 10, every)) == {2}
+    assert await found(LATER) == []
+    assert await found(LATER + timedelta(hours=2)) == [2]
 
 
 async def test_outboxes_of_unchanged_jobs_are_emptied_once(store: Store) -> None:

@@ -136,6 +136,9 @@ class JobRepository(Protocol):
     async def insert(self, jobs: Sequence[ScanJob]) -> None:
         """Insert those that do not exist yet."""
 
+    async def missing(self, ids: Collection[int]) -> set[int]:
+        """Return those of these ids that neither a job nor a receipt of a deletion has."""
+
     async def get(self, ids: Collection[int]) -> dict[int, ScanJob]: ...
 
     async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
@@ -184,8 +187,8 @@ class JobRepository(Protocol):
     async def unsettled(self, after: int, limit: int, partitions: Collection[int] | None = None) -> list[int]:
         """Return ids above `after`, in order, of jobs in `partitions` that are not settled."""
 
-    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[int]:
-        """Return ids of jobs in `partitions` whose outboxes have events from before `before`."""
+    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
+        """Return jobs in `partitions` whose outboxes have events from before `before`."""
 
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
         """Remove all events from the outboxes, by job, that contain none after this `seq`; idempotent.

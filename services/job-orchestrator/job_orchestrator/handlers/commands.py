@@ -43,6 +43,7 @@ _Key = tuple[int, str]
 # The caller has timed out and may have sent another request. This check is only an optimisation: a late command is harmless
 # because the gateway's `expired` was inserted first.
 _TOO_OLD: Final = timedelta(seconds=60)
+_SWEPT: Final = timedelta(minutes=1)  # within which sweeps publish the events of each job, and reconcile it
 _MAX_NAMED_CHARS: Final = 200  # characters that an audit entry copies from a command
 _ROUNDS: Final = 50  # each lost race is a change of the job, which has few changes
 
@@ -143,9 +144,10 @@ class Commands(PartitionListener):
         stands = (await self._commands.insert([expired]))[command_id]
         if stands.state == "expired" or stands.user_id != user_id:
             return None
+        others = await self._restore([stands])
         answer = (await self._answers({command_id: stands}))[command_id]
-        await self._outbox.relay(_jobs_of(stands))
-        await self._reconciler.reconcile(_jobs_of(stands))
+        await self._outbox.relay(others)
+        await self._reconciler.reconcile(others)
         return answer
 
     async def cancel(self, job_ids: Collection[int]) -> list[int]:
@@ -199,7 +201,7 @@ class Commands(PartitionListener):
         messages: Mapping[str, _Message],
         *,
         mismatched: Collection[str],
-        fresh: Collection[ScanJob],
+        fresh: Sequence[ScanJob],
         finished: Collection[str],
     ) -> None:
         """Finish these commands, and answer their messages.
@@ -211,11 +213,10 @@ class Commands(PartitionListener):
             fresh: the jobs that this replica has just accepted.
             finished: ids of commands that are finished already.
         """
-        answers = await self._answers(
-            {id_: command for id_, command in stands.items() if command.state != "expired"}, finished
-        )
-        others = {id_ for each in answers if (command := stands[each]).id not in finished for id_ in _jobs_of(command)}
-        others -= {job.id for job in fresh}
+        await self._jobs.insert(fresh)
+        done = {*finished, *(job.command_id for job in fresh)}
+        others = await self._restore([command for command in stands.values() if command.id not in done])
+        answers = await self._answers({id_: command for id_, command in stands.items() if command.state != "expired"})
         for id_ in mismatched:
             answers[id_] = _rejected(id_, 400, "Idempotency-Key was used for another request", Rule.REQUEST)
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
@@ -230,15 +231,25 @@ class Commands(PartitionListener):
             await self._outbox.relay(others)
             await self._reconciler.reconcile(others)
 
-    async def _answers(self, commands: Mapping[str, Command], finished: Collection[str] = ()) -> dict[str, Reply]:
-        """Finish each command, except those with the ids `finished`, and return the replies by the requested id."""
-        distinct = {command.id: command for command in commands.values()}
-        await self._jobs.insert(
-            [job for id_, command in distinct.items() if id_ not in finished for job in command.jobs]
-        )
+    async def _restore(self, commands: Collection[Command]) -> set[int]:
+        """Insert the missing jobs of these commands; return the jobs to continue.
+
+        Sweeps have continued the existing jobs of a command that is older than a minute.
+        """
+        jobs = {job.id: job for command in commands for job in command.jobs}
+        swept = self._clock.now() - _SWEPT
+        old = {job.id for job in jobs.values() if job.created_at < swept}
+        left = (jobs.keys() - old) | (await self._jobs.missing(old) if old else set())
+        if left:
+            await self._jobs.insert([jobs[id_] for id_ in left])
+        return left | {command.cancels for command in commands if command.cancels is not None}
+
+    async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
+        """Carry out the cancels, and return all replies by the requested id."""
         answers = await self._cancel(
             [command for command in commands.values() if command.state == "accepted" and command.cancels is not None]
         )
+        distinct = {command.id: command for command in commands.values()}
         views = {id_: tuple(job.view for job in command.jobs) for id_, command in distinct.items()}
         for id_, command in commands.items():
             if id_ in answers:
@@ -358,7 +369,7 @@ def _audit_entry(message: SubmitJobs | CancelJob, answer: Reply) -> AuditEntry:
     else:
         action, target = "create_tasks", f"/api/v1/subnet/{','.join(map(str, message.subnet_ids))}"
     return AuditEntry(
-        id=message.command_id,
+        id=f"command-{message.command_id}",  # the sender must not choose the id of another entry of this service
         time=utc_now(),
         service=ORCHESTRATOR,
         subject=str(message.user_id),
@@ -370,7 +381,3 @@ def _audit_entry(message: SubmitJobs | CancelJob, answer: Reply) -> AuditEntry:
         reason="" if isinstance(answer, CommandAccepted) else answer.error[:MAX_REASON_CHARS],
         request_id=message.request_id[:_MAX_NAMED_CHARS],
     )
-
-
-def _jobs_of(command: Command) -> set[int]:
-    return {job.id for job in command.jobs} | ({command.cancels} if command.cancels is not None else set())

@@ -115,7 +115,7 @@ class Sweeper:
 
     async def _relay(self) -> None:
         before = self._clock.now() - _OLD_EVENT
-        await self._outbox.relay(await self._jobs.with_old_events(before, _PAGE, self._partitions()))
+        await self._outbox.try_publish(await self._jobs.with_old_events(before, _PAGE, self._partitions()))
 
     async def _reconcile_all(self) -> None:
         now = self._clock.monotonic()

@@ -49,7 +49,7 @@ class MongoCommands:
     @dependency_errors()
     async def get(self, ids: Collection[str]) -> dict[str, Command]:
         found = self._commands.find({"_id": {"$in": list(ids)}})
-        return {document["_id"]: documents.read_command(document) async for document in found}
+        return {document["_id"]: await documents.read_command(document) async for document in found}
 
     @dependency_errors()
     async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
@@ -57,7 +57,7 @@ class MongoCommands:
             return {}
         wanted: Document = {"$or": [{"user_id": user, "idempotency_key": key} for user, key in keys]}
         found = self._commands.find(wanted, {"jobs": 0})
-        return {(each["user_id"], each["idempotency_key"]): documents.read_command(each) async for each in found}
+        return {(each["user_id"], each["idempotency_key"]): await documents.read_command(each) async for each in found}
 
     @dependency_errors()
     async def reject(self, commands: Sequence[Command]) -> None:
@@ -75,4 +75,4 @@ class MongoCommands:
         """Yield every command that created jobs."""
         async for each in scan_by_id(self._commands):
             if each.get("state") == "accepted" and each.get("jobs"):
-                yield documents.read_command(each)
+                yield await documents.read_command(each)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterable, Callable
 from datetime import UTC, datetime
@@ -42,6 +43,8 @@ _ENDED: Final = TypeAdapter(EndedJob)
 
 # Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
 _FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)
+
+_AT_ONCE: Final = 100  # documents that are converted before other tasks run: at most 20 ms
 
 _Any = TypeVar("_Any")
 
@@ -245,9 +248,16 @@ def write_command(command: Command, at: datetime) -> Document:
     return document
 
 
-def read_command(document: Document) -> Command:
-    jobs = tuple(read_job(job | {"policy": document["policy"][0]}) for job in document.get("jobs", ()))
-    return Command(**(_known(Command, document) | {"jobs": jobs}))
+async def read_command(document: Document) -> Command:
+    """Read a command; other tasks run meanwhile, since it may have a thousand jobs. Without the field `jobs` it has none."""
+    jobs: list[ScanJob] = []
+    if stored := document.get("jobs", ()):
+        policy = ScanPolicy.model_validate(document["policy"][0])
+        for number, job in enumerate(stored, 1):
+            jobs.append(read_job(job | {"policy": policy}))
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+    return Command(**(_known(Command, document) | {"jobs": tuple(jobs)}))
 
 
 def write_audit(entry: AuditEntry, received_at: datetime, forget_at: datetime) -> Document:
@@ -283,10 +293,21 @@ def read_revocation(document: Document) -> Revocation:
     return Revocation(**_known(Revocation, document))
 
 
-async def read_all(read: Callable[[Document], _Any], found: AsyncIterable[Document], collection: str) -> list[_Any]:
-    """Return the documents that can be read."""
-    read_ = [readable(read, document, collection) async for document in found]
-    return [each for each in read_ if each is not None]
+async def read_all(
+    read: Callable[[Document], _Any], found: AsyncIterable[Document], collection: str, limit: int | None = None
+) -> list[_Any]:
+    """Return the documents that can be read, up to `limit` of them; other tasks run meanwhile."""
+    all_: list[_Any] = []
+    number = 0
+    async for document in found:
+        if (each := readable(read, document, collection)) is not None:
+            all_.append(each)
+        if len(all_) == limit:
+            break
+        number += 1
+        if number % _AT_ONCE == 0:
+            await asyncio.sleep(0)
+    return all_
 
 
 def readable(read: Callable[[Document], _Any], document: Document, collection: str) -> _Any | None:

@@ -80,6 +80,11 @@ class MongoJobs:
         await insert_missing(self._jobs, [documents.write_job(job) for job in jobs])
 
     @dependency_errors()
+    async def missing(self, ids: Collection[int]) -> set[int]:
+        found = self._jobs.find({"_id": {"$in": list(ids)}}, {"_id": 1})
+        return set(ids) - {each["_id"] async for each in found}
+
+    @dependency_errors()
     async def get(self, ids: Collection[int]) -> dict[int, ScanJob]:
         if not ids:
             return {}
@@ -157,10 +162,10 @@ class MongoJobs:
         return [each["_id"] async for each in found]
 
     @dependency_errors()
-    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[int]:
+    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
         old = {"outbox.at": {"$lt": before}, "partition": {"$in": list(partitions)}}
-        found = self._jobs.find(old, {"_id": 1}).limit(limit)
-        return [each["_id"] async for each in found]
+        found = self._jobs.find(old).batch_size(limit)
+        return await documents.read_all(documents.read_job, found, "jobs", limit)
 
     @dependency_errors()
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
@@ -200,14 +205,9 @@ class MongoJobs:
         if after is not None:  # one range of the index, which begins with the jobs of the same millisecond
             ended["end_time"]["$gte"] = after[0]
             ended["$nor"] = [{"end_time": after[0], "_id": {"$lte": after[1]}}]
-        jobs: list[EndedJob] = []
-        async for each in self._jobs.find(ended, {"end_time": 1, "subnet_id": 1}).sort(_ENDED).batch_size(limit):
-            # A damaged job must not stop the others, nor shorten the page; it is kept.
-            if (job := documents.readable(documents.read_ended, each, "jobs")) is not None:
-                jobs.append(job)
-            if len(jobs) == limit:
-                break
-        return jobs
+        # A damaged job must not stop the others, nor shorten the page; it is kept.
+        found = self._jobs.find(ended, {"end_time": 1, "subnet_id": 1}).sort(_ENDED).batch_size(limit)
+        return await documents.read_all(documents.read_ended, found, "jobs", limit)
 
     @dependency_errors()
     async def usage(self, users: Collection[int]) -> dict[int, Usage]:

@@ -29,6 +29,9 @@ class MemoryJobs(MemoryRepository):
             if job.id not in self._data.receipts:
                 self._data.jobs.setdefault(job.id, job)
 
+    async def missing(self, ids: Collection[int]) -> set[int]:
+        return set(ids) - self._data.jobs.keys() - self._data.receipts.keys()
+
     async def get(self, ids: Collection[int]) -> dict[int, ScanJob]:
         return {id_: self._data.jobs[id_] for id_ in ids if id_ in self._data.jobs}
 
@@ -83,9 +86,9 @@ class MemoryJobs(MemoryRepository):
         unsettled = (job for job in self._data.jobs.values() if job.id > after and not job.settled)
         return sorted(job.id for job in unsettled if partitions is None or job.partition in partitions)[:limit]
 
-    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[int]:
+    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
         mine = (job for job in self._data.jobs.values() if job.partition in partitions)
-        old = (job.id for job in mine if any(out.at < before for out in job.outbox))
+        old = (job for job in mine if any(out.at < before for out in job.outbox))
         return list(islice(old, limit))
 
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:

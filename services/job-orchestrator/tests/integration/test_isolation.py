@@ -125,3 +125,12 @@ async def test_page_of_expired_jobs_contains_the_readable_ones(mongo_store: Mong
     await _damage(database, [1, 2, 4], subnet_id=[1])
     expired = await mongo_store.jobs.expired(THEN + timedelta(seconds=1), 2)
     assert [job.id for job in expired] == [3, 5]
+
+
+@pytest.mark.integration
+async def test_old_events_behind_damaged_jobs_are_found(mongo_store: MongoStore, database: Database) -> None:
+    """A full page of damaged jobs does not hide the events of another job."""
+    await mongo_store.jobs.insert([scan_job(id_) for id_ in range(1, 5)])
+    await _damage(database, [1, 2, 3], chunk_addresses=0)
+    old = await mongo_store.jobs.with_old_events(THEN + timedelta(seconds=1), 2, range(SCAN_PROGRESS.partitions))
+    assert [job.id for job in old] == [4]

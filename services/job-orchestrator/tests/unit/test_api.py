@@ -1171,7 +1171,7 @@ async def test_jobs_are_cancelled_while_the_bus_is_unavailable(api: Api, world: 
     world.bus.broker.away = True
     assert (await api("POST /internal/jobs/cancel", {"all": True}))["job_ids"] == [1]
     world.bus.broker.away = False
-    await world.only.outbox.relay(await store.jobs.with_old_events(utc_now() + timedelta(hours=1), 10, range(12)))
+    await world.only.outbox.publish(await store.jobs.with_old_events(utc_now() + timedelta(hours=1), 10, range(12)))
     assert world.events(1)[-1].job.status == "cancelled"
 
 

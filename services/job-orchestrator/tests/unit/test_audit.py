@@ -16,10 +16,12 @@ from pydantic import ValidationError
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
+from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.handlers.audit import record
 from job_orchestrator_testing import World, scan_job
 from job_orchestrator_testing.things import THEN
-from scanfleet.contracts.messages import Audited, AuditEntry, OperatorActed
+from scanfleet.contracts.messages import Audited, AuditEntry, CancelJob, OperatorActed
 from scanfleet.contracts.messages.acls import acls_of
 from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_AUDIT_OPERATOR, SCAN_COMMANDS
@@ -280,6 +282,15 @@ async def test_command_is_audited_once(world: World) -> None:
     assert await commanded(world) == [("7", "create_tasks", "/api/v1/task/1,2", "allowed", "")]
     await world.cancel(1)
     assert ("7", "cancel_task", "/api/v1/task/1", "allowed", "") in await commanded(world)
+
+
+async def test_id_of_a_command_suppresses_no_entry_of_the_orchestrator(world: World) -> None:
+    """A cancel under the id that the entry of a deletion by age will have does not take its place."""
+    await world.bus.publish(SCAN_COMMANDS, [CancelJob(command_id="retention-1", user_id=7, job_id=1)])
+    await world.settle()
+    await record(world.store.audit, [own_entry("retention-1", "delete_task", "/api/v1/task/1", "allowed", "retention")])
+    entries, _ = await world.store.audit.page(0, 10)
+    assert {entry.action for entry in entries} == {"cancel_task", "delete_task"}
 
 
 @pytest.mark.proves("A10", "A13")

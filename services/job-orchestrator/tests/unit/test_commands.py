@@ -192,6 +192,29 @@ async def test_late_repeat_of_a_key_expires(world: World) -> None:
     assert world.replies(repeat) == []
 
 
+async def test_repeat_after_a_minute_reads_and_inserts_no_existing_job(world: World) -> None:
+    """A repeat of an older command is answered from the command, and only a job that is missing is inserted."""
+    store = world.store
+    assert isinstance(store, MemoryStore)
+    store.jobs = jobs = InsertedJobs(store.data)
+    await world.restart()
+    policy_id, subnets = await world.add("127.9.8.0/30", "127.9.8.4/30")
+    await world.send(policy_id, subnets, key="k")
+    await world.settle()
+    world.now += 61
+    await world.catch_up()
+    jobs.inserted.clear()
+    repeat = await world.send(policy_id, subnets, key="k")
+    await world.settle()
+    assert [job.id for job in world.accepted(repeat)] == [1, 2]
+    assert jobs.inserted == {}
+    del store.data.jobs[2]
+    await world.send(policy_id, subnets, key="k")
+    await world.settle()
+    assert jobs.inserted == {2: 1}
+    assert (await store.jobs.get([2]))[2].status is JobStatus.COMPLETED
+
+
 class UnavailableJobIds(MemoryJobs):
     """Fails before jobs are planned."""
 

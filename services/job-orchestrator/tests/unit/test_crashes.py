@@ -109,7 +109,7 @@ class FragileBus:
 class ImpatientJobs(MemoryJobs):
     """Every event is old."""
 
-    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[int]:
+    async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
         return await super().with_old_events(before + timedelta(days=1), limit, partitions)
 
 

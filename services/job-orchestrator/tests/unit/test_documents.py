@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,20 +12,23 @@ from bson import json_util
 from pydantic import ValidationError
 
 from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Counts
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import UnprobedPage
 from job_orchestrator.repository import documents
 from job_orchestrator_testing import scan_job
+from job_orchestrator_testing.things import THEN
 from scanfleet.contracts.messages import JobCreated, JobStatus
 from scanfleet_testing.contracts import with_unknown_fields
+from scanfleet_testing.turns import counting_turns
 
 FOLDER: Final = Path(__file__).parents[1] / "documents"
 READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "audit": documents.read_audit,
     "chunk": documents.read_chunk,
     "clock": documents.read_clock,
-    "command": documents.read_command,
+    "command": lambda document: asyncio.run(documents.read_command(document)),
     "deletion": documents.read_deletion,
     "job": documents.read_job,
     "policy": documents.read_policy,
@@ -135,3 +139,27 @@ def test_job_with_scripts_no_longer_allowed_is_read() -> None:
     document = stored(FOLDER / "0.1.0" / "job-failed.json")
     document["policy"]["scripts"] = ["default", "http-robots"]
     assert documents.read_job(document).policy.scripts == ("default", "http-robots")
+
+
+async def test_command_with_many_jobs_is_read_while_other_tasks_run() -> None:
+    """Reading a command for a thousand jobs runs other tasks in between, and its jobs share one policy."""
+    jobs = tuple(scan_job(id_) for id_ in range(1, 1_001))
+    document = documents.write_command(Command(id="c-1", user_id=7, state="accepted", jobs=jobs), THEN)
+    async with counting_turns() as turns:
+        command = await documents.read_command(document)
+    assert turns.count >= 9
+    assert command.jobs == jobs
+    assert len({id(job.policy) for job in command.jobs}) == 1
+
+
+async def test_many_documents_are_read_while_other_tasks_run() -> None:
+    """Reading a thousand jobs that the database returned at once runs other tasks in between."""
+
+    async def found() -> AsyncIterator[dict[str, Any]]:
+        for id_ in range(1, 1_001):
+            yield documents.write_job(scan_job(id_))
+
+    async with counting_turns() as turns:
+        jobs = await documents.read_all(documents.read_job, found(), "jobs")
+    assert len(jobs) == 1_000
+    assert turns.count >= 9

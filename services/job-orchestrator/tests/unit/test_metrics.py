@@ -34,6 +34,15 @@ def counted(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(f"scanfleet_{name}", labels) or 0.0
 
 
+@pytest.mark.parametrize(
+    "collection", ["jobs", "chunks", "clocks", "workers", "audit", "deletions", "subnets", "policies"]
+)
+def test_unreadable_documents_are_exported_from_the_start(collection: str) -> None:
+    """The first unreadable document of any collection is an increase, which an alert can see."""
+    labels = {"collection": collection}
+    assert REGISTRY.get_sample_value("scanfleet_unreadable_documents_total", labels) is not None
+
+
 def test_census_is_exported_for_half_a_minute() -> None:
     """Its numbers, including zeros, are exported for half a minute and then omitted: they would be outdated."""
     now = 100.0
