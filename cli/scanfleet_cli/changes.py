@@ -42,9 +42,10 @@ def submitted(
         reply = _created(session, call, key)
         yield reply
     except KeyboardInterrupt:
-        if reply is None and not cancel:
+        if reply is None:
             session.output.note(f"the jobs may have been created; to continue, repeat the command with --key {sent}")
-            raise
+            if not cancel:
+                raise
         reply = reply or _created(session, call, key)  # the same key, so the same jobs
         job_ids = [job.id for job in reply.read(call).jobs]
         if cancel:

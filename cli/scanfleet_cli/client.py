@@ -49,6 +49,7 @@ MAX_STREAM_FAILURES: Final = 3  # consecutive failures after which jobs are poll
 _TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0)
 _STREAM_TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0, read=HEARTBEAT_LIMIT)
 _BUSY: Final = frozenset({502, 503, 504})
+_UNSENT: Final = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, UnavailableError)
 _MAX_DOUBLINGS: Final = 30
 _MAX_ERROR_CHARS: Final = 300  # of an error from another server, for example a proxy
 
@@ -112,6 +113,9 @@ class Reply:
         return self.headers.get("etag", "")
 
 
+Outcome = httpx2.Response | httpx2.RequestError | UnavailableError
+"""Of one attempt: a response, a failed connection, or no token because the issuer is unavailable."""
+
 Notice = Callable[[str], None]
 """Receives a message when the connection of a watch is lost, and when it is restored."""
 
@@ -162,7 +166,8 @@ class Client:
 
         Raises:
             ApiError: the service returned an error.
-            UnavailableError: there was no response in time.
+            UnavailableError: there was no response in time, or no token because the issuer is unavailable.
+            CommandError: the request is not valid, or there is no valid token.
         """
         return self.ask(call).read(call)
 
@@ -194,7 +199,8 @@ class Client:
 
         Raises:
             ApiError: the service returned an error.
-            UnavailableError: there was no response in time, or the body was cut.
+            UnavailableError: as for `send`, or the body was cut.
+            CommandError: as for `send`.
         """
         return self._answered(call, timeout, whole=False)
 
@@ -287,9 +293,9 @@ class Client:
             for line in response.iter_lines():
                 yield _parse(rest.Result, line)
 
-    def _once(self, call: Call[Any], *, whole: bool) -> httpx2.Response | httpx2.RequestError:
-        token = self._current_token()
+    def _once(self, call: Call[Any], *, whole: bool) -> Outcome:
         try:
+            token = self._current_token()
             response = self._http.send(_request(self._http, call, token), stream=True)
             if token and response.status_code == httpx2.codes.UNAUTHORIZED:
                 response.read()  # releases the connection, also if the source of the token fails
@@ -298,7 +304,7 @@ class Client:
                     response = self._http.send(_request(self._http, call, renewed), stream=True)
             if whole or not response.is_success:
                 response.read()
-        except httpx2.RequestError as error:
+        except (httpx2.RequestError, UnavailableError) as error:
             return error
         return response
 
@@ -412,7 +418,7 @@ class AsyncClient:
         Args:
             job_ids: of the jobs.
             notice: as for `Client.watch`.
-            owner: user id of the owner of the jobs, by default the caller; for administrators "all" too.
+            owner: user id of the owner of the jobs, or "all" for administrators; by default all that the caller may watch.
 
         Raises:
             ApiError: the caller may not watch one of them.
@@ -424,6 +430,7 @@ class AsyncClient:
                 async with AsyncExitStack() as opened:
                     stream = None
                     if not watching.polling:
+                        owner = await self._widest() if owner is None else owner
                         stream = await opened.enter_async_context(self.stream(calls.watch_tasks(owner), timeout=0))
                     for job_id in watching.open_jobs:  # the stream starts with unfinished jobs only
                         reply = await self.ask(call := calls.read_task(job_id))
@@ -439,15 +446,25 @@ class AsyncClient:
             except (ApiError, UnavailableError) as error:
                 watching.failed(error)
 
+    async def _widest(self) -> int | str | None:
+        """Return the owner of all jobs that the caller may watch: the caller, or "all" for administrators; None if unknown."""
+        try:
+            me = (await self.ask(call := calls.read_me(), timeout=0)).read(call)
+        except ApiError as error:
+            if error.status != httpx2.codes.NOT_FOUND:  # of an older service
+                raise
+            return None
+        return rest.ALL_USERS if me.admin else me.user_id
+
     async def results(self, job_id: int) -> AsyncIterator[rest.Result]:
         """As `Client.results`."""
         async with self.stream(calls.read_results(job_id)) as response:
             async for line in response.aiter_lines():
                 yield _parse(rest.Result, line)
 
-    async def _once(self, call: Call[Any], *, whole: bool) -> httpx2.Response | httpx2.RequestError:
-        token = await self._current_token()
+    async def _once(self, call: Call[Any], *, whole: bool) -> Outcome:
         try:
+            token = await self._current_token()
             response = await self._http.send(_request(self._http, call, token), stream=True)
             if token and response.status_code == httpx2.codes.UNAUTHORIZED:
                 await response.aread()  # as in `Client`
@@ -456,7 +473,7 @@ class AsyncClient:
                     response = await self._http.send(_request(self._http, call, renewed), stream=True)
             if whole or not response.is_success:
                 await response.aread()
-        except httpx2.RequestError as error:
+        except (httpx2.RequestError, UnavailableError) as error:
             return error
         return response
 
@@ -565,7 +582,7 @@ class _Retries:
         self._reached = False
         self._unsure = False
 
-    def pause(self, outcome: httpx2.Response | httpx2.RequestError) -> float | None:
+    def pause(self, outcome: Outcome) -> float | None:
         """Return the seconds until the next attempt; None if `outcome` is final."""
         if isinstance(outcome, httpx2.LocalProtocolError):
             return None
@@ -577,7 +594,7 @@ class _Retries:
             again = refused or (busy and self._call.repeatable)
             asked = _seconds(outcome.headers.get("retry-after", ""))
         else:
-            unsent = isinstance(outcome, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)
+            unsent = isinstance(outcome, _UNSENT)
             self._reached |= not unsent
             self._unsure |= not unsent
             again = unsent or self._call.repeatable
@@ -586,16 +603,20 @@ class _Retries:
         pause = max(asked, self._patience.pause(self._failures))
         return pause if again and time.monotonic() + pause < self._until else None
 
-    def settled(self, url: str, outcome: httpx2.Response | httpx2.RequestError) -> httpx2.Response:
+    def settled(self, url: str, outcome: Outcome) -> httpx2.Response:
         """Return the final `outcome` as a successful response.
 
         Raises:
             ApiError: the service returned an error.
-            UnavailableError: there was no response.
+            UnavailableError: there was no response, or no token to send.
             CommandError: the request is not valid, so it was not sent.
         """
         if isinstance(outcome, httpx2.LocalProtocolError):  # its text quotes the header, which may contain the token
             raise CommandError("the request is not valid: HTTP does not allow one of its headers") from None
+        if isinstance(outcome, UnavailableError):  # an earlier attempt may have been sent
+            raise UnavailableError(
+                str(outcome), unsure=self._unsure, repeatable=self._call.repeatable, reached=False
+            ) from outcome
         if not isinstance(outcome, httpx2.Response):
             raise self.no_answer(url, outcome) from outcome
         if outcome.is_success:

@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any, Final
 
 import click
-import httpx2
 
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
@@ -222,11 +221,7 @@ class _Following:
         def notice(sentence: str) -> None:
             self._view.notice(noun, printable(sentence))
 
-        if others:
-            owner = self._owner if self._owner is not None else await _may_watch(client)
-            tasks = client.watch_jobs(list(self._jobs), notice, owner)
-        else:
-            tasks = client.watch(first, notice)
+        tasks = client.watch_jobs(list(self._jobs), notice, self._owner) if others else client.watch(first, notice)
         async for task in tasks:
             await self._news.put(task)
 
@@ -271,17 +266,6 @@ class _Following:
         except (ApiError, UnavailableError) as error:
             job.problem = str(error)
         await self._news.put(job)
-
-
-async def _may_watch(client: AsyncClient) -> str | None:
-    """Return the owner of the jobs that the caller may watch: "all" for administrators, else None for the caller."""
-    try:
-        me = await client.send(calls.read_me())
-    except ApiError as error:
-        if error.status != httpx2.codes.NOT_FOUND:  # of an older service
-            raise
-        return None
-    return rest.ALL_USERS if me.admin else None
 
 
 def print_end(session: Session, job: Followed) -> None:

@@ -61,9 +61,9 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
         made = reply.json
         if not states:
             session.output.many(made["jobs"], changes.submitted_columns(networks))
-    if not watch:
-        return None
-    ids, owner = [each["id"] for each in made["jobs"]], made["jobs"][0]["user_id"]
+        if not watch:
+            return None
+        ids, owner = [each["id"] for each in made["jobs"]], made["jobs"][0]["user_id"]
     return follow.code_of(_watch(session, ids, None, owner=owner))
 
 

@@ -113,6 +113,26 @@ def test_interrupt_of_a_submit_with_cancel_on_interrupt_cancels_its_jobs(api: Fa
     assert [each.status for each in api.jobs.values()] == [JobStatus.CANCELLED]
 
 
+def test_interrupt_of_a_submit_that_cannot_be_cancelled_prints_the_key(api: FakeApi, run: Any) -> None:
+    """With --cancel-on-interrupt too, the key is printed before the request that returns the jobs."""
+
+    def fault(request: httpx2.Request) -> BaseException | None:
+        if (request.method, request.url.path) != ("POST", "/api/v1/task"):
+            return None
+        if api.jobs:
+            return httpx2.ConnectError("connection refused")
+        api.carry_out(request)
+        return KeyboardInterrupt()
+
+    api.fault_of = fault
+    ended = run("--retry", "0", "scan", "127.9.8.0/24", "--cancel-on-interrupt")
+    api.fault_of = lambda _request: None
+    assert ended.code == 6
+    key = ended.err.split("--key ")[1].split()[0]
+    assert run("scan", "127.9.8.0/24", "--no-watch", "--key", key).code == 0
+    assert list(api.jobs) == [41]
+
+
 @pytest.mark.parametrize(("cancel", "status"), [(False, JobStatus.PENDING), (True, JobStatus.CANCELLED)])
 def test_interrupt_between_submit_and_watch_names_or_cancels_the_jobs(
     api: FakeApi, run: Any, session: Session, cancel: bool, status: JobStatus
@@ -181,7 +201,7 @@ def test_several_jobs_are_watched_over_one_stream(running: FakeApi, run: Any) ->
     assert streams == ["/api/v1/events"]
 
 
-@pytest.mark.parametrize(("admin", "user"), [(False, None), (True, "all"), (None, None)])
+@pytest.mark.parametrize(("admin", "user"), [(False, "7"), (True, "all"), (None, None)])
 def test_several_jobs_of_unknown_owner_are_watched_over_the_widest_stream_and_read_once(
     running: FakeApi, run: Any, admin: bool | None, user: str | None
 ) -> None:
@@ -199,6 +219,31 @@ def test_several_jobs_of_unknown_owner_are_watched_over_the_widest_stream_and_re
     assert stream.url.params.get("user_id") == user
     paths = [each.url.path for each in running.requests]
     assert [paths.count(f"/api/v1/task/{number}") for number in (41, 42)] == [1, 1]
+
+
+@pytest.mark.parametrize("fault", [busy(), httpx2.ConnectError("connection refused")])
+def test_several_jobs_are_watched_to_their_ends_while_the_caller_cannot_be_read(
+    running: FakeApi, run: Any, fault: Any
+) -> None:
+    """The caller is read again like a stream that fails, also for longer than the retries of a request last."""
+    for job in running.jobs.values():
+        job.states = [(JobStatus.RUNNING, 62), (JobStatus.COMPLETED, 100)]
+    reads = [0]
+
+    def fault_of(request: httpx2.Request) -> Any:
+        if request.url.path == "/api/v1/me":
+            return fault
+        if request.method == "GET" and request.url.path.startswith("/api/v1/task/"):
+            reads[0] += 1
+            if reads[0] > 4:
+                for job in running.jobs.values():
+                    job.seq = 2
+        return None
+
+    running.fault_of = fault_of
+    ended = run("--retry", "0.01", "job", "watch", "41", "42")
+    assert ended.code == 0, ended.err
+    assert "connection lost" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -260,13 +260,48 @@ def test_watch_continues_while_the_issuer_is_unavailable(
 
 
 def test_unavailable_issuer_after_the_end_of_the_token_exits_6(issuer: Issuer, run: Any, tmp_path: Path) -> None:
-    """Without a token that is good no request is sent, and the command may be repeated."""
+    """Without a valid token no request is sent, and the command may be repeated."""
     run("login", GATEWAY, environment={})
     age(tmp_path, expires_at=time.time() - 1)
     issuer.faults = [httpx2.Response(503)]
     ended = run("--retry", "0", "subnet", "list", environment={})
     assert ended.code == 6
     assert "the issuer is unavailable" in ended.err
+
+
+def test_issuer_that_is_unavailable_once_is_asked_again(issuer: Issuer, run: Any, tmp_path: Path) -> None:
+    """The retries of a request cover the refresh of its token."""
+    run("login", GATEWAY, environment={})
+    age(tmp_path, expires_at=time.time() - 1)
+    issuer.faults = [httpx2.Response(503)]
+    ended = run("subnet", "list", environment={})
+    assert ended.code == 0, ended.err
+    assert not issuer.faults
+
+
+def test_submit_without_a_token_for_its_retry_prints_the_key(
+    api: FakeApi, issuer: Issuer, run: Any, tmp_path: Path
+) -> None:
+    """The jobs may have been created by the first attempt, although the last one was not sent."""
+    run("login", GATEWAY, environment={})
+
+    def fault(request: httpx2.Request) -> Exception | None:
+        if (request.method, request.url.path) != ("POST", "/api/v1/task"):
+            return None
+        api.carry_out(request)
+        age(tmp_path, expires_at=time.time() - 1)
+        issuer.faults = [httpx2.Response(503)] * 1_000
+        return httpx2.ReadTimeout("no response")
+
+    api.fault_of = fault
+    submit = ("--retry", "0.1", "scan", "127.9.8.0/24", "--no-watch")
+    ended = run(*submit, environment={})
+    assert ended.code == 1
+    assert "the issuer is unavailable" in ended.err
+    key = ended.err.split("--key ")[1].split()[0]
+    api.fault_of, issuer.faults = (lambda _request: None), []
+    assert run(*submit, "--key", key, environment={}).code == 0
+    assert list(api.jobs) == [41]
 
 
 def test_token_without_a_refresh_token_is_used_up_to_its_end(run: Any, tmp_path: Path) -> None:
