@@ -218,7 +218,7 @@ def _table() -> Any:
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold a lock file, so that one process at a time reads and replaces the file that it is for.
+    """Hold a lock file, so that only one process at a time reads and replaces the file it protects.
 
     Raises:
         CommandError: another process holds it for too long, or it cannot be written.

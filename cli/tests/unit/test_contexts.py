@@ -273,7 +273,7 @@ MALFORMED = {
 def test_malformed_token_exits_4_and_is_not_printed(
     api: FakeApi, run: Any, tmp_path: Path, source: str, text: str
 ) -> None:
-    """A text that is no token is not sent, and the error names its source, not the text."""
+    """A text that is not a token is not sent; the error names its source and not the text."""
     file = tmp_path / "token"
     file.write_text(text)
     arguments, environment = [], {"SCANFLEET_URL": URL}
@@ -303,7 +303,7 @@ def test_malformed_token_exits_4_and_is_not_printed(
 def test_malformed_token_of_stdin_exits_4_and_is_not_printed(
     api: FakeApi, run: Any, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    """A text that is no token is neither sent nor stored."""
+    """A text that is not a token is neither sent nor stored."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     ended = run("login", URL, "--token-stdin", environment={})
     assert ended.code == 4

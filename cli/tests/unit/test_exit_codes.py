@@ -115,7 +115,7 @@ def test_input_that_cannot_be_encoded_or_decoded_is_named(
 
 
 def test_interrupt_at_the_end_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while the rest of the output is written is no traceback."""
+    """Ctrl-C while the remaining output is written does not cause a traceback."""
 
     class Interrupted(io.StringIO):
         def flush(self) -> None:
