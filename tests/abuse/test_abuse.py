@@ -549,7 +549,7 @@ def ready(url: str) -> bool:
         return False
 
 
-@pytest.mark.proves("A18", "G11")
+@pytest.mark.proves("A22", "A18", "G11")
 def test_write_limit_applies_per_user(strict_gateway: str, stack: Stack, audited: Audited) -> None:
     """A user beyond the write limit gets 429 with any token and address, but can read; other users are served."""
     with httpx.Client(base_url=strict_gateway) as http:
@@ -583,7 +583,7 @@ def scanning(stack: Stack) -> list[int]:
     return nmap.running_under(workers)
 
 
-@pytest.mark.proves("G8", "G11")
+@pytest.mark.proves("A22", "G8", "G11")
 def test_cancel_is_exempt_from_limits(strict_gateway: str, stack: Stack, caller: Callers) -> None:
     """With the write and stream limits exhausted, jobs can be cancelled, and their packets stop in time."""
     user = caller(41)

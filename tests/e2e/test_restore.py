@@ -68,6 +68,7 @@ async def job_events(kafka: str) -> dict[tuple[int, int], JobEvent]:
     return {place: message for place, message in messages.items() if isinstance(message, JobEvent)}
 
 
+@pytest.mark.proves("F38", "G24")
 @pytest.mark.long
 @pytest.mark.usefixtures("listeners")
 def test_restore_keeps_finished_jobs_and_reuses_no_id(own_stack: Stack, caller: Client, tmp_path: Path) -> None:

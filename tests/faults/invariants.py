@@ -44,9 +44,11 @@ class Invariants:
         until(lambda: not platform.jobs(outbox={"$exists": True}), PATIENCE, "every event to be published", 0.2)
         until(lambda: not platform.nmaps(), PATIENCE, "every nmap to end")
         platform.until_read()
+        until(lambda: not platform.deletions(due={"$exists": True}), PATIENCE, "every deletion to be complete", 0.2)
         jobs = {job["_id"]: job for job in platform.jobs()}
-        self._accepted_are_there(jobs)
-        self._final_stays(jobs)
+        deleted = {each["_id"] for each in platform.deletions()}
+        self._accepted_are_there(jobs, deleted)
+        self._final_stays(jobs, deleted)
         self._events(jobs)
         first = self._first_hosts()
         for id_, job in jobs.items():
@@ -54,19 +56,25 @@ class Invariants:
                 self._one(job, first.get(id_, {}))
         self._final = jobs
 
-    def _accepted_are_there(self, jobs: dict[int, Document]) -> None:
-        """Check that every acknowledged and every accepted job exists, and that no two jobs belong to one subnet of a command."""
-        assert self._platform.acknowledged <= jobs.keys()
+    def _accepted_are_there(self, jobs: dict[int, Document], deleted: set[int]) -> None:
+        """Check that every accepted job exists or was deleted, and that no two jobs belong to one subnet of a command."""
+        assert self._platform.acknowledged <= jobs.keys() | deleted
         accepted = [job["_id"] for command in self._platform.commands(state="accepted") for job in command["jobs"]]
-        assert sorted(accepted) == sorted(jobs)
+        assert sorted(accepted) == sorted([*jobs, *deleted])
         assert {job["status"] for job in jobs.values()} <= FINAL
 
-    def _final_stays(self, jobs: dict[int, Document]) -> None:
-        """Check that final states and results have not changed."""
+    def _final_stays(self, jobs: dict[int, Document], deleted: set[int]) -> None:
+        """Check that final states and results have not changed, and that nothing of a deleted job is stored."""
         for id_, before in self._final.items():
-            assert jobs[id_] == before
+            assert id_ in deleted or jobs[id_] == before
         for id_, results in self._results.items():
-            assert self._stored(id_) == results
+            assert self._stored(id_) == ([] if id_ in deleted else results)
+        for id_ in deleted:
+            assert not [
+                *self._platform.hosts(job_id=id_),
+                *self._platform.closed(job_id=id_),
+                *self._platform.chunks(id_),
+            ]
 
     def _stored(self, job_id: int) -> list[Any]:
         """Return every result in the database; hosts received after their chunk was closed are not results."""

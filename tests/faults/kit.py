@@ -33,7 +33,7 @@ from local.supervisor import Program, Supervisor
 from local.wait import until
 from scanfleet.contracts.messages import Message
 from scanfleet.contracts.messages.envelope import RawRecord, decode
-from scanfleet.contracts.messages.topics import SCAN_EVENTS, TOPICS, Topic
+from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_RESULTS, TOPICS, Topic
 from scanfleet.errors import MessageError
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.services import SERVICES, WITH_DATABASE
@@ -184,6 +184,7 @@ class Platform:
             settings={
                 "SCANFLEET_LEASE_SECONDS": str(LEASE),
                 "SCANFLEET_STORED_SECONDS": "5",
+                "SCANFLEET_DELETES_PER_SECOND": "100",
                 "SCANFLEET_SLOTS": str(SLOTS),
                 "SCANFLEET_DENIED_NETWORKS": f"{self.net}.66.0/24",
                 "SCANFLEET_JWT_JWKS_URL": self.keys.url,
@@ -341,7 +342,11 @@ class Platform:
     # Observation
 
     def jobs(self, **query: Any) -> list[Document]:
-        return list(self.mongodb["scanfleet_job_orchestrator"]["jobs"].find(query))
+        return list(self.mongodb["scanfleet_job_orchestrator"]["jobs"].find({"deletion": {"$exists": False}} | query))
+
+    def deletions(self, **query: Any) -> list[Document]:
+        """Return the receipts of deleted jobs."""
+        return self.jobs(**{"deletion": {"$exists": True}} | query)
 
     def chunks(self, job_id: int) -> list[Document]:
         found = self.mongodb["scanfleet_job_orchestrator"]["chunks"].find({"job_id": job_id})
@@ -422,7 +427,7 @@ class Platform:
             for service in topic.consumers:
                 # The orchestrator reads its own topics only after a restore.
                 if service in WITH_DATABASE and topic is not SCAN_EVENTS:
-                    group = service if service == "result-store" else f"{service}-{topic.name}"
+                    group = service if topic is SCAN_RESULTS else f"{service}-{topic.name}"
                     until(lambda g=group, t=topic: self.behind(g, t) == 0, LIMIT, f"{group} to have read all", 0.2)  # type: ignore[misc] # mypy infers no type for a lambda with a default
 
     def memory(self) -> dict[str, tuple[int, int]]:

@@ -95,7 +95,6 @@ def dead_letters(platform: Platform, topic: Topic, count: int) -> list[RawRecord
 def test_invalid_records_are_dead_lettered_or_skipped(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """Six kinds of invalid records in every partition are dead-lettered by groups and skipped by others, and scans continue."""
     before = {topic.name: len(platform.records(topic, letters=True)) for topic in CONSUMED}
-    skipped = platform.metric("api-gateway", "scanfleet_bus_skipped_total")
     sent: dict[str, int] = {}
     for topic in CONSUMED:
         records = [
@@ -107,22 +106,13 @@ def test_invalid_records_are_dead_lettered_or_skipped(platform: Platform, user: 
         platform.send(records)
     assert user.finished(user.scan(platform.network(28), **TINY))["status"]["status"] == "completed"
     for topic in CONSUMED:
-        if topic in (SCAN_REPLIES, SCAN_TASKS):  # every process reads all records of these topics
+        if topic in (SCAN_REPLIES, SCAN_TASKS):  # their readers decode only the records with their own keys
             assert len(platform.records(topic, letters=True)) == before[topic.name]
             continue
         letters = dead_letters(platform, topic, before[topic.name] + sent[topic.name])[before[topic.name] :]
         headers = [dict(letter.headers) for letter in letters]
         assert all(each["dlq_reason"] and each["dlq_topic"] == topic.name.encode() for each in headers)
         assert len({(each["dlq_partition"], each["dlq_offset"]) for each in headers}) == sent[topic.name]
-    gateways = len(platform.names("api-gateway"))
-    until(
-        lambda: (
-            platform.metric("api-gateway", "scanfleet_bus_skipped_total") - skipped
-            >= gateways * sent[SCAN_REPLIES.name]
-        ),
-        LIMIT,
-        "the gateways to have counted the junk",
-    )
     invariants.check()
 
 

@@ -138,6 +138,37 @@ def test_worker_killed_in_mid_scan_repeats_no_host(platform: Platform, user: Cal
     invariants.check()
 
 
+@pytest.mark.proves("F38", "G24")
+@pytest.mark.parametrize("service", ["job-orchestrator", "result-store"])
+def test_service_killed_during_a_deletion_completes_it(
+    platform: Platform, user: Caller, invariants: Invariants, service: str
+) -> None:
+    """A deletion whose processes are killed between two of its steps is complete after their restart, and its job stays deleted."""
+    with platform.servers():
+        job_id = user.scan(platform.network(24), **TINY)
+        assert user.finished(job_id)["status"]["status"] == "completed"
+    stored = len(platform.hosts(job_id=job_id))
+    assert stored == 256
+    for name in platform.names("result-store"):
+        platform.kill(name, signal.SIGSTOP)
+    assert user.http.delete(f"/api/v1/task/{job_id}").status_code == 200
+    until(lambda: bool(platform.deletions(_id=job_id)), LIMIT, "the receipt of the deletion")
+    for name in platform.names("result-store"):
+        platform.kill(name, signal.SIGCONT)
+    if service == "result-store":
+        until(lambda: 0 < len(platform.hosts(job_id=job_id)) < stored, LIMIT, "some hosts to be deleted", 0.01)
+    for name in platform.names(service):
+        platform.kill(name)
+    platform.stack.wait_until_ready()
+    until(
+        lambda: platform.deletions(_id=job_id)[0]["deletion"]["stage"] == "done", LIMIT, "the deletion to be complete"
+    )
+    assert user.http.get(f"/api/v1/task/{job_id}").status_code == 404
+    (receipt,) = user.http.get("/api/v1/deletion").json()["deletions"]
+    assert receipt["job_id"] == job_id
+    invariants.check()
+
+
 @pytest.mark.proves("F5", "G3", "G16")
 def test_result_store_killed_before_commit_stores_hosts_once(
     platform: Platform, user: Caller, invariants: Invariants

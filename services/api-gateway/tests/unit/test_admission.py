@@ -119,7 +119,7 @@ async def test_concurrent_requests_are_limited_in_total() -> None:
         assert (await waiting).status_code == 201
 
 
-@pytest.mark.proves("G8")
+@pytest.mark.proves("A22", "G8")
 async def test_cancel_with_all_other_limits_reached_is_executed() -> None:
     """Cancels are executed at once while the limits of writes, requests and streams are reached."""
     limits = {"writes_per_minute": 2, "requests_at_once_per_user": 1, "requests_at_once": 1, "streams_at_once": 1}

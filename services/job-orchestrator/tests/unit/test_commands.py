@@ -135,6 +135,7 @@ async def large() -> World:
     return world
 
 
+@pytest.mark.proves("A22")
 async def test_repeats_of_a_large_command_in_one_batch_use_bounded_memory(large: World) -> None:
     """Repeats of a command for a thousand jobs insert each job once, and need no more memory than a few of them."""
     store, bus = large.store, EncodingBus()
@@ -222,6 +223,7 @@ class UnavailableJobIds(MemoryJobs):
         raise DependencyError(f"no {count} ids")
 
 
+@pytest.mark.proves("A22")
 async def test_cancel_is_answered_before_the_submits_of_its_batch() -> None:
     """A cancel is carried out and answered although the submits that were sent before it cannot even be decided."""
     store = MemoryStore()

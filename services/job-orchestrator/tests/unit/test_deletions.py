@@ -593,7 +593,7 @@ async def test_chunks_stored_after_the_deletion_of_their_job_are_deleted(world: 
     assert await chunks_of(world, 1) == 0
 
 
-@pytest.mark.proves("G24")
+@pytest.mark.proves("F38", "G24")
 async def test_job_of_a_backup_is_deleted_again(world: World) -> None:
     """When the topic is read again over a database that was set back, what was deleted since is deleted again."""
     await completed(world)
