@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
 
 import structlog
 
@@ -11,19 +14,38 @@ from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
 
+_SECONDS: Final = 1.0  # far below the 5 s after which the gateway expires a command that waits behind the messages
+
 _log = structlog.get_logger()
 
 
 async def try_publish(publisher: Publisher, topic: Topic, messages: Sequence[Message], next_step: str) -> None:
-    """Publish these messages; log if some were not acknowledged.
+    """Publish these messages as `best_effort` does.
 
     Args:
         publisher: publishes them.
         topic: their topic.
-        messages: the messages; some may arrive although they were not acknowledged.
+        messages: the messages.
+        next_step: how the loss of a message is repaired, for the log.
+    """
+    async with best_effort(topic, len(messages), next_step):
+        await publisher.publish(topic, messages)
+
+
+@asynccontextmanager
+async def best_effort(topic: Topic, messages: int, next_step: str) -> AsyncIterator[None]:
+    """Wait at most a second for the body, which publishes messages; log if some were not acknowledged.
+
+    Some may arrive although they were not acknowledged.
+
+    Args:
+        topic: their topic.
+        messages: number of messages.
         next_step: how the loss of a message is repaired, for the log.
     """
     try:
-        await publisher.publish(topic, messages)
-    except DependencyError as error:
-        _log.warning("publish_failed", topic=topic.name, messages=len(messages), error=str(error), next_step=next_step)
+        async with asyncio.timeout(_SECONDS):
+            yield
+    except (DependencyError, TimeoutError) as error:
+        cause = str(error) or f"the broker did not acknowledge them within {_SECONDS:.0f} s"
+        _log.warning("publish_failed", topic=topic.name, messages=messages, error=cause, next_step=next_step)

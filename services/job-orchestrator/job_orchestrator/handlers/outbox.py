@@ -7,19 +7,15 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from typing import Final
 
-import structlog
-
 from job_orchestrator.domain.job import ScanJob, published
 from job_orchestrator.domain.ports import JobRepository
+from job_orchestrator.handlers.best_effort import best_effort
 from scanfleet.contracts.messages.topics import SCAN_EVENTS
-from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Publisher
 from scanfleet.runtime.loop import Loop
 
 _EMPTY_SECONDS: Final = 1.0  # interval of the clean-up: most jobs are saved meanwhile, without published events
-
-_log = structlog.get_logger()
 
 
 class Outbox:
@@ -55,16 +51,9 @@ class Outbox:
         await asyncio.gather(*map(self._try_publish, by_partition.values()))
 
     async def _try_publish(self, jobs: Collection[ScanJob]) -> None:
-        try:
+        events = sum(len(job.outbox) for job in jobs)
+        async with best_effort(SCAN_EVENTS, events, "the sweep publishes the events of these jobs"):
             await self.publish(jobs)
-        except DependencyError as error:
-            _log.warning(
-                "publish_failed",
-                topic=SCAN_EVENTS.name,
-                jobs=len(jobs),
-                error=str(error),
-                next_step="the sweep publishes the events of these jobs",
-            )
 
     async def publish(self, jobs: Iterable[ScanJob]) -> None:
         """Publish the events in the outboxes of these jobs as they are stored, in order, and schedule their removal.

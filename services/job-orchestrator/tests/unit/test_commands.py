@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import tracemalloc
 from collections import Counter
@@ -21,7 +22,7 @@ from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
 from job_orchestrator_testing.repository import MemoryJobs
 from job_orchestrator_testing.repository.data import Data
 from job_orchestrator_testing.things import THEN
-from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobStatus, Message
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobEvent, JobStatus, Message
 from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
@@ -637,6 +638,33 @@ async def test_partition_without_a_leader_blocks_no_other_command(world: World, 
     world.bus.broker.leaderless.clear()
     await world.wait(10)
     assert [event.seq for event in world.events(1)] == [1, 2]
+
+
+class StalledBus(MemoryBus):
+    """Never publishes events of job 1, and fails after ten seconds."""
+
+    async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
+        sent = list(messages)
+        if any(isinstance(each, JobEvent) and each.job.id == 1 for each in sent):
+            await asyncio.sleep(10)
+            raise DependencyError("no leader")
+        await super().publish(topic, sent)
+
+
+async def test_stalled_partition_does_not_delay_replies() -> None:
+    """Behind a submit whose events cannot be published, a cancel and a repair are answered before the gateway gives up."""
+    world = World(MemoryStore(), bus=StalledBus())
+    world.worker.hold = True
+    await world.start()
+    stalled = await world.submit("127.9.8.0/30")
+    other = await world.submit("127.9.9.0/30")
+    async with asyncio.timeout(2):
+        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+        cancel = await world.cancel(2)
+        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    assert [len(world.replies(command)) for command in (other, cancel)] == [1, 1]
+    async with asyncio.timeout(4):
+        assert isinstance(await world.only.commands.expire(stalled, 7), CommandAccepted)
 
 
 async def test_traceparent_of_a_request_is_in_events_and_tasks(world: World) -> None:
