@@ -199,19 +199,24 @@ class Reconciler:
         if await self._jobs.save(again):
             raise DependencyError("a job was changed by another replica while its totals were reset")
 
-    async def give_up(self, job_id: int, error: str) -> None:
+    async def give_up(self, job_id: int, error: str) -> bool:
         """Fail a job that no worker can execute, unless it has ended meanwhile, and cancel its chunks.
+
+        Returns:
+            False if the job is damaged and cannot be failed; its chunks stay queued.
 
         Raises:
             DependencyError: the next sweep does it.
         """
         job = (await self._jobs.get([job_id])).get(job_id)
         if job is None or job.final:
-            return
+            return True
         with self._faults.isolated(job):
             failed = change_job(job, JobTrigger.FAIL, self._clock.now(), error=error)
             if not await self._save([_Step(job, (failed,))]):
                 await self.reconcile([job_id])
+            return True
+        return False
 
     async def cancel_chunks(self, job_id: int, reason: str) -> bool:
         """Cancel a page of the job's chunks that are not final, first those that are being scanned.

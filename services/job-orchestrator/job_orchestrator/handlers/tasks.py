@@ -42,7 +42,7 @@ class Tasks:
         signer: signs the scope of each attempt.
         scripts: the NSE scripts that a policy may name.
         lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
-        give_up: fails a job, with the reason.
+        give_up: fails a job, with the reason; returns False if it cannot be failed.
         grants: the current user grants, which limit jobs and their hours.
         skips: receives the jobs that cannot be dispatched now.
     """
@@ -61,7 +61,7 @@ class Tasks:
         scripts: AbstractSet[str],
         lease_seconds: float,
         clock: PlatformTime,
-        give_up: Callable[[int, str], Awaitable[None]],
+        give_up: Callable[[int, str], Awaitable[bool]],
         grants: JobGrants,
         skips: Skips,
     ) -> None:
@@ -93,7 +93,7 @@ class Tasks:
         )
         over: list[str] = []
         due: dict[str, tuple[Chunk, ScanChunk]] = {}
-        refused: set[int] = set()
+        refused: dict[int, Candidate] = {}
         closed: dict[tuple[int, str], ScanJob] = {}
         lost: set[int] = set()
         for candidate, worker, share in picks:
@@ -106,7 +106,7 @@ class Tasks:
                 if job.final:
                     over.append(chunk.id)
                 elif self._grants.refusal(job) or _problem(job.policy, self._scripts):
-                    refused.add(job.id)
+                    refused[job.id] = candidate
                 elif self._grants.closed(job, now):
                     closed[job.user_id, job.granted_by] = job
                 elif chunk.state is ChunkState.QUEUED:
@@ -124,8 +124,8 @@ class Tasks:
             tasks = [task.model_copy(update={"traceparent": onward[task.chunk_id]}) for task in sent]
             await self._publisher.publish(SCAN_TASKS, tasks)
         await self._cancel(over)
-        for job_id in refused:
-            await self._refuse(jobs[job_id])
+        for job_id, candidate in refused.items():
+            await self._refuse(jobs[job_id], candidate)
         for job in closed.values():
             opens_at = self._grants.opens_at(job, now)
             await self._skips.await_hours(job, opens_at - now if opens_at else None)
@@ -147,19 +147,22 @@ class Tasks:
         self._changer.cache(stored)
         return losers
 
-    async def _refuse(self, job: ScanJob) -> None:
-        """Fail a job that the user grants or the scripts no longer allow: they have changed since it was accepted."""
-        reason = self._grants.refusal(job)
-        if reason is None:
-            problem = _problem(job.policy, self._scripts)
-            await self._give_up(job.id, f"the job's policy is no longer allowed: {problem}")
-            return
-        target = f"/api/v1/task/{job.id}"
-        entry = own_entry(
-            f"dispatch-{job.id}", "dispatch_task", target, "refused", Rule.GRANT, user_id=job.user_id, reason=reason
-        )
-        await record(self._audit, [entry])
-        await self._give_up(job.id, f"the user grants no longer allow the job: {reason}")
+    async def _refuse(self, job: ScanJob, candidate: Candidate) -> None:
+        """Fail a job that the user grants or the scripts no longer allow, or skip it if it cannot be failed.
+
+        They have changed since it was accepted.
+        """
+        if reason := self._grants.refusal(job):
+            error = f"the user grants no longer allow the job: {reason}"
+            target = f"/api/v1/task/{job.id}"
+            entry = own_entry(
+                f"dispatch-{job.id}", "dispatch_task", target, "refused", Rule.GRANT, user_id=job.user_id, reason=reason
+            )
+            await record(self._audit, [entry])
+        else:
+            error = f"the job's policy is no longer allowed: {_problem(job.policy, self._scripts)}"
+        if not await self._give_up(job.id, error):
+            self._skips.skip(candidate, f"cannot be failed; {error}")
 
     async def _cancel(self, over: Collection[str]) -> None:
         """Cancel chunks of a job that ended while another replica was still creating them."""

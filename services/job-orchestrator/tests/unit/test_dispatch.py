@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -311,6 +312,22 @@ async def test_unreadable_job_does_not_block_other_jobs(world: World) -> None:
     world.only.dispatcher.wake()
     await world.settle()
     assert [task.chunk_id for task in tasks(world)] == ["7-0", "7-1"]
+
+
+@pytest.mark.proves("F27", "G17")
+async def test_refused_job_that_cannot_be_failed_blocks_no_other_job(world: World) -> None:
+    """A damaged job whose script was withdrawn is skipped; a round ends, and the user's other chunks are dispatched."""
+    policy = scan_policy().model_copy(update={"scripts": ("http-grep",)})
+    await world.store.jobs.insert([replace(scan_job(99, policy=policy, chunk_count=1, made=1), machines_found=-1)])
+    await world.store.chunks.insert([chunk(id="99-0", job_id=99, turn=-5)])
+    await queue(world, 7, 2)
+    await world.start()
+    await world.worker.announce()
+    await world.deliver()
+    async with asyncio.timeout(5):
+        await world.only.dispatcher.fill()
+    assert [task.chunk_id for task in tasks(world)] == ["7-0", "7-1"]
+    assert (await chunk_of(world, "99-0")).state is ChunkState.QUEUED
 
 
 @pytest.mark.proves("F27", "G17")
