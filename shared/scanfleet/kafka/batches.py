@@ -1,8 +1,9 @@
 """Parse fetched batches of records, which any client with write access may have composed.
 
 The client raises whatever its parsers raise, at the same offset again after every fetch, and expands a compressed batch
-in memory before it yields the first record. `Batches` therefore parses one batch at a time, refuses compressed ones,
-which no producer of the platform sends, and replaces what it cannot parse by a single record.
+in memory before it yields the first record. A header takes up to 40 times its size in memory. `Batches` therefore
+parses one batch at a time, refuses compressed ones, which no producer of the platform sends, and records with many
+headers, and replaces what it cannot parse by a single record.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from aiokafka.structs import ConsumerRecord
 UNREADABLE: Final = "unreadable"
 """Header of a record that replaces the unreadable rest of a batch: the first and last offset, and the error."""
 
+MOST_HEADERS: Final = 100  # of a record, or of a dead letter including its origin; the platform's own have about 16
 _ERROR_LENGTH: Final = 500  # of that header: an error's text may repeat the bytes that caused it
 
 
@@ -43,22 +45,32 @@ class Batches(fetcher.PartitionRecords):  # type: ignore[misc] # the client ship
             except Exception as error:  # noqa: BLE001 # the parsers raise many kinds
                 first = self.next_fetch_offset
                 self.next_fetch_offset = max(first + 1, batch.next_offset)  # a damaged header may have a lower one
-                yield self._replacement(first, error)
+                replacement = self._replacement(first, error)
             else:
                 self.next_fetch_offset = batch.next_offset
+                continue
+            yield replacement  # not above, where the error's traceback would keep the record in memory
 
     def _parse(self, batch: Any) -> Iterator[ConsumerRecord]:
         if batch.compression_type:
             raise UnsupportedCodecError("compressed batches are not accepted")
         if not batch.validate_crc():
             raise CorruptRecordException("wrong checksum")
+        start, previous = self.next_fetch_offset, batch.base_offset - 1
         for record in batch:
-            if record.offset >= batch.next_offset:  # the broker does not compare them
+            # The broker does not check the offsets within a batch.
+            if record.offset >= batch.next_offset:
                 raise CorruptRecordException(f"record {record.offset} in a batch that ends at {batch.next_offset}")
-            if record.offset >= self.next_fetch_offset:
-                parsed = self._consumer_record(self._tp, record)
-                self.next_fetch_offset = record.offset + 1
-                yield parsed
+            if record.offset <= previous:
+                raise CorruptRecordException(f"record {record.offset} after offset {previous}")
+            previous = record.offset
+            if record.offset < start:
+                continue
+            if len(record.headers) > MOST_HEADERS:
+                raise CorruptRecordException(f"record {record.offset} has {len(record.headers)} headers")
+            parsed = self._consumer_record(self._tp, record)
+            self.next_fetch_offset = record.offset + 1
+            yield parsed
 
     def _replacement(self, first: int, error: Exception) -> ConsumerRecord:
         last = self.next_fetch_offset - 1

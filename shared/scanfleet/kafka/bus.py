@@ -27,6 +27,7 @@ from scanfleet.contracts.messages import Message
 from scanfleet.contracts.messages.envelope import Outgoing, RawRecord, dead_letter_headers, encode, weight
 from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
+from scanfleet.kafka.batches import MOST_HEADERS
 from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
 from scanfleet.kafka.sources import Member, Past, Tail
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
@@ -205,17 +206,16 @@ class KafkaBus:
             letters: list[Outgoing] = []
             size = 0
             for record, reason in rejected:
-                if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM:
+                kept, headers = record, dead_letter_headers(record, group=group, reason=reason)
+                if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM or len(headers) > MOST_HEADERS:
                     kept = replace(record, key=None, value=None, headers=())  # too large; see its origin
-                else:
-                    kept = record
-                headers = dead_letter_headers(kept, group=group, reason=reason)
+                    headers = dead_letter_headers(kept, group=group, reason=reason)
+                if letters and size + weight(kept) > DEAD_LETTER_BYTES:  # as much as one letter, which must fit
+                    await self.send(topic.dead_letter, letters)
+                    letters, size = [], 0
                 # The client sends no record without key and value; a hostile one may have neither.
                 letters.append((kept.key or b"", kept.value, headers))
                 size += weight(kept)
-                if size > DEAD_LETTER_BYTES:  # no more than a single one within the timeout of a send
-                    await self.send(topic.dead_letter, letters)
-                    letters, size = [], 0
             await self.send(topic.dead_letter, letters)
             for record, reason in rejected:
                 for callback in self._dead_letter_callbacks:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import pytest
 from aiokafka import TopicPartition
@@ -14,6 +15,8 @@ from aiokafka.record.memory_records import MemoryRecords
 from scanfleet.contracts.messages.envelope import Outgoing
 from scanfleet.kafka.batches import UNREADABLE, Batches
 from scanfleet_testing.batches import compressed, counted, damaged, encoded, expanding, sealed
+
+R = TypeVar("R")
 
 PARTITION = TopicPartition("topic", 3)
 
@@ -28,9 +31,13 @@ def at(base: int, data: bytearray) -> bytes:
     return bytes(data)
 
 
-def parse(*fetched: bytes, position: int = 0) -> tuple[list[Any], int]:
+def fetched(*data: bytes, position: int = 0) -> Batches:
+    return Batches(PARTITION, MemoryRecords(b"".join(data)), None, position, None, None, True, 0)
+
+
+def parse(*data: bytes, position: int = 0) -> tuple[list[Any], int]:
     """Return the records, and the position after them."""
-    batches = Batches(PARTITION, MemoryRecords(b"".join(fetched)), None, position, None, None, True, 0)
+    batches = fetched(*data, position=position)
     return list(batches), batches.next_fetch_offset
 
 
@@ -49,7 +56,7 @@ def test_batches_readable_yields_the_records_from_the_position_on() -> None:
 
 
 def test_batches_unreadable_record_replaces_the_rest_of_its_batch() -> None:
-    """One record stands for the unreadable offsets, and those before and after are yielded."""
+    """One record replaces the unreadable offsets; the records before and after them are yielded."""
     data = encoded([record(b"a"), record(b"bad"), record(b"c")])
     data[data.index(b"name", data.index(b"bad"))] = 0xFF
     records, position = parse(at(5, sealed(data)), at(8, encoded([record(b"d")])), position=5)
@@ -62,17 +69,34 @@ def test_batches_unreadable_record_replaces_the_rest_of_its_batch() -> None:
 def test_batches_compressed_is_refused_without_expansion() -> None:
     """A batch that would expand to 100 MB is replaced by one record in constant memory."""
     bomb, good = at(5, counted(expanding(100_000_000), 4)), at(9, encoded([record(b"b")]))
-    tracemalloc.start()
-    try:
-        records, position = parse(bomb, good, position=5)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    (records, position), peak = peak_of(lambda: parse(bomb, good, position=5))
     assert [each.offset for each in records] == [8, 9]
     assert error_of(records[0]).startswith("offsets 5 to 8: ")
     assert "compressed" in error_of(records[0])
     assert position == 10
     assert peak < 4_000_000
+
+
+def test_batches_record_with_many_headers_is_replaced_and_freed() -> None:
+    """A record with 100,000 headers is replaced, and its headers are freed before the replacement is yielded."""
+    many = [at(offset, encoded([(b"", b"", [("", None)] * 100_000)])) for offset in range(3)]
+    iterators = [fetched(each, position=offset) for offset, each in enumerate(many)]
+    _, one = peak_of(lambda: parse(many[0]))
+    records, three = peak_of(lambda: list(map(next, iterators)))
+    assert [error_of(each) for each in records] == [
+        f"offsets {offset} to {offset}: CorruptRecordException('record {offset} has 100000 headers')"
+        for offset in range(3)
+    ]
+    assert three < 1.5 * one
+
+
+def peak_of(function: Callable[[], R]) -> tuple[R, int]:
+    """Return the function's result, and the peak of the memory allocated by it in bytes."""
+    tracemalloc.start()
+    try:
+        return function(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("compose", [compressed, damaged])
@@ -108,6 +132,17 @@ def test_batches_record_with_an_offset_beyond_its_batch_is_replaced() -> None:
     assert [each.offset for each in records] == [5, 6, 7]
     assert "record 1005 in a batch that ends at 7" in error_of(records[1])
     assert position == 8
+
+
+@pytest.mark.parametrize("offsets", [(0, 1, 1), (0, 1, 0), (0, 1, -3)], ids=["repeated", "descending", "negative"])
+def test_batches_record_with_an_offset_below_the_previous_one_is_replaced(offsets: Sequence[int]) -> None:
+    """A record whose offset does not ascend is not dropped silently, also after the records before the position."""
+    data = at(5, counted(encoded([record(b"a"), record(b"b"), record(b"c")], offsets=offsets), 3))
+    for position in (5, 6):
+        records, end = parse(data, position=position)
+        assert [each.offset for each in records] == [5, 6, 7][position - 5 :]
+        assert f"record {5 + offsets[-1]} after offset 6" in error_of(records[-1])
+        assert end == 8
 
 
 def test_batches_old_format_is_replaced() -> None:
