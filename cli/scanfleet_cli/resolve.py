@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from ipaddress import ip_network
-from typing import Any, Final, Protocol, TextIO, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import click
 from pydantic import BaseModel
@@ -64,18 +64,6 @@ def policy_fields(options: dict[str, Any]) -> dict[str, Any]:
     if "scripts" in given:
         given["scripts"] = [name.strip() for name in given["scripts"].split(",") if name.strip()]
     return given
-
-
-def text_of(file: TextIO) -> str:
-    """Return the text of a file without a byte order mark.
-
-    Raises:
-        CommandError: it is not UTF-8.
-    """
-    try:
-        return file.read().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{file.name} is not UTF-8: {error}") from error
 
 
 def body(model: type[Body], fields: dict[str, Any]) -> Body:

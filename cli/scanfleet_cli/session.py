@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TextIO, TypeVar
 
 import click
 
@@ -82,28 +82,13 @@ class Session:
         self.limit: int | None = None
         self._client: Client | None = None
         self._of_command: CommandToken | None = None
+        self.token_source = ""  # of the last token, as text
         self._refused = ""  # token that the service rejected last
         self._lock = threading.Lock()  # several threads read the token
 
     @functools.cached_property
     def place(self) -> Place:
         return self.config.place(self.url, self.context)
-
-    @functools.cached_property
-    def token_source(self) -> str:
-        """The source of the token, as text; empty without a token."""
-        environment, context = self.config.environment, self.place.context
-        if self.token_file is not None:
-            return f"the file {self.token_file} (--token-file)"
-        if environment.get("SCANFLEET_TOKEN"):
-            return "SCANFLEET_TOKEN"
-        if environment.get("SCANFLEET_TOKEN_FILE"):
-            return f"the file {environment['SCANFLEET_TOKEN_FILE']} (SCANFLEET_TOKEN_FILE)"
-        if context is not None and context.token_command:
-            return f"the token_command of {self.place.source}"
-        if context is not None:
-            return f"the sign-in of context {context.name}, stored in {self.kept.store.where(context.name)}"
-        return ""
 
     @functools.cached_property
     def kept(self) -> Kept:
@@ -129,18 +114,22 @@ class Session:
         """
         from scanfleet_cli.tokens import checked  # noqa: PLC0415 # not for commands that send no request
 
-        return checked(self._token(), self.token_source)
+        token, self.token_source = self._token()
+        return checked(token, self.token_source)
 
-    def _token(self) -> str:
+    def _token(self) -> tuple[str, str]:
+        """Return the token to send now, and its source as text."""
         environment, context = self.config.environment, self.place.context
-        file = self.token_file or environment.get("SCANFLEET_TOKEN_FILE")
-        if self.token_file is None and (token := environment.get("SCANFLEET_TOKEN", "").strip()):
-            return token
-        if file:
-            return _token_in(Path(file))
+        if self.token_file is not None:
+            return _token_in(self.token_file), f"the file {self.token_file} (--token-file)"
+        if token := environment.get("SCANFLEET_TOKEN", "").strip():
+            return token, "SCANFLEET_TOKEN"
+        if file := environment.get("SCANFLEET_TOKEN_FILE"):
+            return _token_in(Path(file)), f"the file {file} (SCANFLEET_TOKEN_FILE)"
         if context is not None and context.token_command:
-            return self._command_token(context.token_command).current()
-        if context is not None and (kept := self.kept.current(context.name, self.place.url, self._refused)) is not None:
+            source = f"the token_command of {self.place.source}"
+            return self._command_token(context.token_command, source).current(), source
+        if context is not None and (kept := self._kept_token(context.name)) is not None:
             return kept
         raise CommandError(
             f"not signed in to {self.place.url}",
@@ -154,12 +143,21 @@ class Session:
         if self._of_command is not None:
             self._of_command.refused(token)
 
-    def _command_token(self, command: Sequence[str]) -> CommandToken:
+    def _kept_token(self, name: str) -> tuple[str, str] | None:
+        before = self.kept.store.where(name)
+        token = self.kept.current(name, self.place.url, self._refused)
+        if token is None:
+            return None
+        if (where := self.kept.store.where(name)) != before:  # the keyring refused the new token, or takes it again
+            self.output.note(f"the token of context {name} is now in {where}")
+        return token, f"the sign-in of context {name}, stored in {where}"
+
+    def _command_token(self, command: Sequence[str], source: str) -> CommandToken:
         from scanfleet_cli.tokens import CommandToken  # noqa: PLC0415 # only where a context has a command
 
         with self._lock:
             if self._of_command is None:
-                self._of_command = CommandToken(command)
+                self._of_command = CommandToken(command, source)
             return self._of_command
 
     @property
@@ -301,9 +299,21 @@ def supported(what: str) -> Iterator[None]:
 
 def _token_in(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8").strip()
+        return file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CommandError(f"cannot read the token file: {error}", Exit.NOT_ALLOWED) from error
+
+
+def read_text(file: TextIO) -> str:
+    """Return the text of a file without a byte order mark.
+
+    Raises:
+        CommandError: it is not UTF-8.
+    """
+    try:
+        return file.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{file.name} is not UTF-8: {error}") from error
 
 
 def with_session(command: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:

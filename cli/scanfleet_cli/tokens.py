@@ -46,10 +46,12 @@ class CommandToken:
 
     Args:
         command: program and arguments.
+        source: of the command, as text.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], source: str) -> None:
         self._command = command
+        self._source = source
         self._token = ""
         self._lock = (
             threading.Lock()
@@ -59,7 +61,7 @@ class CommandToken:
         """Return the token to send now. The command may fail while the last token has not expired.
 
         Raises:
-            CommandError: the command failed.
+            CommandError: the command failed, or did not print a token.
         """
         with self._lock:
             ends = expiry(self._token)
@@ -85,7 +87,7 @@ class CommandToken:
             )
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise CommandError(f"the token command failed: {error}", Exit.NOT_ALLOWED, hint=shown) from error
-        return done.stdout.strip()
+        return checked(done.stdout.strip(), self._source)
 
 
 def expiry(token: str) -> float | None:

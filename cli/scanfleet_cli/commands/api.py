@@ -11,8 +11,7 @@ import click
 
 from scanfleet_cli.calls import PAGE_SIZE, Call, ListCall
 from scanfleet_cli.errors import CommandError
-from scanfleet_cli.resolve import text_of
-from scanfleet_cli.session import Session, with_session
+from scanfleet_cli.session import Session, read_text, with_session
 
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "PUT", "DELETE"})
@@ -51,7 +50,7 @@ def api(
     for name, text in (_split(each, "=") for each in typed):
         fields[name] = _json(text, f"-F {name}")
     given: Mapping[str, str] = dict(_split(each, ":") for each in headers)
-    body = _json(text_of(file), "--input") if file is not None else None
+    body = _json(read_text(file), "--input") if file is not None else None
     query = {} if method in _WITH_BODY else fields
     if method in _WITH_BODY and body is None:
         body = fields

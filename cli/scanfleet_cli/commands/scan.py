@@ -22,7 +22,7 @@ from scanfleet_cli import calls, changes, findings, follow, resolve, views
 from scanfleet_cli.completion import complete_policy
 from scanfleet_cli.errors import ApiError, CommandError, Exit, UnavailableError
 from scanfleet_cli.output import Format, Row, count, printable
-from scanfleet_cli.session import Session, formats, with_session
+from scanfleet_cli.session import Session, formats, read_text, with_session
 
 T = TypeVar("T")
 
@@ -198,7 +198,7 @@ def _fail_ports(text: str | None) -> _Watched | None:
 
 def _targets(given: Sequence[str], file: Any, exclude: Sequence[str], name: str | None) -> Iterator[Wanted]:
     files = [*([file] if file is not None else []), *([sys.stdin] if "-" in given else [])]
-    lines = [line for each in files for line in resolve.text_of(each).split("\n")]
+    lines = [line for each in files for line in read_text(each).split("\n")]
     wanted = [Wanted(each) for each in given if each != "-"] + list(_of_lines(lines))
     if not wanted:
         raise CommandError("no targets", hint="scanfleet scan 192.0.2.0/24, or --targets FILE")

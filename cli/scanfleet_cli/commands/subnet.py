@@ -13,7 +13,7 @@ from scanfleet_cli import calls, changes, coverage, imports, resolve
 from scanfleet_cli.completion import complete_subnet
 from scanfleet_cli.errors import CommandError, Exit, hint_of_refusal
 from scanfleet_cli.output import Format, Row, ago, column, count, printable
-from scanfleet_cli.session import Session, formats, lists, supported, with_session, yes
+from scanfleet_cli.session import Session, formats, lists, read_text, supported, with_session, yes
 
 
 @click.group()
@@ -170,7 +170,7 @@ def import_(session: Session, /, *, file: Any, dry_run: bool, update: bool) -> i
     reported, and the command exits 2. Existing subnets are not created again, so the command can be repeated. The JSON formats
     print line, action, id and error of each line; an action is create, update, exists or refused.
     """
-    lines = imports.imported(session, resolve.text_of(file), dry_run=dry_run, update=update)
+    lines = imports.imported(session, read_text(file), dry_run=dry_run, update=update)
     output = session.output
     if output.format in {Format.TABLE, Format.WIDE} and output.fields is None:
         output.emit(imports.summary(lines, dry_run=dry_run))

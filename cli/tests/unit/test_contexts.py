@@ -204,14 +204,25 @@ def runs(folder: Path) -> int:
 @pytest.mark.parametrize(("seconds", "expected"), [(30, 2), (3_600, 1)])
 def test_token_command_runs_again_before_its_token_ends(tmp_path: Path, seconds: float, expected: int) -> None:
     """A token is used until a minute before its end."""
-    token = CommandToken(counting(tmp_path, jwt(seconds), jwt(7_200)))
+    token = CommandToken(counting(tmp_path, jwt(seconds), jwt(7_200)), "the command")
     token.current(), token.current(), token.current()
     assert runs(tmp_path) == expected
 
 
+@pytest.mark.parametrize("output", ["", "two words"])
+def test_token_command_that_prints_no_token_leaves_its_last_token_until_that_ends(tmp_path: Path, output: str) -> None:
+    """An output that is not a token is a failure of the command, and does not replace a valid token."""
+    first = jwt(30)
+    token = CommandToken(counting(tmp_path, first, output), "the command")
+    assert [token.current(), token.current()] == [first, first]
+    token.refused(first)
+    with pytest.raises(CommandError, match="no token in the command"):
+        token.current()
+
+
 def test_token_command_runs_once_for_several_threads(tmp_path: Path) -> None:
     """Of several requests at once, one runs the command and the others use what it printed."""
-    token = CommandToken(counting(tmp_path, "opaque"))
+    token = CommandToken(counting(tmp_path, "opaque"), "the command")
     threads = [threading.Thread(target=token.current) for _ in range(4)]
     for each in threads:
         each.start()
@@ -297,6 +308,14 @@ def test_malformed_token_exits_4_and_is_not_printed(
     assert named in ended.err
     assert HIDDEN not in ended.err
     assert not api.requests
+
+
+def test_blank_token_variable_is_ignored_and_not_named(run: Any, tmp_path: Path) -> None:
+    """The error names the source that was read."""
+    file = tmp_path / "token"
+    file.write_text("two words")
+    environment = {"SCANFLEET_URL": URL, "SCANFLEET_TOKEN": " ", "SCANFLEET_TOKEN_FILE": str(file)}
+    assert f"no token in the file {file}" in run("subnet", "list", environment=environment).err
 
 
 @pytest.mark.parametrize("text", [f"make: Entering directory {HIDDEN}\n", f"{HIDDEN}é\n"])

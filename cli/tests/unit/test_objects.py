@@ -374,7 +374,7 @@ def test_token_of_a_context_is_sent_to_no_other_gateway(run: Any) -> None:
 def test_token_sources_have_the_order_option_environment_context(run: Any, tmp_path: Path) -> None:
     """A token file of an option precedes the environment, and the environment precedes a context."""
     good, bad = tmp_path / "good", tmp_path / "bad"
-    good.write_text(f"{TOKEN}\n")
+    good.write_text(f"\ufeff{TOKEN}\n")
     bad.write_text("stale")
     url = {"SCANFLEET_URL": "http://scanfleet.test"}
     assert run("--token-file", good, "subnet", "list", environment=url | {"SCANFLEET_TOKEN": "stale"}).code == 0
