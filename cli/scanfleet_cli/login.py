@@ -28,6 +28,7 @@ BROWSER_SECONDS: Final = 300.0  # timeout of a sign-in by the user
 DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
 DEVICE_SECONDS: Final = 5.0  # polling interval, unless the issuer states another (RFC 8628)
 SLOWER_SECONDS: Final = 5.0  # by which `slow_down` of the issuer lengthens it
+LONGEST_SECONDS: Final = 30.0  # up to which failed connections lengthen it
 _PUBLIC: Final = {"token_endpoint_auth_method": "none"}  # a command on a user's machine cannot keep a client secret
 IDLE_SECONDS: Final = 5.0  # timeout of a connection that sends nothing
 
@@ -48,7 +49,7 @@ class _DeviceCode(BaseModel):
     user_code: str
     verification_uri: str = Field(validation_alias=AliasChoices("verification_uri", "verification_uri_complete"))
     expires_in: float = Field(BROWSER_SECONDS, ge=0)
-    interval: float = Field(DEVICE_SECONDS, ge=0)
+    interval: float = Field(DEVICE_SECONDS, ge=1)
 
 
 def discover(issuer: str, transport: Any = None) -> Issuer:
@@ -79,8 +80,8 @@ def discover(issuer: str, transport: Any = None) -> Issuer:
 
 def _secure(url: str) -> None:
     try:
-        scheme = urlsplit(url).scheme if url.isprintable() else ""
-    except ValueError:  # an invalid IPv6 address
+        scheme = httpx2.URL(url).scheme if url.isprintable() else ""
+    except httpx2.InvalidURL:
         scheme = ""
     if not scheme:
         raise CommandError(f"{printable(url)} is not a URL", Exit.FAULT)
@@ -130,7 +131,7 @@ class SignIn:
                 try:
                     return self._tokens(self._fetch(client, grant_type=DEVICE_GRANT, device_code=code.device_code))
                 except UnavailableError:
-                    pause *= 2  # RFC 8628, 3.5
+                    pause = max(pause, min(pause * 2, LONGEST_SECONDS))  # RFC 8628, 3.5
                 except OAuthError as error:
                     if error.error == "slow_down":
                         pause += SLOWER_SECONDS
@@ -217,8 +218,8 @@ class SignIn:
         return answer
 
     def _tokens(self, answer: dict[str, Any]) -> Tokens:
-        unsigned = Tokens(self._url, "", token_endpoint=self._issuer.token_endpoint, client_id=self._info.client_id)
-        return unsigned.renewed(answer)
+        blank = Tokens(self._url, "", token_endpoint=self._issuer.token_endpoint, client_id=self._info.client_id)
+        return blank.renewed(answer)
 
 
 def oauth(client_id: str | None, transport: Any, **how: Any) -> Any:

@@ -28,7 +28,7 @@ def login(session: Session, /, *, url: str | None, name: str | None, device: boo
     address = check_url(url) if url else session.place.url
     context = _context(session, address, name)
     if token_stdin:
-        tokens, source = Tokens(address, sys.stdin.readline().strip()), "the first line of stdin"
+        tokens, source = Tokens(address, _first_line()), "the first line of stdin"
     else:
         tokens, source = _signed_in(session, address, device=device), "the response of the issuer"
     checked(tokens.access_token, source)
@@ -41,6 +41,13 @@ def login(session: Session, /, *, url: str | None, name: str | None, device: boo
     session.output.note(
         f'✓ Signed in to {urlsplit(address).netloc} as user {user} (context "{context.name}", token in {session.kept.store.where(context.name)})'
     )
+
+
+def _first_line() -> str:
+    try:
+        return sys.stdin.readline().strip()
+    except UnicodeDecodeError as error:
+        raise CommandError("stdin is not UTF-8", Exit.NOT_ALLOWED) from error
 
 
 def _context(session: Session, url: str, name: str | None) -> Context:

@@ -85,6 +85,7 @@ def test_unknown_outcome_of_a_submit_names_the_key_to_repeat_it_with(api: FakeAp
     ("arguments", "code", "problem"),
     [
         (["--token-file", "{file}", "subnet", "list"], 4, "cannot read the token file: 'utf-8' codec"),
+        (["login", "http://scanfleet.test", "--token-stdin"], 4, "stdin is not UTF-8"),
         (["scan", "--targets", "{file}"], 2, "{file} is not UTF-8"),
         (["scan", "-"], 2, "<stdin> is not UTF-8"),
         (["api", "POST", "subnet", "--input", "{file}"], 2, "{file} is not UTF-8"),

@@ -107,7 +107,7 @@ def test_device_sign_in_continues_after_a_lost_connection(issuer: Issuer, run: A
     issuer.faults = [httpx2.ReadTimeout("no response"), httpx2.Response(503), httpx2.ConnectError("refused")]
     ended = run("login", GATEWAY, environment={})
     assert ended.code == 0, ended.err
-    assert slept == [5, 10, 20, 40]
+    assert slept == [5, 10, 20, 30]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_device_sign_in_continues_after_a_lost_connection(issuer: Issuer, run: A
         {"device_code": "x", "verification_uri": f"{URL}/device"},
         {"device_code": "x", "user_code": 5, "verification_uri": f"{URL}/device"},
         {"device_code": "x", "user_code": "y"},
-        {"device_code": "x", "user_code": "y", "verification_uri": f"{URL}/device", "interval": -1},
+        {"device_code": "x", "user_code": "y", "verification_uri": f"{URL}/device", "interval": 0},
         [],
     ],
 )
@@ -148,6 +148,17 @@ def test_endpoint_that_is_no_url_is_refused_and_not_printed_raw(
     assert ended.code == 1
     assert problem in ended.err
     assert not {"\x1b", "\u202e"} & set(ended.err)
+
+
+@pytest.mark.parametrize("endpoint", ["token_endpoint", "device_authorization_endpoint"])
+def test_endpoint_with_an_invalid_port_is_refused(issuer: Issuer, run: Any, endpoint: str) -> None:
+    """The address is parsed as the client that sends the tokens parses it."""
+    path = "/.well-known/openid-configuration"
+    found = issuer.handle_request(httpx2.Request("GET", f"{URL}{path}")).json()
+    issuer.answers[path] = httpx2.Response(200, json=found | {endpoint: "https://issuer.test:abc/"})
+    ended = run("login", GATEWAY, "--device", environment={})
+    assert ended.code == 1
+    assert "https://issuer.test:abc/ is not a URL" in ended.err
 
 
 @pytest.mark.parametrize("flow", [["--device"], []])
@@ -456,6 +467,25 @@ def test_keyring_that_refuses_a_token_is_replaced_by_a_file(
     run("login", GATEWAY, environment={}, world=world)
     run("logout", environment={}, world=world)
     assert (backend.entries, run("subnet", "list", environment={}, world=world).code) == ({}, 4)
+
+
+def test_refreshed_token_that_the_keyring_refuses_is_stored_in_a_file_with_a_note(
+    use_keyring: Any, run: Any, world: World, tmp_path: Path
+) -> None:
+    """A token leaves the keyring only with a note that names the file."""
+    use_keyring(backend := MemoryKeyring())
+    world = replace(world, store=(store := store_in(tmp_path)))
+    run("login", GATEWAY, environment={}, world=world)
+    assert "is now in" not in run("subnet", "list", environment={}, world=world).err
+    kept = Kept(tmp_path, store)
+    tokens = kept.read("scanfleet.test", GATEWAY)
+    assert tokens is not None
+    kept.keep("scanfleet.test", replace(tokens, expires_at=time.time() + 30))
+    backend.full = True
+    ended = run("subnet", "list", environment={}, world=world)
+    assert ended.code == 0
+    assert f"the token of context scanfleet.test is now in the file {tmp_path / 'tokens.json'}" in ended.err
+    assert "is now in" not in run("subnet", "list", environment={}, world=world).err
 
 
 def test_machine_without_a_keyring_has_a_file(use_keyring: Any, tmp_path: Path) -> None:
