@@ -85,7 +85,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
     ),
     "F12": Trial(
         "random bytes, a wrong schema, a value above the limit, an unknown type, no headers, no value, in every topic that is read; batches that are compressed, or that the client cannot parse",
-        "a dead letter that names its origin; readers without a consumer group skip it; the next record is handled",
+        "a dead letter that names its origin; readers without a consumer group skip it, and count it if its key is theirs; the next record is handled",
     ),
     "F13": Trial(
         "50 concurrent POSTs with one key; then another body; then another user", "one job; a 400; a separate job"

@@ -94,11 +94,15 @@ def dead_letters(platform: Platform, topic: Topic, count: int) -> list[RawRecord
 @pytest.mark.proves("F12", "G9")
 def test_invalid_records_are_dead_lettered_or_skipped(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """Six kinds of invalid records in every partition are dead-lettered by groups and skipped by others, and scans continue."""
+    job_id = user.scan(platform.network(28), **TINY)
+    assert user.finished(job_id)["status"]["status"] == "completed"
+    worker = str(platform.chunks(job_id)[0]["worker_id"]).encode()  # which reads the tasks with this key
     before = {topic.name: len(platform.records(topic, letters=True)) for topic in CONSUMED}
+    skipped = platform.metric("scanner-worker", "scanfleet_bus_skipped_total")
     sent: dict[str, int] = {}
     for topic in CONSUMED:
         records = [
-            (topic.name, partition, b"poison", value, headers)
+            (topic.name, partition, worker if topic is SCAN_TASKS else b"poison", value, headers)
             for partition in range(topic.partitions)
             for value, headers in poison(topic)
         ]
@@ -113,6 +117,11 @@ def test_invalid_records_are_dead_lettered_or_skipped(platform: Platform, user: 
         headers = [dict(letter.headers) for letter in letters]
         assert all(each["dlq_reason"] and each["dlq_topic"] == topic.name.encode() for each in headers)
         assert len({(each["dlq_partition"], each["dlq_offset"]) for each in headers}) == sent[topic.name]
+    until(
+        lambda: platform.metric("scanner-worker", "scanfleet_bus_skipped_total") - skipped >= sent[SCAN_TASKS.name],
+        LIMIT,
+        "the worker to have counted the junk with its key",
+    )
     invariants.check()
 
 

@@ -29,7 +29,7 @@ from job_orchestrator.domain.retention import EndedJob, SubnetRetention
 from job_orchestrator.domain.totals import Effort, Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
-from job_orchestrator_testing import KEYS, MemoryStore, chunk, replanned, scan_job, scan_policy
+from job_orchestrator_testing import KEYS, chunk, replanned, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
@@ -210,10 +210,7 @@ async def test_add_audit_of_an_id_that_another_service_has_keeps_both(store: Sto
 
 def stop_clock(store: Store, now: datetime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the clock that stamps the received entries show this time."""
-    if isinstance(store, MemoryStore):
-        monkeypatch.setattr("job_orchestrator_testing.repository.audit.utc_now", lambda: now)
-    else:
-        monkeypatch.setattr(store.audit, "_now", lambda: now)
+    monkeypatch.setattr(store.audit, "_now", lambda: now)
 
 
 # Commands
@@ -484,7 +481,7 @@ async def test_missing_jobs_are_neither_stored_nor_deleted(store: Store) -> None
 
 
 async def test_jobs_with_old_events_are_found(store: Store) -> None:
-    """A job of the given partitions is found while an event of an age stands in its outbox, and no longer."""
+    """A job of the given partitions is found only while its outbox has an old event."""
     every = set(range(SCAN_PROGRESS.partitions))
 
     async def found(before: datetime, partitions: Collection[int] = every) -> list[int]:
@@ -1156,6 +1153,16 @@ async def test_documents_expire_by_the_platforms_time(database: Database) -> Non
     assert abs(command["at"] - later) < timedelta(seconds=1)
     assert abs(entry["received_at"] - later) < timedelta(seconds=1)
     assert abs(entry["forget_at"] - later - timedelta(days=1)) < timedelta(seconds=1)
+
+
+@pytest.mark.integration
+async def test_events_of_ended_jobs_of_the_first_release_are_found(mongo_store: MongoStore, database: Database) -> None:
+    """An ended job without a partition whose events were not published gets one."""
+    await mongo_store.jobs.insert([scan_job(1, settled=True)])
+    await database["jobs"].update_one({"_id": 1}, {"$unset": {"partition": 1}})
+    await mongo_store.prepare()
+    found = await mongo_store.jobs.with_old_events(LATER, 10, range(SCAN_PROGRESS.partitions))
+    assert [job.id for job in found] == [1]
 
 
 @pytest.mark.integration

@@ -13,6 +13,7 @@ from result_store.metrics import (
     CHUNKS_CLOSED,
     CHUNKS_INCOMPLETE,
     DELETED_DOCUMENTS,
+    DELETIONS_FAILED,
     DUPLICATES,
     HOSTS_STORED,
     LATE,
@@ -35,6 +36,7 @@ from scanfleet.security.audit import Refusals
 from scanfleet.security.chunk_grants import Grants
 
 _STEP_SECONDS: Final = 1.0
+_PAUSE_SECONDS: Final = 60.0  # before a deletion with an error is retried
 _AT_ONCE: Final = 100  # maximum number of deletions per step
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -155,7 +157,9 @@ class DeletionsHandler:
             except DependencyError:
                 raise
             except Exception:  # noqa: BLE001 # an error of one job must not stop the others; the log has the traceback
-                _log.exception("deletion_failed", job_id=job_id, retry_seconds=_STEP_SECONDS)
+                DELETIONS_FAILED.inc()
+                _log.exception("deletion_failed", job_id=job_id, retry_seconds=_PAUSE_SECONDS)
+                await self._store.postpone_deletion(job_id, _PAUSE_SECONDS)
             if left <= 0:
                 self.loop.wake()
                 return

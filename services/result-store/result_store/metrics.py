@@ -23,4 +23,7 @@ DELETED_DOCUMENTS: Final = Counter(
     "Documents of deleted jobs that were deleted: hosts or closed chunks.",
     ["kind"],
 )
+DELETIONS_FAILED: Final = Counter(
+    "scanfleet_results_deletions_failed", "Errors of the deletion of a job's results; it is retried after a minute."
+)
 UNCOVERED: Final = Counter("scanfleet_results_uncovered", "Records dropped because no valid signature covers them.")

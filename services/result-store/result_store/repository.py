@@ -3,7 +3,7 @@
 - `hosts`: `_id` is `<chunk_id>/<address>`, so only the first insert of a host succeeds. `first_id` is the id of its first
 result; hosts without results do not have the field. `key` sorts the hosts that are listed by address; silent ones do not have it.
 - `deleted`: `_id` is the id of a job whose results are deleted, including late ones; `begun` is the number of times that its
-  deletion began, and `open` is set while documents may be left. `hosts` and `rows` count deleted documents and results, and
+  deletion began, and `open` is set while documents may be left, with `retry_at` after an error. `hosts` and `rows` count deleted documents and results, and
   `slice` is the first and last id of the hosts that were counted last: they may not be deleted yet.
 - `chunks`: `_id` is the chunk's id. The collection holds closed chunks only; `key` sorts them by address.
 
@@ -232,8 +232,15 @@ class MongoStore:
     @dependency_errors()
     async def open_deletions(self, limit: int) -> dict[int, int]:
         """Return the jobs to erase, each with the number of times that its deletion began."""
-        found = self._deleted.find({"open": True}, {"begun": True}).limit(limit)
+        due = {"$lte": ["$retry_at", "$$NOW"]}  # true without that field too
+        found = self._deleted.find({"open": True, "$expr": due}, {"begun": True}).limit(limit)
         return {mark["_id"]: mark["begun"] async for mark in found}
+
+    @dependency_errors()
+    async def postpone_deletion(self, job_id: int, seconds: float) -> None:
+        """See `result_store.domain.ports.Store`."""
+        retry_at = {"$add": ["$$NOW", int(seconds * 1_000)]}
+        await self._deleted.update_one({"_id": job_id}, [{"$set": {"retry_at": retry_at}}])
 
     @dependency_errors()
     async def erase(self, job_id: int, limit: int) -> Removed:

@@ -36,6 +36,7 @@ class MemoryStore:
         self.marks: dict[int, tuple[int, bool]] = {}
         """By deleted job, how often its deletion began, and whether documents may be left."""
 
+        self.postponed: set[int] = set()
         self.erasures: dict[int, Erased] = {}
         self.unsorted: set[int] = set()
         """Jobs with documents of a release without keys."""
@@ -132,7 +133,12 @@ class MemoryStore:
         return set(job_ids) & self.marks.keys()
 
     async def open_deletions(self, limit: int) -> dict[int, int]:
-        return dict([(job_id, begun) for job_id, (begun, open_) in self.marks.items() if open_][:limit])
+        open_ = {job_id: begun for job_id, (begun, open_) in self.marks.items() if open_}
+        return dict([(job_id, begun) for job_id, begun in open_.items() if job_id not in self.postponed][:limit])
+
+    async def postpone_deletion(self, job_id: int, seconds: float) -> None:
+        if seconds > 0:
+            self.postponed.add(job_id)
 
     async def erase(self, job_id: int, limit: int) -> Removed:
         hosts = [id_ for id_, (host, _) in self.hosts.items() if host.scanned.job_id == job_id][:limit]

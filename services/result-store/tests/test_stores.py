@@ -388,6 +388,16 @@ async def test_erasure_of_a_host_with_damaged_ports_counts_the_others(database: 
     assert await store.erased(1) == Erased(hosts=6, rows=3 * 2 + 2 * 3 + 5)
 
 
+async def test_postponed_deletion_is_left_out_for_its_time(store: Store) -> None:
+    """A deletion that failed does not take the place of others; it stays open."""
+    await store.begin_deletions([1, 2])
+    await store.postpone_deletion(1, 60)
+    assert await store.open_deletions(1) == {2: 1}
+    await store.postpone_deletion(2, 0)
+    assert await store.open_deletions(9) == {2: 1}
+    assert await store.deleted([1]) == {1}
+
+
 async def test_deletion_that_begins_again_is_not_ended(store: Store) -> None:
     """A job stays marked, and what arrives late opens its deletion again, also while it is being ended."""
     await store.begin_deletions([1, 2])

@@ -153,7 +153,7 @@ class Deletions:
         await self._delete_some(now)
 
     async def _delete_some(self, now: datetime) -> None:
-        """Delete as many chunks as a step may; a job with more takes its next turn behind the others."""
+        """Delete up to a step's number of chunks; a job with more continues after the other jobs."""
         left = self._per_step
         done: list[Deletion] = []
         for each in await self._deletions.due(now, _AT_ONCE, chunks=True):

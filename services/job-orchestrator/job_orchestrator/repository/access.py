@@ -8,14 +8,11 @@ from pymongo import IndexModel
 
 from job_orchestrator.domain.access import MAX_REVOCATIONS, Revocation
 from job_orchestrator.repository import documents
+from job_orchestrator.repository.compare_and_set import RECEIPT
 from scanfleet.contracts import rest
 from scanfleet.runtime.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing
 
 _OWNED: Final = ("jobs", *(each.plural for each in rest.RESOURCES))
-
-_RECEIPTS: Final = {
-    "deletion.stage": {"$exists": True}
-}  # of deleted jobs, as the index of receipts by user selects them
 
 INDEXES: Final = {
     "users": [IndexModel([("issuer", 1), ("subject", 1)], unique=True)],
@@ -55,7 +52,7 @@ class MongoAccess:
         """Start above every id claimed by tokens before ids were assigned, so that no user gets another's resources."""
         if await self._users.find_one({}, {"_id": 1}, sort=[("_id", 1)]) is None:
             claimed = [await self._highest(name, "user_id", {"user_id": {"$exists": True}}) for name in _OWNED]
-            claimed.append(await self._highest("jobs", "deletion.user_id", _RECEIPTS))
+            claimed.append(await self._highest("jobs", "deletion.user_id", RECEIPT))
             await advance_ids(self._database, ["users"], max(claimed))
 
     async def _highest(self, collection: str, field: str, wanted: Document) -> int:

@@ -17,6 +17,7 @@ from scanfleet.runtime.mongo import Collection, Document, dependency_errors
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
 
 NO_RECEIPT: Final = {"deletion": {"$exists": False}}  # of a deleted job
+RECEIPT: Final = {"deletion.stage": {"$exists": True}}  # the partial indexes of receipts have the same filter
 
 
 @dependency_errors()

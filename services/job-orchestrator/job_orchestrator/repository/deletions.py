@@ -12,17 +12,16 @@ from job_orchestrator.domain.census import DeletionCensus
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.repository import documents
-from job_orchestrator.repository.compare_and_set import NO_RECEIPT
+from job_orchestrator.repository.compare_and_set import NO_RECEIPT, RECEIPT
 from job_orchestrator.repository.jobs import age, date, from_now
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
-_RECEIPTS: Final = {"deletion.stage": {"$exists": True}}
 _NEWEST: Final = [("deletion.requested_at", -1), ("_id", -1)]
 
 INDEXES: Final = {
     "jobs": [  # of receipts only, so that writes of jobs cost nothing more
-        IndexModel([("deletion.user_id", 1), ("deletion.stage", 1), *_NEWEST], partialFilterExpression=_RECEIPTS),
-        IndexModel([("deletion.stage", 1), *_NEWEST], partialFilterExpression=_RECEIPTS),
+        IndexModel([("deletion.user_id", 1), ("deletion.stage", 1), *_NEWEST], partialFilterExpression=RECEIPT),
+        IndexModel([("deletion.stage", 1), *_NEWEST], partialFilterExpression=RECEIPT),
     ],
 }
 

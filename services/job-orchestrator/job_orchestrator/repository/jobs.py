@@ -244,7 +244,7 @@ class MongoJobs:
         )
         unsent = self._jobs.aggregate(
             [
-                {"$match": {"outbox.at": {"$type": "date"}}},
+                {"$match": {"outbox.at": {"$type": "date"}, "$expr": {"$isArray": "$outbox"}}},
                 {"$limit": 1},
                 {"$project": {"age": age({"$min": {"$map": {"input": "$outbox.at", "in": date("$$this")}}})}},
             ],

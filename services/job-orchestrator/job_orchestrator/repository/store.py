@@ -70,9 +70,10 @@ class MongoStore:
 
     @dependency_errors()
     async def _adopt(self) -> None:
-        """Set the partition of unfinished jobs that were created before jobs had one."""
+        """Set the partition of unfinished jobs, and of those with events, that were created before jobs had one."""
         jobs_, chunks_ = self._database["jobs"], self._database["chunks"]
-        async for job in jobs_.find({"settled": False, "partition": {"$exists": False}}, {"_id": 1}):
+        needed = [{"settled": False}, {"outbox": {"$exists": True}}]
+        async for job in jobs_.find({"partition": {"$exists": False}, "$or": needed}, {"_id": 1}):
             partition = {"$set": {"partition": SCAN_PROGRESS.partition_of(str(job["_id"]))}}
             await chunks_.update_many({"job_id": job["_id"]}, partition)
             await jobs_.update_one({"_id": job["_id"]}, partition)

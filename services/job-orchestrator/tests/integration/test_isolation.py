@@ -106,13 +106,14 @@ async def _damage(database: Database, ids: Iterable[int], **fields: Any) -> None
 @pytest.mark.integration
 async def test_census_with_damaged_times_counts_the_others(mongo_store: MongoStore, database: Database) -> None:
     """The ages are those of the oldest readable job and event."""
-    await mongo_store.jobs.insert([scan_job(id_) for id_ in (1, 2, 3)])
+    await mongo_store.jobs.insert([scan_job(id_) for id_ in (1, 2, 3, 4)])
+    await _damage(database, [4], outbox={"at": THEN - timedelta(days=9)})  # sorts first, and is no array
     await _damage(database, [1, 2], created_at="yesterday", outbox=[{"at": "yesterday"}])
     await _damage(database, [2], outbox=[{"at": "yesterday"}, {"at": THEN}])
     await _damage(database, [3], **{"outbox.0.at": THEN - timedelta(days=1)})
     census = await mongo_store.jobs.census()
     age = (utc_now() - THEN).total_seconds()
-    assert census.numbers[JobStatus.PENDING] == 3
+    assert census.numbers[JobStatus.PENDING] == 4
     assert census.ages[JobStatus.PENDING] == pytest.approx(age, abs=60)
     assert census.outbox_age == pytest.approx(age + 86_400, abs=60)
 

@@ -41,6 +41,9 @@ class Store(Protocol):
     async def open_deletions(self, limit: int) -> dict[int, int]:
         """Return the jobs to erase, each with the number of times that its deletion began."""
 
+    async def postpone_deletion(self, job_id: int, seconds: float) -> None:
+        """Leave the job out of `open_deletions` for so many seconds."""
+
     async def erase(self, job_id: int, limit: int) -> Removed:
         """Delete up to `limit` documents of a job that is marked as deleted, closed chunks last; return how many."""
 

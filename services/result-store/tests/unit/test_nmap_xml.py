@@ -372,7 +372,7 @@ async def test_document_of_a_large_job_leaves_turns_to_others() -> None:
 
 
 async def test_document_of_a_host_with_many_ports_leaves_turns_to_others() -> None:
-    """While the ports of one host are written, the event loop runs other tasks after each hundred ports."""
+    """While the ports of one host are written, the event loop runs other tasks after each fifty ports."""
     chunks, ports = 4, tuple(PortFound(port=number) for number in range(2_000))
 
     async def hosts(parts: Parts) -> AsyncIterator[Host]:
@@ -386,4 +386,4 @@ async def test_document_of_a_host_with_many_ports_leaves_turns_to_others() -> No
         async for part in document(ExportedJob.model_validate(JOB), found, hosts(Parts.PORTS), closed):
             size += len(part)
     assert size > chunks * 2_000 * 50
-    assert turns.count >= chunks * 20
+    assert turns.count >= chunks * 40

@@ -23,9 +23,8 @@ from scanner_worker.handlers.exclusion import Exclusion
 from scanner_worker.metrics import SLOTS
 
 READY_S: Final = 2.0  # interval of announcements: an orchestrator discovers its workers within this time of its start
-LEAST_S: Final = (
-    0.1  # minimum interval: runs that end in between share an announcement; each report frees its slots already
-)
+# Minimum interval. Runs that end within it share an announcement; their reports already free the slots.
+LEAST_S: Final = 0.1
 START_S: Final = 2.0  # timeout for a chunk to get a slot; then it is released, since another worker may have a free one
 LATE_S: Final = 1.0  # time for tasks that were dispatched before the orchestrators handled the last announcement
 FLUSH_S: Final = 5.0  # timeout for the final reports of a worker that shuts down

@@ -702,7 +702,7 @@ async def test_stop_with_grace_finishes_running_scans(make_chunk: MakeChunk) -> 
         await until(lambda: "ChunkReleased" in rig.progress())
 
 
-async def test_stop_of_an_idle_worker_releases_a_task_on_its_way(make_chunk: MakeChunk) -> None:
+async def test_stop_of_an_idle_worker_releases_a_late_task(make_chunk: MakeChunk) -> None:
     """A task that was dispatched before the worker's last announcement was handled does not wait for its lease."""
     async with rigged() as rig:
         await until(lambda: rig.messages(SCAN_WORKERS, WorkerReady))
