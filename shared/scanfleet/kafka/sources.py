@@ -24,7 +24,8 @@ EndOffsets = Callable[[Collection[TopicPartition]], Awaitable[Mapping[TopicParti
 BATCH: Final = 500  # records per poll: enough to share a round of writes, few enough to finish within a second
 BATCH_BYTES: Final = 16 * 1024 * 1024  # per fetch: held in memory by a consumer in addition to the current batch
 POLL_MS: Final = 1_000  # of a fetch without records: an idle consumer sends one a second
-BUSY_POLL_MS: Final = 250  # the same during a batch: the fetch may lack a busy partition, and the next one waits for it
+# The same during a batch: a fetch that is already waiting delays the first one after a rebalance by as much.
+BUSY_POLL_MS: Final = 250
 OPEN_SECONDS: Final = 30.0  # for joining a group, whose members may finish their batches first
 COMMIT_SECONDS: Final = 5.0  # the client would look for a lost coordinator indefinitely
 SESSION_MS: Final = 10_000  # after which a killed member's partitions are reassigned; a restart takes less

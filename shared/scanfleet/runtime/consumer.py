@@ -3,8 +3,8 @@
 This module alone decides whether a record is committed, retried, isolated, dead-lettered or dropped. A `Source`
 provides the records.
 
-The offsets of handled batches are committed together, at most `COMMIT_SECONDS` after the first of them. So a crash
-redelivers the batches of that time.
+The offsets of handled batches are committed together, `COMMIT_SECONDS` after the first of them or, if a batch is being
+handled then, after that batch. A crash redelivers all batches since the last commit.
 
 Rebalances and stops take effect between two batches, and commit what is handled. They bound the current batch and that
 commit: a batch ends at once if it waits for a dependency, else both end within `HURRY_SECONDS`. An unfinished batch is
@@ -34,7 +34,7 @@ from scanfleet.runtime.bus import Handler, M, PartitionListener, Record
 HURRY_SECONDS: Final = 10.0  # for the current batch at a rebalance: a few slow writes
 FIRST_PAUSE: Final = 0.1  # seconds before the first retry: short, for a brief interruption
 LONGEST_PAUSE: Final = 5.0  # maximum retry delay in seconds: notices recovery soon without overloading the dependency
-COMMIT_SECONDS: Final = 0.25  # maximum delay of a commit: short, since a crash redelivers what is not committed
+COMMIT_SECONDS: Final = 0.25  # delay of a commit between batches: short, since a crash redelivers what is not committed
 LOOK_SECONDS: Final = 1.0  # between two queries of the partitions' end offsets
 LAG_SECONDS: Final = 5.0  # the same if only the lag and the broker's state depend on them
 STALE_SECONDS: Final = 3.0  # maximum age of end offsets that prove "caught up": far below the shortest lease, 10 s
@@ -53,7 +53,9 @@ _RETRIED: Final = Counter("scanfleet_bus_retried", "Attempts that failed because
 _DEAD_LETTERED: Final = Counter("scanfleet_bus_dead_lettered", "Records sent to the dead-letter topic", _LABELS)
 _SKIPPED: Final = Counter("scanfleet_bus_skipped", "Records that a reader without a group cannot handle", _LABELS)
 _LAG: Final = Gauge("scanfleet_bus_lag", "Records not yet handled; absent while unknown", _LABELS)
-_IN_HAND: Final = Gauge("scanfleet_bus_in_hand_seconds", "Age of the current batch in seconds, 0 without one", _LABELS)
+_IN_HAND: Final = Gauge(
+    "scanfleet_bus_in_hand_seconds", "Age of the current batch or commit in seconds, 0 without one", _LABELS
+)
 _HANDLING: Final = Histogram("scanfleet_bus_handling_seconds", "Time to handle one batch, retries included", _LABELS)
 
 
@@ -150,7 +152,7 @@ class ConsumerLoop(Generic[M]):
         self._skipped = _SKIPPED.labels(topic.name, group)
         self._handling = _HANDLING.labels(topic.name, group)
         self._labels = (topic.name, group)
-        self._taken: float | None = None  # when the current batch was read, on the monotonic clock
+        self._taken: float | None = None  # when the current batch or commit began, on the monotonic clock
         self._task: asyncio.Task[None] | None = None
         self._handler_lock = asyncio.Lock()  # serialises calls to the handler
         self._hurry = asyncio.Event()
@@ -255,9 +257,11 @@ class ConsumerLoop(Generic[M]):
             return
         self._set_broker_state(available=True)
         positions = await self._source.positions()
-        _LAG.labels(*self._labels).set(
-            sum(max(0, end - positions.get(partition, end)) for partition, end in ends.items())
-        )
+        if positions.keys() <= ends.keys():
+            lag = sum(max(0, end - positions.get(partition, end)) for partition, end in ends.items())
+            _LAG.labels(*self._labels).set(lag)
+        else:
+            self._remove_lag()  # a partition has no leader
         for partition, end in ends.items():
             # A target is kept until it is reached: under steady traffic a moving target never would be.
             if partition not in self._targets or self._targets[partition].stale(now):
@@ -326,19 +330,21 @@ class ConsumerLoop(Generic[M]):
         return True
 
     async def _commit(self) -> bool:
-        """Commit what is handled, retrying while the broker is unavailable; return False when a rebalance prevents it."""
+        """Commit the offsets of the handled batches, retrying while the broker is unavailable; return False when a rebalance prevents it."""
+        self._taken = time.monotonic()
         try:
             await self._retry_until_available(lambda: self._source.commit(self._uncommitted))
         except BatchDroppedError as error:
             self._commit_failed(error)
             return False
         finally:
+            self._taken = None
             self._blocked = False
             self._forget_uncommitted()
         return True
 
     async def _commit_by(self, deadline: float) -> None:
-        """Commit what is handled before its partitions are released; what fails is redelivered."""
+        """Commit the handled offsets before their partitions are released. If that fails, the records are redelivered."""
         if not self._uncommitted:
             return
         try:

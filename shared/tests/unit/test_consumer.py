@@ -71,6 +71,10 @@ async def no_dead_letter(rejected: Rejected) -> None:
     raise AssertionError(rejected)
 
 
+def metric(name: str, group: str) -> float | None:
+    return REGISTRY.get_sample_value(f"scanfleet_bus_{name}", {"topic": SCAN_WORKERS.name, "group": group})
+
+
 async def test_records_polled_before_a_revocation_are_not_handled_after_it() -> None:
     """A batch whose partitions are revoked between its poll and its turn belongs to somebody else."""
 
@@ -167,7 +171,7 @@ async def test_failed_commit_at_a_revocation_releases_the_partitions(error: Exce
 
 
 async def test_commit_dependency_error_is_retried() -> None:
-    """While offsets cannot be committed the loop is unready and handles nothing else; then they are committed."""
+    """While offsets cannot be committed the loop is unready, its metric counts the time, and it handles nothing else."""
     tries: list[Mapping[int, int]] = []
 
     class Failing(Script):
@@ -182,14 +186,17 @@ async def test_commit_dependency_error_is_retried() -> None:
         yield ()
         yield [record(1)]
 
+    group = uuid4().hex
     script, recorder = Failing(polls()), Recorder()
-    consumer = ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)
+    consumer = ConsumerLoop(SCAN_WORKERS, group, recorder, script, no_dead_letter)
     async with Running(consumer):
         await until(lambda: tries)
         assert not consumer.ready
+        assert (metric("in_hand_seconds", group) or 0.0) > 0
         assert len(recorder.handled) == 1
         await until(lambda: len(recorder.handled) == 2)
         assert consumer.ready
+        await until(lambda: metric("in_hand_seconds", group) == 0)
     assert tries == [{0: 1}] * 3 + [{0: 2}]
 
 
@@ -360,9 +367,6 @@ async def test_lag_is_absent_while_unknown() -> None:
     """The lag metric is absent while the broker or a dependency is unavailable or the loop has stopped."""
     group, away, broker_away = uuid4().hex, asyncio.Event(), asyncio.Event()
 
-    def metric(name: str) -> float | None:
-        return REGISTRY.get_sample_value(f"scanfleet_bus_{name}", {"topic": SCAN_WORKERS.name, "group": group})
-
     class Away(Script):
         async def ends(self) -> Mapping[int, int]:
             if broker_away.is_set():
@@ -375,10 +379,10 @@ async def test_lag_is_absent_while_unknown() -> None:
 
     async def polls() -> AsyncIterator[Sequence[RawRecord]]:
         yield []  # and there is a look
-        assert (metric("lag"), metric("in_hand_seconds")) == (7, 0)
+        assert (metric("lag", group), metric("in_hand_seconds", group)) == (7, 0)
         away.set()
         yield [record(0)]
-        while metric("lag") is None:
+        while metric("lag", group) is None:
             yield []
             await asyncio.sleep(0.01)
         broker_away.set()
@@ -386,13 +390,35 @@ async def test_lag_is_absent_while_unknown() -> None:
     recorder = Recorder(does)
     async with Running(ConsumerLoop(SCAN_WORKERS, group, recorder, Away(polls()), no_dead_letter)):
         await until(away.is_set)
-        await until(lambda: metric("retried_total"))
-        assert metric("lag") is None
-        assert (metric("in_hand_seconds") or 0.0) > 0
+        await until(lambda: metric("retried_total", group))
+        assert metric("lag", group) is None
+        assert (metric("in_hand_seconds", group) or 0.0) > 0
         away.clear()
         await until(broker_away.is_set)
-        await until(lambda: metric("lag") is None)
-    assert metric("lag") is metric("in_hand_seconds") is None
+        await until(lambda: metric("lag", group) is None)
+    assert metric("lag", group) is metric("in_hand_seconds", group) is None
+
+
+async def test_lag_with_a_leaderless_partition_is_absent() -> None:
+    """The lag metric is absent while a partition has no leader, since its end is unknown."""
+    group, led = uuid4().hex, asyncio.Event()
+
+    class Partial(Script):
+        async def positions(self) -> Mapping[int, int]:
+            return {0: 5, 1: 0}
+
+        async def ends(self) -> Mapping[int, int]:
+            return {0: 7, 1: 1} if led.is_set() else {0: 7}
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield []  # and there is a look
+        assert metric("lag", group) is None
+        led.set()
+
+    async with Running(ConsumerLoop(SCAN_WORKERS, group, Recorder(), Partial(polls()), no_dead_letter)):
+        await until(lambda: metric("lag", group) == 3)
+        led.clear()
+        await until(lambda: metric("lag", group) is None)
 
 
 @pytest.mark.proves("F17", "G4")
