@@ -135,8 +135,8 @@ async def insert_missing(collection: Collection, documents: Sequence[Document]) 
 async def scan_by_id(collection: Collection, first: Any = MinKey(), end: Any = MaxKey()) -> AsyncIterator[Document]:  # noqa: B008 # constants
     """Yield all documents in the order of their ids, from the id `first` up to `end`, which is excluded.
 
-    Each page has its own timeout: the server applies the time limit of a cursor to all its batches together. Conditions are the
-    caller's part, since a search for rare documents would exceed the timeout of a page.
+    Each page has its own timeout: the server applies the time limit of a cursor to all its batches together. Callers filter the
+    documents themselves, since a search for rare documents would exceed the timeout of a page.
 
     Raises:
         DependencyError: MongoDB is unavailable; some documents may have been yielded.

@@ -115,7 +115,7 @@ async def test_ports_serve_only_their_own_paths(parts: Parts) -> None:
 
 
 async def test_pipelined_request_has_no_log_context_of_the_one_before(parts: Parts) -> None:
-    """What a request binds to its log lines is not bound to those of the next one on the same connection."""
+    """A request's log context is not applied to the next request on the same connection."""
     async with running(parts, with_api()) as server:
         reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
         ask = b"GET /context HTTP/1.1\r\nHost: x\r\n"

@@ -105,8 +105,8 @@ def _header(name: str, description: str) -> dict[str, Any]:
 
 IF_MATCH: Final = _header(
     "If-Match",
-    "The `ETag` of the object as the caller has read it. If it has changed since, the response is 412, unless it is already as "
-    "the request would make it, so a request whose response was lost can be repeated.",
+    "The `ETag` of the object as the caller has read it. If it has changed since, the response is 412, unless the object already "
+    "equals the result of the request. A request whose response was lost can therefore be repeated.",
 )
 IF_NONE_MATCH: Final = _header(
     "If-None-Match", "The `ETag` of the caller's copy; the response is 304 if the object has not changed."

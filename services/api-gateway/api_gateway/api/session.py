@@ -162,7 +162,7 @@ async def refresh_session(request: Request, caller: Caller, state: Handed) -> Re
         raise UnauthorizedError("the issuer has ended the session; sign in again", reason=str(error)) from error
     try:
         verified = await cast(Verifier, request.app.state.verifier).verify(tokens.access)
-    except UnavailableError:
+    except (UnavailableError, UnauthorizedError):  # the latter also of a key that the verifier has not fetched yet
         # The exchange may have used up the previous refresh token.
         kept = sessions.cookie(current, caller.expires_at, refresh=tokens.refresh or token)
         request.scope["answer_headers"].append((b"set-cookie", kept.encode()))
