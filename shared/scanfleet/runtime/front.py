@@ -220,11 +220,13 @@ class BoundedProtocol(HttpToolsProtocol):
         for start in range(0, len(data), _SLICE):
             piece = view[start : start + _SLICE]
             self._silent += len(piece)
-            try:
-                self.parser.feed_data(piece)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._parse_without_upgrade()
-                self.parser.feed_data(piece[upgrade.args[0] :])
+            while piece:
+                try:
+                    self.parser.feed_data(piece)
+                    break
+                except httptools.HttpParserUpgrade as upgrade:
+                    self._parse_without_upgrade()
+                    piece = piece[upgrade.args[0] :]
             if self._silent > MAX_HEADER_BYTES:
                 self._over(431, _TOO_LARGE)
 
