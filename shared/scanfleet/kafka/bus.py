@@ -2,7 +2,8 @@
 
 A send that was not acknowledged in time cannot be withdrawn: the idempotent producer keeps retrying it until the broker
 recovers. So `publish` stops waiting and raises, and nothing new is sent to a partition before the old send is
-acknowledged, which bounds memory and preserves order. A partition without a leader blocks only its own sends.
+acknowledged, which bounds memory and preserves order. A partition without a leader blocks only its own sends; those
+after the first one fail at once.
 
 Two conditions are permanent: the producer gives up a send, so its sequence is broken; or the brokers have lost their
 data and assign producer ids again from the start, so they would attribute records to another producer. Then `alive`
@@ -43,7 +44,7 @@ STOP_SECONDS: Final = 5.0  # for flushing at shutdown: well below a supervisor's
 
 # The producer drops a silent connection after this; the restart of a broker takes less.
 PRODUCER_REQUEST_MS: Final = 60_000
-CLUSTER_MS: Final = 1_000  # between two checks of the cluster id
+CLUSTER_MS: Final = 1_000  # between two checks of the cluster id and of the partitions' leaders
 ENDS_REQUEST_MS: Final = 5_000  # timeout of a query for end offsets, after which the broker counts as unavailable
 DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's origin headers and framing
 NO_LEADER: Final = -1  # in the client's metadata
@@ -108,6 +109,7 @@ class KafkaBus:
             **self._access,
             client_id=f"{self._instance}-ends",
             request_timeout_ms=ENDS_REQUEST_MS,
+            metadata_max_age_ms=CLUSTER_MS,
             retry_backoff_ms=BACKOFF_MS,
         )
         try:
@@ -226,11 +228,11 @@ class KafkaBus:
     async def _end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         if self._ends is None:
             raise RuntimeError("the bus has not been started")
-        client = self._ends._client  # noqa: SLF001 # no public method
+        cluster = self._ends._client.cluster  # noqa: SLF001 # no public method
         # The query would wait for a leader, and fail for all partitions.
-        led = [place for place in partitions if client.cluster.leader_for_partition(place) != NO_LEADER]
-        if len(led) < len(partitions):
-            client.force_metadata_update()
+        led = [place for place in partitions if cluster.leader_for_partition(place) != NO_LEADER]
+        if partitions and not led:
+            raise DependencyError(f"cannot query the end offsets: none of {len(partitions)} partitions has a leader")
         with depending("cannot query the end offsets"):
             return cast(Mapping[TopicPartition, int], await self._ends.end_offsets(led))
 
@@ -261,6 +263,10 @@ class KafkaBus:
     async def _send_to(self, place: _Place, records: Iterable[Outgoing], producer: AIOKafkaProducer) -> None:
         """Send records to one partition, in order and after all earlier ones, and wait for the acknowledgements."""
         while overdue := self._overdue[place]:
+            if self._has_no_leader(place):
+                raise DependencyError(
+                    f"{place[0]} partition {place[1]} has no leader, and {len(overdue)} sends are overdue"
+                )
             await asyncio.wait(overdue)
         self._check()
         acks: set[asyncio.Future[object]] = set()

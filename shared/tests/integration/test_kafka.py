@@ -33,6 +33,7 @@ from scanfleet.contracts.messages.topics import SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.broker import access
+from scanfleet.kafka.bus import NO_LEADER, SEND_SECONDS
 from scanfleet.kafka.sources import POLL_MS, Member
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
 from scanfleet.runtime.bus import Record
@@ -236,7 +237,7 @@ async def test_publish_timeout_delivers_once_and_in_order(own_broker: Broker, ow
 
 @pytest.mark.proves("F33")
 async def test_publish_to_a_partition_without_a_leader_blocks_only_that_partition(bench: Bench) -> None:
-    """While one partition has no leader its sends wait and others arrive, also of the same batch; afterwards each message is delivered once."""
+    """While one partition has no leader its sends fail, after the first one at once, and others arrive; afterwards each accepted message is delivered once."""
     bus, recorder = await bench.bus(), Recorder()
     held_up, other = ready_of(bench, 0), ready_of(bench, 1)
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
@@ -258,19 +259,28 @@ async def test_publish_to_a_partition_without_a_leader_blocks_only_that_partitio
         await until(lambda: len(recorder.caught_up_after) > before + 1)
         reported = set.union(*(partitions for partitions, _ in recorder.caught_up_after[before + 1 :]))
         assert reported == set(range(1, SCAN_WORKERS.partitions))
-        mixed = asyncio.create_task(bus.publish(SCAN_WORKERS, [held_up(7), other(6)]))
+        began = time.monotonic()
+        with pytest.raises(DependencyError, match="has no leader"):
+            await bus.publish(SCAN_WORKERS, [held_up(7), other(6)])
+        assert time.monotonic() - began < SEND_SECONDS / 2
         await until(lambda: 6 in numbers(recorder))
-        assert not mixed.done()
-        mixed.cancel()
-        waiting = asyncio.create_task(bus.publish(SCAN_WORKERS, [held_up(5)]))
-        assert not (await asyncio.wait([waiting], timeout=0.1))[0]
         for cluster, leader_of in zip(clusters, leaders, strict=True):
             cluster.leader_for_partition = leader_of
-        await waiting
+        await bus.publish(SCAN_WORKERS, [held_up(5)])
         await until(lambda: 5 in numbers(recorder))
         assert (bus.alive, bus.ready) == (True, True)
     assert Counter(numbers(recorder)) == Counter([1, 2, 3, 4, 5, 6])
     assert [number for number in numbers(recorder) if number % 2] == [1, 3, 5]
+
+
+async def test_end_offsets_without_any_leader_raise_dependency_error(bench: Bench) -> None:
+    """A query of end offsets fails if none of the partitions has a leader, so that their reader is unready."""
+    bus = await bench.bus()
+    assert bus._ends is not None
+    bus._ends._client.cluster.leader_for_partition = lambda _: NO_LEADER
+    with pytest.raises(DependencyError, match="none of 2 partitions has a leader"):
+        await bus._end_offsets([TopicPartition(bench.name, number) for number in range(2)])
+    assert await bus._end_offsets([]) == {}
 
 
 def unless(without: TopicPartition, leader_of: Callable[[TopicPartition], int], place: TopicPartition) -> int:
