@@ -289,9 +289,18 @@ export function useEdited<T, Found>(kind: Kind, id: string | undefined, shown: (
       }
     }
   };
+  const unanswered = useRef<unknown>(undefined); // body of a creation whose response was lost
+  const make = async (body: Named): Promise<void> => {
+    try {
+      await create(kind, body, { reuse: JSON.stringify(body) === JSON.stringify(unanswered.current) });
+    } catch (error) {
+      if (unsure(error)) unanswered.current = body;
+      throw error;
+    }
+  };
   const save = useAction(async () => {
     if (id) await put(now!);
-    else await create(kind, sent(value), key);
+    else await make(sent(value));
     dropDraft(key);
     go(list);
   });

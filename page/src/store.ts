@@ -1,6 +1,6 @@
 // What several pages show: the caller's subnets and policies by id.
 import { signal } from "@preact/signals";
-import { change, get, unsure, type Info, type Policy, type Subnet } from "./api";
+import { ApiError, change, get, send, type Info, type Policy, type Subnet } from "./api";
 
 export const info = signal<Info | undefined>(undefined);
 export const subnets = signal<Map<number, Subnet>>(new Map());
@@ -44,32 +44,35 @@ export async function loadInfo(signal?: AbortSignal): Promise<void> {
 const drafts = new Map<string, unknown>();
 export const draft = <T>(name: string): T | undefined => drafts.get(name) as T | undefined;
 export const keepDraft = (name: string, value: unknown): void => void drafts.set(name, value);
-export const dropDraft = (name: string): void => void [name, attemptOf(name)].forEach((each) => drafts.delete(each));
+export const dropDraft = (name: string): void => void drafts.delete(name);
 
-const attemptOf = (form: string) => `${form} attempt`;
 const PLURALS = { subnet: "subnets", policy: "policies" };
 export type Kind = keyof typeof PLURALS;
 
 export type Named = { name: string } & Record<string, unknown>;
 
-interface Attempt {
-  name: string;
-  after: number; // id of the newest object before it
+const NEVER = '"-"'; // an ETag that no object has: a PUT with it succeeds only if the object equals the body already, and changes nothing
+
+/** The id of an object that equals the body, among the newest. */
+async function equalTo(path: string, kind: Kind, body: Named): Promise<number | undefined> {
+  const newest = (await get<Record<string, { id: number; name: string }[]>>(`${path}?page_size=${PAGE}`))[PLURALS[kind]]!;
+  for (const { id } of newest.filter((each) => each.name === body.name)) {
+    try {
+      await send("PUT", `${path}/${id}`, { body, headers: { "If-Match": NEVER } });
+      return id;
+    } catch (error) {
+      if (!(error instanceof ApiError && (error.status === 412 || error.status === 404))) throw error; // it differs or was deleted
+    }
+  }
+  return undefined;
 }
 
-/** Create an object from a form, once: when the answer to an earlier attempt was lost, what it has created becomes this object. */
-export async function create(kind: Kind, body: Named, form: string): Promise<number> {
+/**
+ * Create an object; returns its id. With `reuse`, an equal object is used instead, for example one whose creation was not
+ * answered. No existing object is changed.
+ */
+export async function create(kind: Kind, body: Named, { reuse }: { reuse: boolean }): Promise<number> {
   const path = `/api/v1/${kind}`;
-  const before = draft<Attempt>(attemptOf(form));
-  const newest = (await get<Record<string, { id: number; name: string }[]>>(`${path}?page_size=${before ? PAGE : 1}`))[PLURALS[kind]]!;
-  const lost = before && newest.find((each) => each.id > before.after && each.name === before.name);
-  if (!lost) keepDraft(attemptOf(form), { name: body.name, after: newest[0]?.id ?? 0 });
-  try {
-    const { id } = lost ? await change<{ id: number }>("PUT", `${path}/${lost.id}`, body) : await change<{ id: number }>("POST", path, body);
-    drafts.delete(attemptOf(form));
-    return id;
-  } catch (error) {
-    if (!lost && !unsure(error)) drafts.delete(attemptOf(form)); // it has created nothing
-    throw error;
-  }
+  const found = reuse ? await equalTo(path, kind, body) : undefined;
+  return found ?? (await change<{ id: number }>("POST", path, body)).id;
 }

@@ -6,6 +6,7 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
@@ -53,6 +54,12 @@ new MutationObserver((changes) => {
     if (changes.some(({ target }) => (target.closest ? target : target.parentElement)?.closest("[role=status]"))) window.announced++;
 }).observe(document, { childList: true, characterData: true, subtree: true });
 """
+
+
+def subnets(user: Client) -> list[dict[str, Any]]:
+    """Return the user's newest subnets, newest first."""
+    found: list[dict[str, Any]] = user.http.get("/api/v1/subnet", params={"page_size": 100}).json()["subnets"]
+    return found
 
 
 def test_page_gateway_restarted_says_so_and_recovers(page: Page, stack: Stack, user: Client) -> None:
@@ -303,20 +310,60 @@ def test_page_estimate_that_fails_has_its_request_id(page: Page, stack: Stack) -
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
-def test_page_creation_whose_answer_was_lost_is_made_once(page: Page, stack: Stack, user: Client) -> None:
-    """A subnet whose creation was not answered is created once, with what the form holds when it is saved again."""
+@pytest.mark.parametrize(
+    ("network", "again"), [("127.44.19.0/24", ".7"), ("127.44.20.0/24", ".8")], ids=["same", "changed"]
+)
+def test_page_creation_whose_answer_was_lost_changes_no_object(
+    page: Page, stack: Stack, user: Client, network: str, again: str
+) -> None:
+    """A subnet whose creation was not answered is created once when it is saved again, but twice with other values."""
+    elsewhere = user.subnet(network)
     page.add_init_script(LOSE_ANSWERS)
     page.goto(f"{stack.url}/app/subnets/new")
-    page.get_by_label("Network").fill("127.44.19.0/24")
-    page.get_by_label("Name").fill("made once")
+    page.get_by_label("Network").fill(network)
+    first, second = (network.replace(".0/24", end) for end in (".7", again))
+    page.get_by_label("Exclude").fill(first)
     page.evaluate("window.lost.push('POST /api/v1/subnet')")
     page.get_by_role("button", name="Save").click()
     expect(page.get_by_role("alert").filter(has_text="Scanfleet cannot be reached.")).to_be_visible()
-    page.get_by_label("Exclude").fill("127.44.19.7")
+    page.get_by_label("Exclude").fill(second)
     page.get_by_role("button", name="Save").click()
-    expect(page.get_by_role("row", name="made once")).to_contain_text("255")
-    found = user.http.get("/api/v1/subnet", params={"page_size": 100}).json()["subnets"]
-    assert [each["exclude"] for each in found if each["name"] == "made once"] == [["127.44.19.7/32"]]
+    made = list(dict.fromkeys((first, second)))
+    expect(page.get_by_role("row", name=network)).to_have_count(1 + len(made))
+    *new, old = [each for each in subnets(user) if each["cidr"] == network]
+    assert (old["id"], old["exclude"]) == (elsewhere, [])
+    assert [each["exclude"] for each in reversed(new)] == [[f"{each}/32"] for each in made]
+
+
+def test_page_scan_whose_subnet_was_not_answered_leaves_it_to_no_other_scan(
+    page: Page, stack: Stack, user: Client
+) -> None:
+    """A scan whose subnet and policy were not answered creates them once, and a later scan of another network its own."""
+    page.add_init_script(LOSE_ANSWERS)
+
+    def start(network: str, *lost: str) -> None:
+        page.get_by_label("Another network").fill(network)
+        page.get_by_label("Preset").select_option("quick")
+        page.get_by_label("Ports").fill("8021, 8024")
+        for each in lost:
+            page.evaluate("each => window.lost.push(each)", each)
+            page.get_by_role("button", name="Start").click()
+            expect(page.get_by_role("alert").filter(has_text="Scanfleet cannot be reached.")).to_be_visible()
+            expect(page.get_by_role("button", name="Start")).to_be_enabled()
+            assert page.evaluate("window.lost") == []
+        page.get_by_role("button", name="Start").click()
+        expect(page.get_by_role("heading", name=re.compile(r"Job \d+"))).to_be_visible()
+
+    page.goto(f"{stack.url}/app/new")
+    start("127.44.12.5", "POST /api/v1/subnet", "POST /api/v1/policy")
+    first = subnets(user)[0]
+    page.evaluate(VISIT, "/app/new")
+    start("127.44.12.6")
+    second, *others = subnets(user)
+    assert (second["cidr"], first["cidr"], others[0]) == ("127.44.12.6/32", "127.44.12.5/32", first)
+    assert [each["name"] for each in others].count("127.44.12.5") == 1
+    policies = user.http.get("/api/v1/policy", params={"page_size": 100}).json()["policies"]
+    assert [each["name"] for each in policies].count("quick: 8021, 8024") == 1
 
 
 def test_page_replacement_whose_answer_was_lost_is_no_conflict(page: Page, stack: Stack, user: Client) -> None:

@@ -20,7 +20,7 @@ interface Entered {
 const NEW = "new";
 const PORTS = /^\s*(top:(\d+-)?\d+|([TU]:)?\d+(-\d+)?(\s*,\s*([TU]:)?\d+(-\d+)?)*)\s*$/i; // text that is complete
 
-/** A policy of the caller that is equal to a new one with these fields. */
+/** A loaded policy that is equal to a new one with these fields. */
 function equalPolicy(fields: { preset: string; ports?: string }): Policy | undefined {
   const usual = info.value?.presets[fields.preset];
   const wanted = Object.entries({ ...usual, ...fields });
@@ -83,18 +83,17 @@ export function NewScan() {
   // values with which the user starts further jobs.
   const key = useRef(crypto.randomUUID());
   const further = useRef<Record<string, string>>({});
-  const made = useRef<{ subnets: Record<string, number>; policies: Record<string, number> }>({ subnets: {}, policies: {} });
   const start = useAction(async () => {
     const ids = [...chosen];
     if (cidr.trim()) {
       const network = cidr.trim();
       const there = [...subnets.value.values()].find((each) => each.cidr === network && !each.exclude.length);
-      ids.push((made.current.subnets[network] ??= there?.id ?? (await create("subnet", { name: network, cidr: network }, `${DRAFT} subnet`))));
+      ids.push(there?.id ?? (await create("subnet", { name: network, cidr: network }, { reuse: true })));
     }
     let id = policy?.id;
     if (!id) {
       const name = ports.trim() ? `${preset}: ${ports.trim()}`.slice(0, 200) : preset;
-      id = made.current.policies[JSON.stringify(values)] ??= equalPolicy(values)?.id ?? (await create("policy", { name, ...values }, `${DRAFT} policy`));
+      id = equalPolicy(values)?.id ?? (await create("policy", { name, ...values }, { reuse: true }));
     }
     const body = { subnet_ids: [...new Set(ids)], policy_id: id };
     const of = JSON.stringify(body);
