@@ -11,9 +11,9 @@ from job_orchestrator.api.state import (
     Handed,
     Paged,
     Recorded,
-    changed,
     check_unchanged,
     mine,
+    repeated,
     tagged,
     within_quota,
 )
@@ -71,19 +71,17 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         record: Recorded,
     ) -> Answer:
         old = await mine(state, rules, caller.user_id, id_)
+        content = rules.accept(body, state.checks)
         try:
             conditional = check_unchanged(rules.view(old), request)
         except PreconditionFailedError:
-            if (old.name, old.content) != (body.name, rules.accept(body, state.checks)):
-                raise
-            return tagged(rules.view(old), response)  # a repeat after a lost response (RFC 9110, 13.1.1)
-        content = rules.accept(body, state.checks)
+            return tagged(rules.view(repeated(old, body.name, content)), response)
         new = old.revised(body.name, content, utc_now())
         await record()
         unchanged_since = old.updated_at if conditional else None
         if not await rules.repository(state.store).replace(new, unchanged_since=unchanged_since):
-            await mine(state, rules, caller.user_id, id_)  # it may have been deleted
-            raise changed()
+            changed = await mine(state, rules, caller.user_id, id_)  # it may have been deleted
+            new = repeated(changed, body.name, content)
         return tagged(rules.view(new), response)
 
     @router.delete(one, name=f"delete_{name}")

@@ -124,11 +124,22 @@ def check_unchanged(view: BaseModel, request: Request) -> bool:
     if not wanted or wanted == {"*"}:
         return False
     if _tag(view) not in wanted:
-        raise changed()
+        raise _changed()
     return True
 
 
-def changed() -> PreconditionFailedError:
+def repeated(changed: Owned[Content], name: str, content: Content) -> Owned[Content]:
+    """Return the changed object if it has this content: the request is a repeat after a lost response (RFC 9110, 13.1.1).
+
+    Raises:
+        PreconditionFailedError: it has other content.
+    """
+    if (changed.name, changed.content) != (name, content):
+        raise _changed()
+    return changed
+
+
+def _changed() -> PreconditionFailedError:
     return PreconditionFailedError("it was changed after you read it: read it again, and send the new ETag in If-Match")
 
 
