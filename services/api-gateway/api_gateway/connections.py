@@ -56,7 +56,10 @@ class Connections(httpx.AsyncBaseTransport):
 async def _without_repetition(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """Prevent aiohttp from resending a PUT or DELETE: if the first one was executed, the second would get 404 or 412."""
+    """Prevent aiohttp from resending a PUT or DELETE.
+
+    A repeated DELETE would get 404, and a repeated PUT could overwrite a change made in between.
+    """
     try:
         return await handler(request)
     except aiohttp.ClientConnectorError:
