@@ -278,13 +278,15 @@ export function useEdited<T, Found>(kind: Kind, id: string | undefined, shown: (
     dropDraft(key);
     entered.value = undefined;
   };
-  /** Send a draft; first repeat a PUT whose answer was lost, which succeeds also if it had arrived, and returns the tag that it has made. */
+  /** Save a draft. If the response to an earlier PUT was lost, repeat that PUT first to get its ETag. */
   const put = async ({ tag, lost }: Draft<T>): Promise<void> => {
-    for (const body of lost ? [lost, sent(value)] : [sent(value)]) {
+    const body = sent(value);
+    for (const each of lost && JSON.stringify(lost) !== JSON.stringify(body) ? [lost, body] : [body]) {
       try {
-        tag = (await send("PUT", key, { body, headers: tag ? { "If-Match": tag } : {} })).headers.get("ETag") ?? "";
+        tag = (await send("PUT", key, { body: each, headers: tag ? { "If-Match": tag } : {} })).headers.get("ETag") ?? "";
       } catch (error) {
-        keep(unsure(error) ? { value, tag, lost: body } : { value, tag });
+        const latest = entered.peek()?.value ?? value; // typed during the request
+        keep(unsure(error) ? { value: latest, tag, lost: each } : { value: latest, tag });
         throw error;
       }
     }
