@@ -52,7 +52,7 @@ export const unsure = (error: unknown): boolean => error instanceof ApiError && 
 export const me = signal<Me | null | undefined>(undefined);
 /** Error message of a session that ended while the page was in use, else empty; the page then shows a sign-in dialog. */
 export const ended = signal("");
-/** Whether the gateway can be reached: false after a failed request, until one succeeds. */
+/** Whether the gateway can be reached: false after a failed request, until a probe of the gateway succeeds. */
 export const reached = signal(true);
 /** Rises when a lost connection is back and when the user signs in again: what failed meanwhile is loaded again. */
 export const recovered = signal(0);
@@ -62,7 +62,7 @@ interface Options {
   signal?: AbortSignal;
 }
 
-/** What the network yields: an answer, or its body, which may be cut off; throws ApiError for all but an abort. */
+/** Await a response or its body. Throws ApiError if the connection fails or the body is cut off; rethrows an abort. */
 export async function received<T>(work: Promise<T>, signal?: AbortSignal): Promise<T> {
   try {
     return await work;
@@ -84,7 +84,6 @@ export async function send(method: string, path: string, { body, headers = {}, s
     signal: signal ?? null,
   });
   const answer = await received(request, signal);
-  if (answer.status < 500) reached.value = true;
   if (answer.ok || answer.status === 304) return answer;
   const text = await answer.text().catch(() => "");
   let message = `the answer was ${answer.status}`;
@@ -182,8 +181,8 @@ export async function signOut(): Promise<void> {
 const FIRST_WAIT = 500; // ms
 const LONGEST_WAIT = 5_000;
 
-// While the gateway is unreachable, retry with backoff, which begins again only after a while without a loss: what is loaded
-// when the connection is back may be cut off each time.
+// Retry with backoff while the gateway is unreachable. The backoff resets only after 10 s without a failure, because responses
+// may be cut off again right after reconnecting.
 let lost = false;
 let wait = FIRST_WAIT;
 effect(() => {
@@ -196,8 +195,9 @@ effect(() => {
   }
   lost = true;
   const again = async () => {
-    await send("GET", "/api/v1/info").catch(() => undefined); // which needs no session
-    if (!reached.peek()) next();
+    const error = await send("GET", "/api/v1/info").then(() => undefined, (thrown: ApiError) => thrown); // needs no session
+    if (!error || (error.status > 0 && error.status < 500)) reached.value = true;
+    else next();
   };
   const next = () => {
     timer = window.setTimeout(again, wait);

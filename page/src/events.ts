@@ -14,8 +14,8 @@ document.addEventListener("visibilitychange", () => void (visible.value = docume
 const open = computed(() => visible.value && !!me.value && !ended.value);
 
 /**
- * Call `receive` with each state that the stream at `path` sends, until the returned function is called; call `failed` when the
- * gateway answers and the stream does not open: what it is about may be deleted, or no longer be the user's.
+ * Call `receive` with each state that the stream at `path` sends, until the returned function is called. Call `failed` if the
+ * stream cannot be opened although the gateway responds, for example because the job was deleted or access was withdrawn.
  */
 export function watch(path: string, receive: (task: TaskStatus) => void, failed: () => void, { untilFinal = false } = {}): () => void {
   let source: EventSource | undefined;
@@ -26,7 +26,9 @@ export function watch(path: string, receive: (task: TaskStatus) => void, failed:
   const connect = () => {
     const opened = new EventSource(path);
     source = opened;
+    let began = false;
     opened.onopen = () => {
+      began = true;
       live.value = "on";
       wait = FIRST_WAIT;
       if (cut) recovered.value++; // load changes that the stream does not repeat
@@ -44,19 +46,19 @@ export function watch(path: string, receive: (task: TaskStatus) => void, failed:
       if (source !== opened) return;
       live.value = "lost";
       cut = true;
-      timer = window.setTimeout(again, wait * (1 + Math.random() / 2));
+      timer = window.setTimeout(() => again(began), wait * (1 + Math.random() / 2));
       wait = Math.min(wait * 2, LONGEST_WAIT);
     };
   };
   // EventSource does not report why a connection failed. If the session has ended, `open` closes the stream.
-  const again = async () => {
+  const again = async (began: boolean) => {
     const current = source;
     const answers = await whoAmI().then(
       () => true,
       () => false,
     );
     if (source !== current) return;
-    if (answers) failed();
+    if (answers && !began) failed();
     connect();
   };
   const disconnect = () => {
