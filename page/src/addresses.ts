@@ -44,7 +44,7 @@ export function parseNetwork(text: string): Network | undefined {
   }
 }
 
-/** The number of addresses of a network as the API writes it. */
+/** The number of addresses of a network in the API's notation. */
 export const sizeOf = (cidr: string): number => 2 ** (bitsOf(cidr) - Number(cidr.split("/")[1]));
 
 /** Ascending addresses as the fewest networks. */

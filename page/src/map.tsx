@@ -49,7 +49,7 @@ export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters
   const canvas = useRef<HTMLCanvasElement>(null);
   const box = useRef<HTMLDivElement>(null);
   const legend = useRef<HTMLUListElement>(null);
-  const cursor = useSignal(-1); // the URL has it when it rests
+  const cursor = useSignal(-1); // copied to the URL after REST ms
   const found = useSignal({ address: "", text: "" });
   const only = query("only");
   const width = useSignal(0);

@@ -18,7 +18,10 @@ interface Entered {
 }
 
 const NEW = "new";
-const PORTS = /^\s*(top:(\d+-)?\d+|([TU]:)?\d+(-\d+)?(\s*,\s*([TU]:)?\d+(-\d+)?)*)\s*$/i; // text that is complete
+const PORTS = /^\s*(top:(\d+-)?\d+|([TU]:)?\d+(-\d+)?(\s*,\s*([TU]:)?\d+(-\d+)?)*)\s*$/i; // a complete list of ports
+
+/** Whether a list of ports is complete: 8000-9 may become 8000-9000. */
+const complete = (ports: string): boolean => PORTS.test(ports) && [...ports.matchAll(/(\d+)-(\d+)/g)].every(([, from, to]) => Number(from) <= Number(to));
 
 /** A loaded policy that is equal to a new one with these fields. */
 function equalPolicy(fields: { preset: string; ports?: string }): Policy | undefined {
@@ -49,7 +52,7 @@ export function NewScan() {
   const networks = [...own.map((each) => ({ subnet_id: each.id })), ...(parseNetwork(cidr) ? [{ cidr: cidr.trim() }] : [])];
   const names = [...own.map((each) => each.cidr), cidr.trim()];
   // Incomplete input is not sent: the API would record a refused request.
-  const wanted = PORTS.test(portText)
+  const wanted = complete(portText)
     ? networks.slice(0, ESTIMATED).map((each) => ({ ...each, ...(policy ? { policy_id: policy.id } : { policy: values }) }))
     : [];
   const asked = JSON.stringify(wanted);
@@ -79,8 +82,8 @@ export function NewScan() {
     [policy?.id, chosen],
   );
 
-  // One key for the opened form: however often it is sent and changed in between, its jobs are created once. Another one is only for
-  // values with which the user starts further jobs.
+  // One key per opened form, so that its jobs are created only once. A new key is used only after the user confirms that other
+  // values shall create further jobs.
   const key = useRef(crypto.randomUUID());
   const further = useRef<Record<string, string>>({});
   const start = useAction(async () => {

@@ -157,7 +157,9 @@ export function SubnetImport() {
     send.clear();
     const answer = await post<{ lines: Verdict[] }>("&dry_run=true");
     const texts = checked.split(/\r\n|\r|\n/);
-    if (text.value === checked && update.value === updating) lines.value = answer.lines.map((each) => ({ ...each, text: texts[each.line - 1] ?? "" }));
+    if (text.value !== checked || update.value !== updating) return;
+    // A record may have several lines, the last of which the API names; the first line of the file has the columns.
+    lines.value = answer.lines.map((each, index) => ({ ...each, text: texts.slice(answer.lines[index - 1]?.line ?? 1, each.line).join("\n").trim() }));
   });
   const send = useAction(async () => {
     check.clear();
