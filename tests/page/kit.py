@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 
 from playwright.sync_api import Route
 
@@ -35,15 +37,7 @@ VISIT = """async (to) => {
     dispatchEvent(new PopStateEvent("popstate"));
     await new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 60)));
 }"""
-# Longer than the page waits between two loads of the ledger.
-SLOW_LEDGER = """
-const real = window.fetch;
-window.fetch = async (path, options) => {
-    if (String(path).includes("/ledger?")) await new Promise((resolve) => setTimeout(resolve, 3000));
-    return real(path, options);
-};
-"""
-# In place of the server's stream: the same state twice a second.
+# In place of the server's stream: the state TASK twice a second.
 BUSY_STREAM = """
 window.EventSource = class extends EventTarget {
     constructor() {
@@ -56,16 +50,17 @@ window.EventSource = class extends EventTarget {
     }
 };
 """
-HIDE = """(state) => {
-    Object.defineProperty(document, "visibilityState", { get: () => state, configurable: true });
-    document.dispatchEvent(new Event("visibilitychange"));
-}"""
 
 
 def many_results(results: int, *, portion: int = 500, pause: int = 0) -> str:
     """Return the script that answers with so many results, in portions with pauses of so many ms."""
     given = {"RESULTS": results, "PORTION": portion, "PAUSE": pause}
     return re.sub("RESULTS|PORTION|PAUSE", lambda found: str(given[found[0]]), MANY_RESULTS)
+
+
+def busy_stream(task: Mapping[str, object]) -> str:
+    """Return the script that replaces streams by one that repeats the state of this task."""
+    return BUSY_STREAM.replace("TASK", json.dumps(json.dumps(task)))
 
 
 def refuse(route: Route) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -15,20 +16,20 @@ from local.nmap import OpenPorts
 from local.stack import Stack
 from tests.client import Client
 from tests.page.conftest import SLOW, USER, watched
-from tests.page.kit import BUSY_STREAM, HIDE, SLOW_LEDGER, VISIT, many_results, refuse
+from tests.page.kit import VISIT, busy_stream, many_results, refuse
 
 pytestmark = pytest.mark.e2e
 
-# The body of the list of subnets ends too early as long as `cut` is set.
+# The bodies of answers whose path contains PART end too early as long as `cut` is set.
 CUT_BODY = """
 const whole = window.fetch;
 window.cut = true;
 window.fetch = async (path, options) => {
     const answer = await whole(path, options);
-    if (!window.cut || !String(path).startsWith("/api/v1/subnet?")) return answer;
+    if (!window.cut || !String(path).includes("PART")) return answer;
     return new Response(new ReadableStream({
         start(controller) {
-            controller.enqueue(new TextEncoder().encode('{"subnets": ['));
+            controller.enqueue(new TextEncoder().encode("{"));
             setTimeout(() => controller.error(new TypeError("network error")), 10);
         },
     }), answer);
@@ -46,6 +47,18 @@ window.fetch = async (path, options) => {
     throw new TypeError("network error");
 };
 """
+# Longer than the page waits between two loads of the ledger.
+SLOW_LEDGER = """
+const real = window.fetch;
+window.fetch = async (path, options) => {
+    if (String(path).includes("/ledger?")) await new Promise((resolve) => setTimeout(resolve, 3000));
+    return real(path, options);
+};
+"""
+HIDE = """(state) => {
+    Object.defineProperty(document, "visibilityState", { get: () => state, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
 # Counts the renderings of new text, and those that change a live region.
 COUNT_ANNOUNCEMENTS = """
 window.shown = window.announced = 0;
@@ -152,11 +165,11 @@ def test_page_hidden_tab_has_no_stream(page: Page, stack: Stack) -> None:
 
 
 def test_page_busy_job_shows_a_slow_ledger(page: Page, stack: Stack, user: Client, finished: int) -> None:
-    """A ledger that takes longer to load than the job's next state to come is shown all the same."""
+    """A ledger is shown although it loads more slowly than the job's states arrive."""
     task = user.finished(finished)
     late = task | {"status": task["status"] | {"status": "running"}}
     page.route(f"**/api/v1/task/{finished}", lambda route: route.fulfill(json=late))
-    page.add_init_script(SLOW_LEDGER + BUSY_STREAM.replace("TASK", json.dumps(json.dumps(late))))
+    page.add_init_script(SLOW_LEDGER + busy_stream(late))
     page.goto(f"{stack.url}/app/jobs/{finished}")
     expect(page.get_by_text("probes accounted for")).to_be_visible()
 
@@ -169,7 +182,7 @@ def test_page_busy_job_with_a_slow_stream_of_results_updates_its_ledger(
     running = task | {"status": task["status"] | {"status": "running"}}
     page.route(f"**/api/v1/task/{finished}", lambda route: route.fulfill(json=running))
     page.route("**/results?fields=*", lambda _route: None)
-    page.add_init_script(BUSY_STREAM.replace("TASK", json.dumps(json.dumps(running))))
+    page.add_init_script(busy_stream(running))
     page.goto(f"{stack.url}/app/jobs/{finished}/results")
     expect(page.get_by_text("Loading results…")).to_be_visible()
     for _ in range(2):
@@ -230,7 +243,7 @@ def test_page_session_is_refreshed_by_the_gateways_clock(page: Page, stack: Stac
 
 def test_page_cut_body_is_a_lost_connection(page: Page, stack: Stack) -> None:
     """An answer whose body is cut off is a lost connection, and is loaded again without a click."""
-    page.add_init_script(CUT_BODY)
+    page.add_init_script(CUT_BODY.replace("PART", "/subnet?"))
     page.goto(f"{stack.url}/app/subnets")
     expect(page.get_by_role("alert").filter(has_text="Scanfleet cannot be reached.")).to_be_visible()
     expect(page.get_by_role("alert").filter(has_text="The connection to Scanfleet is lost.")).to_be_visible()
@@ -239,13 +252,30 @@ def test_page_cut_body_is_a_lost_connection(page: Page, stack: Stack) -> None:
     expect(page.get_by_role("link", name="New subnet")).to_be_visible()
 
 
+def test_page_body_that_is_always_cut_is_requested_rarely(page: Page, stack: Stack, finished: int) -> None:
+    """While one answer is cut off each time, and the others are not, it is requested again with the backoff of a lost connection."""
+    page.add_init_script(CUT_BODY.replace("PART", "/map"))
+    asked: list[float] = []
+    page.on("request", lambda each: asked.append(time.monotonic()) if "/map" in each.url else None)
+    page.goto(f"{stack.url}/app/jobs/{finished}")
+    while len(asked) < 4:
+        with page.expect_request("**/map*"):
+            pass
+    assert asked[3] - asked[0] > 3  # 0.5 s, 1 s and 2 s
+
+
 def test_page_token_that_no_header_can_hold_is_refused_in_the_page(browser: Browser, stack: Stack) -> None:
-    """A pasted token with an invisible character is no lost connection: the page names the mistake and sends nothing."""
+    """A token with an invisible character is rejected in the page with its reason, without a request."""
     with browser.new_context() as context, watched(context, stack.url) as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.method))
         page.goto(f"{stack.url}/app/jobs")
         page.get_by_label("Token").fill(f"{stack.token(USER)}\u200b")
         page.get_by_role("button", name="Sign in").click()
         expect(page.get_by_role("alert")).to_contain_text("The token has a space, a line break or another character")
+        expect(page.get_by_role("alert").filter(has_text="The connection to Scanfleet is lost.")).to_have_count(0)
+    assert "GET" in asked
+    assert "POST" not in asked
 
 
 def test_page_job_deleted_without_its_stream_is_reported(page: Page, stack: Stack, user: Client) -> None:
@@ -278,9 +308,7 @@ def test_page_stops_at_its_maximum_of_results(page: Page, stack: Stack, user: Cl
     task = user.finished(finished)
     running = task | {"status": task["status"] | {"status": "running"}}
     page.route(f"**/api/v1/task/{finished}", lambda route: route.fulfill(json=running))
-    page.add_init_script(
-        many_results(260_000, portion=10_000) + BUSY_STREAM.replace("TASK", json.dumps(json.dumps(running)))
-    )
+    page.add_init_script(many_results(260_000, portion=10_000) + busy_stream(running))
     page.goto(f"{stack.url}/app/jobs/{finished}/results")
     expect(page.get_by_text("the page stops at 250,000")).to_be_visible()
     page.unroute(f"**/api/v1/task/{finished}")
@@ -294,7 +322,7 @@ def test_page_stops_at_its_maximum_of_results(page: Page, stack: Stack, user: Cl
 
 
 def test_page_estimate_that_fails_has_its_request_id(page: Page, stack: Stack) -> None:
-    """An error of the estimate is shown with the id of its request, whether or not it names a field."""
+    """An error of the estimate is shown with the id of its request, whether or not it names a field; unfinished text is not sent."""
     page.goto(f"{stack.url}/app/new")
     page.get_by_label("Another network").fill("127.44.8.1/24")
     expect(page.locator(".field", has=page.get_by_label("Another network")).locator(".wrong")).to_contain_text(
@@ -307,6 +335,8 @@ def test_page_estimate_that_fails_has_its_request_id(page: Page, stack: Stack) -
     page.unroute("**/api/v1/task/estimate")
     page.get_by_role("button", name="Try again").click()
     expect(page.get_by_text("1 address × 1,000 ports")).to_be_visible()
+    page.get_by_label("Ports").fill("8000-9")
+    expect(page.get_by_role("status").filter(has_text="1 job")).to_have_text("1 job")
     expect(page.get_by_role("alert")).to_have_count(0)
 
 
@@ -366,6 +396,24 @@ def test_page_scan_whose_subnet_was_not_answered_leaves_it_to_no_other_scan(
     assert [each["name"] for each in policies].count("quick: 8021, 8024") == 1
 
 
+def test_page_text_typed_during_a_failing_save_stays(page: Page, stack: Stack, user: Client) -> None:
+    """What is typed between a save and its error is still in the form, and is what the next save sends."""
+    policy_id = user.policy(name="typed meanwhile", preset="quick")
+    saves: list[Route] = []
+    page.goto(f"{stack.url}/app/policies/{policy_id}")
+    page.get_by_label("Ports").fill("8022")
+    page.route(f"**/api/v1/policy/{policy_id}", lambda route: saves.append(route))  # noqa: PLW0108 # Playwright sets an attribute of the handler
+    with page.expect_request(f"**/api/v1/policy/{policy_id}"):
+        page.get_by_role("button", name="Save").click()
+    page.get_by_label("Ports").fill("8023")
+    refuse(saves.pop())
+    expect(page.get_by_role("alert")).to_contain_text("the service is unavailable")
+    expect(page.get_by_label("Ports")).to_have_value("8023")
+    page.unroute(f"**/api/v1/policy/{policy_id}")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("row", name="typed meanwhile")).to_contain_text("8023")
+
+
 def test_page_replacement_whose_answer_was_lost_is_no_conflict(page: Page, stack: Stack, user: Client) -> None:
     """A policy whose replacement was not answered can be changed further and saved: its later version is the page's own."""
     policy_id = user.policy(name="answered late", preset="quick")
@@ -382,6 +430,7 @@ def test_page_replacement_whose_answer_was_lost_is_no_conflict(page: Page, stack
 
 def test_page_scan_whose_answer_was_lost_is_started_once(page: Page, stack: Stack, user: Client) -> None:
     """A scan form that is sent again starts no second job; changed, it starts further jobs only after it says so."""
+    refusal = "was sent before with other values, and has created jobs"
     page.add_init_script(LOSE_ANSWERS)
     subnet_id = user.subnet("127.44.12.3")
 
@@ -399,7 +448,7 @@ def test_page_scan_whose_answer_was_lost_is_started_once(page: Page, stack: Stac
     start("8021", lost=True)
     expect(page.get_by_role("alert").filter(has_text="Scanfleet cannot be reached.")).to_be_visible()
     start("8022")
-    expect(page.get_by_role("alert")).to_contain_text("was sent before with other values, and has created jobs")
+    expect(page.get_by_role("alert").filter(has_text=refusal)).to_be_visible()
     start("8021")
     expect(page.get_by_role("heading", name=re.compile(r"Job \d+"))).to_be_visible()
     assert jobs() == 1
@@ -408,7 +457,7 @@ def test_page_scan_whose_answer_was_lost_is_started_once(page: Page, stack: Stac
     start("8021", lost=True)
     expect(page.get_by_role("alert").filter(has_text="Scanfleet cannot be reached.")).to_be_visible()
     start("8022")
-    expect(page.get_by_role("alert")).to_contain_text("was sent before with other values, and has created jobs")
+    expect(page.get_by_role("alert").filter(has_text=refusal)).to_be_visible()
     assert jobs() == 2
     page.get_by_role("button", name="Start").click()
     expect(page.get_by_role("heading", name=re.compile(r"Job \d+"))).to_be_visible()

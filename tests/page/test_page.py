@@ -20,7 +20,7 @@ from local.stack import Stack
 from scanfleet_cli_testing.issuer import Issuer
 from tests.client import Client
 from tests.page.conftest import NET, PORTS, SLOW, USER, watched
-from tests.page.kit import BUSY_STREAM, VISIT, many_results, refuse
+from tests.page.kit import VISIT, busy_stream, many_results, refuse
 
 pytestmark = pytest.mark.e2e
 
@@ -509,7 +509,7 @@ def test_page_results_are_counted_for_their_owner_up_to_the_maximum(
 
     page.route(f"**/api/v1/task/{finished}", lambda route: route.fulfill(json=running))
     page.route("**/results?*", count)
-    page.add_init_script(BUSY_STREAM.replace("TASK", json.dumps(json.dumps(running))))
+    page.add_init_script(busy_stream(running))
     page.goto(f"{stack.url}/app/jobs/{finished}")
     expect(page.get_by_role("link", name="Results 1,000+" if owner == USER else "Results", exact=True)).to_be_visible()
     for _ in range(2):
@@ -604,6 +604,7 @@ def test_page_import_is_the_apis(page: Page, stack: Stack) -> None:
     page.goto(f"{stack.url}/app/subnets/import")
     page.get_by_label("CSV").fill('cidr,name,exclude\n127.44.13.0/24,"a\nb",\n127.44.14.0/24,c,\n')
     page.get_by_role("button", name="Check").click()
+    expect(page.get_by_role("row", name="3 127.44.13.0/24")).to_be_visible()
     expect(page.get_by_role("row", name="4 127.44.14.0/24,c, to create")).to_be_visible()
     page.get_by_label("CSV").fill(
         'cidr,name,exclude\n127.44.13.0/24,"a, b",127.44.13.1;127.44.13.2\n\n127.44.14.1/24,c,\n'
