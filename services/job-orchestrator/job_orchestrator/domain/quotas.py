@@ -62,10 +62,10 @@ class Quotas:
             )
 
     def check_jobs(self, usage: Usage, jobs: int) -> None:
-        """Check the number of new jobs of a user, which needs no plans.
+        """Check whether a user may have this number of new jobs at all, which needs no plans.
 
         Raises:
-            QuotaError: the user has too many, or the request alone is for too many.
+            QuotaError: the user has too much, or the request alone is for too many.
         """
         if jobs > self.unfinished_jobs_per_user:
             raise QuotaError(
@@ -76,6 +76,13 @@ class Quotas:
             raise QuotaError(
                 f"you have {usage.jobs} unfinished jobs and ask for {jobs} more, and the limit is "
                 f"{self.unfinished_jobs_per_user} (SCANFLEET_UNFINISHED_JOBS_PER_USER); wait until some have ended, or cancel some",
+                temporary=True,
+            )
+        if usage.seconds >= self.queued_seconds_per_user:
+            raise QuotaError(
+                f"your unfinished jobs are expected to take {usage.seconds:.0f} slot seconds, and the limit is "
+                f"{self.queued_seconds_per_user:.0f} (SCANFLEET_QUEUED_SECONDS_PER_USER); wait until some have ended, or "
+                "cancel some",
                 temporary=True,
             )
 

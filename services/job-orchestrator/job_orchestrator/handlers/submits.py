@@ -99,7 +99,7 @@ class Submits:
         return commands
 
     async def _too_many(self, submits: Sequence[SubmitJobs]) -> Mapping[str, QuotaError]:
-        """Return the quota error of each submit for more jobs than its user may have, before any of them is planned."""
+        """Return the quota error of each submit of a user without room for its jobs, before any of them is planned."""
         errors = self._jobs_above(submits, await self._usages.of({submit.user_id for submit in submits}))
         again = [submit for submit in submits if submit.command_id in errors]
         if not any(error.temporary for error in errors.values()):

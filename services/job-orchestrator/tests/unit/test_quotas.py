@@ -9,12 +9,15 @@ import pytest
 
 from job_orchestrator.domain.job import Plan
 from job_orchestrator.domain.quotas import Quotas, Usage
-from job_orchestrator_testing import MemoryStore, World, scan_policy
+from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
 from job_orchestrator_testing.repository import MemoryJobs
 from scanfleet.contracts.messages import CommandAccepted, CommandRejected
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS
 
 SECONDS = 0.1 + 2 * (2 / 4_000)  # expected of `scan_policy` on a /31
+
+
+ADDRESS_SECONDS = scan_job(cidr="127.9.8.0/32").seconds_left
 
 
 class CountingJobs(MemoryJobs):
@@ -157,9 +160,13 @@ class PlanningQuotas(Quotas):
         super().check_job(plan)
 
 
-async def test_submits_above_the_quota_of_jobs_are_refused_without_plans() -> None:
+@pytest.mark.parametrize(
+    "quota",
+    [{"unfinished_jobs_per_user": 1_000}, {"queued_seconds_per_user": sum(1_000 * [ADDRESS_SECONDS])}],
+)
+async def test_submits_of_a_user_at_a_quota_are_refused_without_plans(quota: dict[str, Any]) -> None:
     """Requests for a thousand jobs each, of a user at the quota, cost no plan."""
-    quotas = PlanningQuotas(unfinished_jobs_per_user=1_000)
+    quotas = PlanningQuotas(**quota)
     world = World(MemoryStore(), quotas=quotas)
     await world.start()
     policy_id, subnets = await world.add(*(f"127.9.{n >> 8}.{n & 255}/32" for n in range(1_000)))
