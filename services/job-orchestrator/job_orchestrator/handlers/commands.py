@@ -276,8 +276,10 @@ class Commands(PartitionListener):
         rejected: list[Command] = []
         for command in commands:
             job = ended.get(allowed.get(command.id, 0))
-            if job is None:
-                theirs = command.cancels in jobs and command.id not in allowed
+            if job is None and command.id in allowed:
+                rejected.append(_refuse(command, 503, "The job cannot be changed now", Rule.STATE))
+            elif job is None:
+                theirs = command.cancels in jobs
                 rejected.append(_refuse(command, 404, "Job not found", Rule.OWNER if theirs else Rule.REQUEST))
             elif job.cancel_command == command.id:
                 answers[command.id] = CommandAccepted(command_id=command.id, jobs=(job.view,))
