@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection
 from datetime import timedelta
+from itertools import chain
 from typing import Final
 
 from job_orchestrator.domain import plan
@@ -14,6 +16,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import ChunkRepository, DeletionRepository, DispatchRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
+from job_orchestrator.handlers.best_effort import try_publish
 from job_orchestrator.handlers.chunks import ChunkChanger, scanned_again
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
@@ -102,7 +105,8 @@ class Sweeper:
         overdue = await self._chunks.overdue(now, _PAGE, self._partitions())
         if not overdue:
             return
-        await self._publisher.publish(SCAN_RESULTS, list(scanned_again(overdue, self._signer)))
+        requests = list(scanned_again(overdue, self._signer))
+        await try_publish(self._publisher, SCAN_RESULTS, requests, "result-store is asked again after a delay")
         ids = [chunk.id for chunk in overdue]
         await self._changer.change(ids, lambda chunk: request_check(chunk, now, self._patience), now)
 
@@ -114,8 +118,13 @@ class Sweeper:
             CENSUS.show(Census(jobs, chunks, await self._deletions.census()))
 
     async def _relay(self) -> None:
-        before = self._clock.now() - _OLD_EVENT
-        await self._outbox.try_publish(await self._jobs.with_old_events(before, _PAGE, self._partitions()))
+        before, partitions = self._clock.now() - _OLD_EVENT, self._partitions()
+        if not partitions:
+            return
+        # By partition: the jobs of one without a leader, which keep their events, would fill a page of all.
+        limit = max(1, _PAGE // len(partitions))
+        pages = await asyncio.gather(*(self._jobs.with_old_events(before, limit, [each]) for each in partitions))
+        await self._outbox.try_publish(chain.from_iterable(pages))
 
     async def _reconcile_all(self) -> None:
         now = self._clock.monotonic()

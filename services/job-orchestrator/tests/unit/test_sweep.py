@@ -64,6 +64,33 @@ async def test_partition_without_a_leader_ends_no_sweep(world: World) -> None:
     assert [event.seq for event in world.events(1)] == [1]
 
 
+async def test_partition_without_a_leader_fills_no_page_of_old_events(world: World) -> None:
+    """The event of a job is published although more than a page of older ones is for a partition without a leader."""
+    dead = SCAN_EVENTS.partition_of("1")
+    world.bus.broker.leaderless = {(SCAN_EVENTS.name, dead)}
+    of_dead = [id_ for id_ in range(1, 20_000) if SCAN_EVENTS.partition_of(str(id_)) == dead][:501]
+    healthy = of_dead[-1] + 1
+    assert SCAN_EVENTS.partition_of(str(healthy)) != dead
+    await world.only.sweeper.sweep()  # reconciles all jobs, and again in ten seconds
+    await world.store.jobs.insert([scan_job(id_) for id_ in (*of_dead, healthy)])
+    await world.only.sweeper.sweep()
+    assert [event.seq for event in world.events(healthy)] == [1]
+
+
+async def test_request_to_a_partition_without_a_leader_repeats_no_other(world: World) -> None:
+    """result-store is asked once for a chunk, although another request of the page cannot be published."""
+    scanned = [
+        chunk(id=f"{n}-0", job_id=n, partition=n, state=ChunkState.SCANNED, outcomes="asdt", attempt=1, worker_id="w")
+        for n in (1, 2)
+    ]
+    await world.store.chunks.insert(scanned)
+    world.bus.broker.leaderless = {(SCAN_RESULTS.name, SCAN_RESULTS.partition_of("1"))}
+    for _ in range(3):
+        await world.only.sweeper.sweep()
+    assert [asked.chunk_id for asked in world.bus.messages(SCAN_RESULTS)] == ["2-0"]
+    assert {each.asked for each in (await world.store.chunks.get(["1-0", "2-0"])).values()} == {1}
+
+
 async def test_failed_part_of_a_sweep_does_not_stop_the_others() -> None:
     """A census that takes too long fails its sweep, which publishes old events and repairs jobs all the same."""
     store = MemoryStore()
