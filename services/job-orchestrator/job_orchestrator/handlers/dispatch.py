@@ -29,6 +29,9 @@ _STOP_SECONDS: Final = (
 )
 _EXTRA: Final = 20  # approximate number of prefetched chunks for 2 seconds; more are picked in the next round
 _USERS: Final = 64  # users whose chunks are queried at once, those with the lowest virtual time first
+_PAGES: Final = 4  # of so many users each: maximum number of pages per round
+_LATER_SECONDS: Final = 1.0  # for which users are not queried whose chunks may only start later
+_LATER_PER_SECOND: Final = 1_000  # and longer if there are more: rounds reach the last of them before the first again
 _REST_SECONDS: Final = 1.0  # interval of checks for idle users and live workers
 _AHEAD_SECONDS: Final = 1.0  # interval of checks for small chunks while every slot is taken, unless chunks were created
 _PICKS: Final = 128  # maximum chunks per round, so that a round reads some thousands at most
@@ -104,15 +107,16 @@ class Dispatcher:
             by_worker[each.token.worker_id].append(each)
         time = self._clock.now()
         credits_ = [fairness.fill(credit, by_worker[credit.worker_id], time) for credit in mine]
-        self._idle = any(credit.held < credit.slots for credit in credits_) or not self._held.certain
+        free_slot = any(credit.held < credit.slots for credit in credits_)
+        self._idle = free_slot or not self._held.certain
         free = [credit for credit in credits_ if fairness.has_room(credit)]
-        if not self._idle and now < self._ahead_due:
+        if not free_slot and now < self._ahead_due:
             return False  # a moment ago no chunk was small enough to be prefetched
         # Workers with raw packets choose first among all chunks, so that the others leave them the chunks that need raw packets.
         more = False
         for raw in (True, False):
             if workers := [credit for credit in free if credit.raw is raw]:
-                more = await self._give(workers, held, raw=raw) or more
+                more = await self._give(workers, raw=raw) or more
         if not more:
             self._ahead_due = now + _AHEAD_SECONDS
         return more
@@ -127,12 +131,13 @@ class Dispatcher:
         self._live = {credit.instance: credit for credit in live}
         self._rest_due = now + _REST_SECONDS
 
-    async def _give(self, workers: Sequence[Credit], held: Collection[Held], *, raw: bool) -> bool:
+    async def _give(self, workers: Sequence[Credit], *, raw: bool) -> bool:
         now = self._clock.now()
         users = [user for user in await self._dispatch.waiting_users(raw=raw) if not self._skips.rests(user, raw=raw)]
         if not users:
             return False
         room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers))
+        held = await self._held.known()  # with the chunks that the workers with raw packets just got
         known = await self._clocks.known(users, self._held.read_at)
         clocks = fairness.wake(known, users)
         times = fairness.tags(clocks, held, now)
@@ -156,7 +161,9 @@ class Dispatcher:
     ) -> Mapping[int, Sequence[Candidate]]:
         """Return the first chunks that may start of the first of these users, who are in the order of their need."""
         found: dict[int, Sequence[Candidate]] = {}
-        for first in range(0, len(users), _USERS):
+        later = self._skips.later
+        until = self._clock.monotonic() + max(_LATER_SECONDS, len(users) / _LATER_PER_SECOND)
+        for first in range(0, min(len(users), _PAGES * _USERS), _USERS):
             neediest = users[first : first + _USERS]
             queues = await asyncio.gather(
                 *(self._dispatch.queue(user, room, now, raw=raw, skip=self._skips.jobs(user)) for user in neediest)
@@ -165,7 +172,8 @@ class Dispatcher:
             without = [user for user in neediest if user not in found]
             # They would fill the list of the neediest.
             await asyncio.gather(*(self._skips.rest(user, raw=raw) for user in without if self._skips.jobs(user)))
-            # The chunks of users without candidates may not start yet: they must not leave slots idle.
+            later.update({(user, raw): until for user in without if not self._skips.jobs(user)})
+            # A user without candidates may only have chunks that start later; other users' chunks can use the slots.
             if not without or sum(map(len, found.values())) >= room:
                 break
         return found

@@ -36,6 +36,9 @@ class Skips:
         """By user and job, until when its chunks are skipped."""
         self._resting: dict[tuple[int, bool], float] = {}
         """By user without other chunks, with and without those that need raw packets, until when none is queried."""
+        self.later: dict[tuple[int, bool], float] = {}
+        """The same of users whose chunks may only start later; they stay active. `wake` replaces the mapping: a caller gets it before
+        its query, so that new chunks which the query missed are not delayed."""
 
     def expire(self) -> None:
         """Remove what has lasted its time."""
@@ -43,16 +46,18 @@ class Skips:
         skipped = {user: _after(now, jobs) for user, jobs in self._skipped.items()}
         self._skipped = {user: jobs for user, jobs in skipped.items() if jobs}
         self._resting = _after(now, self._resting)
+        self.later = _after(now, self.later)
 
     def wake(self, users: Collection[int]) -> None:
         """Query the chunks of these users again: they have new ones."""
         self._resting = {key: until for key, until in self._resting.items() if key[0] not in users}
+        self.later = {key: until for key, until in self.later.items() if key[0] not in users}
 
     def jobs(self, user: int) -> Collection[int]:
         return self._skipped.get(user, ())
 
     def rests(self, user: int, *, raw: bool) -> bool:
-        return (user, raw) in self._resting
+        return (user, raw) in self._resting or (user, raw) in self.later
 
     def resting(self, looks: AbstractSet[bool]) -> set[int]:
         """Return the users who rest in every kind of query that the workers need, with raw packets or without."""

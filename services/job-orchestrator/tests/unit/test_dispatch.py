@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
-from job_orchestrator.domain.fairness import Clock, Credit, Held
+from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator_testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository import Data, MemoryChunks, MemoryDispatch
@@ -747,6 +747,82 @@ async def test_users_whose_chunks_may_not_start_yet_leave_no_slot_idle(world: Wo
     await world.store.dispatch.charge({99: 100.0})
     await world.settle()
     assert [task.chunk_id for task in tasks(world)] == ["65-0"]
+
+
+class CountingQueues(MemoryDispatch):
+    """Counts the reads of queues, and of the users who wait."""
+
+    queues = looks = 0
+
+    async def queue(self, *arguments: Any, **named: Any) -> list[Candidate]:
+        self.queues += 1
+        return await super().queue(*arguments, **named)
+
+    async def waiting_users(self, *, raw: bool) -> list[int]:
+        self.looks += 1
+        return await super().waiting_users(raw=raw)
+
+
+async def test_rounds_query_bounded_queues_of_users_whose_chunks_may_not_start_yet() -> None:
+    """Ten rounds beside a thousand such users query at most 257 queues each, and each queue about once a second."""
+    store = MemoryStore()
+    store.dispatch = counting = CountingQueues(store.data)
+    world = World(store)
+    world.worker.hold = True
+    await world.start()
+    await world.worker.announce()
+    later = world.time + timedelta(seconds=60)
+    await store.jobs.insert([scan_job(n, user_id=n, made=1) for n in range(1, 1_002)])
+    await store.chunks.insert(
+        [chunk(id=f"{n}-0", job_id=n, user_id=n, not_before=later if n < 1_001 else None) for n in range(1, 1_002)]
+    )
+    await store.dispatch.charge({1_001: 100.0})
+    await world.deliver()
+    for _ in range(10):
+        before = counting.queues
+        await world.only.dispatcher.fill()
+        assert counting.queues - before <= 257
+        world.now += 0.05
+    assert [task.chunk_id for task in tasks(world)] == ["1001-0"]
+    assert counting.queues <= 1_010
+
+
+async def test_full_workers_beside_other_replicas_cost_no_query_of_queues() -> None:
+    """While all slots are taken, forty rounds in a second look about once for chunks to prefetch."""
+    store = MemoryStore()
+    store.dispatch = counting = CountingQueues(store.data)
+    world = World(store, replicas=2)
+    world.worker.hold, world.worker.slots = True, 1
+    await queue(world, 7, 1, estimate=1.0)
+    await world.start()
+    await world.worker.announce()
+    await world.settle()
+    await queue(world, 8, 3, estimate=30.0)
+    await world.settle()
+    assert len(tasks(world)) == 1
+    counting.looks = 0
+    for _ in range(40):
+        world.now += 0.025
+        for replica in world.replicas:
+            replica.dispatcher.wake()
+            await replica.dispatcher.fill()
+    assert counting.looks <= 2
+
+
+async def test_plain_workers_are_filled_with_regard_to_the_chunks_of_raw_ones() -> None:
+    """While two users wait, none holds more than their share of the slots of both kinds of workers plus one."""
+    world = World(MemoryStore())
+    world.workers = [Worker(world.bus, "w-raw", slots=10, raw=True), Worker(world.bus, "w-1", slots=10)]
+    for worker in world.workers:
+        worker.hold = True
+    await world.start()
+    for user in (1, 2):
+        await queue(world, user, 30)
+    await world.store.dispatch.wake_clocks([Clock(1, 0.0), Clock(2, 25.0)], 0.0)
+    for worker in world.workers:
+        await worker.announce()
+    await world.settle()
+    assert Counter(task.user_id for task in tasks(world)) == {1: 11, 2: 9}
 
 
 class SlowAnnouncements(MemoryDispatch):
