@@ -38,6 +38,8 @@ class UserClocks:
         self._read_at = float("-inf")
         self._charged: defaultdict[int, float] = defaultdict(float)
         """Seconds by user that are not stored yet."""
+        self._included: defaultdict[int, float] = defaultdict(float)
+        """Those of them that the clocks which `known` has returned contain."""
         self._lock = asyncio.Lock()
         self.loop = Loop("clocks", _SECONDS, self.store, vital=False)
 
@@ -66,9 +68,14 @@ class UserClocks:
                 self._users = dict(read.users)
                 self._stored_virtual = read.virtual
                 self._virtual = max(self._virtual, read.virtual)
-            clocks = (self._users[user] for user in users if user in self._users)
+            clocks = [self._users[user] for user in users if user in self._users]
+            for user in self._charged.keys() & {each.user_id for each in clocks}:
+                self._included[user] += self._charged.pop(user)
             return Clocks(
-                {each.user_id: replace(each, time=each.time + self._charged.get(each.user_id, 0.0)) for each in clocks},
+                {
+                    each.user_id: replace(each, time=each.time + self._included.get(each.user_id, 0.0))
+                    for each in clocks
+                },
                 self._virtual,
             )
 
@@ -84,8 +91,9 @@ class UserClocks:
         async with self._lock:
             await self._dispatch.wake_clocks(woken, self._virtual)
             for clock in woken:
-                self._charged.pop(clock.user_id, None)  # its time contains them
-                self._users[clock.user_id] = clock
+                self._included.pop(clock.user_id, None)  # its time contains them
+                stored = self._users.get(clock.user_id, clock)
+                self._users[clock.user_id] = replace(clock, time=max(clock.time, stored.time))
 
     async def store(self) -> None:
         """Store what was added.
@@ -106,6 +114,9 @@ class UserClocks:
 
     async def _store_charges(self) -> None:
         charged, self._charged = self._charged, defaultdict(float)
+        for user, seconds in self._included.items():
+            charged[user] += seconds
+        self._included.clear()
         await self._dispatch.charge(charged)  # not repeated after an error: it could add the seconds twice
         for user in charged.keys() & self._users.keys():
             self._users[user] = replace(self._users[user], time=self._users[user].time + charged[user])

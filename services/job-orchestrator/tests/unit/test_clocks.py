@@ -36,7 +36,7 @@ class Counting(MemoryDispatch):
             raise self.error
 
 
-class Clockwork:
+class ClocksFixture:
     """The clocks of users 7 and 8, of whom 8 is idle."""
 
     def __init__(self, *, alone: bool = True) -> None:
@@ -55,7 +55,7 @@ class Clockwork:
 
 async def test_charges_of_a_second_are_stored_in_one_write() -> None:
     """Forty rounds with a report each cost one read and two writes, and each round sees all charges before it."""
-    world = Clockwork()
+    world = ClocksFixture()
     for number in range(1, 41):
         await world.clocks.charge({7: 0.1})
         await world.clocks.advance((), 4.0 + number)
@@ -71,7 +71,7 @@ async def test_charges_of_a_second_are_stored_in_one_write() -> None:
 
 async def test_clocks_are_read_with_the_held_chunks_or_for_a_new_user() -> None:
     """What other replicas have added is seen once the held chunks were read, and for a user whose clock was not read."""
-    world = Clockwork()
+    world = ClocksFixture()
     await world.times(7)
     await MemoryDispatch.charge(world.dispatch, {7: 1.0})
     assert await world.times(7) == {7: 5.0}
@@ -82,7 +82,7 @@ async def test_clocks_are_read_with_the_held_chunks_or_for_a_new_user() -> None:
 
 async def test_charges_beside_other_replicas_are_stored_at_once() -> None:
     """Another replica sees a charge before it can miss the ended attempt among the held chunks."""
-    world = Clockwork(alone=False)
+    world = ClocksFixture(alone=False)
     await world.times(7)
     await world.clocks.charge({7: 1.0})
     assert ((await world.stored())[7], await world.times(7)) == (6.0, {7: 6.0})
@@ -92,7 +92,7 @@ async def test_charges_beside_other_replicas_are_stored_at_once() -> None:
 
 async def test_woken_user_is_charged_once() -> None:
     """Seconds that are not stored yet are part of the time with which a user becomes active, and are not added again."""
-    world = Clockwork()
+    world = ClocksFixture()
     await world.clocks.charge({8: 9.0})
     known = await world.clocks.known([8], 1.0)
     woken = fairness.wake(known, [8])
@@ -102,9 +102,23 @@ async def test_woken_user_is_charged_once() -> None:
     assert (await world.times(8), (await world.stored())[8]) == ({8: 10.0}, 10.0)
 
 
+@pytest.mark.parametrize("stored", [False, True])
+async def test_charge_while_a_user_is_woken_is_kept(*, stored: bool) -> None:
+    """Seconds that are added after the clock was read, stored or not, are added to the time with which a user becomes active."""
+    world = ClocksFixture()
+    await world.clocks.charge({8: 9.0})
+    woken = fairness.wake(await world.clocks.known([8], 1.0), [8])
+    await world.clocks.charge({8: 1.0})
+    if stored:
+        await world.clocks.store()
+    await world.clocks.advance(woken.values(), 4.0)
+    await world.clocks.store()
+    assert (await world.times(8), (await world.stored())[8]) == ({8: 11.0}, 11.0)
+
+
 async def test_seconds_are_never_stored_twice() -> None:
     """After a failed write, which may have been done, the same seconds are not added again; a stop does not wait for it."""
-    world = Clockwork()
+    world = ClocksFixture()
     world.dispatch.error = DependencyError("unavailable")
     await world.clocks.charge({7: 1.0})
     with pytest.raises(DependencyError):
