@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import islice
 from typing import Final
 
 import structlog
@@ -27,7 +28,9 @@ _log = structlog.get_logger()
 STOPPED_LATER: Final = "the next heartbeat of each worker is answered with a stop"
 """How the loss of a StopChunk is repaired, for the log."""
 
-_CACHED: Final = HELD | {ChunkState.SCANNED}  # whose next change follows soon, on the replica with the job's partition
+# Their next change follows soon; that of a scanned one may be stored by another replica, which reads the verdicts on the job.
+_CACHED: Final = HELD | {ChunkState.SCANNED}
+_MAX_CACHED: Final = 10_000  # the chunks that other replicas have changed stay until `verify`
 _ROUNDS: Final = 20  # each lost race is progress of another replica; this many in a row are an error
 
 
@@ -130,6 +133,8 @@ class ChunkChanger:
         """Keep those of these chunks, as they are stored, that this replica will change next."""
         mine = self._partitions()
         self._cached |= {each.id: each for each in chunks if each.state in _CACHED and each.partition in mine}
+        for id_ in list(islice(self._cached, max(0, len(self._cached) - _MAX_CACHED))):
+            del self._cached[id_]  # the oldest
 
     def verify(self, partitions: Collection[int], held: Collection[Token]) -> None:
         """Keep only those of the cached chunks of jobs in these partitions whose attempts are among those that workers hold."""

@@ -1,0 +1,39 @@
+"""Which chunks a replica caches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from job_orchestrator.domain.chunk import Chunk, ChunkState
+from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.handlers.chunks import ChunkChanger
+from job_orchestrator.handlers.clocks import UserClocks
+from job_orchestrator.handlers.held import HeldChunks
+from job_orchestrator_testing import MemoryStore, chunk
+from job_orchestrator_testing.repository import MemoryChunks
+from job_orchestrator_testing.things import THEN
+
+
+class ReadChunks(MemoryChunks):
+    """Notes the ids that are read."""
+
+    read: Collection[str] = ()
+
+    async def get(self, ids: Collection[str]) -> dict[str, Chunk]:
+        self.read = ids
+        return await super().get(ids)
+
+
+async def test_cache_of_chunks_is_bounded() -> None:
+    """Of more than ten thousand chunks whose verdicts other replicas handle, the oldest are no longer cached."""
+    store = MemoryStore()
+    chunks = ReadChunks(store.data)
+    time = PlatformTime(store.time, lambda: 1.0)
+    clocks = UserClocks(store.dispatch, time, lambda: True)
+    held = HeldChunks(store.dispatch, time, lambda: True)
+    changer = ChunkChanger(chunks, clocks, held, lambda: range(12))
+    scanned = [chunk(id=f"1-{n}", index=n, state=ChunkState.SCANNED) for n in range(10_001)]
+    changer.cache(scanned[:2])
+    changer.cache(scanned[2:])
+    await changer.change([each.id for each in scanned], lambda each: each, THEN, enough=lambda _: True)
+    assert chunks.read == {"1-0"}
