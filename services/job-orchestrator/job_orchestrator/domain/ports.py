@@ -230,7 +230,15 @@ class DeletionRepository(Protocol):
         """Replace the job by the receipt, due at once, unless the job has changed; return whether it was replaced."""
 
     async def due(self, now: datetime, limit: int, *, chunks: bool) -> list[Deletion]:
-        """Return due deletions in the stage of chunks, or else in any other, the longest waiting first; those that cannot be read are due again after a pause."""
+        """Return due deletions, the longest waiting first.
+
+        Those that cannot be read are due again after a pause.
+
+        Args:
+            now: platform time.
+            limit: maximum number.
+            chunks: whether those in the stage of chunks, or those in any other.
+        """
 
     async def advance(
         self, job_ids: Collection[int], stage: Stage, to: Stage, due: datetime | None, counts: Counts | None = None

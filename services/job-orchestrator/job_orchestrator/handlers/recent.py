@@ -1,4 +1,4 @@
-"""Cache what each user has under way, so that a command needs no query."""
+"""Cache a value per user for a second, so that a batch of commands needs no query."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Fuse:
         self.error = error
 
     @property
-    def blown(self) -> bool:
+    def is_used(self) -> bool:
         return self.left <= 0
 
     async def call(self, method: Callable[..., Awaitable[Any]], arguments: list[Any], named: dict[str, Any]) -> Any:
@@ -158,7 +158,7 @@ class CrashingWorld(World):
 
     async def mend(self) -> None:
         """If something broke, let pass the time in which it is mended: leases, dispatches, sweeps."""
-        if not self.fuse.blown:
+        if not self.fuse.is_used:
             return
         for _ in range(12):
             await self.wait(1, seconds=3.0)

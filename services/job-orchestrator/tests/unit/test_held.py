@@ -36,7 +36,7 @@ class Slow(MemoryDispatch):
         return held
 
 
-class Shelf:
+class HeldFixture:
     """Held chunks on a slow store, with a clock that the test sets."""
 
     def __init__(self, *, alone: bool = True) -> None:
@@ -67,52 +67,52 @@ async def test_known_chunks_are_read_again_when_they_are_old(
     *, alone: bool, count: int, fresh: float, stale: float
 ) -> None:
     """The only replica reads every two seconds, one of several ten times a second, but at most a tenth of the time."""
-    shelf = Shelf(alone=alone)
-    await shelf.store.chunks.insert([dispatched(number) for number in range(count)])
-    assert len(await shelf.ids()) == count
-    shelf.now = fresh
-    await shelf.ids()
-    assert shelf.dispatch.reads == 1
-    shelf.now = stale
-    await shelf.ids()
-    assert shelf.dispatch.reads == 2
+    fixture = HeldFixture(alone=alone)
+    await fixture.store.chunks.insert([dispatched(number) for number in range(count)])
+    assert len(await fixture.ids()) == count
+    fixture.now = fresh
+    await fixture.ids()
+    assert fixture.dispatch.reads == 1
+    fixture.now = stale
+    await fixture.ids()
+    assert fixture.dispatch.reads == 2
 
 
 async def test_own_changes_need_no_read() -> None:
     """Dispatched chunks are added and ended ones removed, but not those that were dispatched again."""
-    shelf = Shelf()
-    await shelf.ids()
-    shelf.held.add([dispatched(0), dispatched(1), dispatched(2, attempt=2)])
-    shelf.held.end(dispatched(1))
-    shelf.held.end(dispatched(2))
-    assert await shelf.ids() == {"1-0", "1-2"}
-    assert shelf.dispatch.reads == 1
+    fixture = HeldFixture()
+    await fixture.ids()
+    fixture.held.add([dispatched(0), dispatched(1), dispatched(2, attempt=2)])
+    fixture.held.end(dispatched(1))
+    fixture.held.end(dispatched(2))
+    assert await fixture.ids() == {"1-0", "1-2"}
+    assert fixture.dispatch.reads == 1
 
 
 async def test_changes_during_a_read_are_kept() -> None:
     """A chunk that ends while the held ones are read does not return, and one that is dispatched is not lost."""
-    shelf = Shelf()
-    await shelf.store.chunks.insert([dispatched(0)])
-    read = await shelf.reading()
-    shelf.held.end(dispatched(0))
-    shelf.held.add([dispatched(1)])
-    shelf.dispatch.allowed.set()
+    fixture = HeldFixture()
+    await fixture.store.chunks.insert([dispatched(0)])
+    read = await fixture.reading()
+    fixture.held.end(dispatched(0))
+    fixture.held.add([dispatched(1)])
+    fixture.dispatch.allowed.set()
     assert await read == {"1-1"}
 
 
 async def test_expire_during_a_read_reads_again() -> None:
     """After a lost race the chunks are read again, even if a read was under way; so they are after a failed read."""
-    shelf = Shelf()
-    read = await shelf.reading()
-    shelf.held.expire()
-    shelf.dispatch.allowed.set()
+    fixture = HeldFixture()
+    read = await fixture.reading()
+    fixture.held.expire()
+    fixture.dispatch.allowed.set()
     await read
-    await shelf.ids()
-    assert shelf.dispatch.reads == 2
-    shelf.held.expire()
-    shelf.dispatch.error = DependencyError("unavailable")
+    await fixture.ids()
+    assert fixture.dispatch.reads == 2
+    fixture.held.expire()
+    fixture.dispatch.error = DependencyError("unavailable")
     with pytest.raises(DependencyError):
-        await shelf.ids()
-    shelf.dispatch.error = None
-    await shelf.ids()
-    assert shelf.dispatch.reads == 4
+        await fixture.ids()
+    fixture.dispatch.error = None
+    await fixture.ids()
+    assert fixture.dispatch.reads == 4
