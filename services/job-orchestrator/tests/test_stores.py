@@ -1072,7 +1072,7 @@ async def test_documents_of_release_0_1_are_read_and_adopted(mongo_store: MongoS
     """A job without window, totals and partition has all of its chunks made; its partition is named in both documents."""
     job = scan_job(1, policy=scan_policy(ports="1-20000"), chunk_ports=8_192, blocks=3, chunk_count=3)
     await insert_old(database, job)
-    await insert_old(database, replace(job, id=2, settled=True))
+    await insert_old(database, replace(job, id=2, settled=True, outbox=()))
     old = (await mongo_store.jobs.get([1]))[1]
     assert (old.made, old.plan.blocks, old.plan.chunk_ports, old.plan.blockwise) == (3, 3, 8_192, False)
     assert (old.partition, old.totals, old.waiting, old.eta_seconds) == (job.partition, Totals(), "", None)
