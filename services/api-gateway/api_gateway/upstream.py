@@ -6,18 +6,18 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
 import httpx
 import structlog
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field, RootModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
 from scanfleet.contracts import rest
-from scanfleet.contracts.messages import CommandAccepted, CommandRejected, Job
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected
 from scanfleet.contracts.rest import (
     MAX_ISSUER_KEYS,
     CancelJobs,
@@ -314,12 +314,12 @@ class Orchestrator(Upstream):
     async def expire(self, command_id: str, headers: Mapping[str, str]) -> CommandAccepted | CommandRejected | None:
         """See `api_gateway.handlers.commands.Arbiter`."""
         answer = await self.ask("POST", f"/internal/commands/{command_id}/expire", headers)
-        match _parse(_Verdict, answer).root:
-            case _Accepted(jobs=jobs):
+        match _parse(rest.Verdict, answer).root:
+            case rest.Accepted(jobs=jobs):
                 return CommandAccepted(command_id=command_id, jobs=jobs)
-            case _Rejected(status=status, error=error):
+            case rest.Rejected(status=status, error=error):
                 return CommandRejected(command_id=command_id, status=status, error=error)
-            case _Expired():
+            case rest.Expired():
                 return None
 
 
@@ -418,22 +418,3 @@ def _error(answer: httpx.Response) -> Response:
 
 def _returned(answer: httpx.Response) -> dict[str, str]:
     return {name: answer.headers[name] for name in _RETURNED if name in answer.headers}
-
-
-class _Expired(BaseModel):
-    state: Literal["expired"]
-
-
-class _Accepted(BaseModel):
-    state: Literal["accepted"]
-    jobs: tuple[Job, ...]
-
-
-class _Rejected(BaseModel):
-    state: Literal["rejected"]
-    status: int
-    error: str
-
-
-class _Verdict(RootModel[Annotated[_Expired | _Accepted | _Rejected, Field(discriminator="state")]]):
-    """The orchestrator's answer to a request to expire a command."""

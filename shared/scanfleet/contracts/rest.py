@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    RootModel,
     StrictBool,
     StrictInt,
     model_validator,
@@ -148,6 +149,31 @@ class CancelledPage(_Answer):
     job_ids: list[int]
     more: bool
     """Whether further jobs may match."""
+
+
+class Expired(_Answer):
+    """The command will never be executed. Not part of the public API."""
+
+    state: Literal["expired"] = "expired"
+
+
+class Accepted(_Answer):
+    """The command was executed before its gateway asked to expire it. Not part of the public API."""
+
+    state: Literal["accepted"] = "accepted"
+    jobs: tuple[Job, ...]
+
+
+class Rejected(_Answer):
+    """The command was rejected before its gateway asked to expire it. Not part of the public API."""
+
+    state: Literal["rejected"] = "rejected"
+    status: int
+    error: str
+
+
+class Verdict(RootModel[Annotated[Expired | Accepted | Rejected, Field(discriminator="state")]]):
+    """The answer to a gateway that asks to expire a command. Not part of the public API."""
 
 
 class JobsCreated(_Answer):

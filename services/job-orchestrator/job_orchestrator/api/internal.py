@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Path, Query
 from pydantic import AwareDatetime
@@ -12,7 +12,7 @@ from job_orchestrator.api.state import Handed, Recorded, Recorder, State
 from job_orchestrator.api.tasks import Whose, audit_target, readable, readable_user, task_status
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from scanfleet.contracts import rest
-from scanfleet.contracts.messages import CommandAccepted
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected
 from scanfleet.contracts.messages.fields import MAX_ID
 from scanfleet.errors import ConflictError, ForbiddenError, NotFoundError
 from scanfleet.runtime.service import PathId
@@ -144,14 +144,15 @@ async def expire(
     command_id: Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,64}$")],
     caller: Caller,
     state: Handed,
-) -> dict[str, Any]:
+) -> rest.Verdict:
     """Decide the command: it is expired, or its outcome is returned."""
-    reply = await state.commands.expire(command_id, caller.user_id)
-    if reply is None:
-        return {"state": "expired"}
-    if isinstance(reply, CommandAccepted):
-        return {"state": "accepted", "jobs": [job.model_dump(mode="json") for job in reply.jobs]}
-    return {"state": "rejected", "status": reply.status, "error": reply.error}
+    match await state.commands.expire(command_id, caller.user_id):
+        case None:
+            return rest.Verdict(rest.Expired())
+        case CommandAccepted(jobs=jobs):
+            return rest.Verdict(rest.Accepted(jobs=jobs))
+        case CommandRejected(status=status, error=error):
+            return rest.Verdict(rest.Rejected(status=status, error=error))
 
 
 @router.post("/session/create", name="create_session", status_code=204)
