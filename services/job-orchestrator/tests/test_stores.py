@@ -1231,7 +1231,7 @@ async def test_unreadable_receipts_do_not_delay_other_deletions(mongo_store: Mon
         asked = THEN + timedelta(seconds=job.id)
         receipt = Deletion(job_id=job.id, user_id=7, subnet_id=1, reason="request", requested_at=asked)
         assert await mongo_store.deletions.begin(job, receipt)
-    await database["jobs"].update_many({"_id": {"$lt": 4}}, {"$set": {"deletion.stage": "unknown"}})
+    await database["jobs"].update_many({"_id": {"$lt": 4}}, {"$set": {"deletion.reason": "unknown"}})
     now = THEN + timedelta(minutes=1)
     before = UNREADABLE.labels("deletions")._value.get()
     with capture_logs() as logs:
@@ -1240,8 +1240,24 @@ async def test_unreadable_receipts_do_not_delay_other_deletions(mongo_store: Mon
     assert UNREADABLE.labels("deletions")._value.get() == before + 3
     assert [(line["event"], line["id"]) for line in logs] == [("unreadable_document", str(n)) for n in (1, 2, 3)]
     assert [each.job_id for each in await mongo_store.deletions.due(now, 3, chunks=False)] == [4]
-    await database["jobs"].update_one({"_id": 2}, {"$set": {"deletion.stage": "results"}})
+    await database["jobs"].update_one({"_id": 2}, {"$set": {"deletion.reason": "request"}})
     assert [each.job_id for each in await mongo_store.deletions.due(now + timedelta(hours=1), 9, chunks=False)] == [
         4,
         2,
     ]
+
+
+@pytest.mark.integration
+async def test_receipt_in_an_unknown_stage_is_counted_and_retried_later(
+    mongo_store: MongoStore, database: Database
+) -> None:
+    """A stage of another release is reported once an hour, until a release that reads it has advanced the receipt."""
+    job = replace(change(scan_job(1), JobTrigger.CANCEL, THEN, settled=True), outbox=())
+    await mongo_store.jobs.insert([job])
+    receipt = Deletion(job_id=1, user_id=7, subnet_id=1, reason="request", requested_at=THEN)
+    assert await mongo_store.deletions.begin(job, receipt)
+    await database["jobs"].update_one({"_id": 1}, {"$set": {"deletion.stage": "unknown"}})
+    before = UNREADABLE.labels("deletions")._value.get()
+    for hours in (0, 0, 1):
+        assert await mongo_store.deletions.due(LATER + timedelta(hours=hours), 3, chunks=False) == []
+    assert UNREADABLE.labels("deletions")._value.get() == before + 2

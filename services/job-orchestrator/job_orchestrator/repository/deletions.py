@@ -14,7 +14,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT, RECEIPT
 from job_orchestrator.repository.jobs import age, date, from_now
-from scanfleet.runtime.mongo import Database, Document, dependency_errors
+from scanfleet.runtime.mongo import Cursor, Database, Document, dependency_errors
 
 _NEWEST: Final = [("deletion.requested_at", -1), ("_id", -1)]
 
@@ -22,6 +22,7 @@ INDEXES: Final = {
     "jobs": [  # of receipts only, so that writes of jobs cost nothing more
         IndexModel([("deletion.user_id", 1), ("deletion.stage", 1), *_NEWEST], partialFilterExpression=RECEIPT),
         IndexModel([("deletion.stage", 1), *_NEWEST], partialFilterExpression=RECEIPT),
+        IndexModel([("deletion.stage", 1), ("due", 1)], partialFilterExpression=RECEIPT, name="due_1_v2"),
     ],
 }
 
@@ -29,7 +30,7 @@ _UNREADABLE_PAUSE: Final = timedelta(hours=1)  # between two attempts to read a 
 
 
 class MongoDeletions:
-    """`DeletionRepository` on MongoDB. The index of due ones is with those of the jobs."""
+    """`DeletionRepository` on MongoDB."""
 
     def __init__(self, database: Database, keep: timedelta) -> None:
         self._jobs = database["jobs"]
@@ -43,8 +44,11 @@ class MongoDeletions:
 
     @dependency_errors()
     async def due(self, now: datetime, limit: int, *, chunks: bool) -> list[Deletion]:
-        stage = {"deletion.stage": {"$eq" if chunks else "$ne": Stage.CHUNKS.value}}
-        found = await self._jobs.find({"due": {"$lte": now}} | stage).sort("due", 1).limit(limit).to_list(limit)
+        stages = [Stage.CHUNKS] if chunks else [Stage.WAITING, Stage.RESULTS]
+        found = await self._due({"$in": [stage.value for stage in stages]}, now, limit).sort("due", 1).to_list(limit)
+        if not chunks:  # of another release, or damaged
+            unknown = {"$exists": True, "$nin": [stage.value for stage in Stage]}
+            found += await self._due(unknown, now, limit).to_list(limit)
         receipts = [documents.readable(documents.read_deletion, each, "deletions") for each in found]
         unreadable = [each["_id"] for each, receipt in zip(found, receipts, strict=True) if receipt is None]
         if unreadable:  # otherwise they would stay the longest waiting ones, and could fill every result
@@ -52,6 +56,9 @@ class MongoDeletions:
             still_due = {"_id": {"$in": unreadable}, "due": {"$lte": now}}
             await self._jobs.update_many(still_due, {"$set": {"due": now + _UNREADABLE_PAUSE}})
         return [receipt for receipt in receipts if receipt is not None]
+
+    def _due(self, stage: Document, now: datetime, limit: int) -> Cursor:
+        return self._jobs.find({"deletion.stage": stage, "due": {"$lte": now}}).limit(limit)
 
     @dependency_errors()
     async def advance(

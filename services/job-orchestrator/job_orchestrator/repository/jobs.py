@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -16,13 +17,14 @@ from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT, save
 from scanfleet.contracts.messages import Job, JobStatus
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
 
 _ID_BLOCK: Final = 100  # a write per hundred jobs; a restarted replica leaves as many ids unused at most
 
 _ENDED: Final = [("end_time", 1), ("_id", 1)]
 _ENDED_OF_USER: Final = [("user_id", 1), *_ENDED]
-_OUTBOX: Final = [("outbox.at", 1)]
+_OUTBOX: Final = [("partition", 1), ("outbox.at", 1)]
 
 INDEXES: Final = {
     "jobs": [
@@ -53,9 +55,8 @@ INDEXES: Final = {
             [("user_id", 1), ("settled", 1), ("status", 1), ("seconds_left", 1)],
             partialFilterExpression={"settled": False},
         ),
-        IndexModel([("due", 1)], sparse=True),  # deletions to continue
         IndexModel([("forget_at", 1)], expireAfterSeconds=0, sparse=True),
-        IndexModel(_OUTBOX, sparse=True),
+        IndexModel(_OUTBOX, partialFilterExpression={"outbox.at": {"$exists": True}}, name="outbox.at_1_v2"),
         IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),
     ],
 }
@@ -242,21 +243,26 @@ class MongoJobs:
                 {"$set": {"age": age("$oldest")}},
             ],
         )
-        unsent = self._jobs.aggregate(
-            [
-                {"$match": {"outbox.at": {"$type": "date"}, "$expr": {"$isArray": "$outbox"}}},
-                {"$limit": 1},
-                {"$project": {"age": age({"$min": {"$map": {"input": "$outbox.at", "in": date("$$this")}}})}},
-            ],
-            hint=dict(_OUTBOX),  # in its order, so that the first is the oldest
-        )
+        unsent = await asyncio.gather(*map(self._outbox_age, range(SCAN_PROGRESS.partitions)))
         by_status = {JobStatus(each["_id"]): each async for each in jobs}
         return JobCensus(
             numbers=Counter({status: each["n"] for status, each in by_status.items()}),
             ages={status: each["age"] for status, each in by_status.items()},
             slot_seconds=float(sum(each["seconds"] for each in by_status.values())),
-            outbox_age=max([each["age"] async for each in unsent], default=0.0),
+            outbox_age=max(unsent),
         )
+
+    async def _outbox_age(self, partition: int) -> float:
+        """Return the age of the partition's oldest unpublished event in seconds; 0 if there is none."""
+        oldest = self._jobs.aggregate(
+            [
+                {"$match": {"partition": partition, "outbox.at": {"$type": "date"}, "$expr": {"$isArray": "$outbox"}}},
+                {"$limit": 1},
+                {"$project": {"age": age({"$min": {"$map": {"input": "$outbox.at", "in": date("$$this")}}})}},
+            ],
+            hint=dict(_OUTBOX),  # in its order, so that the first is the oldest
+        )
+        return max([each["age"] async for each in oldest], default=0.0)
 
 
 def age(time: Any) -> Document:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from job_orchestrator.domain.chunk import HELD, ChunkState
 from job_orchestrator.domain.command import Command
-from job_orchestrator.domain.deletion import Stage
+from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.resources import Owned, ScanTarget
@@ -77,7 +78,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "dispatch.live_workers": (lambda store: store.dispatch.live_workers(timedelta(minutes=1)), USERS),
     "jobs.seconds_left": (lambda store: store.jobs.seconds_left(), 2 * USERS),
     "jobs.unsettled": (lambda store: store.jobs.unsettled(10, 5), 10),
-    "jobs.with_old_events": (lambda store: store.jobs.with_old_events(THEN, 10, range(12)), 5),
+    "jobs.with_old_events": (lambda store: store.jobs.with_old_events(THEN, 10, [3]), 2),
     "jobs.has_unfinished": (lambda store: store.jobs.has_unfinished(3), 5),
     "subnets.equal_to": (lambda store: store.subnets.equal_to(7, [("lab", ScanTarget("127.9.8.0/24"))]), 5),
     "subnets.named": (lambda store: store.subnets.named(7, ["lab"]), 5),
@@ -255,3 +256,36 @@ async def test_usage_of_a_user_is_read_from_the_index_only(mongo_store: MongoSto
     (read,) = await database["system.profile"].find({"op": "command", "command.aggregate": "jobs"}).to_list(None)
     assert read["docsExamined"] == 0
     assert read["keysExamined"] <= 502
+
+
+async def _read_by(database: Database, ask: Awaitable[Any]) -> int:
+    """Return the number of keys and documents that the queries on jobs examined."""
+    await database.command("profile", 2)
+    await ask
+    await database.command("profile", 0)
+    reads = database["system.profile"].find({"op": "query", "command.find": "jobs"})
+    return sum([each["keysExamined"] + each["docsExamined"] async for each in reads])
+
+
+async def test_old_events_are_read_of_one_partition_only(mongo_store: MongoStore, database: Database) -> None:
+    """A partition without a leader, which keeps its events, costs the query of another partition nothing."""
+    await mongo_store.jobs.insert([replace(scan_job(n), partition=3) for n in range(1, 301)])
+    await mongo_store.jobs.insert([replace(scan_job(n), partition=4) for n in range(301, 401)])
+    await mongo_store.jobs.insert([replace(scan_job(401), partition=5)])
+    assert await _read_by(database, mongo_store.jobs.with_old_events(LATER, 10, [5])) <= 3
+    await database["system.profile"].drop()
+    assert await _read_by(database, mongo_store.jobs.with_old_events(LATER, 10, [4])) <= 25
+
+
+async def test_due_deletions_are_read_of_their_stages_only(mongo_store: MongoStore, database: Database) -> None:
+    """Deletions in the stage of chunks, which can be many, cost the query of the others nothing."""
+    jobs = [change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True) for n in range(1, 301)]
+    await mongo_store.jobs.insert(jobs)
+    stages = {299: Stage.RESULTS, 300: Stage.WAITING}
+    for job in jobs:
+        stage = stages.get(job.id, Stage.CHUNKS)
+        receipt = Deletion(job_id=job.id, user_id=7, subnet_id=1, reason="request", requested_at=THEN, stage=stage)
+        assert await mongo_store.deletions.begin(job, receipt)
+    assert await _read_by(database, mongo_store.deletions.due(LATER, 10, chunks=False)) <= 10
+    await database["system.profile"].drop()
+    assert await _read_by(database, mongo_store.deletions.due(LATER, 10, chunks=True)) <= 25
