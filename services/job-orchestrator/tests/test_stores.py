@@ -911,7 +911,25 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
     assert (await store.dispatch.queue(7, 10, THEN, raw=False))[1] == Candidate(
         "1-0", 7, 1, 0.5, needs_raw=False, failed_by=("w-1",)
     )
-    assert await store.dispatch.first_turns({7, 8, 99}) == {7: 3, 8: 0}
+
+
+async def test_first_turn_is_of_queued_chunks_or_else_of_other_open_ones(store: Store) -> None:
+    """Chunks that a worker holds or that are checked count only without queued ones; those that have ended never do."""
+    turns = {
+        7: {ChunkState.RUNNING: 1, ChunkState.QUEUED: 3},
+        8: {ChunkState.STORED: 4, ChunkState.SCANNED: 5, ChunkState.RUNNING: 6, ChunkState.DISPATCHED: 7},
+        9: {ChunkState.STORED: 2},
+    }
+    await store.chunks.insert(
+        [
+            chunk(
+                id=f"{user}-{turn}", job_id=user, user_id=user, index=turn, turn=turn, state=state, needs_raw=user == 8
+            )
+            for user, by_state in turns.items()
+            for state, turn in by_state.items()
+        ]
+    )
+    assert await store.dispatch.first_turns({7, 8, 9, 99}) == {7: 3, 8: 5}
 
 
 async def test_census_counts_unfinished_jobs_and_chunks(store: Store) -> None:

@@ -341,7 +341,11 @@ class DispatchRepository(Protocol):
         """
 
     async def first_turns(self, users: Collection[int]) -> dict[int, int]:
-        """Return the lowest turn of the queued chunks of those of these users who have any."""
+        """Return the lowest turn of the queued chunks of each of these users, or else of the other open ones.
+
+        A job with a `max_rate` may have no queued chunk. Open chunks do not count beside queued ones: one that a worker holds for
+        long may be far behind the others of its job.
+        """
 
     async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
         """Return the chunks that workers hold; with `partitions` only those of jobs in these partitions."""

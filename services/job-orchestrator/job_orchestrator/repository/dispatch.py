@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pymongo import IndexModel, UpdateOne
 
-from job_orchestrator.domain.chunk import HELD, ChunkState
+from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.repository import documents
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
@@ -60,30 +60,10 @@ class MongoDispatch:
 
     @dependency_errors()
     async def first_turns(self, users: Collection[int]) -> dict[int, int]:
-        # Without a chunk whose turn is damaged, which would be the first.
-        queued = _queued(raw=True) | {"turn": {"$type": ["int", "long"]}}
-        # Two keys of the index for each user, whereas `$group` would read all keys of their queued chunks.
-        found = self._database.aggregate(
-            [
-                {"$documents": [{"_id": user} for user in users]},
-                {
-                    "$lookup": {
-                        "from": self._chunks.name,
-                        "localField": "_id",
-                        "foreignField": "user_id",
-                        "pipeline": [
-                            {"$match": queued},
-                            {"$sort": {"turn": 1}},
-                            {"$limit": 1},
-                            {"$project": {"turn": 1}},
-                        ],
-                        "as": "first",
-                    },
-                },
-                {"$unwind": "$first"},
-            ],
-        )
-        return {each["_id"]: each["first"]["turn"] async for each in found}
+        turns = await self._lowest_turns(users, [ChunkState.QUEUED])
+        if others := set(users) - turns.keys():
+            turns |= await self._lowest_turns(others, OPEN - {ChunkState.QUEUED})
+        return turns
 
     @dependency_errors()
     async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
@@ -152,6 +132,37 @@ class MongoDispatch:
         since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
         found = self._workers.find({"slots": {"$gt": 0}, "$expr": since})
         return await documents.read_all(documents.read_worker, found, "workers")
+
+    async def _lowest_turns(self, users: Collection[int], states: Iterable[ChunkState]) -> dict[int, int]:
+        """Return the lowest turn of the chunks in these states of those of these users who have any."""
+        # Without a chunk whose turn is damaged, which would be the first.
+        wanted = {
+            "state": {"$in": [state.value for state in states]},
+            "needs_raw": {"$in": [False, True]},
+            "turn": {"$type": ["int", "long"]},
+        }
+        # Two keys of the index for each user and state, whereas `$group` would read all keys of their chunks.
+        found = self._database.aggregate(
+            [
+                {"$documents": [{"_id": user} for user in users]},
+                {
+                    "$lookup": {
+                        "from": self._chunks.name,
+                        "localField": "_id",
+                        "foreignField": "user_id",
+                        "pipeline": [
+                            {"$match": wanted},
+                            {"$sort": {"turn": 1}},
+                            {"$limit": 1},
+                            {"$project": {"turn": 1}},
+                        ],
+                        "as": "first",
+                    },
+                },
+                {"$unwind": "$first"},
+            ],
+        )
+        return {each["_id"]: each["first"]["turn"] async for each in found}
 
     async def _users(self, wanted: Document) -> set[int]:
         """Return the users of these chunks; the value in a damaged chunk may have any type."""

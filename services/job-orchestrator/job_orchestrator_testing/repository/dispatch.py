@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
+from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator_testing.repository.data import MemoryRepository
 
@@ -40,11 +40,14 @@ class MemoryDispatch(MemoryRepository):
         ]
 
     async def first_turns(self, users: Collection[int]) -> dict[int, int]:
-        turns: dict[int, int] = {}
-        for chunk in self._data.chunks.values():
-            if chunk.state is ChunkState.QUEUED and chunk.user_id in users:
-                turns[chunk.user_id] = min(chunk.turn, turns.get(chunk.user_id, chunk.turn))
-        return turns
+        def lowest(states: Collection[ChunkState]) -> dict[int, int]:
+            turns: dict[int, int] = {}
+            for chunk in self._data.chunks.values():
+                if chunk.state in states and chunk.user_id in users:
+                    turns[chunk.user_id] = min(chunk.turn, turns.get(chunk.user_id, chunk.turn))
+            return turns
+
+        return lowest(OPEN - {ChunkState.QUEUED}) | lowest({ChunkState.QUEUED})
 
     async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
         return [

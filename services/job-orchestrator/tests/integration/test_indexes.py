@@ -103,6 +103,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
         CHUNKS // USERS,
     ),
     "dispatch.first_turns": (lambda store: store.dispatch.first_turns({3, 4}), 6),
+    "dispatch.first_turns without queued chunks": (lambda store: store.dispatch.first_turns({98, 99}), 2),
     "dispatch.held": (lambda store: store.dispatch.held(), 3 * USERS),
     "dispatch.clocks": (lambda store: store.dispatch.clocks([3, 99]), USERS + 5),
     "dispatch.deactivate_clocks": (lambda store: store.dispatch.deactivate_clocks(), 8 * USERS),

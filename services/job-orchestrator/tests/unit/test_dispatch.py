@@ -450,6 +450,28 @@ async def test_jobs_of_one_user_alternate(world: World) -> None:
     assert {task.job_id for task in tasks(world)} == {1, 2}
 
 
+async def test_new_job_does_not_overtake_one_without_queued_chunks(world: World) -> None:
+    """A job whose `max_rate` allows one open chunk alternates with a new one of its user, whatever number of its chunks ended."""
+    world.worker.slots = 1
+    await world.start()
+    await world.worker.announce()
+    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000", max_rate=100))
+    await world.settle()
+
+    async def end_chunks(number: int) -> None:
+        for _ in range(number):
+            await world.worker.scanned(world.worker.tasks[-1])
+            await world.worker.announce()
+            await world.settle()
+
+    await end_chunks(9)
+    world.now += 2.0
+    await world.submit("127.9.16.0/20", policy=scan_policy(ports="1-1000"))
+    await world.settle()
+    await end_chunks(8)
+    assert Counter(task.job_id for task in world.worker.tasks[-8:])[1] >= 3
+
+
 async def test_raw_chunks_wait_for_a_raw_worker(world: World) -> None:
     """While a raw worker is live, chunks that need raw packets are dispatched only to it, the others to any worker."""
     raw = Worker(world.bus, "w-raw", slots=2, raw=True)
