@@ -155,7 +155,7 @@ class Chunk:
     unstored: int = 0
     """Number of checks that missed results, up to `MAX_FAILURES`; progress does not reset it."""
     seconds: float = 0.0
-    """Slot seconds of all attempts."""
+    """Slot seconds of all attempts, except those whose lease expired without progress."""
     reason: str = ""
     technique: Technique | None = None
     attempts: tuple[Attempt, ...] = ()
@@ -317,7 +317,7 @@ def expire(chunk: Chunk, reason: str, now: datetime) -> Chunk:
 
     A chunk that was never claimed goes to another worker at no cost: its task may not have been delivered.
     """
-    chunk = _lost(chunk, "expired")
+    chunk = _lost(_timed(chunk, now) if not chunk.fruitless else chunk, "expired")
     free = instance_of(chunk.worker_id) in chunk.failed_by or chunk.state is ChunkState.DISPATCHED
     if free and chunk.blank and chunk.fruitless < MAX_FRUITLESS:
         return _move(chunk, ChunkTrigger.FAIL, ChunkState.QUEUED, reason=reason, failed_by=_failed_by(chunk))
@@ -370,13 +370,13 @@ def incomplete(chunk: Chunk, attempt: int, addresses: Iterable[str], now: dateti
     if not missed:
         return chunk
     outcomes = "".join(code if index in missed else old for index, old in enumerate(chunk.outcomes))
-    lost = replace(_lost(chunk, "incomplete"), outcomes=outcomes, unstored=unstored)
+    lost = replace(_lost(_timed(chunk, now), "incomplete"), outcomes=outcomes, unstored=unstored)
     failed = fail(lost, "results were lost before they were stored", now)
     delay = timedelta(seconds=2**unstored)  # the cause may be temporary
     return replace(failed, not_before=now + delay) if failed.state is ChunkState.QUEUED else failed
 
 
-def store(chunk: Chunk, outcomes: str) -> Chunk:
+def store(chunk: Chunk, outcomes: str, now: datetime) -> Chunk:
     """Return the chunk with the map of its stored hosts, which is valid for any attempt.
 
     A final state is kept; a cancelled chunk still takes the map, so that the ledger shows the stored results. A map of another
@@ -388,7 +388,8 @@ def store(chunk: Chunk, outcomes: str) -> Chunk:
         return replace(chunk, outcomes=outcomes)
     if chunk.state not in OPEN:
         return chunk
-    return _move(_lost(replace(chunk, outcomes=outcomes), "stored"), ChunkTrigger.STORE, ChunkState.STORED)
+    lost = _lost(_timed(chunk, now), "stored")
+    return _move(replace(lost, outcomes=outcomes), ChunkTrigger.STORE, ChunkState.STORED)
 
 
 def request_check(chunk: Chunk, now: datetime, patience: timedelta) -> Chunk:
@@ -423,6 +424,16 @@ def _ended(chunk: Chunk, report: Ended, now: datetime) -> Chunk:
 def _lost(chunk: Chunk, how: str) -> Chunk:
     """Record how the current attempt lost the chunk; its worker has not reported an end."""
     return _noted(chunk, how=how) if chunk.state in HELD else chunk
+
+
+def _timed(chunk: Chunk, now: datetime) -> Chunk:
+    """Add the measured time of the current attempt, whose worker has not reported it, up to its estimate.
+
+    The measured time may contain a lease timeout, or an outage of this service, which the job's later estimates must not.
+    """
+    if chunk.state not in HELD:
+        return chunk
+    return replace(chunk, seconds=chunk.seconds + min(elapsed(chunk, now), chunk.share * chunk.expected))
 
 
 def _noted(chunk: Chunk, **facts: Any) -> Chunk:

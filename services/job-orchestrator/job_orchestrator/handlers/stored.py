@@ -39,7 +39,7 @@ class Stored:
                 if verdict.job_id != chunk.job_id:
                     continue
                 if isinstance(verdict, ChunkStored):
-                    chunk = store(chunk, verdict.outcomes)
+                    chunk = store(chunk, verdict.outcomes, now)
                 else:
                     chunk = incomplete(chunk, verdict.attempt, verdict.addresses, now)
             return chunk

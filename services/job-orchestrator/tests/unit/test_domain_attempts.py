@@ -90,7 +90,7 @@ def test_attempt_without_a_claim_is_recorded() -> None:
     [
         ("expired", lambda each: expire(each, "sent no report", LATER)),
         ("cancelled", cancel),
-        ("stored", lambda each: store(each, "asds")),
+        ("stored", lambda each: store(each, "asds", LATER)),
         ("incomplete", lambda each: incomplete(each, 1, ["127.9.8.0"], LATER)),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -403,6 +403,29 @@ def test_slot_seconds_are_bounded_by_the_measured_time(end: type[Any], claimed: 
     assert after(held, report(end, slot_seconds=claimed)).seconds == pytest.approx(2.0 + counted)
 
 
+LOST: dict[str, Callable[[Chunk], Chunk]] = {
+    "stored": lambda held: store(held, "asdt", NOW),
+    "expired": lambda held: expire(held, "no report", NOW),
+    "incomplete": lambda held: incomplete(held, 2, ["127.9.8.0"], NOW),
+}
+
+
+@pytest.mark.parametrize("lose", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("state", sorted(HELD))
+@pytest.mark.parametrize(("estimate", "counted"), [(60.0, 5.0), (4.0, 2.0)])
+def test_slot_seconds_of_an_attempt_without_a_final_report_are_counted_up_to_its_estimate(
+    lose: Callable[[Chunk], Chunk], state: ChunkState, estimate: float, counted: float
+) -> None:
+    """A verdict that overtakes the report, and an expired lease after progress, count the measured time times the share."""
+    held = in_state(state, share=0.5, seconds=2.0, attempt_estimate=estimate)
+    assert lose(held).seconds == pytest.approx(2.0 + counted)
+
+
+def test_slot_seconds_of_an_expired_attempt_without_progress_are_not_counted() -> None:
+    """They are those of the lost worker, and would make the job's later chunks seem longer."""
+    assert expire(in_state(ChunkState.RUNNING, fruitless=1, attempt_estimate=60.0), "no report", NOW).seconds == 0.0
+
+
 def test_elapsed_is_never_negative() -> None:
     """An attempt that was never dispatched, or in the future, has taken nothing."""
     assert elapsed(chunk(), NOW) == 0.0
@@ -433,15 +456,15 @@ def test_check_is_requested_only_for_scanned_chunks(state: ChunkState) -> None:
 @pytest.mark.parametrize("state", sorted(NOT_FINAL))
 def test_stored_ends_a_chunk_whatever_attempt_it_came_from(state: ChunkState) -> None:
     """ChunkStored ends every chunk that is not final, with the map that the stored hosts prove."""
-    changed = store(in_state(state, outcomes="s..x"), "asdx")
+    changed = store(in_state(state, outcomes="s..x"), "asdx", NOW)
     assert (changed.state, changed.outcomes) == (ChunkState.STORED, "asdx")
 
 
 def test_stored_changes_no_final_state() -> None:
     """A final chunk does not change, except that a cancelled one still takes the map of its stored results."""
     for state in (ChunkState.STORED, ChunkState.FAILED):
-        assert store(in_state(state, outcomes="s..."), "asdt") == in_state(state, outcomes="s...")
-    changed = store(in_state(ChunkState.CANCELLED, outcomes="s..."), "asdt")
+        assert store(in_state(state, outcomes="s..."), "asdt", NOW) == in_state(state, outcomes="s...")
+    changed = store(in_state(ChunkState.CANCELLED, outcomes="s..."), "asdt", NOW)
     assert (changed.state, changed.outcomes) == (ChunkState.CANCELLED, "asdt")
 
 
@@ -449,7 +472,7 @@ def test_stored_changes_no_final_state() -> None:
 def test_stored_with_an_invalid_map_is_ignored(outcomes: str) -> None:
     """A ChunkStored with blanks, or with other addresses excluded than the chunk's, is ignored."""
     scanned = in_state(ChunkState.SCANNED, outcomes="asxt")
-    assert store(scanned, outcomes) == scanned
+    assert store(scanned, outcomes, NOW) == scanned
 
 
 def test_missing_results_make_addresses_blank_again() -> None:
@@ -519,7 +542,7 @@ def step(left: Chunk, kind: str, what: Any, news: Any) -> Chunk:
     token = {"attempt": left.attempt, "worker_id": left.worker_id}
     match kind:
         case "dispatch" if left.state is ChunkState.QUEUED:
-            return dispatch(left, what, NOW, size=news, share=1.0, estimate=1.5)
+            return dispatch(left, what, THEN, size=news, share=0.5, estimate=1.5)
         case "report" if left.state in HELD:
             return after(left, report(what, news, **token))
         case "slow" if left.state in HELD:
@@ -542,17 +565,18 @@ def stored_in_the_end(left: Chunk, never: Collection[int]) -> Chunk:
         if missing := [f"127.9.8.{place}" for place in never if left.outcomes[place] in WITH_HOST]:
             left = incomplete(left, left.attempt, missing, NOW)
         else:
-            left = store(left, left.outcomes)
+            left = store(left, left.outcomes, NOW)
     return left
 
 
 @given(st.lists(STEPS, max_size=60), st.sets(st.integers(0, 3)))
 def test_chunk_is_consistent_in_any_order_of_events(steps: list[tuple[str, Any, Any]], never: set[int]) -> None:
-    """A queued chunk has something to scan, a scanned one nothing; counts stay within bounds, and the chunk can be stored."""
+    """A queued chunk has something to scan, a scanned one nothing; counts and times stay within bounds; the chunk can be stored."""
     left = chunk()
     for kind, what, news in steps:
         before, left = left, step(left, kind, what, news)
         assert left.attempt >= before.attempt
+        assert 0 <= left.seconds - before.seconds <= (elapsed(before, NOW) if before.state in HELD else 0.0)
         assert left.state is not ChunkState.QUEUED or left.blank
         assert left.state is not ChunkState.SCANNED or not left.blank
         assert 0 <= left.failures < MAX_FAILURES

@@ -15,6 +15,7 @@ from job_orchestrator.domain.ledger import ACCOUNTED, NAMES, NotProbed, Tally, U
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import documents
 from job_orchestrator_testing import chunk, replanned, scan_job, scan_policy
+from job_orchestrator_testing.things import THEN
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.scanning.outcomes import Outcome
 from scanfleet.scanning.ports import PortSet
@@ -124,7 +125,7 @@ def test_pages_from_totals_are_those_of_all_chunks(
     ended = [
         each
         if each.state in {ChunkState.FAILED, ChunkState.CANCELLED}
-        else store(replace(each, state=ChunkState.SCANNED), codes)
+        else store(replace(each, state=ChunkState.SCANNED), codes, THEN)
         for each in chunks[:done]
         for codes in (each.outcomes.replace(".", "d"),)
     ]
