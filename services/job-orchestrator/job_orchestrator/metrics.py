@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import REGISTRY, Collector
 
-from job_orchestrator.domain.census import Census
+from job_orchestrator.domain.census import MAX_COUNTED, DeletionCensus, JobCensus
 from job_orchestrator.domain.chunk import OPEN, ChunkState
 from job_orchestrator.domain.deletion import REASONS
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
@@ -19,6 +20,8 @@ from scanfleet.contracts.messages import JobStatus
 
 _FRESH_SECONDS: Final = 30.0  # maximum age of an exported census; they are 10 s apart
 _SECONDS: Final = (0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400, 86_400)  # a scan takes from a second to a day
+
+_Part = TypeVar("_Part")
 
 LEASES_EXPIRED: Final = Counter(
     "scanfleet_leases_expired_total", "Running chunks requeued because their worker sent no report within the lease."
@@ -85,59 +88,82 @@ def count_transition(job: ScanJob) -> None:
         _JOB_RUN.observe((job.end_time - job.start_time).total_seconds())
 
 
-class CensusGauges(Collector):
-    """Gauges of the last census while it is fresh: without a reachable database no values are exported."""
+class CensusGauges(Collector, Generic[_Part]):
+    """Gauges of the last part of a census while it is fresh: without a reachable database no values are exported.
 
-    def __init__(self, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        gauges: by name and label: the description, and the values by label value.
+        monotonic: returns a time in seconds that never decreases.
+    """
+
+    def __init__(
+        self,
+        gauges: Mapping[tuple[str, str], tuple[str, Callable[[_Part], Mapping[str, float]]]],
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._gauges = gauges
         self._monotonic = monotonic
-        self._census: Census | None = None
+        self._part: _Part | None = None
         self._taken = float("-inf")
 
-    def show(self, census: Census) -> None:
-        self._census = census
+    def show(self, part: _Part) -> None:
+        self._part = part
         self._taken = self._monotonic()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         fresh = self._monotonic() - self._taken < _FRESH_SECONDS
-        for (name, label), (what, read) in _GAUGES.items():
+        for (name, label), (what, read) in self._gauges.items():
             text = f"{what}. Every replica counts the same database: use the maximum over replicas, not the sum."
             family = GaugeMetricFamily(name, text, labels=[label] if label else [])
-            for value, number in read(self._census).items() if self._census and fresh else ():
+            for value, number in read(self._part).items() if self._part is not None and fresh else ():
                 family.add_metric([value] if label else [], number)
             yield family
 
 
-# The gauges of a census: name and label, description, and the values by label value.
-_GAUGES: Final[dict[tuple[str, str], tuple[str, Callable[[Census], Mapping[str, float]]]]] = {
-    ("scanfleet_jobs", "status"): (
-        "Unfinished jobs",
-        lambda census: {status: census.jobs.numbers[status] for status in UNFINISHED},
-    ),
-    ("scanfleet_oldest_job_age_seconds", "status"): (
-        "Age since creation of the oldest unfinished job, without those that wait for their user's hours; 0 if there is none",
-        lambda census: {status: census.jobs.ages.get(status, 0.0) for status in UNFINISHED},
-    ),
-    ("scanfleet_chunks", "state"): (
-        "Chunks that are not final",
-        lambda census: {state: census.chunks[state] for state in ChunkState if state in OPEN},
-    ),
-    ("scanfleet_queued_slot_seconds", ""): (
-        "Expected slot seconds of all unfinished jobs that do not wait for their user's hours, for scaling workers",
-        lambda census: {"": census.jobs.slot_seconds},
-    ),
-    ("scanfleet_deletions_open", ""): (
-        "Deletions of jobs that are accepted and not complete",
-        lambda census: {"": census.deletions.open},
-    ),
-    ("scanfleet_deletion_oldest_seconds", ""): (
-        "Time since the request of the oldest deletion that is not complete, 0 if there is none",
-        lambda census: {"": census.deletions.age},
-    ),
-    ("scanfleet_outbox_age_seconds", ""): (
-        "Age of the oldest unpublished job event, 0 if there is none",
-        lambda census: {"": census.jobs.outbox_age},
-    ),
-}
-
-CENSUS: Final = CensusGauges()
-REGISTRY.register(CENSUS)
+JOB_CENSUS: Final = CensusGauges[JobCensus](
+    {
+        ("scanfleet_jobs", "status"): (
+            "Unfinished jobs",
+            lambda jobs: {status: jobs.numbers[status] for status in UNFINISHED},
+        ),
+        ("scanfleet_oldest_job_age_seconds", "status"): (
+            "Age since creation of the oldest unfinished job, without those that wait for their user's hours; 0 if there is none",
+            lambda jobs: {status: jobs.ages.get(status, 0.0) for status in UNFINISHED},
+        ),
+        ("scanfleet_queued_slot_seconds", ""): (
+            "Expected slot seconds of all unfinished jobs that do not wait for their user's hours, for scaling workers",
+            lambda jobs: {"": jobs.slot_seconds},
+        ),
+    }
+)
+OUTBOX_AGE: Final = CensusGauges[float](
+    {
+        ("scanfleet_outbox_age_seconds", ""): (
+            "Age of the oldest unpublished job event, 0 if there is none",
+            lambda age: {"": age},
+        ),
+    }
+)
+CHUNK_CENSUS: Final = CensusGauges[collections.Counter[ChunkState]](
+    {
+        ("scanfleet_chunks", "state"): (
+            f"Chunks that are not final, each state counted up to {MAX_COUNTED:,}",
+            lambda chunks: {state: chunks[state] for state in ChunkState if state in OPEN},
+        ),
+    }
+)
+DELETION_CENSUS: Final = CensusGauges[DeletionCensus](
+    {
+        ("scanfleet_deletions_open", ""): (
+            "Deletions of jobs that are accepted and not complete",
+            lambda deletions: {"": deletions.open},
+        ),
+        ("scanfleet_deletion_oldest_seconds", ""): (
+            "Time since the request of the oldest deletion that is not complete, 0 if there is none",
+            lambda deletions: {"": deletions.age},
+        ),
+    }
+)
+for _gauges in (JOB_CENSUS, OUTBOX_AGE, CHUNK_CENSUS, DELETION_CENSUS):
+    REGISTRY.register(_gauges)

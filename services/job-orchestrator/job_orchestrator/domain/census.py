@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 from job_orchestrator.domain.chunk import OPEN, Chunk, ChunkState
 from scanfleet.contracts.messages import JobStatus
+
+MAX_COUNTED: Final = 100_000  # chunks of each state: a census reads them in a tenth of a second, whatever the backlog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +53,6 @@ class JobCensus:
     """Age of the oldest job in each status, since its creation."""
     slot_seconds: float
     """Expected slot seconds of unfinished jobs, for scaling."""
-    outbox_age: float
-    """Age of the oldest unpublished event; 0 if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,3 @@ class DeletionCensus:
     open: int = 0
     age: float = 0.0
     """Seconds since the oldest of them was requested, by the database's clock."""
-
-
-@dataclass(frozen=True, slots=True)
-class Census:
-    """Numbers of unfinished jobs, of their chunks that are not final, and of deletions."""
-
-    jobs: JobCensus
-    chunks: Counter[ChunkState]
-    deletions: DeletionCensus

@@ -222,6 +222,9 @@ class JobRepository(Protocol):
 
     async def census(self) -> JobCensus: ...
 
+    async def outbox_age(self) -> float:
+        """Return the seconds since the oldest unpublished event by the database's clock; 0 if there is none."""
+
 
 class DeletionRepository(Protocol):
     """Receipts that replace the documents of deleted jobs."""
@@ -317,7 +320,7 @@ class ChunkRepository(Protocol):
         """Delete up to `limit` chunks of the job, and keep their attempts as long as receipts; return the number deleted."""
 
     async def census(self) -> Counter[ChunkState]:
-        """Return the number of chunks in each state that is not final."""
+        """Return the number of chunks in each state that is not final, each counted up to `MAX_COUNTED`."""
 
 
 class DispatchRepository(Protocol):

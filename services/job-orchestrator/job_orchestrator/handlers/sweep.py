@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from datetime import timedelta
 from itertools import chain
-from typing import Final
+from typing import Final, TypeVar
 
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.census import Census
 from job_orchestrator.domain.chunk import request_check
 from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
@@ -22,7 +21,7 @@ from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.reporter import Reporter
-from job_orchestrator.metrics import CENSUS
+from job_orchestrator.metrics import CHUNK_CENSUS, DELETION_CENSUS, JOB_CENSUS, OUTBOX_AGE, CensusGauges
 from scanfleet.contracts.messages.topics import SCAN_RESULTS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
@@ -30,8 +29,10 @@ from scanfleet.security.chunk_grants import Signer
 
 _OLD_EVENT: Final = timedelta(seconds=5)  # a running replica publishes its events within milliseconds
 _RECONCILE_SECONDS: Final = 10.0
-_CENSUS_SECONDS: Final = 10.0  # interval: a census reads an index of all unfinished jobs and chunks
+_CENSUS_SECONDS: Final = 10.0  # interval: a census reads an index of all unfinished jobs
 _PAGE: Final = 500
+
+_Part = TypeVar("_Part")
 
 
 class Sweeper:
@@ -114,8 +115,16 @@ class Sweeper:
         now = self._clock.monotonic()
         if now - self._counted > _CENSUS_SECONDS:
             self._counted = now  # also after a failure, so that a failing database is not queried more often
-            jobs, chunks = await self._jobs.census(), await self._chunks.census()
-            CENSUS.show(Census(jobs, chunks, await self._deletions.census()))
+            done = await asyncio.gather(
+                _show(JOB_CENSUS, self._jobs.census),
+                _show(OUTBOX_AGE, self._jobs.outbox_age),
+                _show(CHUNK_CENSUS, self._chunks.census),
+                _show(DELETION_CENSUS, self._deletions.census),
+                return_exceptions=True,  # a query that fails ends only its own gauges
+            )
+            for each in done:
+                if each is not None:
+                    raise each
 
     async def _relay(self) -> None:
         before, partitions = self._clock.now() - _OLD_EVENT, self._partitions()
@@ -172,3 +181,7 @@ class Sweeper:
                     f"no worker that may send raw packets was available for {self._raw_patience.total_seconds():.0f} s: "
                     "start one, or use a policy without SYN scans, UDP ports and OS detection",
                 )
+
+
+async def _show(gauges: CensusGauges[_Part], count: Callable[[], Awaitable[_Part]]) -> None:
+    gauges.show(await count())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Sequence
 from datetime import datetime, timedelta
@@ -11,7 +12,7 @@ from typing import Any, Final, cast
 from pymongo import IndexModel
 from pymongo.read_concern import ReadConcern
 
-from job_orchestrator.domain.census import OpenChunks, Standing
+from job_orchestrator.domain.census import MAX_COUNTED, OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import save
@@ -176,13 +177,11 @@ class MongoChunks:
 
     @dependency_errors()
     async def census(self) -> Counter[ChunkState]:
-        groups = self._chunks.aggregate(
-            [
-                {"$match": {"state": {"$in": [state.value for state in OPEN]}}},
-                {"$group": {"_id": "$state", "n": {"$sum": 1}}},
-            ],
-        )
-        return Counter({ChunkState(each["_id"]): each["n"] async for each in groups})
+        numbers = await asyncio.gather(*map(self._count_up_to_limit, OPEN))
+        return +Counter(dict(zip(OPEN, numbers, strict=True)))
+
+    async def _count_up_to_limit(self, state: ChunkState) -> int:
+        return await self._chunks.count_documents({"state": state.value}, limit=MAX_COUNTED)
 
     @dependency_errors()
     async def _find(self, wanted: Document, limit: int = 0) -> list[Chunk]:

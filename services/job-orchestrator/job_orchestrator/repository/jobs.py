@@ -243,17 +243,18 @@ class MongoJobs:
                 {"$set": {"age": age("$oldest")}},
             ],
         )
-        unsent = await asyncio.gather(*map(self._outbox_age, range(SCAN_PROGRESS.partitions)))
         by_status = {JobStatus(each["_id"]): each async for each in jobs}
         return JobCensus(
             numbers=Counter({status: each["n"] for status, each in by_status.items()}),
             ages={status: each["age"] for status, each in by_status.items()},
             slot_seconds=float(sum(each["seconds"] for each in by_status.values())),
-            outbox_age=max(unsent),
         )
 
+    @dependency_errors()
+    async def outbox_age(self) -> float:
+        return max(await asyncio.gather(*map(self._outbox_age, range(SCAN_PROGRESS.partitions))))
+
     async def _outbox_age(self, partition: int) -> float:
-        """Return the age of the partition's oldest unpublished event in seconds; 0 if there is none."""
         oldest = self._jobs.aggregate(
             [
                 {"$match": {"partition": partition, "outbox.at": {"$type": "date"}, "$expr": {"$isArray": "$outbox"}}},

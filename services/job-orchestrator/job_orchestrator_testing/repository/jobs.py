@@ -139,7 +139,6 @@ class MemoryJobs(MemoryRepository):
     async def census(self) -> JobCensus:
         jobs = self._unfinished()
         due = [job for job in jobs if _is_due(job)]
-        outgoing = [out.at for job in self._data.jobs.values() for out in job.outbox]
         return JobCensus(
             numbers=Counter(job.status for job in jobs),
             ages={
@@ -147,8 +146,10 @@ class MemoryJobs(MemoryRepository):
                 for status in {job.status for job in jobs}
             },
             slot_seconds=sum(job.seconds_left for job in due),
-            outbox_age=max(map(_age, outgoing), default=0.0),
         )
+
+    async def outbox_age(self) -> float:
+        return max((_age(out.at) for job in self._data.jobs.values() for out in job.outbox), default=0.0)
 
     def _unfinished(self) -> list[ScanJob]:
         return [job for job in self._data.jobs.values() if job.status in UNFINISHED]

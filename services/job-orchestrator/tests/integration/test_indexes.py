@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from job_orchestrator.domain.chunk import HELD, ChunkState
+from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Clock, Credit
@@ -114,6 +114,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
         2,
     ),
     "jobs.census": (lambda store: store.jobs.census(), 2 * USERS),
+    "jobs.outbox_age": (lambda store: store.jobs.outbox_age(), 2),
     "deletions.census": (lambda store: store.deletions.census(), 2),
     "chunks.census": (lambda store: store.chunks.census(), CHUNKS),
     "jobs.save": (lambda store: store.jobs.save([scan_job(3)]), 5),
@@ -257,6 +258,22 @@ async def test_usage_of_a_user_is_read_from_the_index_only(mongo_store: MongoSto
     (read,) = await database["system.profile"].find({"op": "command", "command.aggregate": "jobs"}).to_list(None)
     assert read["docsExamined"] == 0
     assert read["keysExamined"] <= 502
+
+
+async def test_census_counts_chunks_up_to_a_limit(
+    filled: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost of a census does not grow with the backlog: it reads a limited number of keys of each state, and no chunk."""
+    monkeypatch.setattr("job_orchestrator.repository.chunks.MAX_COUNTED", 50)
+    await database.command("profile", 2)
+    census = await filled.chunks.census()
+    await database.command("profile", 0)
+    assert census == dict.fromkeys([ChunkState.RUNNING, ChunkState.DISPATCHED, ChunkState.SCANNED], USERS) | {
+        ChunkState.QUEUED: 50
+    }
+    reads = await database["system.profile"].find({"op": "command", "command.aggregate": "chunks"}).to_list(None)
+    assert [each["docsExamined"] for each in reads] == [0] * len(OPEN)
+    assert max(each["keysExamined"] for each in reads) <= 51
 
 
 async def _read_by(database: Database, ask: Awaitable[Any]) -> int:

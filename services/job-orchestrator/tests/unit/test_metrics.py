@@ -9,29 +9,22 @@ from datetime import timedelta
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from job_orchestrator.domain.census import Census, DeletionCensus, JobCensus
+from job_orchestrator.domain.census import DeletionCensus, JobCensus
 from job_orchestrator.domain.chunk import ChunkState
-from job_orchestrator.metrics import CensusGauges
-from job_orchestrator_testing import MemoryStore, World, scan_job
+from job_orchestrator.metrics import CHUNK_CENSUS, DELETION_CENSUS, JOB_CENSUS, OUTBOX_AGE, CensusGauges
+from job_orchestrator_testing import MemoryStore, World, chunk, scan_job
 from job_orchestrator_testing.repository import MemoryJobs
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.errors import DependencyError
 
-CENSUS = Census(
-    JobCensus(
-        numbers=Counter({JobStatus.PENDING: 3}),
-        ages={JobStatus.PENDING: 40.0},
-        slot_seconds=2.5,
-        outbox_age=0.25,
-    ),
-    Counter({ChunkState.QUEUED: 5}),
-    DeletionCensus(2, 7.5),
-)
+
+def shown(name: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(f"scanfleet_{name}", labels)
 
 
 def counted(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(f"scanfleet_{name}", labels) or 0.0
+    return shown(name, **labels) or 0.0
 
 
 @pytest.mark.parametrize(
@@ -47,22 +40,31 @@ def test_census_is_exported_for_half_a_minute() -> None:
     """Its numbers, including zeros, are exported for half a minute and then omitted: they would be outdated."""
     now = 100.0
     registry = CollectorRegistry()
-    gauges = CensusGauges(monotonic=lambda: now)
+    gauges = CensusGauges(JOB_CENSUS._gauges, monotonic=lambda: now)
     registry.register(gauges)
 
     def shown(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"scanfleet_{name}", labels)
 
     assert shown("queued_slot_seconds") is None
-    gauges.show(CENSUS)
+    numbers, ages = Counter({JobStatus.PENDING: 3}), {JobStatus.PENDING: 40.0}
+    gauges.show(JobCensus(numbers=numbers, ages=ages, slot_seconds=2.5))
     now += 29.0
     assert (shown("jobs", status="pending"), shown("jobs", status="running")) == (3.0, 0.0)
-    assert (shown("chunks", state="queued"), shown("chunks", state="scanned")) == (5.0, 0.0)
-    assert (shown("queued_slot_seconds"), shown("outbox_age_seconds")) == (2.5, 0.25)
+    assert shown("queued_slot_seconds") == 2.5
     assert shown("oldest_job_age_seconds", status="pending") == 40.0
-    assert (shown("deletions_open"), shown("deletion_oldest_seconds")) == (2.0, 7.5)
     now += 2.0
     assert [sample for metric in registry.collect() for sample in metric.samples] == []
+
+
+def test_every_part_of_a_census_has_its_gauges() -> None:
+    """Chunks, deletions and the age of the oldest event are exported, zeros too."""
+    CHUNK_CENSUS.show(Counter({ChunkState.QUEUED: 5}))
+    DELETION_CENSUS.show(DeletionCensus(2, 7.5))
+    OUTBOX_AGE.show(0.0)
+    assert (counted("chunks", state="queued"), shown("chunks", state="scanned")) == (5.0, 0.0)
+    assert (counted("deletions_open"), counted("deletion_oldest_seconds")) == (2.0, 7.5)
+    assert shown("outbox_age_seconds") == 0.0
 
 
 async def test_sweep_takes_a_census_every_ten_seconds(world: World) -> None:
@@ -124,7 +126,7 @@ async def test_cancelled_job_is_counted_once(world: World) -> None:
 
 
 class Refusing(MemoryJobs):
-    """Takes no census."""
+    """Takes no census of jobs."""
 
     asked = 0
 
@@ -145,3 +147,18 @@ async def test_failed_census_is_retried_after_ten_seconds() -> None:
     await world.only.sweeper.sweep()
     await world.settle()
     assert (refusing.asked, (await store.chunks.standings([9]))[9].open) == (1, 1)
+
+
+async def test_failed_census_of_jobs_hides_no_other_gauges() -> None:
+    """A query that fails, for whatever cause, ends only its own gauges."""
+    store = MemoryStore()
+    store.jobs = Refusing(store.data)
+    world = World(store)
+    await world.start()
+    for gauges in (CHUNK_CENSUS, DELETION_CENSUS, OUTBOX_AGE):
+        gauges._taken = float("-inf")
+    await store.chunks.insert([chunk(id=f"9-{n}", job_id=9, index=n) for n in range(3)])
+    with pytest.raises(DependencyError):
+        await world.only.sweeper.sweep()
+    assert (shown("chunks", state="queued"), shown("deletions_open")) == (3.0, 0.0)
+    assert shown("outbox_age_seconds") == 0.0
