@@ -1156,6 +1156,7 @@ async def test_subnets_equal_to_lines_are_found_once_with_their_exclusions(store
     named = await store.subnets.named(7, ["lan 0", "lan 249", "none"])
     assert sorted(each.name for each in named) == ["lan 0"] * 3 + ["lan 249"]
     assert {each.content.exclude for each in named} == {()}
+    assert await store.subnets.count_excludes(7, [1, 2, 2, 502, 503, 999]) == 2
 
 
 @pytest.mark.integration

@@ -65,6 +65,9 @@ class SubnetRepository(ResourceRepository[ScanTarget], Protocol):
     async def named(self, user_id: int, names: Collection[str]) -> list[Subnet]:
         """Return the user's subnets with these names, without their exclusions."""
 
+    async def count_excludes(self, user_id: int, ids: Collection[int]) -> int:
+        """Return how many networks those of the user's subnets exclude that have these ids, all together."""
+
 
 PolicyRepository = ResourceRepository[ScanPolicy]
 

@@ -22,6 +22,7 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.recent import Recent
 from scanfleet.contracts.messages import SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
+from scanfleet.contracts.rest import MAX_EXCLUDES
 from scanfleet.errors import Rule
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import Target
@@ -61,13 +62,11 @@ class Submits:
         """Return the command to insert for each submit: accepted with all of its jobs, or rejected."""
         if not submits:
             return []
-        too_many = await self._too_many(submits)
-        within = [submit for submit in submits if submit.command_id not in too_many]
-        above = [submit for submit in submits if submit.command_id in too_many]
-        return [
-            *await self._decide(within),
-            *(_refused(each, _over_quota(too_many[each.command_id])) for each in above),
-        ]
+        refused = {id_: _over_quota(error) for id_, error in (await self._too_many(submits)).items()}
+        refused |= await self._too_large([each for each in submits if each.command_id not in refused])
+        within = [submit for submit in submits if submit.command_id not in refused]
+        above = [submit for submit in submits if submit.command_id in refused]
+        return [*await self._decide(within), *(_refused(each, refused[each.command_id]) for each in above)]
 
     async def _decide(self, submits: Sequence[SubmitJobs]) -> list[Command]:
         if not submits:
@@ -114,6 +113,18 @@ class Submits:
             except QuotaError as error:
                 errors[submit.command_id] = error
         return errors
+
+    async def _too_large(self, submits: Iterable[SubmitJobs]) -> Mapping[str, Refusal]:
+        """Return the refusal of each submit that excludes too many networks, before its subnets, up to 20 MB, are read."""
+        large = [submit for submit in submits if len(submit.subnet_ids) * MAX_EXCLUDES > _MAX_EXCLUDES]
+        counts = await asyncio.gather(
+            *(self._subnets.count_excludes(submit.user_id, submit.subnet_ids) for submit in large)
+        )
+        return {
+            submit.command_id: _too_many_excludes(count)
+            for submit, count in zip(large, counts, strict=True)
+            if count > _MAX_EXCLUDES
+        }
 
     async def estimate(self, user_id: int, roles: AbstractSet[str], policy: ScanPolicy, target: Target) -> Proposal:
         """Return the result that a submit of this scan would have, with every reason to refuse it; store nothing.
@@ -172,6 +183,11 @@ def _over_quota(error: QuotaError) -> Refusal:
     return Refusal(str(error), Rule.QUOTA, status=429 if error.temporary else 400)
 
 
+def _too_many_excludes(count: int) -> Refusal:
+    text = f"The subnets exclude {count} networks; those of one request at most {_MAX_EXCLUDES}"
+    return Refusal(text, Rule.REQUEST)
+
+
 def _accepted(submit: SubmitJobs, jobs: Iterable[ScanJob]) -> Command:
     return Command(
         id=submit.command_id,
@@ -210,8 +226,7 @@ def _resolved(
         raise _RefusedError(Refusal(f"Subnet {', '.join(missing[:10])} not found", Rule.OWNER))
     own = [subnet for subnet in found if subnet is not None]
     if (excludes := sum(len(subnet.content.exclude) for subnet in own)) > _MAX_EXCLUDES:
-        text = f"The subnets exclude {excludes} networks; those of one request at most {_MAX_EXCLUDES}"
-        raise _RefusedError(Refusal(text, Rule.REQUEST))
+        raise _RefusedError(_too_many_excludes(excludes))
     return [(policy, subnet) for subnet in own]
 
 

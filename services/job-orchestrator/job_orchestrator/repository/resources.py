@@ -134,6 +134,17 @@ class MongoSubnets(MongoResources[ScanTarget]):
         found = self._collection.find({"user_id": user_id, "name": {"$in": list(names)}}, {"exclude": 0})
         return await documents.read_all(_read_without_exclusions, found, self._collection.name)
 
+    @dependency_errors()
+    async def count_excludes(self, user_id: int, ids: Collection[int]) -> int:
+        number = {"$cond": [{"$isArray": "$exclude"}, {"$size": "$exclude"}, 0]}
+        total = self._collection.aggregate(
+            [
+                {"$match": {"_id": {"$in": list(ids)}, "user_id": user_id}},
+                {"$group": {"_id": None, "excludes": {"$sum": number}}},
+            ]
+        )
+        return sum([each["excludes"] async for each in total])
+
 
 def _read_without_exclusions(document: Document) -> Subnet:
     return documents.read_subnet(document | {"exclude": ()})

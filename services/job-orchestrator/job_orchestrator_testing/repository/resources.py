@@ -66,3 +66,6 @@ class MemorySubnets(MemoryResources[ScanTarget]):
     async def named(self, user_id: int, names: Collection[str]) -> list[Subnet]:
         found = [each for each in self._of(user_id) if each.name in names]
         return [replace(each, content=replace(each.content, exclude=())) for each in found]
+
+    async def count_excludes(self, user_id: int, ids: Collection[int]) -> int:
+        return sum(len(each.content.exclude) for each in self._of(user_id) if each.id in ids)

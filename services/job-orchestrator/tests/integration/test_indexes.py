@@ -82,6 +82,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "jobs.has_unfinished": (lambda store: store.jobs.has_unfinished(3), 5),
     "subnets.equal_to": (lambda store: store.subnets.equal_to(7, [("lab", ScanTarget("127.9.8.0/24"))]), 5),
     "subnets.named": (lambda store: store.subnets.named(7, ["lab"]), 5),
+    "subnets.count_excludes": (lambda store: store.subnets.count_excludes(7, [1, 2, 3]), 6),
     "access.user_id": (lambda store: store.access.user_id("https://a.test", "x"), 12),
     "subnets.page": (lambda store: store.subnets.page(7, 0, 10), 5),
     "policies.page": (lambda store: store.policies.page(7, 0, 10), 5),

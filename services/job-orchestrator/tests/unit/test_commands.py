@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import tracemalloc
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, cast
@@ -17,9 +17,9 @@ from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import Store
-from job_orchestrator.domain.resources import Owned, ScanTarget
+from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
 from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
-from job_orchestrator_testing.repository import MemoryJobs
+from job_orchestrator_testing.repository import MemoryJobs, MemorySubnets
 from job_orchestrator_testing.repository.data import Data
 from job_orchestrator_testing.things import THEN
 from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobEvent, JobStatus, Message
@@ -345,8 +345,28 @@ async def test_job_excludes_the_broadcast_address_of_its_subnet() -> None:
     assert subnet.content.exclude == ()
 
 
-async def test_submit_too_large_for_a_document_is_a_400(world: World) -> None:
-    """A thousand subnets with a thousand excludes each are a 400, not an error of the service."""
+class Growing(MemorySubnets):
+    """Subnets that get more excludes after they were counted."""
+
+    missed = 0
+    read = 0
+
+    async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Subnet]:
+        self.read += len(keys)
+        return await super().get(keys)
+
+    async def count_excludes(self, user_id: int, ids: Collection[int]) -> int:
+        return await super().count_excludes(user_id, ids) - self.missed
+
+
+@pytest.mark.parametrize(("missed", "read"), [(0, 0), (1_001, 101)])
+async def test_submit_too_large_for_a_document_is_a_400(missed: int, read: int) -> None:
+    """A thousand subnets with a thousand excludes each are a 400, without reading them, and not an error of the service."""
+    store = MemoryStore()
+    store.subnets = subnets = Growing(store.data, "subnets")
+    subnets.missed = missed
+    world = World(store)
+    await world.start()
     policy_id, _ = await world.add()
     excludes = tuple(f"127.{n >> 8}.{n & 255}.1/32" for n in range(1_000))
     for id_ in range(1, 102):
@@ -365,6 +385,7 @@ async def test_submit_too_large_for_a_document_is_a_400(world: World) -> None:
     (reply,) = world.replies(command)
     assert isinstance(reply, CommandRejected)
     assert (reply.status, "exclude 101000 networks" in reply.error) == (400, True)
+    assert subnets.read == read
 
 
 async def test_late_command_expires(world: World) -> None:
