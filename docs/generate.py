@@ -172,7 +172,7 @@ def metrics() -> str:
         "# Metrics",
         "",
         "Every process exports its metrics at `/metrics` of its probe port, 8081. A histogram has the suffixes `_bucket`, `_sum` and",
-        "`_count`. Alerts on them are in `k8s/`; what to do about each alert is in [runbooks.md](runbooks.md).",
+        "`_count`. Alerts on them are in `observability/prometheus/rules.yml`; [runbooks.md](runbooks.md) has the actions for each.",
     ]
     listed: set[str] = set()
     for package, title in _PACKAGES.items():

@@ -15,14 +15,41 @@ import yaml
 from prometheus_client import REGISTRY
 
 from local.paths import TOOLS
+from scanfleet.services import SERVICES, WITH_DATABASE
 
 ROOT: Final = Path(__file__).parents[2]
 RULES: Final[dict[str, Any]] = yaml.safe_load((ROOT / "observability/prometheus/rules.yml").read_text(encoding="utf-8"))
 ALERTS: Final[dict[str, dict[str, Any]]] = {rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"]}
 DASHBOARDS: Final = sorted((ROOT / "observability/grafana/dashboards").glob("*.json"))
-OF_ONE_DATABASE: Final = ("jobs", "oldest_job_age_seconds", "chunks", "queued_slot_seconds", "outbox_age_seconds")
+QUERIES: Final = [
+    *(rule["expr"] for rule in ALERTS.values()),
+    *(
+        target["expr"]
+        for file in DASHBOARDS
+        for panel in json.loads(file.read_text(encoding="utf-8"))["panels"]
+        for target in panel["targets"]
+    ),
+]
+"""The expressions of all alerts and panels."""
+METRICS: Final = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+"""The generated page."""
+OF_ONE_DATABASE: Final = re.findall(r"^\| `(\w+)` .*Every replica counts the same database", METRICS, re.MULTILINE)
 """Gauges that every replica of the orchestrator exports with the same value."""
+NAMING: Final = (
+    *(f"docs/{page}.md" for page in ("operations", "runbooks", "security")),
+    "k8s/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "k8s").rglob("*.yaml")),
+)
+"""Files that name metrics and are not checked as expressions."""
+LABELS: Final = {
+    name: set(re.findall(r"`(\w+)`", labels))
+    for name, labels in re.findall(r"^\| `(\w+)` \| \w+ \| (.+?) \|", METRICS, re.MULTILINE)
+}
+"""The labels of each metric."""
+OF_TARGETS: Final = {"instance", "job", "service"}
+"""Labels that Prometheus adds to every series."""
 _METRIC: Final = re.compile(r"\b(?:scanfleet|process)_[a-z_]+")
+_SUFFIX: Final = re.compile(r"_(?:bucket|sum|count)$")
 
 
 @pytest.fixture(scope="session")
@@ -75,13 +102,33 @@ def test_runbooks_belong_to_alerts() -> None:
 
 def test_replicated_gauges_are_not_summed() -> None:
     """Every alert and panel uses the maximum of gauges that all replicas read from one database."""
-    panels = [panel for file in DASHBOARDS for panel in json.loads(file.read_text(encoding="utf-8"))["panels"]]
-    shown = [target["expr"] for panel in panels for target in panel["targets"]]
+    assert len(OF_ONE_DATABASE) > 5
     for name in OF_ONE_DATABASE:
-        used = [each for each in [*shown, *(rule["expr"] for rule in ALERTS.values())] if f"scanfleet_{name}" in each]
-        assert [
-            each for each in used if not re.search(rf"(max( by \([a-z, ]+\))?|absent)\s*\(scanfleet_{name}\b", each)
-        ] == []
+        used = [each for each in QUERIES if re.search(rf"\b{name}\b", each)]
+        assert [each for each in used if not re.search(rf"(max( by \([a-z, ]+\))?|absent)\s*\({name}\b", each)] == []
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_queries_use_existing_labels(query: str) -> None:
+    """Alerts and panels select and group series by labels that these series have."""
+    labels = {name: LABELS[name] for name in map(_base, _METRIC.findall(query)) if name in LABELS}
+    for name, selected in re.findall(r"\b(\w+)\{(.*?)\}", query):
+        assert set(re.findall(r"(\w+)[=!]~?\"", selected)) <= OF_TARGETS | labels.get(_base(name), set())
+    grouped = {label.strip() for group in re.findall(r"\bby \(([\w, ]+)\)", query) for label in group.split(",")}
+    assert grouped <= OF_TARGETS | {"le"} | set().union(*labels.values())
+
+
+def _base(series: str) -> str:
+    """Return the name of a series without the suffix of a histogram."""
+    return _SUFFIX.sub("", series)
+
+
+@pytest.mark.parametrize("file", NAMING)
+def test_pages_and_manifests_name_existing_metrics(file: str) -> None:
+    """Every metric that the file names is on the page of metrics."""
+    databases = {f"scanfleet_{SERVICES[name].package}" for name in WITH_DATABASE}
+    named = set(re.findall(r"\bscanfleet_[a-z_]+", (ROOT / file).read_text(encoding="utf-8")))
+    assert {_base(name) for name in named - databases} <= LABELS.keys()
 
 
 def test_metric_names_follow_the_convention(metrics: set[str]) -> None:
