@@ -92,7 +92,7 @@ class Orchestrator:
         faults = Faults()
         self.clocks = UserClocks(store.dispatch, clock, self._alone)
         held = HeldChunks(store.dispatch, clock, self._alone)
-        changer = ChunkChanger(store.chunks, self.clocks, held, lambda: self.progress.partitions)
+        changer = ChunkChanger(store.chunks, self.clocks, held, lambda: self.progress.partitions, clock)
         self.grants = JobGrants(grants, rules.nat64)
         self.outbox = Outbox(store.jobs, publisher)
         self.reporter = Reporter(

@@ -883,7 +883,7 @@ async def test_overdue_returns_scanned_chunks_whose_check_is_due(store: Store) -
 
 
 async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
-    """A user's queued chunks are in order of turn, without raw, delayed and skipped ones."""
+    """A user's queued chunks are in order of turn, without raw, skipped and delayed ones; no delay is longer than a minute."""
     await store.chunks.insert(
         [
             chunk(id="1-0", turn=5, failed_by=("w-1",)),
@@ -891,6 +891,7 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
             chunk(id="1-2", index=2, turn=4),
             chunk(id="1-3", index=3, turn=1, state=ChunkState.RUNNING),
             chunk(id="1-4", index=4, turn=6, not_before=LATER),
+            chunk(id="1-5", index=5, turn=9, not_before=THEN + timedelta(seconds=61)),
             chunk(id="2-0", job_id=2, user_id=8, turn=0, needs_raw=True),
             chunk(id="3-0", job_id=3, user_id=9, turn=0, not_before=LATER),
         ],
@@ -902,9 +903,9 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
     assert sorted(await store.dispatch.waiting_users(raw=True)) == [7, 8, 9]
     assert sorted(await store.dispatch.waiting_users(raw=False)) == [7, 9]
     assert await ids(9, raw=True) == []
-    assert await ids(7, raw=True) == ["1-1", "1-2", "1-0"]
+    assert await ids(7, raw=True) == ["1-1", "1-2", "1-0", "1-5"]
     assert await ids(7, now=LATER, raw=True) == ["1-1", "1-2", "1-0", "1-4"]
-    assert await ids(7, raw=False) == ["1-2", "1-0"]
+    assert await ids(7, raw=False) == ["1-2", "1-0", "1-5"]
     assert await ids(7, 1, raw=True) == ["1-1"]
     assert await ids(7, raw=True, skip=(1,)) == []
     assert await ids(8, raw=False) == []

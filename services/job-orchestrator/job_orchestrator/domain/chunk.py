@@ -28,6 +28,7 @@ from scanfleet.scanning.outcomes import Outcome, index_of, merge
 from scanfleet.scanning.ports import PortSet, parse_ranges, port_count
 
 MAX_FAILURES = 3  # one failure can be the network and two a coincidence; the third is attributed to the target
+MAX_DELAY = timedelta(minutes=1)  # of the next attempt: a longer one is due to a clock that was ahead
 MAX_FRUITLESS = 20  # dispatches without progress after which the chunk itself is assumed to end them
 
 
@@ -285,11 +286,12 @@ def late_report(chunk: Chunk, report: WorkerReport, now: datetime) -> Chunk:
     return chunk
 
 
-def elapsed(chunk: Chunk, now: datetime) -> float:
-    """Return the slot seconds of the current attempt so far, measured here and not reported by the worker."""
+def elapsed(chunk: Chunk, now: datetime, since: datetime | None = None) -> float:
+    """Return the slot seconds of the current attempt so far, measured here and not reported by the worker; only those `since`."""
     if chunk.dispatched_at is None:
         return 0.0
-    return chunk.share * max(0.0, (now - chunk.dispatched_at).total_seconds())
+    begin = chunk.dispatched_at if since is None else max(chunk.dispatched_at, since)
+    return chunk.share * max(0.0, (now - begin).total_seconds())
 
 
 def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str = "") -> Chunk:

@@ -341,7 +341,7 @@ class DispatchRepository(Protocol):
         raw: bool,
         skip: Collection[int] = (),
     ) -> list[Candidate]:
-        """Return the user's first `limit` queued chunks that may start, by turn.
+        """Return the user's first `limit` queued chunks that may start, by turn; a delay beyond `MAX_DELAY` is ignored.
 
         Without those of the jobs to `skip`, and of jobs of which one of the first chunks cannot be read.
         """

@@ -10,6 +10,7 @@ from typing import Final
 from scanfleet.errors import DependencyError
 
 JUMP: Final = timedelta(hours=1)  # far above the difference between the clocks of a database's machines
+_STEP: Final = timedelta(minutes=1)  # far above the time that a read takes
 
 
 class PlatformTime:
@@ -22,6 +23,8 @@ class PlatformTime:
     Attributes:
         monotonic: for intervals within this process.
         jump: the last change of the database's clock by more than `JUMP`, against the monotonic clock; None if there was none.
+        stepped_at: the time after its last change by more than a minute; None if there was none. Intervals from earlier times
+            contain the change.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class PlatformTime:
         self._read_at: float | None = None
         self._then: datetime | None = None
         self.jump: timedelta | None = None
+        self.stepped_at: datetime | None = None
 
     async def refresh(self) -> None:
         """Read the database's time; called about once a second.
@@ -40,12 +44,7 @@ class PlatformTime:
             DependencyError: the database is unavailable; the time continues from the last answer.
         """
         asked = self.monotonic()
-        then = await self._read()
-        if self._then is not None and self._read_at is not None:
-            jump = then - self._then - timedelta(seconds=asked - self._read_at)
-            if abs(jump) > JUMP:
-                self.jump = jump
-        self._then, self._read_at = then, asked
+        self._set(await self._read(), asked)
 
     def now(self) -> datetime:
         """Return the time in UTC, with MongoDB's resolution of milliseconds.
@@ -57,3 +56,12 @@ class PlatformTime:
             raise DependencyError("the database's time has not been read yet")
         now = self._then + timedelta(seconds=self.monotonic() - self._read_at)
         return now.replace(microsecond=now.microsecond // 1000 * 1000)
+
+    def _set(self, then: datetime, asked: float) -> None:
+        if self._then is not None and self._read_at is not None:
+            jump = then - self._then - timedelta(seconds=asked - self._read_at)
+            if abs(jump) > JUMP:
+                self.jump = jump
+            if abs(jump) > _STEP:
+                self.stepped_at = then
+        self._then, self._read_at = then, asked

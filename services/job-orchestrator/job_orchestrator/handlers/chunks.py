@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from job_orchestrator.domain.attempts import Probed
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, Token, elapsed
 from job_orchestrator.domain.ports import ChunkRepository
+from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.clocks import UserClocks
 from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
@@ -72,11 +73,13 @@ class ChunkChanger:
         clocks: UserClocks,
         held: HeldChunks,
         partitions: Callable[[], Collection[int]],
+        clock: PlatformTime,
     ) -> None:
         self._chunks = chunks
         self._clocks = clocks
         self._held = held
         self._partitions = partitions
+        self._clock = clock
         self._cached: dict[str, Chunk] = {}
 
     async def change(
@@ -149,11 +152,11 @@ class ChunkChanger:
         self.verify(partitions, ())
 
     async def _charge(self, changed: Iterable[Changed], now: datetime) -> None:
-        """Charge users for attempts that have ended, by the orchestrator's clock."""
+        """Charge users for attempts that have ended, by the platform's clock, but not for its steps."""
         seconds: defaultdict[int, float] = defaultdict(float)
         for each in changed:
             if each.before.state in HELD and each.after.state not in HELD:
-                seconds[each.after.user_id] += elapsed(each.before, now)
+                seconds[each.after.user_id] += elapsed(each.before, now, self._clock.stepped_at)
         await self._clocks.charge(seconds)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from typing import Final
 
 from job_orchestrator.domain.chunk import Chunk
@@ -44,6 +45,8 @@ class HeldChunks:
     async def known(self) -> Collection[Held]:
         """Return the held chunks; read them only if too much time has passed, or after `expire`.
 
+        Those dispatched before a step of the platform's time are returned as dispatched at the step, which is none of their time.
+
         Raises:
             DependencyError: the database is unavailable.
         """
@@ -54,7 +57,13 @@ class HeldChunks:
             if old:
                 await self._read()
             self.certain = alone or old
-            return list(self._held.values())
+            step = self._clock.stepped_at
+            if step is None:
+                return list(self._held.values())
+            return [
+                replace(each, dispatched_at=step) if each.dispatched_at and each.dispatched_at < step else each
+                for each in self._held.values()
+            ]
 
     async def read(self) -> Collection[Held]:
         """Read the held chunks and return them.

@@ -81,8 +81,10 @@ class Sweeper:
         self._partitions = partitions
         self._clock = clock
         self._patience = timedelta(seconds=stored_seconds)
-        self._raw_patience = timedelta(seconds=raw_worker_seconds)
+        self._raw_worker_seconds = raw_worker_seconds
         self._grants = grants
+        self._raw_waits: dict[int, float] = {}
+        """By job that waits for a worker with raw packets: since when, by the monotonic clock, because the database's may step."""
         self._reconciled = float("-inf")
         self._counted = float("-inf")
 
@@ -140,14 +142,19 @@ class Sweeper:
         if now - self._reconciled <= _RECONCILE_SECONDS:
             return
         after = 0
+        waits: dict[int, float] = {}
         while page := await self._jobs.unsettled(after, _PAGE, self._partitions()):
             await self._reconciler.reconcile(page)
-            await self._look_for_workers(page)
+            waits |= await self._look_for_workers(page)
             after = page[-1]
-        self._reconciled = now
+        self._reconciled, self._raw_waits = now, waits
 
-    async def _look_for_workers(self, job_ids: Collection[int]) -> None:
-        """Report why jobs without a held chunk are waiting, and fail those that have waited too long."""
+    async def _look_for_workers(self, job_ids: Collection[int]) -> dict[int, float]:
+        """Report why jobs without a held chunk are waiting, and fail those that have waited too long.
+
+        Returns:
+            By job that waits for a worker with raw packets, since when.
+        """
         found = await self._jobs.get(job_ids)
         jobs = {id_: job for id_, job in found.items() if not job.final and not self._faults.has(job)}
         live = await self._dispatch.live_workers(LIVE)
@@ -172,15 +179,16 @@ class Sweeper:
         await self._reporter.publish_waiting(
             (jobs[id_], why) for id_, why in reasons.items() if why != jobs[id_].waiting
         )
-        since = now - self._raw_patience
-        for id_, why in reasons.items():
-            job = jobs[id_]
-            if why == job.waiting == "no_raw_worker" and job.waiting_since and job.waiting_since < since:
+        monotonic = self._clock.monotonic()
+        waits = {id_: self._raw_waits.get(id_, monotonic) for id_, why in reasons.items() if why == "no_raw_worker"}
+        for id_, since in waits.items():
+            if monotonic - since > self._raw_worker_seconds:
                 await self._reconciler.give_up(
                     id_,
-                    f"no worker that may send raw packets was available for {self._raw_patience.total_seconds():.0f} s: "
+                    f"no worker that may send raw packets was available for {self._raw_worker_seconds:.0f} s: "
                     "start one, or use a policy without SYN scans, UDP ports and OS detection",
                 )
+        return waits
 
 
 async def _show(gauges: CensusGauges[_Part], count: Callable[[], Awaitable[_Part]]) -> None:

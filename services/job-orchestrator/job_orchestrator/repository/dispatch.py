@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pymongo import IndexModel, UpdateOne
 
-from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState
+from job_orchestrator.domain.chunk import HELD, MAX_DELAY, OPEN, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.repository import documents
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
@@ -47,7 +47,9 @@ class MongoDispatch:
         raw: bool,
         skip: Collection[int] = (),
     ) -> list[Candidate]:
-        may_go = {"$or": [{"not_before": None}, {"not_before": {"$lte": now}}]}
+        may_go = {
+            "$or": [{"not_before": None}, {"not_before": {"$lte": now}}, {"not_before": {"$gt": now + MAX_DELAY}}]
+        }
         wanted = _queued(raw=raw) | {"user_id": user_id} | may_go
         if skip:
             wanted["job_id"] = {"$nin": list(skip)}

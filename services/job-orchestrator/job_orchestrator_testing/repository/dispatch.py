@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
+from job_orchestrator.domain.chunk import HELD, MAX_DELAY, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator_testing.repository.data import MemoryRepository
 
@@ -32,7 +32,7 @@ class MemoryDispatch(MemoryRepository):
             for chunk in self._queued(raw=raw)
             if chunk.user_id == user_id
             and chunk.job_id not in skip
-            and (chunk.not_before is None or chunk.not_before <= now)
+            and not (chunk.not_before and now < chunk.not_before <= now + MAX_DELAY)
         )
         return [
             Candidate(chunk.id, user_id, chunk.job_id, chunk.estimate, chunk.needs_raw, chunk.failed_by)

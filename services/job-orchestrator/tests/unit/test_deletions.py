@@ -435,6 +435,12 @@ async def test_retention_is_halted_by_a_jump_of_the_clock_until_it_is_resumed() 
     assert (await world.store.jobs.get([1, 2])).keys() == set()
 
 
+def stop_for(world: World, time: timedelta) -> None:
+    """Step the clock while no replica observes it."""
+    world.step_clock(time)
+    world._clock.jump = None
+
+
 async def test_jump_of_the_clock_while_no_orchestrator_runs_halts_retention() -> None:
     """If no walk began within the shortest retention, the next one deletes no job until an operator resumes deletion by age."""
     world = World(MemoryStore(), keep=timedelta(days=365))
@@ -442,10 +448,10 @@ async def test_jump_of_the_clock_while_no_orchestrator_runs_halts_retention() ->
     await world.store.retention.set_days(1, 30)
     assert await left_after_walk(world, 1) == []
     await world.store.jobs.insert([ended(1, 10, trigger=JobTrigger.CANCEL)])
-    world._clock._began += timedelta(days=31)
+    stop_for(world, timedelta(days=31))
     assert await left_after_walk(world, 1) == [1]
     assert (await world.store.retention.halted() or timedelta()) > timedelta(days=30)
-    world._clock._began += timedelta(days=31)
+    stop_for(world, timedelta(days=31))
     assert await left_after_walk(world, 1) == [1]
     await world.store.retention.resume()
     assert await left_after_walk(world, 1) == []
@@ -457,8 +463,7 @@ async def test_jump_of_the_clock_during_a_step_deletes_no_job(monkeypatch: pytes
     await world.store.jobs.insert([ended(1, 300)])
 
     async def halted() -> None:
-        world._clock._began += timedelta(days=100)
-        world._clock.jump = timedelta(days=100)
+        world.step_clock(timedelta(days=100))
 
     with monkeypatch.context() as patch:
         patch.setattr(world.store.retention, "halted", halted)

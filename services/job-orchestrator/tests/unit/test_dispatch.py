@@ -528,6 +528,56 @@ async def test_job_without_a_raw_worker_fails_after_the_timeout(world: World) ->
     assert "no worker that may send raw packets was available for 600 s" in job.error
 
 
+async def test_step_of_the_platforms_clock_fails_no_job_that_waits_for_a_raw_worker(world: World) -> None:
+    """A job waits for its timeout on the monotonic clock, whatever the database's clock shows."""
+    await world.start()
+    await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
+    await world.wait(30)
+    world.step_clock(timedelta(days=1))
+    await world.wait(500)
+    assert (await world.store.jobs.get([1]))[1].waiting == "no_raw_worker"
+    await world.wait(100)
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.FAILED
+
+
+async def test_step_of_the_platforms_clock_is_not_charged(world: World) -> None:
+    """Neither the clock of a user with held chunks nor the global virtual time rises by a step of ten hours."""
+    world.worker.slots = 1
+    await world.start()
+    await queue(world, 7, 3)
+    await world.worker.announce()
+    await world.settle()
+    world.now += 5.0
+    world.step_clock(timedelta(hours=10))
+    world.worker.slots = 2
+    for _ in range(2):
+        await world.worker.announce()
+        await world.settle()
+        world.now += 5.0
+    first, second = world.worker.tasks
+    assert first.attempt == second.attempt == 1
+    for task in (first, second):
+        await world.worker.scanned(task)
+    await world.settle()
+    await world.only.clocks.store()
+    clocks = await world.store.dispatch.clocks([7])
+    assert 10.0 <= clocks.users[7].time <= 25.0
+    assert clocks.virtual <= 25.0
+
+
+async def test_chunk_delayed_by_a_clock_that_was_set_back_is_dispatched(world: World) -> None:
+    """A chunk whose next attempt may start in an hour, because the clock was an hour ahead, does not wait for it."""
+    await world.start()
+    await queue(world, 7, 1)
+    await world.wait(1)
+    (task,) = world.worker.tasks
+    await world.worker.fail(task)
+    await world.deliver()
+    world.step_clock(-timedelta(hours=1))
+    await world.wait(2)
+    assert [task.attempt for task in world.worker.tasks] == [1, 2]
+
+
 async def test_chunks_of_an_ended_job_are_cancelled_and_not_sent(world: World) -> None:
     """Chunks that a slow replica inserts after their job was cancelled and settled are never scanned, nor left queued."""
     ended = change(scan_job(1, chunk_count=30, made=30, settled=True), JobTrigger.CANCEL, utc_now())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from job_orchestrator.domain import chunk as rules
 from job_orchestrator.domain.chunk import (
     HELD,
+    MAX_DELAY,
     MAX_FAILURES,
     MAX_FRUITLESS,
     OPEN,
@@ -432,6 +433,13 @@ def test_elapsed_is_never_negative() -> None:
     assert elapsed(in_state(ChunkState.RUNNING, dispatched_at=NOW + timedelta(seconds=1)), NOW) == 0.0
 
 
+def test_elapsed_since_a_time_is_without_what_was_before() -> None:
+    """Of an attempt from before that time only the seconds after it count; of a later one all."""
+    held = in_state(ChunkState.RUNNING, share=0.5)
+    assert elapsed(held, NOW, NOW - timedelta(seconds=4)) == 2.0
+    assert elapsed(held, NOW, THEN - timedelta(hours=1)) == 5.0
+
+
 def test_questions_to_result_store_double_their_pause_up_to_an_hour() -> None:
     """Each repeated question waits twice as long as the one before, an hour at most, however often it is repeated."""
     asked = in_state(ChunkState.SCANNED, outcomes="asdt")
@@ -577,6 +585,7 @@ def test_chunk_is_consistent_in_any_order_of_events(steps: list[tuple[str, Any, 
         before, left = left, step(left, kind, what, news)
         assert left.attempt >= before.attempt
         assert 0 <= left.seconds - before.seconds <= (elapsed(before, NOW) if before.state in HELD else 0.0)
+        assert left.not_before is None or left.not_before <= NOW + MAX_DELAY
         assert left.state is not ChunkState.QUEUED or left.blank
         assert left.state is not ChunkState.SCANNED or not left.blank
         assert 0 <= left.failures < MAX_FAILURES

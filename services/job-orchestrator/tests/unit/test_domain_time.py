@@ -77,18 +77,19 @@ async def test_time_continues_while_the_database_is_unavailable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("passed", "shown", "jump"),
+    ("passed", "shown", "jump", "step"),
     [
-        (60.0, timedelta(seconds=60), None),
-        (7_200.0, timedelta(hours=2, minutes=50), None),
-        (1.0, timedelta(days=1, seconds=1), timedelta(days=1)),
-        (7_200.0, timedelta(0), timedelta(hours=-2)),
+        (60.0, timedelta(seconds=60), None, False),
+        (60.0, timedelta(seconds=100), None, False),
+        (7_200.0, timedelta(hours=2, minutes=50), None, True),
+        (1.0, timedelta(days=1, seconds=1), timedelta(days=1), True),
+        (7_200.0, timedelta(0), timedelta(hours=-2), True),
     ],
 )
 async def test_time_reports_a_jump_of_the_database_clock(
-    passed: float, shown: timedelta, jump: timedelta | None
+    *, passed: float, shown: timedelta, jump: timedelta | None, step: bool
 ) -> None:
-    """A change of the database's clock by more than an hour, against the monotonic clock, is a jump; an outage is none."""
+    """A change of the database's clock by more than an hour, against the monotonic clock, is a jump, and by a minute a step."""
     clocks = Clocks()
     clock = clocks.clock()
     await clock.refresh()
@@ -97,3 +98,4 @@ async def test_time_reports_a_jump_of_the_database_clock(
     clocks.database = NOON + shown
     await clock.refresh()
     assert clock.jump == jump
+    assert clock.stepped_at == (clock.now() if step else None)
