@@ -20,6 +20,14 @@ def test_pages_name_existing_settings(page: str, known: frozenset[str]) -> None:
     assert named <= known
 
 
+def test_secrets_page_lists_every_file_setting(known: frozenset[str]) -> None:
+    """The list of secrets has every setting that names a file, except the file of grants, which has no key or secret."""
+    page = (ROOT / "docs/security.md").read_text(encoding="utf-8")
+    listed = page.partition("\n## Where secrets are\n")[2].partition("\n## ")[0]
+    files = {name for name in known if name.endswith("_FILE")}
+    assert set(re.findall(r"\bSCANFLEET_\w+_FILE\b", listed)) == files - {"SCANFLEET_GRANTS_FILE"}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_name_existing_files(page: str) -> None:
     """Every file and folder of the project on the page exists."""
