@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from pymongo import MongoClient
 
 from local import kafka, mongod, nmap, ports
@@ -33,7 +35,7 @@ from local.supervisor import Program, Supervisor
 from local.wait import until
 from scanfleet.contracts.messages import Message
 from scanfleet.contracts.messages.envelope import RawRecord, decode
-from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_RESULTS, TOPICS, Topic
+from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_REPLIES, SCAN_RESULTS, TOPICS, Topic
 from scanfleet.errors import MessageError
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.services import SERVICES, WITH_DATABASE
@@ -61,10 +63,12 @@ FULL: Final = ("mount", "-t", "tmpfs", "-o", "size=4k,nr_inodes=2", "tmpfs")
 
 NMAP: Final = """\
 #!/bin/sh
-case "$*" in *--stats-every*) [ -e {switch} ] && exit 1 ;; esac
+case "$*" in *--stats-every*) [ -x {other} ] && exec {other} "$@" ;; esac
 exec nmap "$@"
 """
-"""An nmap whose scans can be made to fail; a worker's trial runs always succeed."""
+"""An nmap whose scans another program can replace; a worker's trial runs always succeed."""
+FAILING: Final = "#!/bin/sh\nexit 1\n"
+"""A program that fails in place of nmap."""
 
 Document = dict[str, Any]
 
@@ -172,10 +176,10 @@ class Platform:
         self.keys = Keys()
         self.temporary = folder / "temporary"
         self.temporary.mkdir(parents=True)
-        self._nmap_fails = folder / "nmap-fails"
-        self._nmap = folder / "nmap"
-        self._nmap.write_text(NMAP.format(switch=self._nmap_fails))
-        self._nmap.chmod(0o755)
+        self._nmaps = {name: folder / f"nmap-of-{name}" for name in ("scanner-worker-1", "scanner-worker-2")}
+        for path in self._nmaps.values():
+            path.write_text(NMAP.format(other=path.with_suffix(".other")))
+            path.chmod(0o755)
         self.stack = Stack(
             folder / "stack",
             replicas=REPLICAS,
@@ -186,6 +190,7 @@ class Platform:
                 "SCANFLEET_STORED_SECONDS": "5",
                 "SCANFLEET_DELETES_PER_SECOND": "100",
                 "SCANFLEET_SLOTS": str(SLOTS),
+                "SCANFLEET_MAX_HOST_BYTES": str(1 << 20),
                 "SCANFLEET_DENIED_NETWORKS": f"{self.net}.66.0/24",
                 "SCANFLEET_JWT_JWKS_URL": self.keys.url,
                 "SCANFLEET_JWT_JWKS_COOLDOWN_SECONDS": "1",
@@ -316,13 +321,17 @@ class Platform:
             self.temporary.with_name("away").rename(self.temporary)
 
     @contextmanager
-    def no_scan(self) -> Iterator[None]:
-        """Make each scan of the second worker exit with 1 for the duration of the block; its trial runs succeed."""
-        self._nmap_fails.touch()
+    def scans_by(self, program: str, *workers: str) -> Iterator[None]:
+        """Have `program`, the text of a script, replace nmap in the scans of these workers for the duration of the block."""
+        paths = [self._nmaps[name].with_suffix(".other") for name in workers]
+        for path in paths:
+            path.write_text(program)
+            path.chmod(0o755)
         try:
             yield
         finally:
-            self._nmap_fails.unlink()
+            for path in paths:
+                path.unlink()
 
     @staticmethod
     def wait(seconds: float) -> None:
@@ -338,6 +347,56 @@ class Platform:
             yield
         finally:
             self.mongodb.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
+
+    @contextmanager
+    def rebalances(self, group: str) -> Iterator[None]:
+        """Rebalance a group in quick succession for the duration of the block; its members keep their partitions."""
+        over = threading.Event()
+
+        def repeat() -> None:
+            while not over.is_set():
+                asyncio.run(self._join(group))
+
+        with ThreadPoolExecutor(1) as threads:
+            repeated = threads.submit(repeat)
+            try:
+                yield
+            finally:
+                over.set()
+                repeated.result()
+
+    @contextmanager
+    def stalled(self, group: str, seconds: float) -> Iterator[Future[None]]:
+        """Have no member of a group read for `seconds`: a rebalance waits for a member that is frozen, until its session ends.
+
+        Yields:
+            the rebalance, which is done when the group reads again.
+        """
+        with asyncio.Runner() as frozen, ThreadPoolExecutor(1) as threads:
+            member = frozen.run(self._member(group, session_timeout_ms=int(1_000 * seconds)))
+            try:
+                stall = threads.submit(lambda: asyncio.run(self._join(group)))
+                yield stall
+                stall.result()
+            finally:
+                frozen.run(member.stop())
+
+    async def _join(self, group: str) -> None:
+        member = await self._member(group)
+        await member.stop()
+
+    async def _member(self, group: str, **settings: Any) -> AIOKafkaConsumer:
+        """Join a group for a topic that its other members do not read."""
+        member = AIOKafkaConsumer(
+            SCAN_REPLIES.name,
+            bootstrap_servers=self.kafka,
+            group_id=group,
+            enable_auto_commit=False,
+            partition_assignment_strategy=(RangePartitionAssignor,),
+            **settings,
+        )
+        await member.start()
+        return member
 
     # Observation
 
@@ -442,10 +501,14 @@ class Platform:
 
     def _settings_of(self) -> dict[str, dict[str, str | None]]:
         found: dict[str, dict[str, str | None]] = {
-            "scanner-worker-1": {**shifted(OFF), "SCANFLEET_STOP_GRACE_SECONDS": "20"},
+            "scanner-worker-1": {
+                **shifted(OFF),
+                "SCANFLEET_NMAP": str(self._nmaps["scanner-worker-1"]),
+                "SCANFLEET_STOP_GRACE_SECONDS": "20",
+            },
             "scanner-worker-2": {
                 "TMPDIR": str(self.temporary),
-                "SCANFLEET_NMAP": str(self._nmap),
+                "SCANFLEET_NMAP": str(self._nmaps["scanner-worker-2"]),
                 "SCANFLEET_STOP_GRACE_SECONDS": "0",
             },
             "api-gateway-2": shifted(-OFF),

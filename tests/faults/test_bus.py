@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections import defaultdict
+import signal
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic as clock
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from local.wait import until
-from scanfleet.contracts.messages import WorkerReady, export
+from scanfleet.contracts.messages import ScanChunk, WorkerReady, export
 from scanfleet.contracts.messages.envelope import RawRecord, encode
 from scanfleet.contracts.messages.fields import MAX_BYTES
 from scanfleet.contracts.messages.topics import (
@@ -29,11 +30,13 @@ from scanfleet.contracts.messages.topics import (
 )
 from scanfleet_testing.hostile import hostile_messages
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LEASE, LIMIT, STEADY, TINY, Caller, Document, Platform
+from tests.faults.kit import ENDLESS, LEASE, LIMIT, STEADY, TINY, Caller, Document, Platform, caught
 
 pytestmark = pytest.mark.e2e
 
 CONSUMED = (SCAN_COMMANDS, SCAN_REPLIES, SCAN_WORKERS, SCAN_TASKS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_STORED)
+PROGRESS = "job-orchestrator-scan-progress"  # the group that reads it
+SLOW = {**ENDLESS, "max_rate": 20}  # a /31 with this policy is one chunk of more than a minute
 ENVELOPE = [("ce_specversion", b"1.0"), ("content-type", b"application/json")]
 
 
@@ -223,6 +226,69 @@ def test_orchestrator_without_broker_expires_no_lease(platform: Platform, user: 
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
     assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+    invariants.check()
+
+
+def running(platform: Platform, job_id: int) -> Document | None:
+    """Return the chunk of a job of one chunk while it runs."""
+    return next((chunk for chunk in platform.chunks(job_id) if chunk["state"] == "running"), None)
+
+
+def dispatched_once(platform: Platform, job_id: int) -> bool:
+    """Return whether no attempt of the job's chunks was dispatched twice."""
+    tasks = [each.message for each in platform.messages(SCAN_TASKS, ScanChunk)]
+    given = Counter(
+        (task.chunk_id, task.attempt) for task in tasks if isinstance(task, ScanChunk) and task.job_id == job_id
+    )
+    return set(given.values()) == {1}
+
+
+@pytest.mark.proves("F29", "G4")
+def test_rebalances_extend_no_lease_of_a_stopped_worker(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """While the readers of scan-progress rebalance without a pause, the chunks of a stopped worker are reassigned in time, and no others."""
+    jobs = [user.scan(platform.network(31), **SLOW) for _ in range(3)]
+    before = [caught(lambda: running(platform, job_id), LIMIT, "the job to run") for job_id in jobs]  # noqa: B023 # called before the next turn
+    stopped = platform.holder(before[0])
+    lost = [chunk for chunk in before if platform.holder(chunk) == stopped]
+
+    def reassigned() -> bool:
+        now = [running(platform, chunk["job_id"]) for chunk in lost]
+        return all(each is not None and platform.holder(each) != stopped for each in now)
+
+    with platform.rebalances(PROGRESS):
+        platform.kill(stopped, signal.SIGSTOP)
+        try:
+            until(reassigned, 15 + LEASE, "another worker to have the chunks")
+        finally:
+            platform.kill(stopped, signal.SIGCONT)
+    for chunk in before:
+        (now,) = platform.chunks(chunk["job_id"])
+        assert now["attempt"] == chunk["attempt"] + (chunk in lost)
+        assert dispatched_once(platform, chunk["job_id"])
+        user.cancel(chunk["job_id"])
+    invariants.check()
+
+
+@pytest.mark.proves("F29")
+def test_unread_progress_expires_no_lease(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """While scan-progress is unread for two leases, and all else is read, no lease expires and no chunk is dispatched twice."""
+    expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
+    before = user.scan(platform.network(31), **SLOW)
+    caught(lambda: running(platform, before), LIMIT, "the first job to run")
+    unread = 0
+    with platform.stalled(PROGRESS, 2 * LEASE) as stall:
+        meanwhile = user.scan(platform.network(31), **SLOW)  # its claims are unread
+        while not stall.done():
+            unread = max(unread, platform.behind(PROGRESS, SCAN_PROGRESS))
+    assert unread > LEASE  # workers report once a second
+    for job_id in (before, meanwhile):
+        caught(lambda: running(platform, job_id), LIMIT, "the job to run")  # noqa: B023 # called before the next turn
+        assert {(chunk["attempt"], chunk["failures"]) for chunk in platform.chunks(job_id)} == {(1, 0)}
+        assert dispatched_once(platform, job_id)
+        user.cancel(job_id)
+    assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
     invariants.check()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from datetime import datetime, timedelta
 
 import httpx
@@ -12,8 +14,10 @@ from scanfleet.contracts.messages import ChunkScanned
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet_testing.tokens import Issuer
 from tests.client import FINAL
+from tests.faults import faulty_nmap
+from tests.faults.faulty_nmap import FAULTS
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LIMIT, STEADY, TINY, Caller, Platform, scanned
+from tests.faults.kit import FAILING, LIMIT, STEADY, TINY, Caller, Platform, scanned
 
 pytestmark = pytest.mark.e2e
 
@@ -108,7 +112,7 @@ def test_worker_whose_scans_fail_does_not_affect_results(
     """With nmap always exiting with 1 on one of two workers, jobs have the results and ledger of a job without that worker."""
     with platform.servers():
         before = scanned(user, user.scan(platform.network(24), **TINY))
-        with platform.no_scan():
+        with platform.scans_by(FAILING, "scanner-worker-2"):
             jobs = [user.scan(platform.network(24), **TINY) for _ in range(6)]  # more than the other worker has slots
             until(
                 lambda: platform.metric("scanner-worker", "scanfleet_worker_excluded") == 1,
@@ -119,6 +123,33 @@ def test_worker_whose_scans_fail_does_not_affect_results(
     assert before[0]["answered"] == 256 * 20
     assert after == [before] * len(jobs)
     until(lambda: platform.ready("scanner-worker-2"), LIMIT, "the worker to be included again")
+    invariants.check()
+
+
+@pytest.mark.proves("F26", "G17")
+def test_hosts_that_break_nmap_are_lost_alone(platform: Platform, user: Caller, invariants: Invariants) -> None:
+    """Of hosts that crash nmap, flood its output and break its XML each is lost by itself, and all others are scanned."""
+    broken = {f"{platform.net}.8.{place}": fault for place, fault in zip((2, 23, 39), FAULTS, strict=True)}
+    program = [sys.executable, "-I", faulty_nmap.__file__, ",".join("=".join(each) for each in broken.items())]
+    with (
+        platform.servers((1, 6, 30, 33, 46, 50)) as places,
+        platform.scans_by(f'#!/bin/sh\nexec {shlex.join(program)} "$@"\n', *platform.names("scanner-worker")),
+    ):
+        # Their chunks share an nmap at first, so that one host fails the chunks of several jobs.
+        subnets = [user.subnet(f"{platform.net}.8.{each}") for each in ("0/29", "16/28", "32/28", "48/28")]
+        jobs = [job["id"] for job in user.submit(subnets, user.policy(**TINY))]
+        *failed, healthy = [user.finished(job_id)["status"] for job_id in jobs]
+    assert (healthy["status"], healthy["error"]) == ("completed", "")
+    causes = ("nmap was killed by SIGSEGV", "a host of more than", "malformed nmap output")
+    for job_id, address, status, cause in zip(jobs, broken, failed, causes, strict=False):
+        ledger = user.ledger(job_id)
+        assert status["status"] == "failed"
+        assert status["error"].startswith("1 address lost: ")
+        assert cause in status["error"]
+        assert (ledger["counts"]["answered"], ledger["counts"]["lost"]) == (ledger["request"]["probes"] - 20, 20)
+        assert [each["address"] for each in ledger["not_probed"]["addresses"]] == [address]
+    found = {(each["ip_address"], each["port"]) for job_id in jobs for each in user.results(job_id)}
+    assert found == places
     invariants.check()
 
 

@@ -1,4 +1,4 @@
-"""Two replicas that change the same job at the same moment, on real documents."""
+"""Replicas that change the same job at the same moment, on real documents."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from job_orchestrator.domain.chunk import ChunkState
+from job_orchestrator.domain import plan
+from job_orchestrator.domain.chunk import OPEN, ChunkState
 from job_orchestrator.domain.job import TABLE
 from job_orchestrator.repository import MongoStore
-from job_orchestrator_testing import World
+from job_orchestrator_testing import World, scan_policy
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     CancelJob,
@@ -27,6 +28,7 @@ from scanfleet.contracts.messages import (
 from scanfleet.contracts.messages.chunks import MAX_SLOTS
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_RESULTS, SCAN_STORED
 from scanfleet.runtime.bus import Handler, Record
+from scanfleet.runtime.mongo import Database
 
 pytestmark = pytest.mark.integration
 
@@ -89,3 +91,50 @@ async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoSt
         assert states[job.id] <= {ChunkState.STORED, ChunkState.CANCELLED}
         ends[job.status] += 1
     assert min(ends[status] for status in (JobStatus.COMPLETED, JobStatus.CANCELLED)) > RACES // 10, ends
+
+
+@pytest.mark.proves("F34", "G20")
+@pytest.mark.parametrize(
+    ("cidr", "ports", "chunk_count"),
+    [
+        ("127.8.0.0/19", "1-8192", 2_048),
+        pytest.param("127.8.0.0/17", "1-65535", 65_536, marks=pytest.mark.long),  # takes four minutes
+    ],
+)
+async def test_three_replicas_create_each_chunk_of_a_large_job_once(
+    mongo_store: MongoStore, database: Database, cidr: str, ports: str, chunk_count: int
+) -> None:
+    """Of a large job beside small ones only a window exists at any time; each chunk is created, scanned and counted once."""
+    world = World(mongo_store, replicas=3)
+    await world.start()
+    world.worker.slots = plan.WINDOW
+    await world.worker.announce()
+    large, small = 1, range(2, 22)
+    await world.submit(cidr, policy=scan_policy(ports=ports))
+    await world.submit(*["127.9.8.0/30"] * len(small))
+    await world.deliver()
+    most = 0
+    ended: list[int] = []
+    async with asyncio.timeout(60 + chunk_count / 20):
+        while large not in ended:
+            # Every replica works on the jobs, although one owns them, while their owner handles the reports.
+            await asyncio.gather(
+                world.deliver(),
+                *(replica.reconciler.reconcile([large, *small]) for replica in world.replicas),
+                *(replica.dispatcher.fill() for replica in world.replicas),
+            )
+            await world.worker.announce()
+            world.now += 0.1  # the dispatcher reads the free slots again after a second
+            most = max(most, await database["chunks"].count_documents({"job_id": large, "state": {"$in": [*OPEN]}}))
+            jobs = await mongo_store.jobs.get([large, *small])
+            ended += [id_ for id_, job in jobs.items() if job.final and id_ not in ended]
+    assert ended[-1] == large
+    assert {job.status for job in jobs.values()} == {JobStatus.COMPLETED}
+    assert most == plan.WINDOW
+    job = jobs[large]
+    assert job.totals.done == job.plan.chunk_count == chunk_count
+    assert job.totals.probes == {"silent": job.plan.addresses * job.plan.ports}
+    chunks = [chunk async for chunk in mongo_store.chunks.of_job(large)]
+    assert [chunk.index for chunk in chunks] == [*range(chunk_count)]
+    assert {(chunk.state, chunk.attempt) for chunk in chunks} == {(ChunkState.STORED, 1)}
+    assert len(world.worker.tasks) == len({task.chunk_id for task in world.worker.tasks}) == chunk_count + len(small)
