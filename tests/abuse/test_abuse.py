@@ -342,10 +342,11 @@ OF_RESULTS = ("/results", "/hosts", "/nmap.xml")
 """Ends of the paths on which another user's job is a 403 instead of a 404."""
 
 FOR_ADMINISTRATORS = ("/api/v1/audit", "/api/v1/revocation")
-BODIES = {
-    "replace_subnet": subnet(name="taken"),
+RESOURCES = {"subnet": subnet(name="taken"), "policy": policy(name="taken")}
+"""The body of each resource."""
+
+BODIES = {f"replace_{name}": body for name, body in RESOURCES.items()} | {
     "replace_subnet_retention": {"keep_results_days": 1},
-    "replace_policy": policy(name="taken"),
 }
 """Bodies of the requests with an id, by operation."""
 
@@ -420,7 +421,7 @@ EXTRA = ({"user_id": 1}, {"status": "completed"}, {"attempt": 9}, {"_id": 1}, {"
 def test_unknown_body_fields_return_400(stack: Stack, caller: Callers, audited: Audited) -> None:
     """An unknown field is a 400 on every route that reads a body."""
     http = caller(22).http
-    bodies = {"subnet": subnet(), "policy": policy(), "task": {"subnet_ids": [1], "policy_id": 1}}
+    bodies = RESOURCES | {"task": {"subnet_ids": [1], "policy_id": 1}}
     asked = [
         refused(http.request(method, re.sub(r"{\w+}", "1", path), json=bodies[path.split("/")[3]] | extra), 400, path)
         for method, path, operation in operations(stack)

@@ -18,7 +18,9 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import UnprobedPage
 from job_orchestrator.repository import documents
 from job_orchestrator_testing import scan_job
+from job_orchestrator_testing.golden import golden
 from job_orchestrator_testing.things import THEN
+from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobCreated, JobStatus
 from scanfleet_testing.contracts import with_unknown_fields
 from scanfleet_testing.turns import counting_turns
@@ -51,6 +53,11 @@ def stored(path: Path) -> Any:
 
 def kind(path: Path) -> str:
     return path.stem.partition("-")[0]
+
+
+def test_every_resource_has_an_example_document() -> None:
+    """Each resource has an example document, so that a release freezes the documents of all resources."""
+    assert {resource.name for resource in rest.RESOURCES} <= golden().keys()
 
 
 @pytest.mark.proves("F28")
