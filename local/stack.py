@@ -399,8 +399,8 @@ class Stack:
         return {variable: str(numbers[key]) for variable, key in ports_of.items() if key in numbers}
 
     def _certificates(self, service: str) -> dict[str, str]:
-        """Return the TLS settings of a secured service; a worker has none."""
-        if self._credentials is None or service == "scanner-worker":
+        """Return the TLS settings of a secured service; one without an API has none."""
+        if self._credentials is None or service not in WITH_API:
             return {}
         folder = self.folder / "certificates"
         make_service_certificates(folder, LOOPBACK)

@@ -16,7 +16,7 @@ import pytest
 from local import compose, targets
 from local.paths import ROOT
 from local.wait import until
-from scanfleet.services import IMAGES, SERVICES
+from scanfleet.services import IMAGES, SERVICES, WITH_API
 from tests.client import Client
 from tests.deploy.inside import REACHED
 
@@ -144,7 +144,7 @@ def test_running_containers_have_minimal_privileges(service: str) -> None:
 @pytest.mark.usefixtures("user")
 def test_worker_container_reaches_kafka_only() -> None:
     """Of all that listens in the other containers a worker can open Kafka's port."""
-    ports = {"kafka": 9092, "mongodb": 27017, **dict.fromkeys(set(SERVICES) - {"scanner-worker"}, 8080)}
+    ports = {"kafka": 9092, "mongodb": 27017, **dict.fromkeys(WITH_API, 8080)}
     listening = (f"{name}:{port}" for name, port in ports.items())
     assert docker("exec", containers("scanner-worker")[0], "python", "-c", REACHED, *listening) == "kafka"
 

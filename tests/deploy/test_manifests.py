@@ -20,7 +20,7 @@ from k8s import generate
 from scanfleet.contracts.messages.acls import QUOTAS
 from scanfleet.contracts.messages.topics import TOPICS
 from scanfleet.runtime.settings import ServerSettings
-from scanfleet.services import SERVICES
+from scanfleet.services import SERVICES, WITH_API
 
 K8S: Final = Path(__file__).parents[2] / "k8s"
 KUBECTL: Final = Path(sysconfig.get_path("scripts")) / "kubectl"
@@ -283,7 +283,7 @@ def test_production_encrypts_requests_between_services(production: list[Manifest
     for workload in workloads(production):
         service = name_of(workload)
         secrets = {volume["secret"]["secretName"] for volume in pod(workload)["spec"]["volumes"] if "secret" in volume}
-        if service == "scanner-worker":
+        if service not in WITH_API:
             assert not secrets & made.keys()
             continue
         assert secrets & made.keys() == {f"{service}-certificate"}
@@ -409,7 +409,7 @@ def test_probes_have_a_port_of_their_own(manifests: list[Manifest]) -> None:
     for workload in ours:
         (container,) = pod(workload)["spec"]["containers"]
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        api = {} if name_of(workload) == "scanner-worker" else {"http": 8080}
+        api = {"http": 8080} if name_of(workload) in WITH_API else {}
         assert ports == {"probes": ServerSettings.model_fields["probe_port"].default, **api}
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             assert container[probe]["httpGet"]["port"] == "probes"
