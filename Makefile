@@ -65,15 +65,15 @@ test: lint $(PROMTOOL) browser ## Run all checks and tests of this machine; one 
 endif
 
 UNIT := --numprocesses 2 -m 'not integration and not e2e and not compose and not k8s and not networks and not long' \
-	cli shared services local bench supply tests/house
+	cli shared services local bench supply tests/house tests/deploy
 
-test-unit: setup ## Run the tests that need no servers: a few minutes
+test-unit: setup $(PROMTOOL) ## Run the tests that need no servers: a few minutes
 	$(BIN)/pytest -q $(UNIT)
 
 test-long: setup ## Run the tests that take half a minute or more each: outages, a rolling upgrade; one file: make test-long T=path
 	$(BIN)/pytest -q -m long --numprocesses 2 --dist loadscope --no-loadscope-reorder $(T)
 
-coverage: setup ## Run the tests that need no servers and print the lines that none of them executes
+coverage: setup $(PROMTOOL) ## Run the tests that need no servers and print the lines that none of them executes
 	$(BIN)/pytest -q --cov --cov-report=term-missing:skip-covered $(UNIT)
 
 soak: setup ## Check the guarantees under load while random processes are killed: make soak MINUTES=10
@@ -165,7 +165,7 @@ sbom: setup ## Write a CycloneDX document of each image into .local/sbom
 audit: setup ## Search for known vulnerabilities; fails if a release fixes one: make audit [ADVISORIES=all.zip] [REQUIRED=1]
 	@$(BIN)/python -m supply audit $(if $(ADVISORIES),--advisories '$(ADVISORIES)') $(if $(REQUIRED),--required)
 
-release: docs ## Write a version and freeze its contracts, ready to commit and tag: make release VERSION=0.2.0
+release: docs ## Write a version and freeze its contracts, ready to commit and tag: make release VERSION=0.3.0
 	@$(BIN)/python -m supply release '$(VERSION)'
 
 packages:
