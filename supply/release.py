@@ -35,7 +35,7 @@ def prepare(root: Path, version: str, today: date) -> None:
 
     Args:
         root: the checkout.
-        version: of the release, such as 0.2.0.
+        version: of the release, in the form MAJOR.MINOR.PATCH.
         today: its date in the changelog.
 
     Raises:
@@ -44,7 +44,8 @@ def prepare(root: Path, version: str, today: date) -> None:
     before = re.search(_pattern("pyproject.toml"), _read(root / "pyproject.toml"))
     if not _VERSION.fullmatch(version) or before is None or _numbers(version) <= _numbers(before[1]):
         raise ReleaseError(
-            f"{version!r} is not a version above {before[1] if before else 'none'}: use a form such as 0.2.0"
+            f"{version!r} is not a version above {before[1] if before else 'none'}: "
+            "name a higher one, in the form MAJOR.MINOR.PATCH"
         )
     changes = _read(root / "CHANGELOG.md").partition(_UNRELEASED)[2].partition("\n## [")[0]
     if "- " not in changes:
