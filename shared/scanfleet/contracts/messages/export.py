@@ -16,7 +16,13 @@ from pydantic.json_schema import DEFAULT_REF_TEMPLATE
 
 from scanfleet.contracts.messages.base import Message
 from scanfleet.contracts.messages.fields import MAX_BYTES, MAX_EVENT_ID_CHARS
-from scanfleet.contracts.messages.topics import DEAD_LETTER_RETENTION, TOPICS, Topic
+from scanfleet.contracts.messages.topics import (
+    DEAD_LETTER_RETENTION,
+    DEAD_LETTER_RETENTION_BYTES,
+    MIB,
+    TOPICS,
+    Topic,
+)
 
 EXAMPLES: Final = Path(__file__).parent / "examples"
 CURRENT: Final = "current"
@@ -76,8 +82,8 @@ Job events contain the whole job. Its life-cycle events first appear in the orde
 whose `seq` is not greater than the last one of that job. A late subscriber needs no history: the API has the earlier state.
 
 A record that holds no message of its topic, or that cannot be handled, is sent unchanged to the dead-letter topic
-`<topic>-dlq` with these additional headers. Dead letters are kept for {DEAD_LETTER_RETENTION.days} days. A replayed
-record keeps its own headers and gets `dlq_replay_of`.
+`<topic>-dlq` with these additional headers. Dead letters are kept for {DEAD_LETTER_RETENTION.days} days, and at most
+{DEAD_LETTER_RETENTION_BYTES // MIB} MiB of them per topic. A replayed record keeps its own headers and gets `dlq_replay_of`.
 
 | header | value |
 |---|---|
@@ -86,6 +92,12 @@ record keeps its own headers and gets `dlq_replay_of`.
 | `dlq_group` | consumer group that refused it |
 | `dlq_reason` | reason |
 | `dlq_replay_of` | id of the dead letter from which this record was replayed |
+"""
+
+_KEPT: Final = """\
+Kafka deletes records after the time in *kept*, and the oldest ones earlier if a partition exceeds its size in *at most*
+(number of partitions × size of each). It deletes whole segments only, so a partition may hold one segment more, and a record
+may stay for up to twice the time.
 """
 
 
@@ -108,7 +120,8 @@ def page() -> str:
     """Return a Markdown page of all topics and messages, with an example of each."""
     parts: dict[str, Any] = {}
     lines = [_HEAD, "## Topics", ""]
-    lines += ["| topic | key | messages | from | to | kept | public |", "|---|---|---|---|---|---|---|"]
+    lines += [_flat(_KEPT), ""]
+    lines += ["| topic | key | messages | from | to | kept | at most | public |", "|---|---|---|---|---|---|---|---|"]
     lines += [_topic(topic) for topic in TOPICS]
     for message in messages():
         schema = _schema(message)
@@ -178,7 +191,10 @@ def _channel(topic: Topic) -> dict[str, Any]:
         "bindings": {
             "kafka": {
                 "partitions": topic.partitions,
-                "topicConfiguration": {"retention.ms": topic.retention // timedelta(milliseconds=1)},
+                "topicConfiguration": {
+                    "retention.ms": topic.retention // timedelta(milliseconds=1),
+                    "retention.bytes": topic.retention_bytes,
+                },
                 "bindingVersion": "0.5.0",
             }
         },
@@ -203,7 +219,13 @@ def _topic(topic: Topic) -> str:
     ends = f"{', '.join(topic.producers)} | {', '.join(topic.consumers)}"
     hours = topic.retention // _HOUR
     kept = f"{hours // 24} d" if hours >= 24 else f"{hours} h"  # noqa: PLR2004 # hours of a day
-    return f"| `{topic.name}` | {topic.key} | {links} | {ends} | {kept} | {'yes' if topic.public else 'no'} |"
+    most = f"{topic.partitions} × {_size(topic.retention_bytes)}"
+    return f"| `{topic.name}` | {topic.key} | {links} | {ends} | {kept} | {most} | {'yes' if topic.public else 'no'} |"
+
+
+def _size(count: int) -> str:
+    mebibytes = count // MIB
+    return f"{mebibytes} MiB" if mebibytes % 1_024 else f"{mebibytes // 1_024} GiB"
 
 
 def _on(message: type[Message]) -> str:
