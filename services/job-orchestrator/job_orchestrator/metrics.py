@@ -52,7 +52,9 @@ DELETED_JOBS: Final = Counter(
 )
 DELETED_CHUNKS: Final = Counter("scanfleet_deleted_chunks_total", "Chunks of deleted jobs that were deleted.")
 RETENTION_HALTED: Final = Gauge(
-    "scanfleet_retention_halted", "1 while deletion by age is halted, because the database's clock has jumped."
+    "scanfleet_retention_halted",
+    "1 while deletion by age is halted: the database's clock has jumped, or no orchestrator was running for longer than the "
+    "shortest retention.",
 )
 PROBES: Final = Counter(
     "scanfleet_job_probes_total",
