@@ -883,7 +883,7 @@ async def test_overdue_returns_scanned_chunks_whose_check_is_due(store: Store) -
 
 
 async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
-    """A user's queued chunks are in order of turn, without raw, skipped and delayed ones; no delay is longer than a minute."""
+    """A user's queued chunks are in order of turn, without raw and delayed ones and those of other jobs; no delay is longer than a minute."""
     await store.chunks.insert(
         [
             chunk(id="1-0", turn=5, failed_by=("w-1",)),
@@ -897,8 +897,8 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
         ],
     )
 
-    async def ids(user: int, limit: int = 10, now: Any = THEN, *, raw: bool, skip: tuple[int, ...] = ()) -> list[str]:
-        return [each.chunk_id for each in await store.dispatch.queue(user, limit, now, raw=raw, skip=skip)]
+    async def ids(user: int, limit: int = 10, now: Any = THEN, *, raw: bool, **of: Any) -> list[str]:
+        return [each.chunk_id for each in await store.dispatch.queue(user, limit, now, raw=raw, **of)]
 
     assert sorted(await store.dispatch.waiting_users(raw=True)) == [7, 8, 9]
     assert sorted(await store.dispatch.waiting_users(raw=False)) == [7, 9]
@@ -907,7 +907,8 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
     assert await ids(7, now=LATER, raw=True) == ["1-1", "1-2", "1-0", "1-4"]
     assert await ids(7, raw=False) == ["1-2", "1-0", "1-5"]
     assert await ids(7, 1, raw=True) == ["1-1"]
-    assert await ids(7, raw=True, skip=(1,)) == []
+    assert await ids(7, raw=True, jobs=[2]) == []
+    assert await ids(7, raw=False, jobs=[1, 2]) == ["1-2", "1-0", "1-5"]
     assert await ids(8, raw=False) == []
     assert (await store.dispatch.queue(7, 10, THEN, raw=False))[1] == Candidate(
         "1-0", 7, 1, 0.5, needs_raw=False, failed_by=("w-1",)
@@ -1223,7 +1224,9 @@ async def test_unreadable_queued_chunks_do_not_delay_the_other_jobs_of_their_use
     damaged = [chunk(id=f"c-{n}", job_id=1 + n % jobs, index=n, turn=n) for n in range(30)]
     await mongo_store.chunks.insert([*damaged, chunk(id="99-0", job_id=99, turn=99)])
     await database["chunks"].update_many({"turn": {"$lt": 30}}, {"$set": {"estimate": None}})
-    assert [each.chunk_id for each in await mongo_store.dispatch.queue(7, 10, LATER, raw=True)] == ["99-0"]
+    for of in (None, range(100)):
+        found = await mongo_store.dispatch.queue(7, 10, LATER, raw=True, jobs=of)
+        assert [each.chunk_id for each in found] == ["99-0"]
 
 
 @pytest.mark.integration

@@ -339,11 +339,11 @@ class DispatchRepository(Protocol):
         now: datetime,
         *,
         raw: bool,
-        skip: Collection[int] = (),
+        jobs: Collection[int] | None = None,
     ) -> list[Candidate]:
         """Return the user's first `limit` queued chunks that may start, by turn; a delay beyond `MAX_DELAY` is ignored.
 
-        Without those of the jobs to `skip`, and of jobs of which one of the first chunks cannot be read.
+        With `jobs` only those of these jobs; without those of jobs of which one of the first chunks cannot be read.
         """
 
     async def first_turns(self, users: Collection[int]) -> dict[int, int]:

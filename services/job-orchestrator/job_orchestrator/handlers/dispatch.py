@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from datetime import datetime
 from typing import Final
 
@@ -101,7 +100,7 @@ class Dispatcher:
         self._idle = any(credit.slots for credit in mine)
         if not self._idle:
             return False
-        held, _ = await asyncio.gather(self._held.known(), self._refresh(now, {credit.raw for credit in mine}))
+        held, _ = await asyncio.gather(self._held.known(), self._refresh(now))
         by_worker: defaultdict[str, list[Held]] = defaultdict(list)
         for each in held:
             by_worker[each.token.worker_id].append(each)
@@ -121,12 +120,12 @@ class Dispatcher:
             self._ahead_due = now + _AHEAD_SECONDS
         return more
 
-    async def _refresh(self, now: float, looks: AbstractSet[bool]) -> None:
+    async def _refresh(self, now: float) -> None:
         """Once a second, deactivate idle users and read the live workers."""
         if now < self._rest_due:
             return
         _, live = await asyncio.gather(
-            self._dispatch.deactivate_clocks(self._skips.resting(looks)), self._dispatch.live_workers(fairness.LIVE)
+            self._dispatch.deactivate_clocks(self._skips.resting), self._dispatch.live_workers(fairness.LIVE)
         )
         self._live = {credit.instance: credit for credit in live}
         self._rest_due = now + _REST_SECONDS
@@ -165,15 +164,17 @@ class Dispatcher:
         until = self._clock.monotonic() + max(_LATER_SECONDS, len(users) / _LATER_PER_SECOND)
         for first in range(0, min(len(users), _PAGES * _USERS), _USERS):
             neediest = users[first : first + _USERS]
-            queues = await asyncio.gather(
-                *(self._dispatch.queue(user, room, now, raw=raw, skip=self._skips.jobs(user)) for user in neediest)
-            )
+            queues = await asyncio.gather(*(self._queue(user, room, now, raw=raw) for user in neediest))
             found |= {user: queue for user, queue in zip(neediest, queues, strict=True) if queue}
             without = [user for user in neediest if user not in found]
-            # They would fill the list of the neediest.
-            await asyncio.gather(*(self._skips.rest(user, raw=raw) for user in without if self._skips.jobs(user)))
-            later.update({(user, raw): until for user in without if not self._skips.jobs(user)})
+            later.update(dict.fromkeys(((user, raw) for user in without), until))  # they would fill the next lists
             # A user without candidates may only have chunks that start later; other users' chunks can use the slots.
             if not without or sum(map(len, found.values())) >= room:
                 break
         return found
+
+    async def _queue(self, user: int, room: int, now: datetime, *, raw: bool) -> Sequence[Candidate]:
+        jobs = await self._skips.jobs(user)
+        if jobs is None or jobs:
+            return await self._dispatch.queue(user, room, now, raw=raw, jobs=jobs)
+        return []

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Iterable, Mapping
 from datetime import timedelta
 from typing import Final, TypeVar
 
@@ -18,7 +17,7 @@ from job_orchestrator.metrics import SKIPPED_JOBS
 _SKIP_SECONDS: Final = 60.0  # for which a job whose documents cannot be read is skipped
 _CLOSED_SECONDS: Final = 600.0  # for which jobs outside their hours are: the clock stops while a machine is suspended
 _LEFT_OUT_SECONDS: Final = 10.0  # for which a user with only such jobs is; a new job that another replica created waits
-_RECHECK_SECONDS: Final = 1.0  # for which a user with another job is: any replica may create or requeue its chunks
+_RECHECK_SECONDS: Final = 1.0  # for which the other jobs of a user are cached; so does one that another replica created
 _JOBS: Final = 100_000  # unfinished jobs of a user under one grant: far above the quota
 
 _log = structlog.get_logger()
@@ -27,45 +26,65 @@ _Key = TypeVar("_Key")
 
 
 class Skips:
-    """The skipped jobs of each user, and the users whose queued chunks all belong to skipped jobs."""
+    """The skipped jobs of each user, and the users who have no others."""
 
     def __init__(self, jobs: JobRepository, clock: PlatformTime) -> None:
         self._jobs = jobs
         self._clock = clock
         self._skipped: dict[int, dict[int, float]] = {}
         """By user and job, until when its chunks are skipped."""
-        self._resting: dict[tuple[int, bool], float] = {}
-        """By user without other chunks, with and without those that need raw packets, until when none is queried."""
+        self._others: dict[int, tuple[float, Collection[int]]] = {}
+        """By user with skipped jobs: until when they are cached, and the ids of the user's other unfinished jobs."""
+        self._resting: dict[int, float] = {}
+        """By user without other jobs, until when no chunk is queried."""
         self.later: dict[tuple[int, bool], float] = {}
-        """The same of users whose chunks may only start later; they stay active. `wake` replaces the mapping: a caller gets it before
-        its query, so that new chunks which the query missed are not delayed."""
+        """By user whose chunks may only start later, with and without those that need raw packets, until when none is queried; they
+        stay active. `wake` replaces the mappings: a caller gets them before its query, so that new chunks which the query missed are
+        not delayed."""
 
     def expire(self) -> None:
         """Remove what has lasted its time."""
         now = self._clock.monotonic()
         skipped = {user: _after(now, jobs) for user, jobs in self._skipped.items()}
         self._skipped = {user: jobs for user, jobs in skipped.items() if jobs}
+        self._others = {user: each for user, each in self._others.items() if each[0] > now}
         self._resting = _after(now, self._resting)
         self.later = _after(now, self.later)
 
     def wake(self, users: Collection[int]) -> None:
         """Query the chunks of these users again: they have new ones."""
-        self._resting = {key: until for key, until in self._resting.items() if key[0] not in users}
+        self._others = {user: each for user, each in self._others.items() if user not in users}
+        self._resting = {user: until for user, until in self._resting.items() if user not in users}
         self.later = {key: until for key, until in self.later.items() if key[0] not in users}
 
-    def jobs(self, user: int) -> Collection[int]:
-        return self._skipped.get(user, ())
-
     def rests(self, user: int, *, raw: bool) -> bool:
-        return (user, raw) in self._resting or (user, raw) in self.later
+        return user in self._resting or (user, raw) in self.later
 
-    def resting(self, looks: AbstractSet[bool]) -> set[int]:
-        """Return the users who rest in every kind of query that the workers need, with raw packets or without."""
-        return set[int].intersection(*({user for user, raw in self._resting if raw is look} for look in looks))
+    @property
+    def resting(self) -> Collection[int]:
+        """The users whose unfinished jobs are all skipped."""
+        return self._resting.keys()
+
+    async def jobs(self, user: int) -> Collection[int] | None:
+        """Return the jobs whose chunks may be dispatched; None for all. A user without any is left out.
+
+        Raises:
+            DependencyError: the database is unavailable.
+        """
+        if not (skipped := self._skipped.get(user)):
+            return None
+        known, resting = self._others, self._resting
+        if user not in known:
+            now = self._clock.monotonic()
+            unfinished = await self._jobs.unfinished(user, _JOBS)
+            known[user] = now + _RECHECK_SECONDS, [id_ for id_ in unfinished if id_ not in skipped]
+            if not known[user][1]:  # a query for chunks would go through those of all skipped jobs
+                resting[user] = min(now + _LEFT_OUT_SECONDS, *skipped.values())
+        return known[user][1]
 
     def skip(self, candidate: Candidate, cause: str) -> None:
         """Skip a job whose documents cannot be read or dispatched, so that the user's other jobs continue."""
-        self._skipped.setdefault(candidate.user_id, {})[candidate.job_id] = self._clock.monotonic() + _SKIP_SECONDS
+        self._add(candidate.user_id, [candidate.job_id], _SKIP_SECONDS)
         SKIPPED_JOBS.inc()
         _log.error("job_skipped", job_id=candidate.job_id, chunk_id=candidate.chunk_id, cause=cause)
 
@@ -73,18 +92,12 @@ class Skips:
         """Skip the job, and all others of its user under its grant, until the hours of the grant begin; None is never."""
         seconds = min(begin_in.total_seconds(), _CLOSED_SECONDS) if begin_in is not None else _CLOSED_SECONDS
         others = await self._jobs.unfinished(job.user_id, _JOBS, granted_by=job.granted_by)
-        until = self._clock.monotonic() + seconds
-        self._skipped.setdefault(job.user_id, {}).update(dict.fromkeys((job.id, *others), until))
+        self._add(job.user_id, [job.id, *others], seconds)
 
-    async def rest(self, user: int, *, raw: bool) -> None:
-        """Leave a user out whose queued chunks all belong to skipped jobs, until one of these may continue."""
-        skipped, resting = self._skipped[user], self._resting
-        monotonic = self._clock.monotonic()
-        seconds = min(_LEFT_OUT_SECONDS, min(skipped.values()) - monotonic)
-        unfinished = await self._jobs.unfinished(user, len(skipped) + 1)
-        if not skipped.keys() >= set(unfinished):
-            seconds = min(seconds, _RECHECK_SECONDS)
-        resting[user, raw] = monotonic + seconds  # without effect if `wake` has replaced the mapping during the query
+    def _add(self, user: int, jobs: Iterable[int], seconds: float) -> None:
+        until = self._clock.monotonic() + seconds
+        self._skipped.setdefault(user, {}).update(dict.fromkeys(jobs, until))
+        self._others.pop(user, None)
 
 
 def _after(now: float, untils: Mapping[_Key, float]) -> dict[_Key, float]:

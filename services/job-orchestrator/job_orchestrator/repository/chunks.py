@@ -26,7 +26,7 @@ INDEXES: Final = {
     "chunks": [
         IndexModel([("job_id", 1), ("index", 1)]),
         IndexModel([("job_id", 1), ("state", 1), ("index", 1)]),
-        # With job and time, the chunks of skipped jobs and those that are not due yet are passed over without reading them.
+        # With job and time, the chunks of other jobs and those that are not due yet are passed over without reading them.
         IndexModel(
             [("state", 1), ("user_id", 1), ("needs_raw", 1), ("turn", 1), ("job_id", 1), ("not_before", 1)],
             name="state_1_user_id_1_needs_raw_1_turn_1_v2",

@@ -45,20 +45,23 @@ class MongoDispatch:
         now: datetime,
         *,
         raw: bool,
-        skip: Collection[int] = (),
+        jobs: Collection[int] | None = None,
     ) -> list[Candidate]:
         may_go = {
             "$or": [{"not_before": None}, {"not_before": {"$lte": now}}, {"not_before": {"$gt": now + MAX_DELAY}}]
         }
         wanted = _queued(raw=raw) | {"user_id": user_id} | may_go
-        if skip:
-            wanted["job_id"] = {"$nin": list(skip)}
-        found = await self._chunks.find(wanted, documents.CANDIDATE).sort("turn", 1).limit(limit).to_list(limit)
-        candidates = [documents.readable(documents.read_candidate, each, "chunks") for each in found]
-        damaged: list[Any] = [each.get("job_id") for each, read in zip(found, candidates, strict=True) if read is None]
-        if new := [id_ for id_ in damaged if id_ not in skip]:  # otherwise they could fill every result
-            return await self.queue(user_id, limit, now, raw=raw, skip=[*skip, *new])
-        return [candidate for candidate in candidates if candidate is not None]
+        of_jobs = {} if jobs is None else {"$in": list(jobs)}
+        damaged: list[Any] = []
+        while True:
+            if ids := of_jobs | ({"$nin": damaged} if damaged else {}):
+                wanted["job_id"] = ids
+            found = await self._chunks.find(wanted, documents.CANDIDATE).sort("turn", 1).limit(limit).to_list(limit)
+            read = [documents.readable(documents.read_candidate, each, "chunks") for each in found]
+            unreadable = [each.get("job_id") for each, candidate in zip(found, read, strict=True) if candidate is None]
+            if not (new := [id_ for id_ in unreadable if id_ not in damaged]):
+                return [candidate for candidate in read if candidate is not None]
+            damaged += new  # otherwise they could fill every result
 
     @dependency_errors()
     async def first_turns(self, users: Collection[int]) -> dict[int, int]:

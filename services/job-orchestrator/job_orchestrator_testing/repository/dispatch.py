@@ -25,13 +25,13 @@ class MemoryDispatch(MemoryRepository):
         now: datetime,
         *,
         raw: bool,
-        skip: Collection[int] = (),
+        jobs: Collection[int] | None = None,
     ) -> list[Candidate]:
         mine = (
             chunk
             for chunk in self._queued(raw=raw)
             if chunk.user_id == user_id
-            and chunk.job_id not in skip
+            and (jobs is None or chunk.job_id in jobs)
             and not (chunk.not_before and now < chunk.not_before <= now + MAX_DELAY)
         )
         return [
