@@ -15,12 +15,16 @@ from typing import Any, Final
 import kubernetes_validate
 import pytest
 import yaml
+from fastapi.routing import iter_route_contexts
 
+from api_gateway.main import create_app
+from api_gateway_testing import Gateway
 from k8s import generate
 from scanfleet.contracts.messages.acls import QUOTAS
 from scanfleet.contracts.messages.topics import TOPICS
 from scanfleet.runtime.settings import ServerSettings
 from scanfleet.services import SERVICES, WITH_API
+from scanfleet_testing.bus import MemoryBus
 
 K8S: Final = Path(__file__).parents[2] / "k8s"
 KUBECTL: Final = Path(sysconfig.get_path("scripts")) / "kubectl"
@@ -420,15 +424,17 @@ def test_probes_have_a_port_of_their_own(manifests: list[Manifest]) -> None:
         if any(port["port"] == 8081 for port in rule["ports"])
     }
     assert opened <= {"keda", "monitoring"}
-    for ingress in of_kind(manifests, "Ingress"):
-        (host,) = ingress["spec"]["rules"]
-        assert [path["path"] for path in host["http"]["paths"]] == [
-            "/api",
-            "/app",
-            "/session",
-            "/docs",
-            "/openapi.json",
-        ]
+
+
+def test_ingress_leads_to_every_route_of_the_gateway() -> None:
+    """The Ingress has the first part of the path of each route, by which it matches all below, and nothing else."""
+    (ingress, _) = yaml.safe_load_all((K8S / "components/ingress/ingress.yaml").read_text(encoding="utf-8"))
+    (rule,) = ingress["spec"]["rules"]
+    app = create_app(Gateway().settings(), bus=MemoryBus())
+    routes = {f"/{route.path.split('/')[1]}" for route in iter_route_contexts(app.routes) if route.path is not None}
+    assert {path["path"] for path in rule["http"]["paths"]} == routes
+    exact = {path["path"] for path in rule["http"]["paths"] if path["pathType"] == "Exact"}
+    assert exact == {"/", "/openapi.json"}
 
 
 def test_labels_follow_the_convention(manifests: list[Manifest]) -> None:
