@@ -218,7 +218,7 @@ class Deletions:
         if jump is not None:
             _log.error(
                 "retention_halted",
-                cause="the database's clock has jumped",
+                cause="the database's clock has jumped, or no orchestrator was running for longer than the shortest retention",
                 jump_seconds=jump.total_seconds(),
                 next_step="check the clock, then run python -m job_orchestrator.retention resume",
             )
