@@ -97,7 +97,7 @@ _EXAMPLES: Final = (
     ("Scan a network, and print the open ports:", "scanfleet scan 127.9.8.0/24 --ports 22,80 --preset quick"),
     ("A second scan reuses the subnet and the policy. Exit 8 if a port is open:", "scanfleet -q scan 127.9.8.0/24 --ports 22,80 --preset quick --fail-on open --json ip_address,port"),
     ("Create a subnet and a policy, and submit a job:", "scanfleet subnet create lab 127.9.9.0/24 --exclude 127.9.9.128/25"),
-    ("", "scanfleet policy create web --preset quick --ports 22,80,443 -o name"),
+    ("", "scanfleet policy create web --preset quick --ports 443 -o name"),
     ("", "scanfleet job submit --subnet lab --policy web"),
     ("", "scanfleet job list"),
     ("List the addresses that a failed job did not probe, and the reasons:", "scanfleet job wait 43"),
@@ -143,15 +143,15 @@ def _becomes(job: FakeJob) -> None:
             [result(1, "127.9.8.1", 22), result(2, "127.9.8.7", 80, service="http", version="nginx")],
             2,
         )
+        job.counts = {"answered": 4, "down": 508}
         return
     job.states = [(JobStatus.RUNNING, 10), (JobStatus.FAILED, 75)]
-    job.counts = {"answered": 19, "silent": 140, "down": 33, "lost": 64}
+    job.counts = {"answered": 19, "silent": 45, "excluded": 128, "lost": 64}
     reason = "nmap was killed three times"
     job.not_probed = [
-        rest.LedgerEntry(address=f"127.9.9.{64 + n}", ports="22,80,443", outcome="lost", reason=reason)
-        for n in range(64)
+        rest.LedgerEntry(address=f"127.9.9.{64 + n}", ports="443", outcome="lost", reason=reason) for n in range(64)
     ]
-    job.letters = "a" * 19 + "s" * 45 + "l" * 64 + "s" * 95 + "d" * 33
+    job.letters = "a" * 19 + "s" * 45 + "l" * 64 + "x" * 128
 
 
 def _exit_codes() -> Iterator[str]:
