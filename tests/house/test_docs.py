@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from docs import cli_page, generate
@@ -34,6 +36,15 @@ def test_page_has_the_minimum_nmap_version(page: str) -> None:
     """The pages that name the required software have the minimum version of nmap."""
     oldest = ".".join(map(str, MIN_VERSION))
     assert f"nmap {oldest} or newer" in (generate.FOLDER.parent / page).read_text(encoding="utf-8")
+
+
+def test_operations_have_the_tested_versions() -> None:
+    """The required software has the versions of Kafka and MongoDB that the containers run."""
+    compose = (generate.FOLDER.parent / "docker-compose.yml").read_text(encoding="utf-8")
+    (kafka,) = re.findall(r"apache/kafka:(\d+\.\d+)", compose)
+    (mongodb,) = re.findall(r"mongo:(\d+\.\d+)", compose)
+    text = (generate.FOLDER / "operations.md").read_text(encoding="utf-8")
+    assert f"(tested: 6.0 and {mongodb}), Kafka (tested: {kafka})" in text
 
 
 def test_operations_have_the_disk_usage_of_kafka() -> None:
