@@ -772,7 +772,7 @@ class Estimate(_Answer):
 
     excluded: int
     exclude: list[str]
-    """The networks that are excluded: those within the subnet, merged, with its broadcast address."""
+    """The networks that are excluded: those within the subnet, merged, with its broadcast address if it has one."""
 
     tcp_ports: int
     udp_ports: int

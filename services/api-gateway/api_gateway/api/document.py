@@ -38,7 +38,7 @@ TAGGED: Final[dict[int, dict[int | str, dict[str, Any]]]] = {
 _ERRORS: Final[dict[int, str]] = {
     400: "The request is malformed or invalid; the error names the reason.",
     401: "The bearer token is missing or invalid.",
-    403: "The object belongs to another user, or the operation is for administrators.",
+    403: "The object belongs to another user, the operation is for administrators, or no user grant covers the scan.",
     404: "The object does not exist, or belongs to another user.",
     409: "The state of the object does not allow the operation.",
     412: "The object has changed since it was read: its `ETag` is not the one in `If-Match`.",
