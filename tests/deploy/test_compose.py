@@ -11,18 +11,13 @@ import pytest
 import yaml
 
 from scanfleet.contracts.messages.acls import QUOTAS
+from scanfleet.services import SERVICES as PLATFORM
 from scanfleet.services import WITH_API, WITH_DATABASE
 
 ROOT: Final = Path(__file__).parents[2]
 COMPOSE: Final[dict[str, Any]] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
 SERVICES: Final[dict[str, dict[str, Any]]] = COMPOSE["services"]
-OURS: Final = {
-    "api-gateway",
-    "job-orchestrator",
-    "scanner-worker",
-    "result-store",
-    "topics",
-}
+OURS: Final = {*PLATFORM, "topics"}
 ONCE: Final = {"topics", "rights", "users", "replica-set", "keys", "token", "cli"}
 
 Judge = Callable[[str, Mapping[str, str]], list[str]]
