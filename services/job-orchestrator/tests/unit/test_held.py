@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -13,6 +15,7 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator_testing import MemoryStore, chunk
 from job_orchestrator_testing.repository import MemoryDispatch
+from job_orchestrator_testing.things import THEN
 from scanfleet.errors import DependencyError
 
 
@@ -45,7 +48,8 @@ class HeldFixture:
         self.dispatch = Slow(self.store.data)
         self.dispatch.allowed = asyncio.Event()
         self.dispatch.allowed.set()
-        self.held = HeldChunks(self.dispatch, PlatformTime(self.store.time, lambda: self.now), lambda: alone)
+        self.clock = PlatformTime(self.store.time, lambda: self.now)
+        self.held = HeldChunks(self.dispatch, self.clock, lambda: alone)
 
     async def ids(self) -> set[str]:
         return {each.token.chunk_id for each in await self.held.known()}
@@ -98,6 +102,16 @@ async def test_changes_during_a_read_are_kept() -> None:
     fixture.held.add([dispatched(1)])
     fixture.dispatch.allowed.set()
     assert await read == {"1-1"}
+
+
+async def test_step_of_the_platforms_clock_is_no_time_of_held_chunks() -> None:
+    """A chunk counts from the step on if it was dispatched before; later ones, and those without a time, do not change."""
+    fixture = HeldFixture()
+    times = [THEN - timedelta(hours=3), THEN + timedelta(seconds=1), None]
+    await fixture.store.chunks.insert([replace(dispatched(n), dispatched_at=at) for n, at in enumerate(times)])
+    assert [each.dispatched_at for each in await fixture.held.known()] == times
+    fixture.clock.stepped_at = THEN
+    assert [each.dispatched_at for each in await fixture.held.known()] == [THEN, *times[1:]]
 
 
 async def test_expire_during_a_read_reads_again() -> None:
