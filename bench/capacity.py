@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from typing import Final
 
 from bench.figures import Figure
-from bench.kit import SCRIPTED, Meter, bus, new_stack, pids
+from bench.kit import SCRIPTED, Meter, bus, load, new_stack, pids
 from local.stack import Stack
 from scanfleet.contracts.messages import HostScanned, PortFound
 from scanfleet.contracts.messages.topics import SCAN_RESULTS
@@ -19,15 +19,20 @@ from scanfleet.runtime import mongo
 from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome
 from scanfleet.security.auth import read_private_key
 from scanfleet.security.chunk_grants import Signer
+from tests.client import Client
 
 HOSTS: Final = 10_000
+ROWS: Final = 40_000
+PAGE: Final = 100
+ROUNDS: Final = 5
 LIMIT: Final = 60.0  # seconds for any part
 OURS: Final = ("result-store", "kafka", "mongod")
 
 
 def measure() -> Sequence[Figure]:
     with new_stack(replicas=SCRIPTED) as stack:
-        return asyncio.run(hosts(stack))
+        figures = asyncio.run(hosts(stack))
+        return [*figures, last_page(stack)]
 
 
 async def hosts(stack: Stack) -> Sequence[Figure]:
@@ -53,6 +58,30 @@ async def hosts(stack: Stack) -> Sequence[Figure]:
             "host_bytes", (sizes["storageSize"] + sizes["totalIndexSize"]) / sizes["count"], "on disk, with indexes"
         ),
     ]
+
+
+def last_page(stack: Stack) -> Figure:
+    """Median of the ratios of pairs, run in turn; no worker scans the job."""
+    token = stack.token(7)
+    user = Client(stack.url, token)
+    job_id = user.scan("127.0.0.0/16", ports="8080")
+    asyncio.run(rows(stack, job_id))
+    ids = [each["id"] for each in user.results(job_id)]
+    pages = f"{stack.url}/api/v1/task/{job_id}/results?limit={PAGE}&after="
+    ratios = []
+    for _ in range(ROUNDS):
+        first, last = (load(f"{pages}{after}", clients=8, seconds=3, token=token).rate for after in (0, ids[-PAGE - 1]))
+        ratios.append(first / last)
+    meaning = f"time of the last page / of the first page of {len(ids)} results"
+    return Figure("last_page_ratio", statistics.median(ratios), meaning, at_most=1.3)
+
+
+async def rows(stack: Stack, job_id: int) -> None:
+    results = mongo.connect(stack.mongodb, stack.database("result-store"))
+    signer = Signer(read_private_key(stack.folder / "chunk" / "private.pem"))
+    async with bus(stack) as publisher:
+        await store(publisher, results, signer, {job_id: ROWS})
+    results.client.close()
 
 
 async def store(publisher: KafkaBus, results: mongo.Database, signer: Signer, counts: Mapping[int, int]) -> None:

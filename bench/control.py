@@ -18,7 +18,7 @@ import httpx
 from redis import Redis
 
 from bench.figures import Figure
-from bench.kit import SCRIPTED, Meter, Workers, bus, load, new_stack, pids
+from bench.kit import SCRIPTED, Documents, Load, Meter, Workers, bus, cores, load, new_stack, pids
 from local import ports
 from local.stack import Stack
 from local.wait import listens, until
@@ -32,11 +32,14 @@ CLIENTS: Final = 64
 SECONDS: Final = 10  # of a load
 POSTS: Final = 50
 HOPS: Final = 200
+CALM: Final = 5  # seconds after a change until the load is measured, and of that measurement
 CHUNKS: Final = 2_000  # measured of a large job
 SMALL: Final = [f"127.2.{number}.0/29" for number in range(30)]
+WHOLE: Final = "127.3.0.0/20"  # 32,768 chunks: a job of 262,144 would take a quarter of an hour
 LARGE: Final = "127.1.0.0/16"
 ALL_PORTS: Final = {"ports": "1-65535", "service_detection": False, "discovery": "none"}
 LIMIT: Final = 120.0  # seconds for any part
+WHOLE_LIMIT: Final = 600.0  # seconds for the whole job; it takes about two minutes
 SETTINGS: Final = {
     "SCANFLEET_UNFINISHED_JOBS_PER_USER": "1000000",  # more than a load posts
     # The requests that a load leaves unanswered when it ends are still under way when the next request comes.
@@ -53,8 +56,10 @@ def measure() -> Iterator[Figure]:
         yield from idle(stack, user)
         yield from accepted(stack, user)
         yield from queries(stack, user)
+        time.sleep(CALM)
+        calm = cores(stack, OURS, CALM)
         yield from asyncio.run(chunks(stack, user))
-        yield from largest(stack, user)
+        yield from largest(stack, user, calm)
 
 
 def idle(stack: Stack, user: Client) -> Iterator[Figure]:
@@ -104,23 +109,37 @@ def accepted(stack: Stack, user: Client) -> Iterator[Figure]:
     """
     body = BODY % (user.subnet("127.9.8.2/32"), user.policy(**ONE_PORT))
     tasks, token = f"{stack.url}/api/v1/task", stack.token(7)
-    rate = load(tasks, clients=CLIENTS, seconds=SECONDS, token=token, body=body)
-    cpu = asyncio.run(scripted(stack, user, lambda: load(tasks, clients=8, seconds=SECONDS, token=token, body=body)))
-    other_rate, other_cpu = celery(stack.folder, body)
-    yield Figure("accepted_per_s", rate, f"one-host jobs posted singly by {CLIENTS} clients, no worker")
-    yield Figure("accepted_ratio", rate / other_rate, "the same / Celery with Redis", at_least=1.5)
-    yield Figure("job_cpu_ms", 1_000 * cpu, "CPU of services, servers and workers for a job that scans nothing")
-    yield Figure("job_cpu_ratio", other_cpu / cpu, "CPU of Celery's / of ours", at_least=1)
+    ours = load(tasks, clients=CLIENTS, seconds=SECONDS, token=token, body=body)
+    cpu, read, written = asyncio.run(
+        scripted(stack, user, lambda: load(tasks, clients=8, seconds=SECONDS, token=token, body=body))
+    )
+    other, other_cpu = celery(stack.folder, body)
+    yield Figure("accepted_per_s", ours.rate, f"one-host jobs posted singly by {CLIENTS} clients, no worker")
+    yield Figure("accepted_ratio", ours.rate / other.rate, "the same / Celery with Redis", at_least=1.5)
+    yield Figure("accepted_p50_ms", ours.p50, "their POST, median")
+    yield Figure("accepted_p50_ratio", ours.p50 / other.p50, "the same / Celery with Redis")
+    yield Figure("accepted_p99_ms", ours.p99, "their POST, 99th percentile")
+    yield Figure("accepted_p99_ratio", ours.p99 / other.p99, "the same / Celery with Redis", at_most=1)
+    total = sum(cpu.values())
+    yield Figure("job_cpu_ms", 1_000 * total, "CPU of services, servers and workers for a job that scans nothing")
+    yield Figure("job_cpu_ratio", other_cpu / total, "CPU of Celery's / of ours", at_least=1)
+    for name, seconds in cpu.items():
+        yield Figure(f"job_cpu_{name.replace('-', '_')}_ms", 1_000 * seconds, f"of these of {name}")
+    yield Figure("job_documents_read", read, "documents that MongoDB returned for the same job")
+    yield Figure("job_documents_written", written, "documents that it inserted, updated or deleted")
 
 
-async def scripted(stack: Stack, user: Client, work: Callable[[], float]) -> float:
-    """CPU seconds of each job that `work` posts, until the last has ended; `work` returns the rate of its posts."""
+async def scripted(stack: Stack, user: Client, work: Callable[[], Load]) -> tuple[Mapping[str, float], float, float]:
+    """CPU seconds by process, and documents read and written, of each job that `work` posts, until the last has ended."""
     async with scanning(stack) as workers:
         await ended(workers, lambda: user.unfinished() == 0)
         meter = Meter(pids(stack, OURS) | {"workers": os.getpid()})  # the workers are tasks of this process
-        rate = await asyncio.to_thread(work)
+        before = await asyncio.to_thread(Documents.now, stack)
+        count = SECONDS * (await asyncio.to_thread(work)).rate
         await ended(workers, lambda: user.unfinished() == 0)
-        return sum(meter.cpu().values()) / (rate * SECONDS)
+        after = await asyncio.to_thread(Documents.now, stack)
+        cpu = {name: seconds / count for name, seconds in meter.cpu().items()}
+        return cpu, (after.read - before.read) / count, (after.written - before.written) / count
 
 
 @asynccontextmanager
@@ -136,16 +155,16 @@ async def scanning(stack: Stack) -> AsyncIterator[Workers]:
             await tail.stop()
 
 
-async def ended(workers: Workers, condition: Callable[[], bool]) -> None:
+async def ended(workers: Workers, condition: Callable[[], bool], limit: float = LIMIT) -> None:
     """Announce the workers until `condition` holds."""
-    async with asyncio.timeout(LIMIT):
+    async with asyncio.timeout(limit):
         while not await asyncio.to_thread(condition):
             await workers.announce()
             await asyncio.sleep(0.25)
 
 
-def celery(folder: Path, body: str) -> tuple[float, float]:
-    """Tasks per second that FastAPI puts on Celery's queue in Redis, which syncs each write; CPU seconds of each task."""
+def celery(folder: Path, body: str) -> tuple[Load, float]:
+    """Requests that FastAPI puts on Celery's queue in Redis, which syncs each write; CPU seconds of each task."""
     port, web = ports.choose(), ports.choose()
     python = [sys.executable, "-m"]
     options = ["--port", str(port), "--appendonly", "yes", "--appendfsync", "always", "--dir", str(folder)]
@@ -163,13 +182,13 @@ def celery(folder: Path, body: str) -> tuple[float, float]:
     with running(servers, environment, folder) as processes, Redis(port=port) as queue:
         for each in (port, web):
             listens("127.0.0.1", each, LIMIT)
-        rate = load(url, clients=CLIENTS, seconds=SECONDS, body=body)
+        accepted = load(url, clients=CLIENTS, seconds=SECONDS, body=body)
         with running(worker, environment, folder) as workers:
             until(idle, LIMIT, "Celery to empty its queue")
             meter = Meter({**processes, **workers})
-            count = SECONDS * load(url, clients=8, seconds=SECONDS, body=body)
+            count = SECONDS * load(url, clients=8, seconds=SECONDS, body=body).rate
             until(idle, LIMIT, "Celery to empty its queue")
-            return rate, sum(meter.cpu().values()) / count
+            return accepted, sum(meter.cpu().values()) / count
 
 
 @contextmanager
@@ -193,8 +212,8 @@ def queries(stack: Stack, user: Client) -> Iterator[Figure]:
     """The list of jobs beside the same query in one process, and beside an open route of the same gateway."""
     page = 20
     total = user.http.get("/api/v1/task", params={"page_size": page}).json()["total"]
-    rate = load(f"{stack.url}/api/v1/task?page_size={page}", clients=8, seconds=SECONDS, token=stack.token(7))
-    open_rate = load(f"{stack.url}/api/v1/info", clients=8, seconds=SECONDS)
+    rate = load(f"{stack.url}/api/v1/task?page_size={page}", clients=8, seconds=SECONDS, token=stack.token(7)).rate
+    open_rate = load(f"{stack.url}/api/v1/info", clients=8, seconds=SECONDS).rate
     port = ports.choose()
     command = [sys.executable, "-m", "uvicorn", "--factory", "bench.alternatives:documents", "--port", str(port)]
     environment = {
@@ -203,19 +222,19 @@ def queries(stack: Stack, user: Client) -> Iterator[Figure]:
     }
     with running({"list": [*command, "--no-access-log"]}, environment, stack.folder):
         listens("127.0.0.1", port, LIMIT)
-        other = load(f"http://127.0.0.1:{port}/task?user_id=7&page_size={page}", clients=8, seconds=SECONDS)
+        other = load(f"http://127.0.0.1:{port}/task?user_id=7&page_size={page}", clients=8, seconds=SECONDS).rate
     yield Figure("list_per_s", rate, f"authenticated GET of {page} of {total} jobs")
     yield Figure("list_ratio", rate / other, "the same / one process with FastAPI and motor", at_least=0.6)
     yield Figure("list_open_ratio", rate / open_rate, "the same / the gateway's /api/v1/info", at_least=0.3)
 
 
 async def chunks(stack: Stack, user: Client) -> list[Figure]:
-    """CPU of orchestrator and MongoDB for a chunk, in jobs of 64 chunks and in one of more than 65,536."""
+    """CPU of orchestrator and MongoDB for a chunk: of jobs of 64 chunks, of the start of one of 524,288, and of a whole large one."""
     async with scanning(stack) as workers:
         policy_id = user.policy(**ALL_PORTS, timing=3)
         small = [user.subnet(cidr) for cidr in SMALL]
         costs = []
-        for subnet_ids, enough in ((small, 0), ([user.subnet(LARGE)], CHUNKS)):
+        for subnet_ids, enough in ((small, 0), ([user.subnet(LARGE)], CHUNKS), ([user.subnet(WHOLE)], 0)):
             workers.chunks.clear()
             meter = Meter(pids(stack, CHUNK_SIDE))
             jobs = [job["id"] for job in user.submit(subnet_ids, policy_id)]
@@ -225,19 +244,27 @@ async def chunks(stack: Stack, user: Client) -> list[Figure]:
                     len(workers.chunks) > enough > 0  # type: ignore[misc] # mypy infers no type for a lambda with defaults
                     or all(user.status(job_id) in FINAL for job_id in jobs)
                 ),
+                WHOLE_LIMIT,
             )
             costs.append(1_000 * sum(meter.cpu().values()) / len(workers.chunks))
             for job_id in jobs:
                 user.http.post(f"/api/v1/task/{job_id}/cancel")
-    one, many = costs
+    one, many, whole = costs
     return [
         Figure("chunk_cpu_ms", many, "CPU of orchestrator and MongoDB for a chunk of a /16 with all ports", at_most=3),
         Figure("chunk_growth", many / one, "the same / for a chunk of a job of 64", at_most=1.3),
+        Figure("whole_growth", whole / one, "for a chunk of a whole job of 32,768 / of 64", at_most=1.3),
     ]
 
 
-def largest(stack: Stack, user: Client) -> Iterator[Figure]:
-    """A pending /16 of all ports: its POST, its ledger, the health of the orchestrator meanwhile, and its cancel."""
+def largest(stack: Stack, user: Client, calm: float) -> Iterator[Figure]:
+    """A pending /16 of all ports: its POST, its ledger, the health of the orchestrator meanwhile, and its cancel.
+
+    Args:
+        stack: without workers.
+        user: owns the job.
+        calm: cores that the platform used before its first large job.
+    """
     subnet_id, policy_id = user.subnet(LARGE), user.policy(**ALL_PORTS)
     begin = time.perf_counter()
     (job,) = user.submit([subnet_id], policy_id)
@@ -256,4 +283,9 @@ def largest(stack: Stack, user: Client) -> Iterator[Figure]:
     begin = time.perf_counter()
     user.cancel(job["id"])
     until(lambda: user.unfinished() == 0, LIMIT, "the job to be cancelled")
-    yield Figure("largest_cancel_s", time.perf_counter() - begin, "its cancel", at_most=5)
+    took = time.perf_counter() - begin
+    yield Figure("largest_cancel_s", took, "its cancel", at_most=5)
+    time.sleep(max(0.0, CALM - took))
+    after = cores(stack, OURS, CALM)
+    yield Figure("cancelled_load_cores", after, f"cores in use {CALM} s after its cancel")
+    yield Figure("cancelled_load_ratio", after / calm, "the same / before any large job", at_most=1.5)

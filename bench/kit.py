@@ -10,7 +10,9 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequen
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+from pymongo import MongoClient
 
 from local.stack import Stack
 from scanfleet.contracts.messages import ChunkScanned, ScanChunk, WorkerReady
@@ -24,6 +26,7 @@ SCRIPTED: Final = dict.fromkeys(SERVICES, 1) | {WORKER: 0}
 """Replicas of a stack whose workers are scripted."""
 _WORKERS: Final = 8
 _SLOTS: Final = 200  # of each: no chunk waits for a slot
+_MS: Final = {"us": 0.001, "ms": 1.0, "s": 1_000.0}
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -126,12 +129,49 @@ def _processes() -> Iterator[tuple[int, tuple[int, float]]]:
             yield int(folder.name), (int(fields[1]), (int(fields[11]) + int(fields[12])) / _TICKS)
 
 
+class Documents(NamedTuple):
+    """MongoDB's counters of documents since its start."""
+
+    read: int
+    written: int
+
+    @classmethod
+    def now(cls, stack: Stack) -> Documents:
+        with MongoClient[dict[str, Any]](stack.mongodb) as client:
+            counters = client.admin.command("serverStatus")["metrics"]["document"]
+        return cls(counters["returned"], counters["inserted"] + counters["updated"] + counters["deleted"])
+
+
 def pids(stack: Stack, names: Collection[str]) -> dict[str, int]:
     return {process.name: process.pid for process in stack.processes() if process.name in names}
 
 
-def load(url: str, *, clients: int, seconds: int, token: str = "", body: str = "") -> float:
-    """Successful requests per second that `clients` connections of wrk get in `seconds`.
+def cores(stack: Stack, names: Collection[str], seconds: float) -> float:
+    """The average number of cores that these processes use during the next seconds."""
+    meter = Meter(pids(stack, names))
+    time.sleep(seconds)
+    return sum(meter.cpu().values()) / meter.wall()
+
+
+class Load(NamedTuple):
+    """The answers to a load: their rate per second, and percentiles of the time to an answer in milliseconds."""
+
+    rate: float
+    p50: float
+    p99: float
+
+    @classmethod
+    def of(cls, report: str) -> Load:
+        """Read a report of wrk."""
+        (rate,) = re.findall(r"Requests/sec:\s+([\d.]+)", report)
+        times = {
+            share: float(time) * _MS[unit] for share, time, unit in re.findall(r"(\d+)%\s+([\d.]+)(us|ms|s)", report)
+        }
+        return cls(float(rate), times["50"], times["99"])
+
+
+def load(url: str, *, clients: int, seconds: int, token: str = "", body: str = "") -> Load:
+    """What `clients` connections of wrk get in `seconds`.
 
     Args:
         url: requested with GET, or with POST if there is a body.
@@ -149,9 +189,9 @@ def load(url: str, *, clients: int, seconds: int, token: str = "", body: str = "
     with NamedTemporaryFile("w", suffix=".lua") as script:
         script.write("\n".join(lines))
         script.flush()
-        command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "20s", "-s", script.name, url]
+        options = ["-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "20s", "--latency", "-s", script.name]
+        command = ["wrk", *options, url]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     if "Non-2xx" in report or "Socket errors" in report:
         raise RuntimeError(f"not every request to {url} succeeded: {report}")
-    (rate,) = re.findall(r"Requests/sec:\s+([\d.]+)", report)
-    return float(rate)
+    return Load.of(report)

@@ -12,10 +12,13 @@ from datetime import UTC, datetime
 from bench.figures import Figure
 from bench.kit import new_stack
 from local.demo import real_servers
+from local.stack import Stack
 from local.wait import until
 from tests.client import FINAL, Client
 
 SUBNET = "127.9.8.0/24"
+WIDE = "127.9.0.0/16"
+HALF = 50  # percent
 QUICK = {"service_detection": False, "timing": 4}
 ROUNDS = 5
 JOBS = 200
@@ -31,6 +34,7 @@ def measure() -> Iterator[Figure]:
         yield Figure("quick_ratio", scan_ratio(user, 100), "a /24 × 100 ports / plain nmap")
         yield Figure("readable_p95_ms", readable_p95_ms(user), "a host in the log to its result in the API")
         yield from jobs_ratios(user)
+        yield Figure("killed_ratio", killed_ratio(stack, user), "a /16 with a killed worker / without", at_most=1.5)
 
 
 def scan_ratio(user: Client, ports: int) -> float:
@@ -91,3 +95,18 @@ def jobs_ratios(user: Client) -> Iterator[Figure]:
     with ThreadPoolExecutor(CLIENTS) as pool:
         list(pool.map(lambda subnet_id: user.submit([subnet_id], policy_id), subnet_ids))
     yield Figure("single_jobs_ratio", plain / ended(), f"the same posted singly by {CLIENTS} clients", at_least=1)
+
+
+def killed_ratio(stack: Stack, user: Client) -> float:
+    """Seconds of a /16 whose first worker is killed at half of it, and restarted, in those of the same job without the kill."""
+    subnet_id, policy_id = user.subnet(WIDE), user.policy(**ONE_PORT)
+    seconds = []
+    for kill in (False, True):
+        begin = time.perf_counter()
+        (job,) = user.submit([subnet_id], policy_id)
+        if kill:
+            until(lambda: user.task(job["id"])["status"]["progress"] >= HALF, 600, "half of the job")  # noqa: B023 # called before the next turn
+            stack.kill("scanner-worker-1")
+        follow(user, job["id"])
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1] / seconds[0]

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from bench.__main__ import main
 from bench.capacity import made
 from bench.figures import Figure
+from bench.kit import Load
 from scanfleet.contracts.messages import HostScanned
 from scanfleet.scanning.outcomes import MAX_ADDRESSES
 from scanfleet.security.chunk_grants import Grants, Signer
@@ -32,6 +33,24 @@ def test_failed_part_keeps_all_other_figures(capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr()
     assert json.loads(printed.out.splitlines()[-1]) == {"early": 2.0, "good": 1.0}
     assert "TimeoutError: no answer" in printed.err
+
+
+def test_load_report_of_wrk_is_read() -> None:
+    """Rate and percentiles are read from a report of wrk, whatever unit each has."""
+    report = """\
+  Thread Stats   Avg      Stdev     Max   +/- Stdev
+    Latency   170.50ms   20.10ms 321.44ms   75.00%
+    Req/Sec   371.22     61.90   515.00     70.00%
+  Latency Distribution
+     50%  870.00us
+     75%  180.32ms
+     90%  192.01ms
+     99%    1.25s
+  3719 requests in 10.06s, 2.12MB read
+Requests/sec:    369.55
+Transfer/sec:    215.79KB
+"""
+    assert Load.of(report) == pytest.approx((369.55, 0.87, 1_250.0))
 
 
 def test_capacity_hosts_fit_into_chunks() -> None:
