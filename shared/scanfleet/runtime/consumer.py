@@ -37,6 +37,7 @@ LONGEST_PAUSE: Final = 5.0  # maximum retry delay in seconds: notices recovery s
 COMMIT_SECONDS: Final = 0.25  # delay of a commit between batches: short, since a crash redelivers what is not committed
 LOOK_SECONDS: Final = 1.0  # between two queries of the partitions' end offsets
 LAG_SECONDS: Final = 5.0  # the same if only the lag and the broker's state depend on them
+QUERY_SECONDS: Final = 0.25  # maximum delay of the next batch by such a query
 STALE_SECONDS: Final = 3.0  # maximum age of end offsets that prove "caught up": far below the shortest lease, 10 s
 
 Rejected = Sequence[tuple[RawRecord, str]]
@@ -159,8 +160,10 @@ class ConsumerLoop(Generic[M]):
         self._deadline: asyncio.Timeout | None = None  # of the current call to the handler
         self._uncommitted: dict[int, int] = {}  # by partition, the offset after the last handled record
         self._commit_due = math.inf  # on the monotonic clock
+        self._assigned: set[int] = set()
         self._epoch = 0  # counts revocations: records polled before one may belong to another member
         self._looked = 0.0
+        self._query: asyncio.Task[None] | None = None  # of the end offsets
         self._targets: dict[int, _Target] = {}
         self._broker_available = True
         self._blocked = False
@@ -183,9 +186,12 @@ class ConsumerLoop(Generic[M]):
         deadline = self._hurry_up()
         async with self._handler_lock:
             await self._commit_by(deadline)
+            await self._partitions.revoked(self._assigned)  # the client does not call its listener
             task, self._task = self._task, None
-            task.cancel()
-        await asyncio.wait([task])
+            tasks = [task, *([self._query] if self._query else [])]
+            for each in tasks:
+                each.cancel()
+        await asyncio.wait(tasks)
         await self._source.close()
         for gauge in (_LAG, _IN_HAND):
             gauge.remove(*self._labels)
@@ -201,6 +207,7 @@ class ConsumerLoop(Generic[M]):
     async def assigned(self, partitions: Collection[int]) -> None:
         async with self._handler_lock:
             self._hurry.clear()
+            self._assigned = set(partitions)
             await self._partitions.assigned(partitions)
 
     async def revoked(self, partitions: Collection[int]) -> None:
@@ -209,6 +216,8 @@ class ConsumerLoop(Generic[M]):
         async with self._handler_lock:
             await self._commit_by(deadline)
             self._targets.clear()
+            self._assigned.clear()
+            self._blocked = False  # a partition that another member catches up with
             if partitions:
                 await self._partitions.revoked(partitions)
 
@@ -237,8 +246,6 @@ class ConsumerLoop(Generic[M]):
             await asyncio.sleep(FIRST_PAUSE)
             return
         epoch = self._epoch
-        if time.monotonic() >= look_due:
-            await self._query_ends()
         async with self._handler_lock:
             if epoch != self._epoch:
                 return
@@ -246,16 +253,33 @@ class ConsumerLoop(Generic[M]):
                 return
             if time.monotonic() >= self._commit_due and not await self._commit():
                 return
-            await self._report()
+        if time.monotonic() >= look_due:
+            await self._look()
+        # Not when the query ends: positions include records that were polled but not yet handled.
+        async with self._handler_lock:
+            if epoch == self._epoch:
+                await self._report()
+
+    async def _look(self) -> None:
+        """Query the end offsets; a query that a broker delays continues beside the next batches."""
+        if self._query is None:
+            self._query = asyncio.create_task(self._query_ends(), name=f"end offsets of {self._name}")
+        await asyncio.wait([self._query], timeout=QUERY_SECONDS)
+        if self._query.done():
+            query, self._query = self._query, None
+            query.result()
 
     async def _query_ends(self) -> None:
         self._looked = now = time.monotonic()
+        epoch = self._epoch
         try:
             ends = await self._source.ends()
         except _UNAVAILABLE as error:
             self._set_broker_state(available=False, error=error)
             return
         self._set_broker_state(available=True)
+        if epoch != self._epoch:
+            return
         positions = await self._source.positions()
         if positions.keys() <= ends.keys():
             lag = sum(max(0, end - positions.get(partition, end)) for partition, end in ends.items())
