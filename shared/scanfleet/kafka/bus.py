@@ -13,6 +13,7 @@ becomes False, and the process must be restarted.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from dataclasses import replace
@@ -77,9 +78,8 @@ class KafkaBus:
         self._instance = instance
         self._producer: AIOKafkaProducer | None = None
         self._ends: AIOKafkaConsumer | None = None
-        self._overdue: defaultdict[_Place, set[asyncio.Future[object]]] = defaultdict(
-            set
-        )  # sends that `publish` stopped waiting for
+        self._overdue: defaultdict[_Place, dict[asyncio.Future[object], float]] = defaultdict(dict)
+        """Sends that `publish` stopped waiting for, with the monotonic times when they began."""
         self._fault: BaseException | None = None
         self._dead_letter_callbacks: list[DeadLetterCallback] = []
 
@@ -140,8 +140,13 @@ class KafkaBus:
 
     @property
     def ready(self) -> bool:
-        """False while sends are overdue, except to partitions that have no leader: all others work."""
-        return self.alive and all(self._has_no_leader(place) for place, sends in self._overdue.items() if sends)
+        """False while sends wait for longer than `SEND_SECONDS`, except to partitions that have no leader: all others work."""
+        late = time.monotonic() - SEND_SECONDS
+        return self.alive and all(
+            self._has_no_leader(place)
+            for place, sends in self._overdue.items()
+            if any(began <= late for began in sends.values())
+        )
 
     async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
         envelopes = [encode(topic, message, source=self._source, traceparent=tracing.current()) for message in messages]
@@ -270,6 +275,7 @@ class KafkaBus:
             await asyncio.wait(overdue)
         self._check()
         acks: set[asyncio.Future[object]] = set()
+        began = time.monotonic()
         try:
             for key, value, headers in records:
                 ack = await producer.send(place[0], value, key, place[1], headers=list(headers))
@@ -277,7 +283,7 @@ class KafkaBus:
                 acks.add(ack)
             await asyncio.wait(acks)
         finally:
-            self._overdue[place].update(ack for ack in acks if not ack.done())
+            self._overdue[place].update((ack, began) for ack in acks if not ack.done())
         for ack in acks:
             ack.result()
 
@@ -291,7 +297,7 @@ class KafkaBus:
         return sum(map(len, self._overdue.values()))
 
     def _settled(self, place: _Place, ack: asyncio.Future[object]) -> None:
-        self._overdue[place].discard(ack)
+        self._overdue[place].pop(ack, None)
         if not ack.cancelled() and (fault := ack.exception()) is not None:
             self._fail(fault, "the producer abandoned a send")
 

@@ -14,7 +14,7 @@ from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
 
-_SECONDS: Final = 1.0  # far below the 5 s after which the gateway expires a command that waits behind the messages
+SECONDS: Final = 1.0  # far below the 5 s after which the gateway expires a command that waits behind the messages
 
 _log = structlog.get_logger()
 
@@ -33,8 +33,8 @@ async def try_publish(publisher: Publisher, topic: Topic, messages: Sequence[Mes
 
 
 @asynccontextmanager
-async def best_effort(topic: Topic, messages: int, next_step: str) -> AsyncIterator[None]:
-    """Wait at most a second for the body, which publishes messages; log if some were not acknowledged.
+async def best_effort(topic: Topic, messages: int, next_step: str, seconds: float = SECONDS) -> AsyncIterator[None]:
+    """Wait for the body, which publishes messages; log if some were not acknowledged.
 
     Some may arrive although they were not acknowledged.
 
@@ -42,10 +42,11 @@ async def best_effort(topic: Topic, messages: int, next_step: str) -> AsyncItera
         topic: their topic.
         messages: number of messages.
         next_step: how the loss of a message is repaired, for the log.
+        seconds: timeout.
     """
     try:
-        async with asyncio.timeout(_SECONDS):
+        async with asyncio.timeout(seconds):
             yield
     except (DependencyError, TimeoutError) as error:
-        cause = str(error) or f"the broker did not acknowledge them within {_SECONDS:.0f} s"
+        cause = str(error) or f"the broker did not acknowledge them within {seconds:.0f} s"
         _log.warning("publish_failed", topic=topic.name, messages=messages, error=cause, next_step=next_step)

@@ -12,7 +12,9 @@ from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
 
-_ALONE_SECONDS: Final = 2.0  # maximum age on the only replica, which misses no change; `Fleet` reads once a second
+# Maximum age on the only replica with partitions; `Fleet` reads once a second. It misses only cancels by replicas for requests,
+# whose slots it fills at the next announcement.
+_ALONE_SECONDS: Final = 2.0
 _SHARED_SECONDS: Final = 0.1  # and beside others, which may have ended chunks whose slots are free
 _READ_SECONDS: Final = 0.000_1  # per chunk: reading one takes 10 µs, so that reads take at most a tenth of the time
 

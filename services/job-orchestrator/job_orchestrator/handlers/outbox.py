@@ -9,7 +9,7 @@ from typing import Final
 
 from job_orchestrator.domain.job import ScanJob, published
 from job_orchestrator.domain.ports import JobRepository
-from job_orchestrator.handlers.best_effort import best_effort
+from job_orchestrator.handlers.best_effort import SECONDS, best_effort
 from scanfleet.contracts.messages.topics import SCAN_EVENTS
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Publisher
@@ -40,19 +40,23 @@ class Outbox:
         """
         await self.try_publish((await self._jobs.get(job_ids)).values())
 
-    async def try_publish(self, jobs: Iterable[ScanJob]) -> None:
+    async def try_publish(self, jobs: Iterable[ScanJob], seconds: float = SECONDS) -> None:
         """Publish the events in the outboxes of these jobs; those that are not acknowledged are left to the sweep.
 
         A partition without a leader delays neither the events of other partitions nor the caller's other work.
+
+        Args:
+            jobs: with the events to publish.
+            seconds: timeout of the acknowledgements.
         """
         by_partition: defaultdict[int, list[ScanJob]] = defaultdict(list)
         for job in jobs:
             by_partition[job.partition].append(job)
-        await asyncio.gather(*map(self._try_publish, by_partition.values()))
+        await asyncio.gather(*(self._try_publish(each, seconds) for each in by_partition.values()))
 
-    async def _try_publish(self, jobs: Collection[ScanJob]) -> None:
+    async def _try_publish(self, jobs: Collection[ScanJob], seconds: float) -> None:
         events = sum(len(job.outbox) for job in jobs)
-        async with best_effort(SCAN_EVENTS, events, "the sweep publishes the events of these jobs"):
+        async with best_effort(SCAN_EVENTS, events, "the sweep publishes the events of these jobs", seconds):
             await self.publish(jobs)
 
     async def publish(self, jobs: Iterable[ScanJob]) -> None:

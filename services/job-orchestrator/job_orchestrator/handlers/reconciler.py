@@ -326,7 +326,7 @@ class Reconciler:
                 # The replica that accepted the job has not created them yet, or stopped before (ADR 73).
                 return _Step(job), list(plan.chunks(job, 0, job.made))
             started = change_job(job, JobTrigger.START, self._clock.now(), waiting="", waiting_since=None)
-        if started.status is JobStatus.RUNNING:
+        if job.status is JobStatus.RUNNING:
             self._remember(job.id)
         counted = await self._count(started, standing, known)
         if counted.totals.done == job.plan.chunk_count:
@@ -412,6 +412,8 @@ class Reconciler:
         if made := {step.after.user_id for step in saved if step.after.made > step.before.made}:
             self._wake(made)  # not before: a chunk that ends before its job is saved costs both another round
         for step in saved:
+            if step.after.status is JobStatus.RUNNING:
+                self._remember(step.after.id)
             for before, stage in pairwise((step.before, *step.stages)):
                 if stage.status is not before.status:
                     count_transition(stage)

@@ -28,6 +28,8 @@ from scanfleet.runtime.bus import Publisher
 from scanfleet.security.chunk_grants import Signer
 
 _OLD_EVENT: Final = timedelta(seconds=5)  # a running replica publishes its events within milliseconds
+# As long as the bus waits: with less, each sweep would repeat the events that a slow broker acknowledges later.
+_RELAY_SECONDS: Final = 10.0
 _RECONCILE_SECONDS: Final = 10.0
 _CENSUS_SECONDS: Final = 10.0  # interval: a census reads an index of all unfinished jobs
 _PAGE: Final = 500
@@ -135,7 +137,7 @@ class Sweeper:
         # By partition: the jobs of one without a leader, which keep their events, would fill a page of all.
         limit = max(1, _PAGE // len(partitions))
         pages = await asyncio.gather(*(self._jobs.with_old_events(before, limit, [each]) for each in partitions))
-        await self._outbox.try_publish(chain.from_iterable(pages))
+        await self._outbox.try_publish(chain.from_iterable(pages), _RELAY_SECONDS)
 
     async def _reconcile_all(self) -> None:
         now = self._clock.monotonic()

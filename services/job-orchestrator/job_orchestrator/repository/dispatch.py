@@ -115,7 +115,12 @@ class MongoDispatch:
 
     @dependency_errors()
     async def charge(self, seconds: Mapping[int, float]) -> None:
-        writes = [UpdateOne({"_id": user}, {"$inc": {"time": time}}, upsert=True) for user, time in seconds.items()]
+        # `$inc` fails for a damaged clock.
+        before = {"$cond": [{"$isNumber": "$time"}, "$time", 0]}
+        writes = [
+            UpdateOne({"_id": user}, [{"$set": {"time": {"$add": [before, time]}}}], upsert=True)
+            for user, time in seconds.items()
+        ]
         if writes:
             await self._clocks.bulk_write(writes, ordered=False)
 

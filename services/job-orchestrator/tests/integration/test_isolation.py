@@ -58,6 +58,9 @@ _DAMAGES: Final = {
     "machines of a running job": _Damage("jobs", 99, ChunkState.QUEUED, {"machines_found": -1}, unreadable=False),
     "slices of a running job": _Damage("jobs", 99, ChunkState.STORED, {"chunk_addresses": 0}),
     "clock of a user": _Damage("clocks", 8, ChunkState.QUEUED, {"time": "foo", "active": True}),
+    "text as clock of a user": _Damage(
+        "clocks", 8, ChunkState.QUEUED, {"time": "5.5", "active": True}, unreadable=False
+    ),
     "global virtual time": _Damage("clocks", "virtual", ChunkState.QUEUED, {"time": "foo"}),
     "time of a receipt": _Damage(
         "jobs", 98, ChunkState.QUEUED, {"due": THEN, "deletion": _RECEIPT | {"requested_at": "yesterday"}}

@@ -73,6 +73,23 @@ async def test_claim_starts_the_job(world: World, task: ScanChunk) -> None:
     assert (await status_of(world), (await chunk_of(world)).state) == (JobStatus.RUNNING, ChunkState.RUNNING)
 
 
+async def test_later_claim_starts_a_job_whose_start_was_not_stored(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that the database did not take is not regarded as done."""
+    world.worker.hold = True
+    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
+    await world.settle()
+    first, second = world.worker.tasks[:2]
+    assert first.job_id == second.job_id
+    with monkeypatch.context() as failing:
+        failing.setattr(world.store.jobs, "save", Broken().save)
+        with pytest.raises(DependencyError):
+            await claimed(world, first)
+    await claimed(world, second)
+    assert await status_of(world, second.job_id) is JobStatus.RUNNING
+
+
 async def test_job_completes_only_when_all_chunks_are_stored(world: World, task: ScanChunk) -> None:
     """A scanned job stays running until result-store has published that every result is readable."""
     world.results = None
@@ -612,7 +629,10 @@ class Broken:
     """An unavailable repository."""
 
     async def get(self, _ids: object) -> None:
-        raise DependencyError("away")
+        raise DependencyError("unavailable")
+
+    async def save(self, _jobs: object) -> None:
+        raise DependencyError("unavailable")
 
 
 async def test_progress_has_the_expected_end(world: World, task: ScanChunk) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,7 @@ from job_orchestrator.domain.census import Standing
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.domain.ledger import Tally
+from job_orchestrator.handlers.best_effort import SECONDS
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository import Data, MemoryChunks
 from job_orchestrator_testing.things import THEN
@@ -27,9 +29,10 @@ from scanfleet.contracts.messages import (
     JobCreated,
     JobStarted,
     JobStatus,
+    Message,
     Run,
 )
-from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_RESULTS, SCAN_TASKS
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_RESULTS, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
 from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_testing.chunk_grants import grants
@@ -62,6 +65,25 @@ async def test_partition_without_a_leader_ends_no_sweep(world: World) -> None:
     world.bus.broker.leaderless.clear()
     await world.only.sweeper.sweep()
     assert [event.seq for event in world.events(1)] == [1]
+
+
+async def test_old_event_is_not_repeated_by_a_sweep_while_its_acknowledgement_is_slow(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event that the broker acknowledges after longer than a command may wait is published once."""
+    publish = world.bus.publish
+
+    async def slowly(topic: Topic, messages: Iterable[Message]) -> None:
+        await publish(topic, messages)
+        await asyncio.sleep(1.2 * SECONDS)
+
+    await world.only.sweeper.sweep()  # reconciles all jobs, and again in ten seconds
+    await world.store.jobs.insert([scan_job(9)])
+    monkeypatch.setattr(world.bus, "publish", slowly)
+    for _ in range(2):
+        await world.only.sweeper.sweep()
+        await world.only.outbox.empty()
+    assert [event.seq for event in world.events(9)] == [1]
 
 
 async def test_partition_without_a_leader_fills_no_page_of_old_events(world: World) -> None:
