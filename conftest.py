@@ -96,6 +96,7 @@ def kafka(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """Provide the bootstrap address of a real broker; each test uses its own topic prefix."""
     if docker_answers:
         container = KafkaContainer(KAFKA_IMAGE).with_kraft()
+        container.with_env("KAFKA_AUTO_CREATE_TOPICS_ENABLE", "false")  # as everywhere else
         try:
             yield container.start(timeout=START).get_bootstrap_server()
         finally:
