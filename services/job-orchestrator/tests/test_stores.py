@@ -775,7 +775,7 @@ async def test_saving_chunks_is_a_compare_and_set(store: Store) -> None:
 
 
 async def test_chunks_are_found_by_state(store: Store) -> None:
-    """Ids of a job's chunks in some states are found up to the limit, and chunks that are not queued from an index on."""
+    """Ids of a job's chunks in some states are found up to the limit, and the indexes of queued ones in a range."""
     states = [ChunkState.QUEUED, ChunkState.QUEUED, ChunkState.RUNNING, ChunkState.STORED]
     chunks = [chunk(id=f"1-{n}", index=n, state=state) for n, state in enumerate(states)]
     await store.chunks.insert([*chunks, chunk(id="3-0", job_id=3)])
@@ -784,8 +784,9 @@ async def test_chunks_are_found_by_state(store: Store) -> None:
     assert set(await store.chunks.ids_in([1], OPEN, 10)) == {"1-0", "1-1", "1-2"}
     assert set(await store.chunks.ids_in([1, 3], {ChunkState.QUEUED}, 10)) == {"1-0", "1-1", "3-0"}
     assert await store.chunks.ids_in([], OPEN, 10) == []
-    assert {each.id for each in await store.chunks.active(1, 0)} == {"1-2", "1-3"}
-    assert await store.chunks.active(1, 3) == [chunks[3]]
+    assert sorted(await store.chunks.queued(1, 0, 4)) == [0, 1]
+    assert await store.chunks.queued(1, 1, 4) == [1]
+    assert await store.chunks.queued(1, 0, 1) == [0]
 
 
 async def test_chunks_are_read_from_an_index_to_another(store: Store) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import Chunk, ChunkState
+from job_orchestrator.domain.chunk import OPEN, Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.totals import Totals
+from job_orchestrator.domain.totals import EMPTY, Totals
 from scanfleet.scanning import outcomes
 from scanfleet.scanning.outcomes import Outcome, address_at, index_of
 from scanfleet.scanning.ports import PortSet
@@ -200,6 +200,46 @@ class Tally:
                 bits |= 1 << (base + place)
         self._places[name] = bits
         self._addresses[name] = bits.bit_count()
+
+
+class RunningCount:
+    """Sums over the chunks of a running job that have ended, in any order; each is read only once, since it is final.
+
+    Only a cache: it contains nothing that the documents do not, and an empty one counts the same.
+    """
+
+    def __init__(self) -> None:
+        self._totals = EMPTY
+        self._first = 0
+        """Every chunk before this index is counted."""
+        self._ended = 0
+        """A bit for each chunk from there on: whether it is counted."""
+
+    def start(self, job: ScanJob) -> range:
+        """Begin with the job's totals if that takes fewer reads; return the indexes among which chunks are not counted."""
+        done = max(0, job.totals.done - self._first)
+        uncounted = done - (self._ended & ((1 << done) - 1)).bit_count()
+        if (self._ended >> done).bit_count() < uncounted:
+            self._totals, self._first, self._ended = job.totals, job.totals.done, 0
+        return range(self._first, min(job.made, job.totals.done + plan.AHEAD))
+
+    def is_counted(self, index: int) -> bool:
+        return bool((self._ended >> (index - self._first)) & 1)
+
+    def tally(self, job: ScanJob, chunks: Iterable[Chunk]) -> Tally:
+        """Return the sums with these chunks, none of which is counted, and count those that have ended."""
+        chunks = list(chunks)
+        tally, ended = Tally(job, self._totals), self._ended
+        for chunk in chunks:
+            if chunk.state not in OPEN:
+                tally.add(chunk)
+                ended |= 1 << (chunk.index - self._first)
+        gapless = (~ended & (ended + 1)).bit_length() - 1
+        self._totals, self._first, self._ended = tally.totals, self._first + gapless, ended >> gapless
+        for chunk in chunks:
+            if chunk.state in OPEN:
+                tally.add(chunk)
+        return tally
 
 
 class UnprobedPage:

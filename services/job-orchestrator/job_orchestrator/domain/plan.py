@@ -23,7 +23,7 @@ from scanfleet.scanning.targets import Target
 
 MAX_PORTS: Final = 8_192  # per chunk: all of them open on one host still fit in one message
 WINDOW: Final = 256  # maximum number of open chunks per job: enough for every slot of a large fleet
-_AHEAD: Final = 4_096  # maximum distance between the first open chunk and the last created one: bounds progress queries
+AHEAD: Final = 4_096  # maximum distance between the first open chunk and the last created one: bounds progress queries
 
 # Measured with nmap 7.93 in network namespaces. `FLOORS` are minimum probe rates per second by timing, which nmap keeps
 # although hosts do not answer: all open ports are found if 75 % of hosts drop, 2 % of packets are lost or answers are
@@ -137,7 +137,7 @@ def made_up_to(job: ScanJob, open_: int, lowest: int | None) -> int:
         lowest: index of the first of these; None if there is none.
     """
     lowest = job.made if lowest is None else lowest
-    up_to = min(job.made + width(job.policy) - open_, lowest + min(_AHEAD, job.plan.slice_count), job.plan.chunk_count)
+    up_to = min(job.made + width(job.policy) - open_, lowest + min(AHEAD, job.plan.slice_count), job.plan.chunk_count)
     return max(job.made, up_to)
 
 

@@ -302,8 +302,8 @@ class ChunkRepository(Protocol):
     def of_job(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
         """Yield the chunks with an index from `first` up to `end`, in order; a job can have hundreds of thousands."""
 
-    async def active(self, job_id: int, first: int) -> list[Chunk]:
-        """Return the chunks from index `first` on that are not queued."""
+    async def queued(self, job_id: int, first: int, end: int) -> list[int]:
+        """Return the indexes from `first` up to `end` of the queued chunks; one that changes meanwhile may be omitted."""
 
     async def ids_in(self, job_ids: Collection[int], states: Collection[ChunkState], limit: int) -> list[str]:
         """Return ids of these jobs' chunks in these states; one that changes its state meanwhile may be omitted."""

@@ -6,9 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Final
 
+from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD
 from job_orchestrator.domain.job import ScanJob, observe, wait
-from job_orchestrator.domain.ledger import Tally
+from job_orchestrator.domain.ledger import RunningCount
 from job_orchestrator.domain.ports import ChunkRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.best_effort import try_publish
@@ -20,6 +21,7 @@ from scanfleet.runtime.bus import Publisher
 from scanfleet.runtime.loop import Loop
 
 _PROGRESS_SECONDS: Final = 1.0  # interval of progress updates
+_MAX_COUNTS: Final = 1_000  # jobs whose ended chunks are not read again: a few kB each, and 25 kB for a /16
 
 
 class Reporter:
@@ -47,6 +49,7 @@ class Reporter:
         self._clock = clock
         self._further: set[int] = set()
         self._next_progress: dict[int, float] = {}
+        self._counts: dict[int, RunningCount] = {}
         self.loop = Loop("progress", _PROGRESS_SECONDS, self.report, vital=False)
 
     def note(self, job_ids: Iterable[int]) -> None:
@@ -78,6 +81,7 @@ class Reporter:
         for each in (await self._jobs.get(due)).values():
             job = self._outbox.unsent(each)
             if job.status is not JobStatus.RUNNING:
+                self._counts.pop(job.id, None)
                 continue
             if job.outbox:
                 left.add(job.id)
@@ -107,15 +111,24 @@ class Reporter:
 
     async def _observe(self, job: ScanJob) -> tuple[ScanJob, JobProgressed] | None:
         now = self._clock.now()
-        tally = Tally(job)
-        held = 0.0
-        for chunk in await self._chunks.active(job.id, job.totals.done):
-            tally.add(chunk)
-            held += chunk.share * (chunk.state in HELD)
+        count = self._counts.get(job.id) or RunningCount()
+        near = count.start(job)
+        queued = set(await self._chunks.queued(job.id, near.start, near.stop))
+        others = (index for index in near if index not in queued and not count.is_counted(index))
+        chunks = await self._chunks.get([plan.chunk_id(job, index) for index in others])
+        tally = count.tally(job, chunks.values())
+        self._keep(job, count)
+        held = sum(chunk.share for chunk in chunks.values() if chunk.state in HELD)
         left = tally.seconds_left
         eta = round(left / max(1.0, held), 1) if tally.measured else None
         job = replace(job, seconds_left=left)
         return observe(job, tally.progress, tally.machines_found, now, eta_seconds=eta)
+
+    def _keep(self, job: ScanJob, count: RunningCount) -> None:
+        self._counts.pop(job.id, None)
+        self._counts[job.id] = count
+        if len(self._counts) > _MAX_COUNTS:
+            del self._counts[next(iter(self._counts))]  # the job that was reported least recently
 
     async def _publish(self, news: Mapping[int, tuple[ScanJob, JobProgressed]]) -> None:
         events = [event for _, event in news.values()]

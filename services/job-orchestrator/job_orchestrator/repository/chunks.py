@@ -86,9 +86,10 @@ class MongoChunks:
     async def _job_page(self, wanted: Document) -> list[Document]:
         return await self._chunks.find(wanted).sort("index", 1).limit(_BATCH).to_list(_BATCH)
 
-    async def active(self, job_id: int, first: int) -> list[Chunk]:
-        queued = {"$ne": ChunkState.QUEUED.value}
-        return await self._find({"job_id": job_id, "index": {"$gte": first}, "state": queued})
+    @dependency_errors()
+    async def queued(self, job_id: int, first: int, end: int) -> list[int]:
+        wanted = {"job_id": job_id, "state": ChunkState.QUEUED.value, "index": {"$gte": first, "$lt": end}}
+        return [each["index"] async for each in self._chunks.find(wanted, {"_id": 0, "index": 1})]
 
     @dependency_errors()
     async def ids_in(self, job_ids: Collection[int], states: Collection[ChunkState], limit: int) -> list[str]:

@@ -37,8 +37,9 @@ class MemoryChunks(MemoryRepository):
             if first <= chunk.index and (end is None or chunk.index < end):
                 yield chunk
 
-    async def active(self, job_id: int, first: int) -> list[Chunk]:
-        return [chunk async for chunk in self.of_job(job_id, first) if chunk.state is not ChunkState.QUEUED]
+    async def queued(self, job_id: int, first: int, end: int) -> list[int]:
+        chunks = self.of_job(job_id, first, end)
+        return [chunk.index async for chunk in chunks if chunk.state is ChunkState.QUEUED]
 
     async def ids_in(self, job_ids: Collection[int], states: Collection[ChunkState], limit: int) -> list[str]:
         mine = (c.id for c in self._data.chunks.values() if c.job_id in job_ids and c.state in states)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion, Stage
@@ -16,7 +17,7 @@ from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.repository import MongoStore
-from job_orchestrator_testing import chunk, scan_job
+from job_orchestrator_testing import World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry, JobStatus
@@ -91,7 +92,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "chunks.ids_in": (lambda store: store.chunks.ids_in([3], HELD, 5), 20),
     "chunks.ids_in of several jobs": (lambda store: store.chunks.ids_in([3, 4, 5], HELD, 5), 60),
     "chunks.of_job, a part": (_part_of_job, 30),
-    "chunks.active": (lambda store: store.chunks.active(3, 0), 120),
+    "chunks.queued": (lambda store: store.chunks.queued(3, 10, 30), 21),
     "chunks.standings": (lambda store: store.chunks.standings([3, 4]), 220),
     "dispatch.held of partitions": (lambda store: store.dispatch.held([3, 4]), 25),
     "chunks.overdue": (lambda store: store.chunks.overdue(LATER, 500, [3, 4]), 20),
@@ -282,13 +283,46 @@ async def test_census_counts_chunks_up_to_a_limit(
     assert max(each["keysExamined"] for each in reads) <= 51
 
 
-async def _read_by(database: Database, ask: Awaitable[Any]) -> int:
-    """Return the number of keys and documents that the queries on jobs examined."""
+async def _read_by(database: Database, ask: Awaitable[Any], collection: str = "jobs") -> int:
+    """Return the number of keys and documents that the queries on the collection examined."""
     await database.command("profile", 2)
     await ask
     await database.command("profile", 0)
-    reads = database["system.profile"].find({"op": "query", "command.find": "jobs"})
-    return sum([each["keysExamined"] + each["docsExamined"] async for each in reads])
+    of_reads = {"ns": f"{database.name}.{collection}", "op": {"$in": ["query", "getmore"]}}
+    reads = database["system.profile"].find(of_reads)
+    examined: int = sum([each["keysExamined"] + each["docsExamined"] async for each in reads])
+    await database["system.profile"].drop()
+    return examined
+
+
+async def test_report_reads_ended_chunks_once(mongo_store: MongoStore, database: Database) -> None:
+    """While the first chunk is slow, a report reads the open chunks and those that ended since the last report."""
+    ended = 4_000
+    job = scan_job(1, cidr="127.0.0.0/16", policy=scan_policy(ports="1-100"), chunk_addresses=4, chunk_count=16_384)
+    job = replace(change(job, JobTrigger.START, THEN), made=ended + 256, outbox=())
+    await mongo_store.jobs.insert([job])
+    chunks = list(plan.chunks(job, 0, job.made))
+    states = [ChunkState.RUNNING, *[ChunkState.STORED] * ended, *[ChunkState.QUEUED] * 255]
+    outcomes = {ChunkState.STORED: "ssss"}
+    await mongo_store.chunks.insert(
+        [
+            replace(each, state=state, outcomes=outcomes.get(state, "...."))
+            for each, state in zip(chunks, states, strict=True)
+        ]
+    )
+    world = World(mongo_store)
+    reports: list[tuple[int, int]] = []
+    for begun in (0, 1, 11):
+        dispatched = (await mongo_store.chunks.get([f"1-{ended + 1 + n}" for n in range(begun)])).values()
+        await mongo_store.chunks.save([replace(each, state=ChunkState.STORED, outcomes="aaaa") for each in dispatched])
+        world.only.reporter.note([1])
+        read = await _read_by(database, world.only.reporter.report(), "chunks")
+        stored = (await mongo_store.jobs.get([1]))[1]
+        reports.append((read, stored.machines_found))
+        world.now += 1.1
+    assert [found for _, found in reports] == [0, 4, 44]
+    assert reports[0][0] > ended
+    assert max(read for read, _ in reports[1:]) <= 300
 
 
 async def test_old_events_are_read_of_one_partition_only(mongo_store: MongoStore, database: Database) -> None:
@@ -297,7 +331,6 @@ async def test_old_events_are_read_of_one_partition_only(mongo_store: MongoStore
     await mongo_store.jobs.insert([replace(scan_job(n), partition=4) for n in range(301, 401)])
     await mongo_store.jobs.insert([replace(scan_job(401), partition=5)])
     assert await _read_by(database, mongo_store.jobs.with_old_events(LATER, 10, [5])) <= 3
-    await database["system.profile"].drop()
     assert await _read_by(database, mongo_store.jobs.with_old_events(LATER, 10, [4])) <= 25
 
 
@@ -311,5 +344,4 @@ async def test_due_deletions_are_read_of_their_stages_only(mongo_store: MongoSto
         receipt = Deletion(job_id=job.id, user_id=7, subnet_id=1, reason="request", requested_at=THEN, stage=stage)
         assert await mongo_store.deletions.begin(job, receipt)
     assert await _read_by(database, mongo_store.deletions.due(LATER, 10, chunks=False)) <= 10
-    await database["system.profile"].drop()
     assert await _read_by(database, mongo_store.deletions.due(LATER, 10, chunks=True)) <= 25

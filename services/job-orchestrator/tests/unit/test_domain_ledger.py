@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import takewhile
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from job_orchestrator.domain import ledger, plan
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState, store
 from job_orchestrator.domain.job import ScanJob
-from job_orchestrator.domain.ledger import ACCOUNTED, NAMES, NotProbed, Tally, UnprobedPage
+from job_orchestrator.domain.ledger import ACCOUNTED, NAMES, NotProbed, RunningCount, Tally, UnprobedPage
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import documents
 from job_orchestrator_testing import chunk, replanned, scan_job, scan_policy
@@ -293,6 +294,53 @@ def test_totals_added_one_by_one_equal_the_complete_count(
         at_once.progress,
     )
     assert result.totals == at_once.totals
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["22,80", "1-20000"]), st.data())
+def test_running_counts_of_two_replicas_equal_a_complete_count(ports: str, data: st.DataObject) -> None:
+    """Whichever replica reports, however late, after a restart, and before or after ended chunks are in the job's totals."""
+    job = replace(cut(ports=ports, size=2), status=JobStatus.RUNNING)
+    chunks = whole(job)
+    maps = st.text(["a", "s", "d", "r", "l"], min_size=2, max_size=2)
+    counts = [RunningCount(), RunningCount()]
+    for _ in range(data.draw(st.integers(1, 40))):
+        index = data.draw(st.integers(0, len(chunks) - 1))
+        match data.draw(st.sampled_from(["begin", "end", "end", "add to totals", "restart"])):
+            case "begin" if chunks[index].state is ChunkState.QUEUED:
+                chunks[index] = replace(chunks[index], state=ChunkState.RUNNING, outcomes=data.draw(maps)[0] + ".")
+            case "end" if chunks[index].state is not ChunkState.STORED:  # the process may end before it saves the job
+                chunks[index] = replace(chunks[index], state=ChunkState.STORED, outcomes=data.draw(maps))
+            case "add to totals":
+                step = Tally(job)
+                for each in takewhile(lambda each: each.state is ChunkState.STORED, chunks[job.totals.done :]):
+                    step.end(each)
+                job = replace(job, totals=step.totals)
+            case "restart":
+                counts[index % 2] = RunningCount()
+        if (reports := data.draw(st.sampled_from([0, 1, None]))) is None:
+            continue
+        count = counts[reports]
+        read = [chunks[each] for each in count.start(job) if not count.is_counted(each)]
+        result = count.tally(job, [each for each in read if each.state is not ChunkState.QUEUED])
+        complete = tally(replace(job, totals=EMPTY), [each for each in chunks if each.state is not ChunkState.QUEUED])
+        assert (result.counts, result.machines_found) == (complete.counts, complete.machines_found)
+        again = [chunks[each] for each in count.start(job) if not count.is_counted(each)]
+        assert [each for each in again if each.state is ChunkState.STORED] == []
+
+
+def test_running_count_behind_the_totals_starts_with_them() -> None:
+    """Chunks that the totals of the job contain are not read, and those after them are."""
+    job = replace(cut(size=2), status=JobStatus.RUNNING)
+    chunks = [replace(each, state=ChunkState.STORED, outcomes="aa") for each in whole(job)]
+    count, step = RunningCount(), Tally(job)
+    count.tally(job, [chunks[3]])
+    for each in chunks[:4]:
+        step.end(each)
+    job = replace(job, totals=step.totals)
+    near = count.start(job)
+    assert (near.start, [count.is_counted(each) for each in near]) == (4, [False] * 4)
+    assert count.tally(job, chunks[4:]).machines_found == 16
 
 
 def test_totals_of_a_job_with_one_block_have_no_places() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
+from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Effort, Totals
@@ -583,6 +584,33 @@ async def test_progress_event_contains_all_progress_since_the_last(world: World)
     await world.settle()
     await world.only.reporter.report()
     assert [each.machines_found for each in world.events(1) if isinstance(each, JobProgressed)] == [5, 6]
+
+
+async def test_progress_counts_chunks_of_other_and_crashed_replicas(world: World) -> None:
+    """A chunk that ended counts once, also if its replica crashed before it saved the job, and if another one reports."""
+    world.worker.hold = True
+    job = replace(scan_job(1, cidr="127.9.8.0/27", chunk_addresses=4, chunk_count=8, made=8), outbox=())
+    await world.store.jobs.insert([replace(job, status=JobStatus.RUNNING)])
+    chunks = list(plan.chunks(job, 0, 8))
+    await world.store.chunks.insert(chunks)
+    replicas = [world.only, world.replica()]
+    for ended, replica in ((7, 0), (6, 1), (5, 0), (0, 0), (4, 1)):
+        stored = replace(chunks[ended], state=ChunkState.STORED, outcomes="aass")
+        assert await world.store.chunks.save([stored]) == set()  # and not the job
+        world.now += 2.0
+        replicas[replica].reporter.note([1])
+        await replicas[replica].reporter.report()
+    await world.only.reconciler.reconcile([1])
+    world.now += 2.0
+    await world.store.chunks.save([replace(chunks[1], state=ChunkState.STORED, outcomes="aass")])
+    replicas[1] = world.replica()
+    found: list[int] = []
+    for replica in (1, 0):
+        replicas[replica].reporter.note([1])
+        await replicas[replica].reporter.report()
+        after = (await world.store.jobs.get([1]))[1]
+        found.append(after.machines_found)
+    assert (after.totals.done, found, after.progress) == (1, [12, 12], 75)
 
 
 async def test_progress_is_published_after_a_failed_attempt(task: ScanChunk, world: World) -> None:
