@@ -71,7 +71,7 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
     killed = Event()
 
     def ask() -> None:
-        """Repeat the POST while the gateway times out, which it does if a consumer group is still rebalancing over the slow line."""
+        """Repeat the POST while the gateway times out: over the slow line, a fetch may take longer than its five seconds."""
         while user.http.post("/api/v1/task", json=body, headers={"Idempotency-Key": key}).status_code == 503:
             if killed.is_set():
                 return
