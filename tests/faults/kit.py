@@ -43,6 +43,7 @@ from scanfleet_testing.kafka import behind, read
 from scanfleet_testing.tokens import Issuer
 from tests.client import Client
 from tests.faults.lines import Line, Lines
+from tests.faults.releases import write_next_release
 
 LEASE: Final = 5  # seconds: longer than a busy machine delays a heartbeat, and short to wait for
 SLOTS: Final = 3
@@ -148,7 +149,8 @@ def shifted(seconds: int) -> dict[str, str | None]:
 class Platform:
     """The platform, with methods to inject faults and to observe it.
 
-    The clock of the first worker is two hours fast and that of the second gateway two hours slow, without effect on any test.
+    The clock of the first worker is two hours fast and that of the second gateway two hours slow, and the second process of each
+    service is of a later release, which adds a field to documents and messages: without effect on any test.
 
     Attributes:
         stack: the eight services.
@@ -180,6 +182,8 @@ class Platform:
         for path in self._nmaps.values():
             path.write_text(NMAP.format(other=path.with_suffix(".other")))
             path.chmod(0o755)
+        self._releases = folder / "releases"
+        write_next_release(self._releases / "next")
         self.stack = Stack(
             folder / "stack",
             replicas=REPLICAS,
@@ -513,6 +517,8 @@ class Platform:
             },
             "api-gateway-2": shifted(-OFF),
         }
+        for service in SERVICES:
+            found.setdefault(f"{service}-2", {})["PYTHONPATH"] = str(self._releases / "next")
         for name, line in self._to_kafka.items():
             found[name] = {"SCANFLEET_KAFKA": f"127.0.0.1:{line.port}", "SCANFLEET_JWT_PUBLIC_KEY_FILE": None}
             found[name]["SCANFLEET_JWT_ISSUER"] = self.keys.issuer.settings.jwt_issuer

@@ -1,39 +1,37 @@
-"""Two releases running concurrently: the previous one, and the code of this checkout with a field added to the contracts in `GROWN`."""
+"""Two releases running concurrently: this checkout, the previous release, and this checkout with a field added to its contracts."""
 
 from __future__ import annotations
 
 import io
 import json
-import re
-import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
 from local.wait import until
-from scanfleet.contracts.messages.topics import SCAN_TASKS, TOPICS
+from scanfleet.contracts.messages.topics import (
+    SCAN_COMMANDS,
+    SCAN_EVENTS,
+    SCAN_PROGRESS,
+    SCAN_RESULTS,
+    SCAN_STORED,
+    SCAN_TASKS,
+    TOPICS,
+    Topic,
+)
 from scanfleet.services import SERVICES
 from tests.faults.conftest import Shared
-from tests.faults.kit import LIMIT, REPLICAS, STEADY, Platform
+from tests.faults.invariants import Invariants
+from tests.faults.kit import LIMIT, REPLICAS, STEADY, TINY, Caller, Platform, scanned
+from tests.faults.releases import FIELD, ROOT, copy_packages
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long]
+pytestmark = pytest.mark.e2e
 
-ROOT: Final = Path(__file__).parents[2]
-FIELD: Final = "added_by_the_next_release"
-# The position of a class's own fields: after its docstring and an optional configuration.
-GROWN: Final = {
-    "scanfleet/scanning/policy.py": r"class ScanPolicy\(BaseModel\):.*?model_config = [^\n]*\n",
-    "scanfleet/contracts/messages/chunks.py": r'class ScanChunk\(_Fenced\):\n    """.*?"""\n',
-    "scanfleet/contracts/messages/jobs.py": r'class JobEvent\(Message\):\n    """.*?"""\n',
-    "scanfleet/contracts/messages/results.py": r'class HostScanned\(_Fenced\):\n    """.*?"""\n',
-    "job_orchestrator/domain/job.py": r'class ScanJob:\n    """.*?"""\n',
-    "job_orchestrator/domain/totals.py": r'class Totals:\n    """.*?"""\n',
-    "job_orchestrator/domain/chunk.py": r'class Chunk:\n    """.*?"""\n',
-}
+PUBLISHED: Final = (SCAN_COMMANDS, SCAN_TASKS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_STORED, SCAN_EVENTS)
 
 
 def previous_release(folder: Path) -> Path | None:
@@ -55,40 +53,17 @@ def previous_release(folder: Path) -> Path | None:
     return folder
 
 
-def copy_packages(root: Path, folder: Path) -> None:
-    for package in (root / "shared/scanfleet", *root.glob("services/*/*_*/")):
-        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-
-
-def write_next_release(folder: Path) -> None:
-    """Copy the services and shared packages of this checkout, and add an optional field to documents and messages."""
-    copy_packages(ROOT, folder)
-    for file, begins in GROWN.items():
-        path = folder / file
-        text, count = re.subn(
-            begins,
-            lambda match: f'{match[0]}\n    {FIELD}: str = "by default"\n',
-            path.read_text(encoding="utf-8"),
-            count=1,
-            flags=re.DOTALL,
-        )
-        assert count == 1, file
-        path.write_text(text, encoding="utf-8")
-
-
 class Rolling(Platform):
     """A platform whose processes may run either release."""
 
     def __init__(self, folder: Path) -> None:
-        self._releases = folder / "releases"
         previous = previous_release(folder / "previous")
         if previous is None:
             pytest.skip("the history of this checkout has no previous release: git fetch --unshallow")
+        super().__init__(folder)
         copy_packages(previous, self._releases / "previous")
-        write_next_release(self._releases / "next")
         for name in self._names:
             (self._releases / name).symlink_to("previous")
-        super().__init__(folder)
 
     @property
     def _names(self) -> list[str]:
@@ -119,6 +94,54 @@ def rolling(
     found.close()
 
 
+def refused(platform: Platform) -> float:
+    """Return the number of records that the running processes have dead-lettered or skipped."""
+    names = ("scanfleet_bus_dead_lettered_total", "scanfleet_bus_skipped_total")
+    return sum(platform.metric(service, name) for service in SERVICES for name in names)
+
+
+def of_next_release(platform: Platform, jobs: Collection[int]) -> set[int]:
+    """Return those of the jobs that a process of the next release has accepted."""
+    made = [job for command in platform.commands(state="accepted") for job in command["jobs"]]
+    return {job["_id"] for job in made if FIELD in job} & set(jobs)
+
+
+def complete(platform: Platform, jobs: Collection[int]) -> set[int]:
+    """Return those of the jobs whose documents have the field of the next release."""
+    return {job["_id"] for job in platform.jobs() if FIELD in job and FIELD in job["totals"]} & set(jobs)
+
+
+@pytest.mark.proves("F28", "G10")
+def test_jobs_on_processes_of_two_releases_lose_nothing(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """Jobs complete on processes of two releases, no record is dead-lettered, and no field is erased."""
+    before = refused(platform)
+    callers = (user, platform.caller(gateway="api-gateway-2"))
+    jobs: list[int] = []
+
+    def published(topic: Topic) -> bool:
+        return len({FIELD.encode() in (each.value or b"") for each in platform.records(topic)}) > 1
+
+    def both_work() -> bool:
+        """Scan through both gateways; return whether both releases have accepted jobs and published in each topic."""
+        for caller in callers:
+            subnets = [caller.subnet(platform.network(28)) for _ in range(4)]  # their jobs have different owners
+            for job in caller.submit(subnets, caller.policy(**TINY)):
+                _, found = scanned(caller, job["id"])
+                assert {(address, int(port)) for address, _, port, *_ in found} == servers
+                jobs.append(job["id"])
+        return 0 < len(of_next_release(platform, jobs)) < len(jobs) and all(map(published, PUBLISHED))
+
+    with platform.servers((1, 7)) as servers:
+        until(both_work, LIMIT, "both releases to work")
+    invariants.check()
+    assert refused(platform) == before
+    assert complete(platform, jobs) >= of_next_release(platform, jobs)
+    callers[1].close()
+
+
+@pytest.mark.long
 @pytest.mark.proves("F28", "G10")
 def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Shared[Rolling]) -> None:
     """During a rolling upgrade and rollback scans complete, no record is dead-lettered, and no field is erased."""
@@ -139,13 +162,10 @@ def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Shared[
             assert user.finished(job_id)["status"]["status"] == "completed"
             assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
     invariants.check()
-    assert {topic.name: len(platform.records(topic, letters=True)) for topic in TOPICS} == {
-        topic.name: 0 for topic in TOPICS
-    }
+    assert not any(platform.records(topic, letters=True) for topic in TOPICS)
     tasks = [record.value or b"" for record in platform.records(SCAN_TASKS)]
     assert any(FIELD.encode() in task and json.loads(task)["job_id"] in jobs for task in tasks)
-    made = [job for command in platform.commands(state="accepted") for job in command["jobs"] if job["_id"] in jobs]
-    written = {job["_id"] for job in made if FIELD in job}
+    written = of_next_release(platform, jobs)
     assert written
-    assert {job["_id"] for job in platform.jobs() if FIELD in job and FIELD in job["totals"]} >= written
+    assert complete(platform, jobs) >= written
     user.close()
