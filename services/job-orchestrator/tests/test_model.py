@@ -303,6 +303,11 @@ class Life(RuleBasedStateMachine):
 
         self.run(wait())
 
+    @rule(hours=st.sampled_from([-3, -1, 2, 4]))
+    def step_clock(self, hours: int) -> None:
+        """The database's clock steps; neither a lease, nor an order, nor a delay follows it."""
+        self.world.step_clock(timedelta(hours=hours))
+
     @rule(number=st.integers(0, REPLICAS - 1))
     def sweep(self, number: int) -> None:
         self.run(self.world.replicas[number].sweeper.sweep())
@@ -381,9 +386,10 @@ class Life(RuleBasedStateMachine):
             assert not self.expired & {each.command_id for each in replies if isinstance(each, CommandAccepted)}
 
     def teardown(self) -> None:
-        """With all parts back and nothing in the way, every job ends."""
+        """With all parts back and nothing in the way, every job ends, although the clock was set back."""
 
         async def heal() -> None:
+            self.world.step_clock(-timedelta(hours=5))
             await self.world.start()
             await self.world.settle()
             await self.world.wait(LOOKS, seconds=3.0)
