@@ -128,7 +128,7 @@ class MongoStore:
             wanted["user_id"] = user_id
         fields = {"details": False} if raw else {"details": False, "ports.raw_data": False}
         order = _BY_PLACE if after is None else _BY_ID
-        rest: Document = {} if after is None else {"first_id": {"$gte": await self._host_of(job_id, after)}}
+        rest = {} if after is None else await self._with_results_after(job_id, after)
         # Each page is an operation with its own timeout, and begins in the index where the last one ended.
         while page := await self._page({"$and": [wanted, rest]}, fields, order):
             # Decoded twice, so that at most one host is decoded at a time, and a page needs one query for closed chunks.
@@ -306,11 +306,14 @@ class MongoStore:
             await cursor.close()
 
     @dependency_errors()
-    async def _host_of(self, job_id: int, result_id: int) -> int:
-        """Return the id of the first result of the host with this result, or of the job's last host before it."""
+    async def _with_results_after(self, job_id: int, result_id: int) -> Document:
+        """Return the filter for the hosts that have results with higher ids."""
         query = {"job_id": job_id, "first_id": {"$exists": True, "$lte": result_id}}
-        found = await self._hosts.find_one(query, {"first_id": True}, sort=[("first_id", DESCENDING)])
-        return found["first_id"] if found else 0
+        last = await self._hosts.find_one(query, {"first_id": True, **_SIZE}, sort=[("first_id", DESCENDING)])
+        if last is None:
+            return {}
+        ended = last["first_id"] + _rows(last) <= result_id + 1
+        return {"first_id": {"$gt" if ended else "$gte": last["first_id"]}}
 
     def _decode(self, page: bytes) -> Iterator[Document]:
         return decode_iter(page, self._hosts.codec_options)
@@ -357,7 +360,7 @@ def _rows(document: Document) -> int:
     silent = document.get("open_filtered")
     try:
         return listed + port_count(parse_ranges(silent if isinstance(silent, str) else ""))
-    except ValueError:  # a damaged host is deleted as every other
+    except ValueError:  # of a damaged host
         return listed
 
 

@@ -220,10 +220,11 @@ async def test_results_after_an_id_are_in_order_of_ids(store: Store) -> None:
 
     async def after(id_: int) -> list[tuple[int, str]]:
         found = [each async for some in store.results(1, None, after=id_) for each in some]
-        return [(each.id, each.ip_address) for each in found if each.id > id_]
+        return [(each.id, each.ip_address) for each in found]
 
     assert await after(0) == [(1, "127.9.8.2"), (2, "127.9.8.1"), (3, "127.9.8.1"), (4, "127.9.8.3"), (5, "127.9.8.3")]
-    assert await after(2) == [(3, "127.9.8.1"), (4, "127.9.8.3"), (5, "127.9.8.3")]
+    assert await after(1) == await after(2) == [(id_, address) for id_, address in await after(0) if id_ > 1]
+    assert await after(3) == [(4, "127.9.8.3"), (5, "127.9.8.3")]
     assert await after(5) == []
 
 
