@@ -61,7 +61,7 @@ class PartitionListener:
         """React to the assignment of these partitions."""
 
     async def revoked(self, partitions: Collection[int]) -> None:
-        """React to the revocation of these partitions."""
+        """React to the revocation of these partitions, or to the stop of their consumer."""
 
     async def caught_up(self, partitions: Collection[int]) -> None:
         """React to having handled these partitions to their end.

@@ -37,7 +37,9 @@ LONGEST_PAUSE: Final = 5.0  # maximum retry delay in seconds: notices recovery s
 COMMIT_SECONDS: Final = 0.25  # delay of a commit between batches: short, since a crash redelivers what is not committed
 LOOK_SECONDS: Final = 1.0  # between two queries of the partitions' end offsets
 LAG_SECONDS: Final = 5.0  # the same if only the lag and the broker's state depend on them
-QUERY_SECONDS: Final = 0.25  # maximum delay of the next batch by such a query
+QUERY_SECONDS: Final = (
+    0.25  # maximum delay of one batch by such a query, and interval of the checks whether it has ended
+)
 STALE_SECONDS: Final = 3.0  # maximum age of end offsets that prove "caught up": far below the shortest lease, 10 s
 
 Rejected = Sequence[tuple[RawRecord, str]]
@@ -186,7 +188,8 @@ class ConsumerLoop(Generic[M]):
         deadline = self._hurry_up()
         async with self._handler_lock:
             await self._commit_by(deadline)
-            await self._partitions.revoked(self._assigned)  # the client does not call its listener
+            if self._assigned:
+                await self._partitions.revoked(self._assigned)  # the client does not call its listener
             task, self._task = self._task, None
             tasks = [task, *([self._query] if self._query else [])]
             for each in tasks:
@@ -240,7 +243,8 @@ class ConsumerLoop(Generic[M]):
     async def _run_once(self) -> None:
         look_due = self._looked + (self._look_seconds if self._broker_available else LOOK_SECONDS)
         try:
-            records = await self._source.poll(max(0.0, min(look_due, self._commit_due) - time.monotonic()))
+            wake = time.monotonic() + QUERY_SECONDS if self._query else look_due
+            records = await self._source.poll(max(0.0, min(wake, self._commit_due) - time.monotonic()))
         except _UNAVAILABLE as error:
             self._set_broker_state(available=False, error=error)
             await asyncio.sleep(FIRST_PAUSE)
@@ -264,7 +268,7 @@ class ConsumerLoop(Generic[M]):
         """Query the end offsets; a query that a broker delays continues beside the next batches."""
         if self._query is None:
             self._query = asyncio.create_task(self._query_ends(), name=f"end offsets of {self._name}")
-        await asyncio.wait([self._query], timeout=QUERY_SECONDS)
+            await asyncio.wait([self._query], timeout=QUERY_SECONDS)
         if self._query.done():
             query, self._query = self._query, None
             query.result()
@@ -278,9 +282,9 @@ class ConsumerLoop(Generic[M]):
             self._set_broker_state(available=False, error=error)
             return
         self._set_broker_state(available=True)
+        positions = await self._source.positions()
         if epoch != self._epoch:
             return
-        positions = await self._source.positions()
         if positions.keys() <= ends.keys():
             lag = sum(max(0, end - positions.get(partition, end)) for partition, end in ends.items())
             _LAG.labels(*self._labels).set(lag)

@@ -331,6 +331,7 @@ async def test_publish_cancelled_still_delivers_in_order(own_broker: Broker, own
             publishing.cancel()
             await asyncio.gather(publishing, return_exceptions=True)
             assert bus.ready  # the broker has as long as if the caller had waited
+            await until(lambda: not bus.ready)
         finally:
             own_broker.thaw()
         await bus.publish(SCAN_WORKERS, workers([3]))
