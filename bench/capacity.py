@@ -29,10 +29,10 @@ LIMIT: Final = 60.0  # seconds for any part
 OURS: Final = ("result-store", "kafka", "mongod")
 
 
-def measure() -> Sequence[Figure]:
+def measure() -> Iterator[Figure]:
     with new_stack(replicas=SCRIPTED) as stack:
-        figures = asyncio.run(hosts(stack))
-        return [*figures, last_page(stack)]
+        yield from asyncio.run(hosts(stack))
+        yield last_page(stack)
 
 
 async def hosts(stack: Stack) -> Sequence[Figure]:

@@ -171,7 +171,7 @@ class Load(NamedTuple):
 
 
 def load(url: str, *, clients: int, seconds: int, token: str = "", body: str = "") -> Load:
-    """What `clients` connections of wrk get in `seconds`.
+    """Return the rate and the latencies that wrk measures with `clients` connections in `seconds`.
 
     Args:
         url: requested with GET, or with POST if there is a body.
