@@ -426,7 +426,7 @@ def test_probes_have_a_port_of_their_own(manifests: list[Manifest]) -> None:
     assert opened <= {"keda", "monitoring"}
 
 
-def test_ingress_leads_to_every_route_of_the_gateway() -> None:
+def test_ingress_routes_every_path_of_the_gateway() -> None:
     """The Ingress has the first part of the path of each route, by which it matches all below, and nothing else."""
     (ingress, _) = yaml.safe_load_all((K8S / "components/ingress/ingress.yaml").read_text(encoding="utf-8"))
     (rule,) = ingress["spec"]["rules"]

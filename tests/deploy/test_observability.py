@@ -113,7 +113,7 @@ def test_queries_use_existing_labels(query: str) -> None:
     """Alerts and panels select and group series by labels that these series have."""
     labels = {name: LABELS[name] for name in map(_base, _METRIC.findall(query)) if name in LABELS}
     for name, selected in re.findall(r"\b(\w+)\{(.*?)\}", query):
-        assert set(re.findall(r"(\w+)[=!]~?\"", selected)) <= OF_TARGETS | labels.get(_base(name), set())
+        assert set(re.findall(r"(\w+)(?:[=!]~|!?=)\"", selected)) <= OF_TARGETS | labels.get(_base(name), set())
     grouped = {label.strip() for group in re.findall(r"\bby \(([\w, ]+)\)", query) for label in group.split(",")}
     assert grouped <= OF_TARGETS | {"le"} | set().union(*labels.values())
 

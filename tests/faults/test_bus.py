@@ -277,11 +277,12 @@ def test_unread_progress_expires_no_lease(platform: Platform, user: Caller, inva
     expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
     before = user.scan(platform.network(31), **SLOW)
     caught(lambda: running(platform, before), LIMIT, "the first job to run")
-    unread = 0
+    unread, began = 0, clock()
     with platform.stalled(PROGRESS, 2 * LEASE) as stall:
         meanwhile = user.scan(platform.network(31), **SLOW)  # its claims are unread
         while not stall.done():
             unread = max(unread, platform.behind(PROGRESS, SCAN_PROGRESS))
+    assert clock() - began > 1.5 * LEASE
     assert unread > LEASE  # workers report once a second
     for job_id in (before, meanwhile):
         caught(lambda: running(platform, job_id), LIMIT, "the job to run")  # noqa: B023 # called before the next turn
