@@ -70,7 +70,7 @@ _JOB_RUN: Final = Histogram("scanfleet_job_run_seconds", "Time from the start of
 # Exported from the start: otherwise Prometheus would not see the first event as an increase.
 for _state in ChunkState:
     CHUNK_TRANSITIONS.labels(_state)
-for _collection in ("jobs", "chunks", "clocks", "workers", "audit", "deletions", "subnets", "policies"):
+for _collection in ("jobs", "chunks", "clocks", "workers", "audit", "deletions", "subnets", "policies", "revocations"):
     UNREADABLE.labels(_collection)
 for _reason in REASONS:
     DELETIONS.labels(_reason)

@@ -12,6 +12,7 @@ from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.ports import AccessRepository, Store
 from job_orchestrator.domain.resources import Owned, ScanTarget
+from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import KEYS, scan_job
 from scanfleet.clock import utc_now
@@ -61,9 +62,28 @@ async def test_revocations_are_listed_until_they_are_deleted(access: AccessRepos
     for each in (one, two, one):
         assert await access.add_revocation(each)
     assert await access.revocations() == [two, one]
+    assert await access.has_revocation(one.id)
     assert await access.delete_revocation(one.id)
+    assert not await access.has_revocation(one.id)
     assert not await access.delete_revocation(one.id)
     assert await access.revocations() == [two]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("damage", [{"$unset": {"jti": 1}}, {"$set": {"issued_before": "yesterday"}}])
+async def test_damaged_revocation_hides_no_other(
+    mongo_store: MongoStore, database: Database, damage: dict[str, Any]
+) -> None:
+    """A revocation that cannot be read is omitted and counted, and can be found and deleted by its id."""
+    damaged, good = revocation(1), revocation(2)
+    for each in (damaged, good):
+        assert await mongo_store.access.add_revocation(each)
+    await database["revocations"].update_one({"_id": 1}, damage)
+    before = UNREADABLE.labels("revocations")._value.get()
+    assert await mongo_store.access.revocations() == [good]
+    assert UNREADABLE.labels("revocations")._value.get() == before + 1
+    assert await mongo_store.access.has_revocation(1)
+    assert await mongo_store.access.delete_revocation(1)
 
 
 @pytest.mark.integration

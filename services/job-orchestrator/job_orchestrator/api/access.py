@@ -72,7 +72,7 @@ async def list_revocations(_caller: Administrator, state: Handed, paged: Paged) 
 async def delete_revocation(
     revocation_id: PathId, _caller: Administrator, state: Handed, record: Recorded
 ) -> rest.Done:
-    if all(each.id != revocation_id for each in await state.store.access.revocations()):
+    if not await state.store.access.has_revocation(revocation_id):
         raise NotFoundError("Revocation not found")
     await record()
     await state.store.access.delete_revocation(revocation_id)

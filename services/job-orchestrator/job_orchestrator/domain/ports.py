@@ -3,8 +3,8 @@
 Documents change by compare-and-set on their `rev`. `job_orchestrator.repository` has the MongoDB repositories,
 `job_orchestrator_testing` the in-memory ones; both pass the same suite. Every method raises `DependencyError` if the database is
 unavailable; its writes may then be done or not. A document that cannot be read is logged, counted and omitted from the
-result, so that it affects no other. Commands and revocations are the exception: without them a submit would be repeated, or a
-revoked token accepted, so that the query fails.
+result, so that it affects no other. Commands are the exception: without them a submit would be repeated, so that the query
+fails.
 """
 
 from __future__ import annotations
@@ -114,6 +114,9 @@ class AccessRepository(Protocol):
 
     async def revocations(self) -> list[Revocation]:
         """Return all revocations, newest first."""
+
+    async def has_revocation(self, id_: int) -> bool:
+        """Return whether the revocation exists, even if it cannot be read."""
 
     async def delete_revocation(self, id_: int) -> bool:
         """Delete the revocation; return False if it does not exist."""

@@ -75,7 +75,11 @@ class MongoAccess:
     @dependency_errors()
     async def revocations(self) -> list[Revocation]:
         newest = self._revocations.find().sort("_id", -1)
-        return [documents.read_revocation(each) async for each in newest]
+        return await documents.read_all(documents.read_revocation, newest, "revocations")
+
+    @dependency_errors()
+    async def has_revocation(self, id_: int) -> bool:
+        return await self._revocations.find_one({"_id": id_}, {"_id": 1}) is not None
 
     @dependency_errors()
     async def delete_revocation(self, id_: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from job_orchestrator.domain.access import MAX_REVOCATIONS, Revocation
+from job_orchestrator.repository import documents
 from job_orchestrator_testing.repository.data import MemoryRepository
 
 
@@ -18,11 +19,16 @@ class MemoryAccess(MemoryRepository):
     async def add_revocation(self, revocation: Revocation) -> bool:
         if len(self._data.revocations) >= MAX_REVOCATIONS:
             return False
-        self._data.revocations.setdefault(revocation.id, revocation)
+        self._data.revocations.setdefault(revocation.id, documents.write_revocation(revocation))
         return True
 
     async def revocations(self) -> list[Revocation]:
-        return sorted(self._data.revocations.values(), key=lambda each: -each.id)
+        newest = sorted(self._data.revocations.values(), key=lambda each: -each["_id"])
+        read = [documents.readable(documents.read_revocation, each, "revocations") for each in newest]
+        return [each for each in read if each is not None]
+
+    async def has_revocation(self, id_: int) -> bool:
+        return id_ in self._data.revocations
 
     async def delete_revocation(self, id_: int) -> bool:
         return self._data.revocations.pop(id_, None) is not None

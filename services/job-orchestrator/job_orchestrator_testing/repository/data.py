@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion
@@ -14,6 +13,7 @@ from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.contracts import rest
 from scanfleet.errors import DependencyError
+from scanfleet.runtime.mongo import Document
 
 
 @dataclass(kw_only=True)
@@ -24,7 +24,9 @@ class Data:
     ids: Counter[str] = field(default_factory=Counter)
     audit: dict[str, rest.AuditEntry] = field(default_factory=dict)
     users: dict[tuple[str, str], int] = field(default_factory=dict)
-    revocations: dict[int, Revocation] = field(default_factory=dict)
+    revocations: dict[int, Document] = field(default_factory=dict)
+    """As MongoDB stores them, so that a test can damage one."""
+
     commands: dict[str, Command] = field(default_factory=dict)
     jobs: dict[int, ScanJob] = field(default_factory=dict)
     receipts: dict[int, tuple[Deletion, datetime | None]] = field(default_factory=dict)

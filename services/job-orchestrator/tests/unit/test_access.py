@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain import access
+from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator_testing import RULES, MemoryStore, World
 from scanfleet.clock import utc_now
 from scanfleet.runtime import service
@@ -123,6 +124,29 @@ async def test_revocation_by_an_administrator_is_listed_and_audited(
         ("create_revocation", f"{PATH}/1", "9", "allowed"),
         ("delete_revocation", f"{PATH}/1", "9", "allowed"),
     ]
+
+
+DAMAGE: dict[str, dict[str, Any]] = {
+    "a missing field": {"jti": ...},
+    "a field of another type": {"user_id": ["7"]},
+    "a time without a zone": {"issued_before": "2026-11-28T04:00:00"},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+async def test_damaged_revocation_is_omitted_and_can_be_deleted(api: Api, damage: dict[str, Any]) -> None:
+    """A revocation that cannot be read hides no other from the gateways or the list, is counted, and is deleted by its id."""
+    damaged, good = [(await api("POST", PATH, admin=True, json={"user_id": user})).json() for user in (7, 8)]
+    document = api.store.data.revocations[damaged["id"]] | damage
+    api.store.data.revocations[damaged["id"]] = {name: each for name, each in document.items() if each is not ...}
+    before = UNREADABLE.labels("revocations")._value.get()
+    (read,) = (await api("GET", "/internal/revocations", 0)).json()
+    assert read["user_id"] == 8
+    assert (await api("GET", PATH, admin=True)).json()["revocations"] == [good]
+    assert UNREADABLE.labels("revocations")._value.get() == before + 2
+    assert (await api("DELETE", f"{PATH}/{damaged['id']}", admin=True)).status_code == 200
+    assert (await api("DELETE", f"{PATH}/{damaged['id']}", admin=True)).status_code == 404
+    assert api.store.data.revocations.keys() == {good["id"]}
 
 
 @pytest.mark.proves("A10", "G13")

@@ -28,7 +28,8 @@ def counted(name: str, **labels: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "collection", ["jobs", "chunks", "clocks", "workers", "audit", "deletions", "subnets", "policies"]
+    "collection",
+    ["jobs", "chunks", "clocks", "workers", "audit", "deletions", "subnets", "policies", "revocations"],
 )
 def test_unreadable_documents_are_exported_from_the_start(collection: str) -> None:
     """The first unreadable document of any collection is an increase, which an alert can see."""
