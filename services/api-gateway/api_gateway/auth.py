@@ -26,7 +26,8 @@ from scanfleet.errors import DependencyError, UnavailableError
 from scanfleet.runtime.settings import read_secret
 
 REFRESH_S: Final = 2.0
-ASK_LIMIT_S: Final = 5.0
+ASK_LIMIT_S: Final = 1.5  # two queries and the interval between them are the 5 s in which a revocation takes effect
+REPORT_LIMIT_S: Final = 5.0
 MAX_STALE_S: Final = 60.0  # an older list is not used, because it lacks recent revocations
 MAX_USERS: Final = 10_000  # maximum cached ids: two megabytes
 DISCOVERY_S: Final = 3_600.0  # age at which the issuer's endpoints are read again; they rarely change
@@ -78,7 +79,7 @@ class KeyReports:
         if set(names) == set(self._reported):
             return
         try:
-            async with asyncio.timeout(ASK_LIMIT_S):
+            async with asyncio.timeout(REPORT_LIMIT_S):
                 await self._report(names)
         except (DependencyError, TimeoutError) as error:
             _log.warning(

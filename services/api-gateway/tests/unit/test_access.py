@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import re
+import selectors
 import signal
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
-from api_gateway.auth import MAX_STALE_S, MAX_USERS, KeyReports, Revocations, UserIds
+from api_gateway.auth import MAX_STALE_S, MAX_USERS, REFRESH_S, KeyReports, Revocations, UserIds
 from api_gateway.settings import Settings
 from api_gateway_testing import Gateway, Running
 from scanfleet.contracts.rest import Revoked
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
+from scanfleet.runtime.loop import Loop
 from scanfleet.security.auth import Principal
 from scanfleet_testing.tokens import Issuer
 from scanfleet_testing.waiting import until
@@ -227,6 +229,63 @@ async def test_revocations_that_cannot_be_refreshed_expire() -> None:
     now += 0.1
     with pytest.raises(UnavailableError):
         revocations.revokes(**one)
+
+
+class _Skipping(selectors.SelectSelector):
+    """Advances the time of a loop instead of waiting."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.now += timeout or 0.0
+        return super().select(0)
+
+
+class _SkippingLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._skipping = _Skipping()
+        super().__init__(self._skipping)
+
+    def time(self) -> float:
+        return self._skipping.now
+
+
+@pytest.mark.proves("A28")
+@pytest.mark.parametrize(
+    ("seconds", "limit"),
+    [([1.4], 5), ([4.9, 0.1], 5), ([1.6], MAX_STALE_S)],
+    ids=["slow answers", "one answer that is too slow", "only answers that are too slow"],
+)
+def test_token_is_accepted_for_no_longer_than_documented_after_its_revocation(
+    seconds: list[float], limit: float
+) -> None:
+    """A token that is revoked just after a query has read the list is refused in time, also if answers are slow."""
+    listed: list[Revoked] = []
+
+    async def refused_after() -> float:
+        clock = asyncio.get_running_loop().time
+        times = iter(seconds)
+
+        async def ask_for() -> list[Revoked]:
+            read = list(listed)
+            if not listed:
+                listed.append(revoked(jti="t-1"))
+            await asyncio.sleep(next(times, seconds[-1]))
+            return read
+
+        revocations = Revocations(ask_for, clock=clock)
+        revocations._read_at = started = clock()
+        refreshing = Loop("revocations", REFRESH_S, revocations.refresh)
+        await refreshing.start()
+        token: dict[str, Any] = {"subject": "s", "user_id": 7, "issued_at": 1.0, "token_id": "t-1"}
+        with suppress(UnavailableError):
+            await until(lambda: revocations.revokes(**token), 2 * MAX_STALE_S)
+        refused = clock()
+        await refreshing.stop()
+        return refused - started
+
+    with asyncio.Runner(loop_factory=_SkippingLoop) as runner:
+        assert runner.run(refused_after()) <= limit + 0.02
 
 
 # Mapped user ids
