@@ -280,8 +280,8 @@ class AuthSettings(_Settings):
     jwt_algorithms: Annotated[tuple[Algorithm, ...], NoDecode, BeforeValidator(_split)] = Field(
         ("RS256", "PS256", "ES256", "EdDSA"),
         min_length=1,
-        description="Accepted signature algorithms; a key is used only with the algorithms of its type. `EdDSA` is "
-        "Ed25519, under either name.",
+        description="Accepted signature algorithms; a key is used only with the algorithms of its type, and an "
+        "RSA key only if it has at least 2,048 bits. `EdDSA` is Ed25519, under either name.",
     )
     jwt_types: Words = Field(
         ("at+jwt", "JWT"),

@@ -24,12 +24,13 @@ from scanfleet_testing.tokens import Issuer, JwksEndpoint
 
 PRIVATE_KEYS: dict[str, Any] = {
     "RSA": rsa.generate_private_key(65537, 2048),
+    "short RSA": rsa.generate_private_key(65537, 1024),  # noqa: S505 # that is the claim
     "EC": ec.generate_private_key(ec.SECP256R1()),
     "P-384": ec.generate_private_key(ec.SECP384R1()),
     "OKP": ed25519.Ed25519PrivateKey.generate(),
 }
 ISSUER = Issuer()
-ALGORITHMS = {"RSA": "RS256", "EC": "ES256", "P-384": "ES384", "OKP": "EdDSA"}
+ALGORITHMS = {"RSA": "RS256", "short RSA": "RS256", "EC": "ES256", "P-384": "ES384", "OKP": "EdDSA"}
 
 
 def jwk(kind: str, **members: Any) -> dict[str, Any]:
@@ -210,6 +211,13 @@ async def test_keys_with_the_same_id_are_selected_by_algorithm() -> None:
             await verifier.verify(sign("OKP"))
 
 
+@pytest.mark.parametrize("kinds", [("short RSA", "RSA"), ("RSA", "short RSA")])
+async def test_short_rsa_key_refuses_no_token_of_another_key(kinds: tuple[str, str]) -> None:
+    """Beside an RSA key below 2,048 bits with the same id, the tokens of another key are accepted."""
+    async with verifying({"keys": [jwk(kind, kid="k") for kind in kinds]}) as verifier:
+        assert (await verifier.verify(sign("RSA"))).user_id == 7
+
+
 async def test_members_of_null_are_absent() -> None:
     """A key whose optional members are null is used like one without them."""
     nulls = dict.fromkeys(("alg", "use", "d", "key_ops", "x5c", "kid"))
@@ -257,7 +265,8 @@ async def test_wrong_jwks_url_is_a_configuration_error(answer: object, reason: s
 
 
 @pytest.mark.parametrize(
-    "key", [jwk("RSA", alg="RS512"), jwk("P-384"), jwk("RSA", use="enc"), {"kty": "oct", "k": "AAAA"}]
+    "key",
+    [jwk("RSA", alg="RS512"), jwk("P-384"), jwk("RSA", use="enc"), jwk("short RSA"), {"kty": "oct", "k": "AAAA"}],
 )
 async def test_key_set_without_an_allowed_algorithm_is_reported(key: dict[str, Any]) -> None:
     """If no key is for an allowed algorithm, readiness names it and tokens are refused: a retry cannot help."""

@@ -28,6 +28,7 @@ from scanfleet.security.auth.principal import RefusedError
 
 JWKS_TIMEOUT_S: Final = 1.5  # per fetch: callers wait for it, and so does a readiness check, which has 2 s
 MAX_JWKS_BYTES: Final = 1 << 20  # far above the size of any issuer's key set
+MIN_RSA_BITS: Final = 2_048  # RFC 7518, 3.3
 EMPTY_COOLDOWN_S: Final = 1.0  # between fetches while no key is available and every caller gets a 503
 
 _MAX_KID_CHARS: Final = 32  # of an escaped id in a key's name
@@ -224,8 +225,8 @@ class JwksKeys:
 
 
 def algorithms_of(material: object, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the algorithms in `allowed` for a key of this type; none for a private or symmetric key."""
-    if isinstance(material, RSAPublicKey):
+    """Return the algorithms in `allowed` for a key of this type; none for a private, symmetric or short key."""
+    if isinstance(material, RSAPublicKey) and material.key_size >= MIN_RSA_BITS:
         fitting = {"RS256", "PS256"}
     elif isinstance(material, EllipticCurvePublicKey) and isinstance(material.curve, SECP256R1):
         fitting = {"ES256"}
