@@ -11,19 +11,19 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Self, cast
+from typing import Annotated, Any, Final, Self, cast
 from urllib.parse import urlencode
 
 import httpx2
 import structlog
 from authlib.integrations.base_client import OAuthError
 from authlib.integrations.httpx_client import AsyncOAuth2Client
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from api_gateway.settings import Settings
 from scanfleet.contracts.rest import Revoked
 from scanfleet.errors import DependencyError, UnavailableError
-from scanfleet.runtime.settings import read_secret
+from scanfleet.runtime.settings import is_authentic, read_secret
 
 REFRESH_S: Final = 2.0
 ASK_LIMIT_S: Final = 1.5  # two queries and the interval between them are the 5 s in which a revocation takes effect
@@ -155,11 +155,20 @@ class RefusedSignInError(Exception):
     """The issuer refused the sign-in, or the parameters of the callback are invalid."""
 
 
+def _authentic(url: str) -> str:
+    if not is_authentic(url):
+        raise ValueError("is not an https URL")
+    return url
+
+
+_Endpoint = Annotated[str, AfterValidator(_authentic)]
+
+
 class _Discovered(BaseModel):
     issuer: str
-    authorization_endpoint: str
-    token_endpoint: str
-    end_session_endpoint: str | None = None
+    authorization_endpoint: _Endpoint
+    token_endpoint: _Endpoint
+    end_session_endpoint: _Endpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +179,8 @@ class Tokens:
 
 class SignIn:
     """The gateway as a client of the issuer.
+
+    Every endpoint is https, or on this machine, because TLS authenticates the issuer's responses.
 
     Args:
         settings: with a client id, a public URL and the issuer.
@@ -196,8 +207,7 @@ class SignIn:
         Raises:
             OSError: the file with the client's secret cannot be read.
         """
-        on = settings.session_keys_file and settings.public_url and settings.oidc_client_id
-        return cls(settings, transport) if on else None
+        return cls(settings, transport) if settings.signs_in else None
 
     async def location(self, state: str, nonce: str, verifier: str) -> str:
         """Return the issuer's URL to redirect the user to.

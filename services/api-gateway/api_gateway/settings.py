@@ -15,6 +15,7 @@ from scanfleet.runtime.settings import (
     KafkaSettings,
     TlsSettings,
     Words,
+    is_authentic,
 )
 
 
@@ -132,6 +133,20 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
         description="URL of the gateway for browsers (`https://scanfleet.example.com`), which the `Origin` of the page's requests "
         "must match. Without it the `Origin` must match the `Host` header.",
     )
+
+    @property
+    def signs_in(self) -> bool:
+        """Whether users can sign in to the page at the issuer."""
+        return None not in (self.session_keys_file, self.public_url, self.oidc_client_id)
+
+    @model_validator(mode="after")
+    def _authentic_issuer(self) -> Self:
+        if self.signs_in and not is_authentic(self.jwt_issuer):
+            raise ValueError(
+                "SCANFLEET_JWT_ISSUER is not an https URL, which sign-in to the page needs: an attacker on the network path "
+                "could replace the issuer's responses"
+            )
+        return self
 
     @model_validator(mode="after")
     def _https_with_certificates(self) -> Self:

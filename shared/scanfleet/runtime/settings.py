@@ -9,6 +9,7 @@ import socket
 from ipaddress import IPv6Network, ip_address
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self, cast
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -43,14 +44,24 @@ Nat64Prefix = Annotated[IPv6Network, FROM_TEXT, AfterValidator(_nat64)]
 
 
 def _https(url: HttpUrl) -> HttpUrl:
-    if url.scheme != "https" and not _is_loopback(url.host or ""):
+    if not is_authentic(str(url)):
         raise ValueError("is not https: an attacker on the network path could replace the keys")
     return url
 
 
+def is_authentic(url: str) -> bool:
+    """Return whether responses from this URL cannot be replaced on the network path: it is https, or http on this machine."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    host = parts.hostname or ""
+    return (parts.scheme == "https" and host != "") or (parts.scheme == "http" and _is_loopback(host))
+
+
 def _is_loopback(host: str) -> bool:
     try:
-        return ip_address(host.strip("[]")).is_loopback
+        return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
@@ -257,7 +268,10 @@ class DeletionSettings(_Settings):
 class AuthSettings(_Settings):
     """Verification of users' tokens. Exactly one source of keys is set."""
 
-    jwt_issuer: str = Field(min_length=1, description="The only accepted `iss`.")
+    jwt_issuer: str = Field(
+        min_length=1,
+        description="The only accepted `iss`; for sign-in to the page an https URL, or one on this machine.",
+    )
     jwt_audience: str = Field(min_length=1, description="Required value of the audience claim, or one of its values.")
     jwt_audience_claim: Claim = Field(
         "aud", description="Claim with the audience; Cognito's access tokens use `client_id`."

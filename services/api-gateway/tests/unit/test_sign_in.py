@@ -21,6 +21,7 @@ import httpx2
 import pytest
 from authlib.oauth2.rfc7636 import create_s256_code_challenge
 from cryptography.fernet import Fernet
+from pydantic import ValidationError
 
 from api_gateway.api.session import COOKIE, MAX_COOKIE_BYTES, Sessions
 from api_gateway.api.sign_in import LOGIN_COOKIE
@@ -55,6 +56,7 @@ class Provider(httpx2.AsyncBaseTransport):
         self.answers.set()
         self.discoveries = 0
         self.named = issuer.settings.jwt_issuer
+        self.endpoints: dict[str, str] = {}
         self.asked: list[dict[str, str]] = []
         self._codes: dict[str, dict[str, str]] = {}
         self._refresh_tokens: set[str] = set()
@@ -76,7 +78,8 @@ class Provider(httpx2.AsyncBaseTransport):
             self.discoveries += 1
             await self.answers.wait()
             endpoints = {"authorization_endpoint": f"{base}/authorize", "token_endpoint": f"{base}/token"}
-            return httpx2.Response(200, json={"issuer": self.named, "end_session_endpoint": f"{base}/out", **endpoints})
+            endpoints |= {"end_session_endpoint": f"{base}/out"} | self.endpoints
+            return httpx2.Response(200, json={"issuer": self.named, **endpoints})
         form = {name: values[0] for name, values in parse_qs((await request.aread()).decode()).items()}
         self.asked.append(form | {"authorization": request.headers.get("authorization", "")})
         nonce = self._redeem(form)
@@ -358,6 +361,50 @@ async def test_sign_in_without_the_issuer_shows_that_it_is_unavailable(both: tup
     location, kept = await login(gateway)
     provider.unavailable = True
     failed(await come_back(gateway, provider.authorize(location), kept), "unavailable")
+
+
+@pytest.mark.proves("A31")
+@pytest.mark.parametrize("endpoint", [*ENDPOINTS, "end_session_endpoint"])
+async def test_sign_in_at_an_endpoint_without_https_is_unavailable(
+    both: tuple[Running, Provider], endpoint: str
+) -> None:
+    """If the issuer publishes an endpoint that is neither https nor on this machine, no user is sent to it, nor any code."""
+    gateway, provider = both
+    for bad in (
+        "http://issuer.test",
+        "http://127.0.0.1.issuer.test",
+        "javascript:alert(1)",
+        "https:///x",
+        "https://[x",
+    ):
+        provider.endpoints[endpoint] = bad
+        where = (await gateway.client.get(LOGIN, params={"next": "/app/subnets"})).headers["Location"]
+        assert where == "/app/subnets?sign_in=unavailable", bad
+    provider.endpoints[endpoint] = "http://[::1]:9/x"
+    await login(gateway)
+
+
+@pytest.mark.proves("A31")
+@pytest.mark.parametrize(
+    ("issuer", "good"),
+    [
+        ("http://issuer.test", False),
+        ("issuer.test", False),
+        ("scanfleet-local", False),
+        ("https://issuer.test", True),
+        ("http://localhost:9", True),
+    ],
+)
+def test_sign_in_at_an_issuer_without_https_is_refused(tmp_path: Path, issuer: str, *, good: bool) -> None:
+    """Sign-in needs an issuer that is https or on this machine; without sign-in any issuer is accepted."""
+    sign_in = {"session_keys_file": tmp_path, "public_url": PUBLIC, "oidc_client_id": "page"}
+    for left_out in sign_in:
+        assert not Gateway().settings(jwt_issuer=issuer, **sign_in | {left_out: None}).signs_in
+    if good:
+        assert Gateway().settings(jwt_issuer=issuer, **sign_in).signs_in
+    else:
+        with pytest.raises(ValidationError, match="SCANFLEET_JWT_ISSUER is not an https URL"):
+            Gateway().settings(jwt_issuer=issuer, **sign_in)
 
 
 async def test_sign_in_without_the_orchestrator_shows_that_it_is_unavailable(both: tuple[Running, Provider]) -> None:
