@@ -437,6 +437,24 @@ def test_ingress_routes_every_path_of_the_gateway() -> None:
     assert exact == {"/", "/openapi.json"}
 
 
+def test_production_example_trusts_the_ingress_in_the_gateway_only(tmp_path: Path) -> None:
+    """The overlay that the README shows builds, and sets the gateway's trusted proxies; no other service gets that value."""
+    shown = re.search(
+        r"\n## In production\n.*?```yaml\n(.*?)```", (K8S / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert shown is not None
+    reach = os.path.relpath(K8S, tmp_path)
+    example = yaml.safe_load(shown[1])
+    example["resources"] = [f"{reach}/overlays/{each}" for each in example["resources"]]
+    example["components"] = [f"{reach}/{each}" for each in example["components"]]
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(example))
+    built = build(tmp_path)
+    trusted = {name_of(each): environment(each, built).get("SCANFLEET_TRUSTED_PROXIES") for each in workloads(built)}
+    anyone = "0.0.0.0/0,::/0"  # the network policy admits the gateway only
+    assert trusted.pop("api-gateway") not in (None, anyone)
+    assert trusted == {"job-orchestrator": anyone, "result-store": anyone, "scanner-worker": None}
+
+
 def test_labels_follow_the_convention(manifests: list[Manifest]) -> None:
     """Every object has the part-of label, and every pod the name label, by which it is selected."""
     assert all(each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "scanfleet" for each in manifests)
