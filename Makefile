@@ -161,9 +161,11 @@ licences: setup ## List the licences of each image; fails if one is not allowed
 sbom: setup ## Write a CycloneDX document of each image into .local/sbom
 	@$(BIN)/python -m supply sbom .local/sbom
 
-# ADVISORIES is OSV's export of PyPI's advisories, for machines that cannot reach OSV. With REQUIRED=1 it fails without advisories.
-audit: setup ## Search for known vulnerabilities; fails if a release fixes one: make audit [ADVISORIES=all.zip] [REQUIRED=1]
-	@$(BIN)/python -m supply audit $(if $(ADVISORIES),--advisories '$(ADVISORIES)') $(if $(REQUIRED),--required)
+# ADVISORIES and NPM_ADVISORIES are OSV's exports of the advisories of PyPI and npm, for machines that cannot reach OSV. With
+# REQUIRED=1 it fails without advisories.
+audit: setup ## Search for known vulnerabilities; fails if a release fixes one: make audit [ADVISORIES=all.zip] [NPM_ADVISORIES=npm.zip] [REQUIRED=1]
+	@$(BIN)/python -m supply audit $(if $(ADVISORIES),--advisories '$(ADVISORIES)') \
+		$(if $(NPM_ADVISORIES),--npm-advisories '$(NPM_ADVISORIES)') $(if $(REQUIRED),--required)
 
 release: docs ## Write a version and freeze its contracts, ready to commit and tag: make release VERSION=0.3.0
 	@$(BIN)/python -m supply release '$(VERSION)'

@@ -1,16 +1,17 @@
-"""`python -m supply licences|sbom FOLDER|audit [--advisories ZIP] [--required]|release VERSION`."""
+"""`python -m supply licences|sbom FOLDER|audit [--advisories ZIP] [--npm-advisories ZIP] [--required]|release VERSION`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from scanfleet.clock import utc_now
 from scanfleet.services import IMAGES
 from supply import licences, sbom
 from supply.audit import NotAuditedError, audit
-from supply.locks import ROOT
+from supply.locks import ROOT, Ecosystem
 from supply.release import ReleaseError, prepare
 
 
@@ -23,6 +24,7 @@ def main() -> int:
     audited.add_argument(
         "--advisories", type=Path, help="PyPI advisories in OSV's format, a zip file; without it, OSV is queried"
     )
+    audited.add_argument("--npm-advisories", type=Path, help="the same for npm")
     audited.add_argument("--required", action="store_true", help="fail when the advisories cannot be read")
     verbs.add_parser("release", help="write a version and freeze its contracts").add_argument("version")
     arguments = parser.parse_args()
@@ -34,7 +36,11 @@ def main() -> int:
         case "release":
             return _release(arguments.version)
         case _:
-            return _audit(arguments.advisories, required=arguments.required)
+            exports: dict[Ecosystem, Path | None] = {
+                "PyPI": arguments.advisories,
+                "npm": arguments.npm_advisories,
+            }
+            return _audit(exports, required=arguments.required)
 
 
 def _licences() -> int:
@@ -55,16 +61,20 @@ def _sbom(folder: Path) -> int:
     return 0
 
 
-def _audit(advisories: Path | None, *, required: bool) -> int:
-    try:
-        findings, audited = audit(advisories)
-    except NotAuditedError as error:
-        print(f"NOT AUDITED: {error}", file=sys.stderr)
-        return 1 if required else 0
-    for finding in findings:
-        print(finding)
-    print(f"{audited} packages audited, {len(findings)} findings")
-    return 1 if any(finding.fixed for finding in findings) else 0
+def _audit(exports: Mapping[Ecosystem, Path | None], *, required: bool) -> int:
+    failed = False
+    for ecosystem, advisories in exports.items():
+        try:
+            findings, audited = audit(ecosystem, advisories)
+        except NotAuditedError as error:
+            print(f"NOT AUDITED: {ecosystem} packages: {error}", file=sys.stderr)
+            failed |= required
+            continue
+        for finding in findings:
+            print(finding)
+        print(f"{audited} {ecosystem} packages audited, {len(findings)} findings")
+        failed |= any(finding.fixed for finding in findings)
+    return int(failed)
 
 
 def _release(version: str) -> int:

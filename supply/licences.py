@@ -10,7 +10,7 @@ from typing import Final
 from license_expression import get_spdx_licensing
 
 from scanfleet.services import IMAGES
-from supply.locks import Package, packages
+from supply.locks import PAGE, Package, contents, packages, page_packages
 
 ALLOWED: Final = frozenset(
     {"Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MIT", "MIT-0", "MPL-2.0", "PSF-2.0"},
@@ -22,6 +22,7 @@ EXCEPTIONS: Final = {
         {"python-nmap"}
     ),  # GPL-3, which applies to the image as a whole; NOTICE lists the obligations
     "dev": frozenset({"python-nmap", "supervisor"}),  # for development only, never distributed
+    PAGE: frozenset({"argparse"}),  # the same: a part of the generator of types, under Python-2.0
 }
 """Exceptions: packages of a lock with another licence."""
 
@@ -57,13 +58,26 @@ class UnknownLicenceError(Exception):
 
 @cache
 def licence(package: Package) -> str:
-    """Return the package's licence as an SPDX expression, from the metadata of the installed version.
+    """Return the package's licence as an SPDX expression, from its lock or the metadata of the installed version.
 
     A lock may pin another version for the Python of the images; the licence is taken to be the same.
 
     Raises:
         UnknownLicenceError: it is not installed, or has no licence of the table.
     """
+    named = [package.licence] if package.ecosystem == "npm" else _installed(package)
+    for text in named:
+        expression: str = _SPELLINGS.get(text.strip(), text.strip())
+        if expression.startswith("LicenseRef-") or (
+            0 < len(expression) <= _LONGEST and not _LICENSING.validate(expression).errors
+        ):
+            return expression
+    raise UnknownLicenceError(
+        f"{package.name} {package.version} has a licence that is not in the table: {named!r:.200}"
+    )
+
+
+def _installed(package: Package) -> list[str]:
     try:
         data = metadata(package.name)
     except PackageNotFoundError:
@@ -73,16 +87,7 @@ def licence(package: Package) -> str:
     ]
     # Not `data["License"]`: with the backport of importlib.metadata imported, a missing field is a KeyError.
     fields = [text for field in ("License-Expression", "License") for text in data.get_all(field) or ()]
-    named = [text for text in (*fields, *classifiers) if text]
-    for text in named:
-        expression: str = _SPELLINGS.get(text.strip(), text.strip())
-        if expression.startswith("LicenseRef-") or (
-            len(expression) <= _LONGEST and not _LICENSING.validate(expression).errors
-        ):
-            return expression
-    raise UnknownLicenceError(
-        f"{package.name} {package.version} has a licence that is not in the table: {named!r:.200}"
-    )
+    return [text for text in (*fields, *classifiers) if text]
 
 
 def allowed(expression: str) -> bool:
@@ -94,7 +99,7 @@ def allowed(expression: str) -> bool:
 
 def expression(image: str) -> str:
     """Return the licence of an image as an SPDX expression: of its code, packages and other content."""
-    every = [_OURS, *map(licence, packages(image)), *BESIDE.get(image, {}).values()]
+    every = [_OURS, *map(licence, contents(image)), *BESIDE.get(image, {}).values()]
     whole = " AND ".join(f"({each})" for each in dict.fromkeys(every))
     return str(_LICENSING.parse(whole).simplify())
 
@@ -102,10 +107,11 @@ def expression(image: str) -> str:
 def problems(
     licence_of: Callable[[Package], str] = licence, exceptions: Mapping[str, frozenset[str]] = EXCEPTIONS
 ) -> list[str]:
-    """Return a sentence for each package of a lock with a licence that is not allowed."""
+    """Return a sentence for each package of an image or a lock with a licence that is not allowed."""
     found = []
-    for lock in (*IMAGES, "dev"):
-        for package in packages(lock):
+    locked = {image: contents(image) for image in IMAGES} | {"dev": packages("dev"), PAGE: page_packages()}
+    for lock, pinned in locked.items():
+        for package in pinned:
             try:
                 named = licence_of(package)
             except UnknownLicenceError as error:

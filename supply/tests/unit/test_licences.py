@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from email.message import Message
+from pathlib import Path
 
 import pytest
 
 from scanfleet.services import IMAGES
-from supply import licences
+from supply import licences, locks
 from supply.locks import ROOT, Package
 
 
@@ -19,7 +21,7 @@ def test_problems_of_the_locks_are_none() -> None:
 
 def test_problems_name_a_package_with_another_licence() -> None:
     """A licence beyond the list is a problem of each lock that has the package, except where it is excepted by name."""
-    found = licences.problems(exceptions={"dev": licences.EXCEPTIONS["dev"]})
+    found = licences.problems(exceptions={lock: licences.EXCEPTIONS[lock] for lock in ("dev", "page")})
     assert found == ["scanner-worker: python-nmap is under GPL-3.0-or-later, which is not among the allowed licences"]
 
 
@@ -34,6 +36,29 @@ def test_problems_name_a_package_without_a_known_licence() -> None:
     assert licences.problems(unknown) == [
         f"{lock}: motor names none" for lock in ("job-orchestrator", "result-store", "dev")
     ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "locks_with_it", "problem"),
+    [
+        ({"license": "GPL-3.0-only"}, ["api-gateway", "page"], "@a/b is under GPL-3.0-only, which is not among"),
+        ({"license": "GPL-3.0-only", "dev": True}, ["page"], "@a/b is under GPL-3.0-only, which is not among"),
+        ({"license": "SEE LICENSE IN TERMS"}, ["api-gateway", "page"], "@a/b 1.0.0 has a licence that is not in the"),
+        ({}, ["api-gateway", "page"], "@a/b 1.0.0 has a licence that is not in the table"),
+        ({"license": "MIT"}, [], ""),
+    ],
+)
+def test_problems_name_an_npm_package_with_another_licence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: dict[str, object], locks_with_it: list[str], problem: str
+) -> None:
+    """The licences in the page's lock are checked as those of Python packages, for the gateway's image too if bundled."""
+    lock = tmp_path / "package-lock.json"
+    entries = {"": {"name": "page"}, "node_modules/@a/b": {"version": "1.0.0", "integrity": "sha512-AA==", **entry}}
+    lock.write_text(json.dumps({"packages": entries}), encoding="utf-8")
+    monkeypatch.setattr(locks, "PAGE_LOCK", lock)
+    found = [each.partition(": ") for each in licences.problems()]
+    assert [lock for lock, _, _ in found] == locks_with_it
+    assert all(text.startswith(problem) for _, _, text in found)
 
 
 def test_licence_without_an_optional_field_reads_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,10 @@ def test_sbom_verb_writes_a_document_of_each_image() -> None:
 
 def test_audit_verb_fails_without_advisories_that_are_required() -> None:
     """`make audit` passes its options on."""
-    run = make("audit", "ADVISORIES=missing.zip", "REQUIRED=1")
+    run = make("audit", "ADVISORIES=missing.zip", "NPM_ADVISORIES=absent.zip", "REQUIRED=1")
     assert run.returncode != 0
-    assert "NOT AUDITED: missing.zip cannot be read" in run.stderr
+    assert "NOT AUDITED: PyPI packages: missing.zip cannot be read" in run.stderr
+    assert "NOT AUDITED: npm packages: absent.zip cannot be read" in run.stderr
 
 
 def test_ci_runs_the_verbs() -> None:
