@@ -1,8 +1,14 @@
 // Words, numbers and times for people.
 
-/** Text from the network as it is seen: what has no shape, or turns the direction of what follows, as an escape. */
-export const visible = (text: string): string =>
-  text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (each) => `\\u{${each.codePointAt(0)!.toString(16)}}`);
+/** Text from the network with unprintable characters, and spaces other than U+0020, as the escapes that the API's CSV has. */
+export const visible = (text: string): string => text.replace(/(?! )[\p{C}\p{Z}]/gu, escaped);
+
+function escaped(each: string): string {
+  if (/[\t\n\r]/.test(each)) return JSON.stringify(each).slice(1, -1);
+  const code = each.codePointAt(0)!;
+  const [letter, digits] = code < 0x100 ? ["x", 2] : code < 0x10000 ? ["u", 4] : ["U", 8];
+  return `\\${letter}${code.toString(16).padStart(digits, "0")}`;
+}
 
 const whole = new Intl.NumberFormat("en");
 export const count = (value: number): string => (value >= 1e15 ? value.toExponential(1) : whole.format(value));
