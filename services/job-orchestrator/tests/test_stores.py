@@ -909,6 +909,7 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
     assert await ids(7, raw=False) == ["1-2", "1-0", "1-5"]
     assert await ids(7, 1, raw=True) == ["1-1"]
     assert await ids(7, raw=True, jobs=[2]) == []
+    assert await ids(7, raw=True, skip=[1]) == []
     assert await ids(7, raw=False, jobs=[1, 2]) == ["1-2", "1-0", "1-5"]
     assert await ids(8, raw=False) == []
     assert (await store.dispatch.queue(7, 10, THEN, raw=False))[1] == Candidate(

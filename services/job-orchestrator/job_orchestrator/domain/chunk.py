@@ -156,7 +156,8 @@ class Chunk:
     unstored: int = 0
     """Number of checks that missed results, up to `MAX_FAILURES`; progress does not reset it."""
     seconds: float = 0.0
-    """Slot seconds of all attempts, except those whose lease expired without progress."""
+    """Slot seconds of the attempts: measured, up to the estimate for one without a final report; without cancelled ones and those
+    whose lease expired without progress."""
     reason: str = ""
     technique: Technique | None = None
     attempts: tuple[Attempt, ...] = ()
@@ -287,7 +288,10 @@ def late_report(chunk: Chunk, report: WorkerReport, now: datetime) -> Chunk:
 
 
 def elapsed(chunk: Chunk, now: datetime, since: datetime | None = None) -> float:
-    """Return the slot seconds of the current attempt so far, measured here and not reported by the worker; only those `since`."""
+    """Return the slot seconds of the current attempt so far, measured here and not reported by the worker.
+
+    With `since`, only those after it.
+    """
     if chunk.dispatched_at is None:
         return 0.0
     begin = chunk.dispatched_at if since is None else max(chunk.dispatched_at, since)

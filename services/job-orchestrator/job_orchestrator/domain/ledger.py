@@ -205,7 +205,7 @@ class Tally:
 class RunningCount:
     """Sums over the chunks of a running job that have ended, in any order; each is read only once, since it is final.
 
-    Only a cache: it contains nothing that the documents do not, and an empty one counts the same.
+    Only a cache: an empty one counts the same once the job's totals contain all chunks before its first open one.
     """
 
     def __init__(self) -> None:

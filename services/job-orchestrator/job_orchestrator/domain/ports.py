@@ -66,7 +66,7 @@ class SubnetRepository(ResourceRepository[ScanTarget], Protocol):
         """Return the user's subnets with these names, without their exclusions."""
 
     async def count_excludes(self, user_id: int, ids: Collection[int]) -> int:
-        """Return how many networks those of the user's subnets exclude that have these ids, all together."""
+        """Return the total number of networks that the user's subnets with these ids exclude."""
 
 
 PolicyRepository = ResourceRepository[ScanPolicy]
@@ -343,10 +343,12 @@ class DispatchRepository(Protocol):
         *,
         raw: bool,
         jobs: Collection[int] | None = None,
+        skip: Collection[int] = (),
     ) -> list[Candidate]:
         """Return the user's first `limit` queued chunks that may start, by turn; a delay beyond `MAX_DELAY` is ignored.
 
-        With `jobs` only those of these jobs; without those of jobs of which one of the first chunks cannot be read.
+        With `jobs` only those of these jobs; without those of the jobs to `skip`, and of jobs of which one of the first chunks cannot
+        be read.
         """
 
     async def first_turns(self, users: Collection[int]) -> dict[int, int]:

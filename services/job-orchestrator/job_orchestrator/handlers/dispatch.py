@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import datetime
 from typing import Final
 
@@ -66,6 +67,7 @@ class Dispatcher:
         self._live: dict[str, Credit] = {}
         self._idle = False
         self._woken = False
+        self._live_due = float("-inf")
         self._rest_due = float("-inf")
         self._ahead_due = float("-inf")
         self.loop = Loop("dispatch", _LOOK_SECONDS, self.fill, least=_LEAST_SECONDS, grace=_STOP_SECONDS)
@@ -100,7 +102,7 @@ class Dispatcher:
         self._idle = any(credit.slots for credit in mine)
         if not self._idle:
             return False
-        held, _ = await asyncio.gather(self._held.known(), self._refresh(now))
+        held, _ = await asyncio.gather(self._held.known(), self._read_live(now))
         by_worker: defaultdict[str, list[Held]] = defaultdict(list)
         for each in held:
             by_worker[each.token.worker_id].append(each)
@@ -116,19 +118,23 @@ class Dispatcher:
         for raw in (True, False):
             if workers := [credit for credit in free if credit.raw is raw]:
                 more = await self._give(workers, raw=raw) or more
+        await self._deactivate(now, {credit.raw for credit in mine})
         if not more:
             self._ahead_due = now + _AHEAD_SECONDS
         return more
 
-    async def _refresh(self, now: float) -> None:
-        """Once a second, deactivate idle users and read the live workers."""
-        if now < self._rest_due:
-            return
-        _, live = await asyncio.gather(
-            self._dispatch.deactivate_clocks(self._skips.resting), self._dispatch.live_workers(fairness.LIVE)
-        )
-        self._live = {credit.instance: credit for credit in live}
-        self._rest_due = now + _REST_SECONDS
+    async def _read_live(self, now: float) -> None:
+        """Read the live workers once a second."""
+        if now >= self._live_due:
+            live = await self._dispatch.live_workers(fairness.LIVE)
+            self._live = {credit.instance: credit for credit in live}
+            self._live_due = now + _REST_SECONDS
+
+    async def _deactivate(self, now: float, looks: AbstractSet[bool]) -> None:
+        """Deactivate the clocks of idle users once a second, after a round, which finds those whose chunks start later."""
+        if now >= self._rest_due:
+            await self._dispatch.deactivate_clocks(self._skips.resting(looks))
+            self._rest_due = now + _REST_SECONDS
 
     async def _give(self, workers: Sequence[Credit], *, raw: bool) -> bool:
         now = self._clock.now()
@@ -174,7 +180,7 @@ class Dispatcher:
         return found
 
     async def _queue(self, user: int, room: int, now: datetime, *, raw: bool) -> Sequence[Candidate]:
-        jobs = await self._skips.jobs(user)
+        jobs, skip = await self._skips.jobs(user)
         if jobs is None or jobs:
-            return await self._dispatch.queue(user, room, now, raw=raw, jobs=jobs)
+            return await self._dispatch.queue(user, room, now, raw=raw, jobs=jobs, skip=skip)
         return []

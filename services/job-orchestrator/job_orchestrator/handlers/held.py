@@ -12,8 +12,8 @@ from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
 
-# Maximum age on the only replica with partitions; `Fleet` reads once a second. It misses only cancels by replicas for requests,
-# whose slots it fills at the next announcement.
+# Maximum age on the only replica with partitions; `Fleet` reads once a second. It misses only cancels that a replica carried out
+# for a request; their slots are filled at the worker's next announcement.
 _ALONE_SECONDS: Final = 2.0
 _SHARED_SECONDS: Final = 0.1  # and beside others, which may have ended chunks whose slots are free
 _READ_SECONDS: Final = 0.000_1  # per chunk: reading one takes 10 µs, so that reads take at most a tenth of the time
@@ -47,7 +47,8 @@ class HeldChunks:
     async def known(self) -> Collection[Held]:
         """Return the held chunks; read them only if too much time has passed, or after `expire`.
 
-        Those dispatched before a step of the platform's time are returned as dispatched at the step, which is none of their time.
+        A chunk that was dispatched before a step of the platform's clock is returned with the time of the step, so that the step does
+        not count as elapsed time.
 
         Raises:
             DependencyError: the database is unavailable.

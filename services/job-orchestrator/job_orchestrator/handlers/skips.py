@@ -16,9 +16,16 @@ from job_orchestrator.metrics import SKIPPED_JOBS
 
 _SKIP_SECONDS: Final = 60.0  # for which a job whose documents cannot be read is skipped
 _CLOSED_SECONDS: Final = 600.0  # for which jobs outside their hours are: the clock stops while a machine is suspended
-_LEFT_OUT_SECONDS: Final = 10.0  # for which a user with only such jobs is; a new job that another replica created waits
-_RECHECK_SECONDS: Final = 1.0  # for which the other jobs of a user are cached; so does one that another replica created
-_JOBS: Final = 100_000  # unfinished jobs of a user under one grant: far above the quota
+_LEFT_OUT_SECONDS: Final = (
+    10.0  # for which a user with only such jobs is; a job that another replica created may wait this long
+)
+_RECHECK_SECONDS: Final = (
+    1.0  # for which a user's other jobs are cached; a job that another replica created may wait this long
+)
+_FEW: Final = (
+    10  # skipped jobs of a user: a query passes by their chunks, at most 256 each, instead of naming the other jobs
+)
+_JOBS: Final = 100_000  # unfinished jobs of a user: far above the quota
 
 _log = structlog.get_logger()
 
@@ -60,19 +67,25 @@ class Skips:
     def rests(self, user: int, *, raw: bool) -> bool:
         return user in self._resting or (user, raw) in self.later
 
-    @property
-    def resting(self) -> Collection[int]:
-        """The users whose unfinished jobs are all skipped."""
-        return self._resting.keys()
+    def resting(self, looks: Collection[bool]) -> Collection[int]:
+        """Return the users with skipped jobs of whose other jobs no chunk can be dispatched now.
 
-    async def jobs(self, user: int) -> Collection[int] | None:
-        """Return the jobs whose chunks may be dispatched; None for all. A user without any is left out.
+        Args:
+            looks: whether there are workers with raw packets, and without.
+        """
+        later = {user for user in self._skipped if all((user, raw) in self.later for raw in looks)}
+        return self._resting.keys() | later
+
+    async def jobs(self, user: int) -> tuple[Collection[int] | None, Collection[int]]:
+        """Return the ids of the user's jobs whose chunks may be dispatched, None for all, and of those of which none may be.
+
+        A user without any job of the first kind rests.
 
         Raises:
             DependencyError: the database is unavailable.
         """
         if not (skipped := self._skipped.get(user)):
-            return None
+            return None, ()
         known, resting = self._others, self._resting
         if user not in known:
             now = self._clock.monotonic()
@@ -80,11 +93,12 @@ class Skips:
             known[user] = now + _RECHECK_SECONDS, [id_ for id_ in unfinished if id_ not in skipped]
             if not known[user][1]:  # a query for chunks would go through those of all skipped jobs
                 resting[user] = min(now + _LEFT_OUT_SECONDS, *skipped.values())
-        return known[user][1]
+        _, others = known[user]
+        return (None, skipped) if others and len(skipped) <= _FEW else (others, ())
 
     def skip(self, candidate: Candidate, cause: str) -> None:
         """Skip a job whose documents cannot be read or dispatched, so that the user's other jobs continue."""
-        self._add(candidate.user_id, [candidate.job_id], _SKIP_SECONDS)
+        self._add(candidate.user_id, [candidate.job_id], self._clock.monotonic() + _SKIP_SECONDS)
         SKIPPED_JOBS.inc()
         _log.error("job_skipped", job_id=candidate.job_id, chunk_id=candidate.chunk_id, cause=cause)
 
@@ -92,10 +106,11 @@ class Skips:
         """Skip the job, and all others of its user under its grant, until the hours of the grant begin; None is never."""
         seconds = min(begin_in.total_seconds(), _CLOSED_SECONDS) if begin_in is not None else _CLOSED_SECONDS
         others = await self._jobs.unfinished(job.user_id, _JOBS, granted_by=job.granted_by)
-        self._add(job.user_id, [job.id, *others], seconds)
+        # Together with the user's other skips: between them, all chunks are queried, also those that an ended job left queued.
+        until = min([self._clock.monotonic() + seconds, *self._skipped.get(job.user_id, {}).values()])
+        self._add(job.user_id, [job.id, *others], until)
 
-    def _add(self, user: int, jobs: Iterable[int], seconds: float) -> None:
-        until = self._clock.monotonic() + seconds
+    def _add(self, user: int, jobs: Iterable[int], until: float) -> None:
         self._skipped.setdefault(user, {}).update(dict.fromkeys(jobs, until))
         self._others.pop(user, None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import chain
 from typing import Final, TypeVar
 
@@ -83,10 +83,8 @@ class Sweeper:
         self._partitions = partitions
         self._clock = clock
         self._patience = timedelta(seconds=stored_seconds)
-        self._raw_worker_seconds = raw_worker_seconds
+        self._raw_patience = timedelta(seconds=raw_worker_seconds)
         self._grants = grants
-        self._raw_waits: dict[int, float] = {}
-        """By job that waits for a worker with raw packets: since when, by the monotonic clock, because the database's may step."""
         self._reconciled = float("-inf")
         self._counted = float("-inf")
 
@@ -144,19 +142,14 @@ class Sweeper:
         if now - self._reconciled <= _RECONCILE_SECONDS:
             return
         after = 0
-        waits: dict[int, float] = {}
         while page := await self._jobs.unsettled(after, _PAGE, self._partitions()):
             await self._reconciler.reconcile(page)
-            waits |= await self._look_for_workers(page)
+            await self._look_for_workers(page)
             after = page[-1]
-        self._reconciled, self._raw_waits = now, waits
+        self._reconciled = now
 
-    async def _look_for_workers(self, job_ids: Collection[int]) -> dict[int, float]:
-        """Report why jobs without a held chunk are waiting, and fail those that have waited too long.
-
-        Returns:
-            By job that waits for a worker with raw packets, since when.
-        """
+    async def _look_for_workers(self, job_ids: Collection[int]) -> None:
+        """Report why jobs without a held chunk are waiting, and fail those that have waited too long."""
         found = await self._jobs.get(job_ids)
         jobs = {id_: job for id_, job in found.items() if not job.final and not self._faults.has(job)}
         live = await self._dispatch.live_workers(LIVE)
@@ -181,16 +174,20 @@ class Sweeper:
         await self._reporter.publish_waiting(
             (jobs[id_], why) for id_, why in reasons.items() if why != jobs[id_].waiting
         )
-        monotonic = self._clock.monotonic()
-        waits = {id_: self._raw_waits.get(id_, monotonic) for id_, why in reasons.items() if why == "no_raw_worker"}
-        for id_, since in waits.items():
-            if monotonic - since > self._raw_worker_seconds:
+        for id_, why in reasons.items():
+            if why == jobs[id_].waiting == "no_raw_worker" and self._waited(jobs[id_], now) > self._raw_patience:
                 await self._reconciler.give_up(
                     id_,
-                    f"no worker that may send raw packets was available for {self._raw_worker_seconds:.0f} s: "
+                    f"no worker that may send raw packets was available for {self._raw_patience.total_seconds():.0f} s: "
                     "start one, or use a policy without SYN scans, UDP ports and OS detection",
                 )
-        return waits
+
+    def _waited(self, job: ScanJob, now: datetime) -> timedelta:
+        """Return for how long the job has been waiting; if the clock was changed meanwhile, only since then."""
+        since, step = job.waiting_since or now, self._clock.stepped_at
+        if step is not None and not step <= since <= now:
+            since = step
+        return now - since
 
 
 async def _show(gauges: CensusGauges[_Part], count: Callable[[], Awaitable[_Part]]) -> None:

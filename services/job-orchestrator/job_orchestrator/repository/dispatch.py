@@ -46,22 +46,23 @@ class MongoDispatch:
         *,
         raw: bool,
         jobs: Collection[int] | None = None,
+        skip: Collection[int] = (),
     ) -> list[Candidate]:
         may_go = {
             "$or": [{"not_before": None}, {"not_before": {"$lte": now}}, {"not_before": {"$gt": now + MAX_DELAY}}]
         }
         wanted = _queued(raw=raw) | {"user_id": user_id} | may_go
         of_jobs = {} if jobs is None else {"$in": list(jobs)}
-        damaged: list[Any] = []
+        without: list[Any] = list(skip)
         while True:
-            if ids := of_jobs | ({"$nin": damaged} if damaged else {}):
+            if ids := of_jobs | ({"$nin": without} if without else {}):
                 wanted["job_id"] = ids
             found = await self._chunks.find(wanted, documents.CANDIDATE).sort("turn", 1).limit(limit).to_list(limit)
             read = [documents.readable(documents.read_candidate, each, "chunks") for each in found]
             unreadable = [each.get("job_id") for each, candidate in zip(found, read, strict=True) if candidate is None]
-            if not (new := [id_ for id_ in unreadable if id_ not in damaged]):
+            if not (new := [id_ for id_ in unreadable if id_ not in without]):
                 return [candidate for candidate in read if candidate is not None]
-            damaged += new  # otherwise they could fill every result
+            without += new  # otherwise they could fill every result
 
     @dependency_errors()
     async def first_turns(self, users: Collection[int]) -> dict[int, int]:
@@ -144,7 +145,7 @@ class MongoDispatch:
         return await documents.read_all(documents.read_worker, found, "workers")
 
     async def _lowest_turns(self, users: Collection[int], states: Iterable[ChunkState]) -> dict[int, int]:
-        """Return the lowest turn of the chunks in these states of those of these users who have any."""
+        """Return the lowest turn of the chunks in these states, for each of these users with such chunks."""
         # Without a chunk whose turn is damaged, which would be the first.
         wanted = {
             "state": {"$in": [state.value for state in states]},

@@ -255,13 +255,14 @@ class MongoJobs:
         return max(await asyncio.gather(*map(self._outbox_age, range(SCAN_PROGRESS.partitions))))
 
     async def _outbox_age(self, partition: int) -> float:
+        # Without a hint: a process of another release may have replaced the index. It is the only one that begins with the
+        # partition, in the order of time.
         oldest = self._jobs.aggregate(
             [
                 {"$match": {"partition": partition, "outbox.at": {"$type": "date"}, "$expr": {"$isArray": "$outbox"}}},
                 {"$limit": 1},
                 {"$project": {"age": age({"$min": {"$map": {"input": "$outbox.at", "in": date("$$this")}}})}},
             ],
-            hint=dict(_OUTBOX),  # in its order, so that the first is the oldest
         )
         return max([each["age"] async for each in oldest], default=0.0)
 

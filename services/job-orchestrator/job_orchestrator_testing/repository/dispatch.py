@@ -26,12 +26,14 @@ class MemoryDispatch(MemoryRepository):
         *,
         raw: bool,
         jobs: Collection[int] | None = None,
+        skip: Collection[int] = (),
     ) -> list[Candidate]:
         mine = (
             chunk
             for chunk in self._queued(raw=raw)
             if chunk.user_id == user_id
             and (jobs is None or chunk.job_id in jobs)
+            and chunk.job_id not in skip
             and not (chunk.not_before and now < chunk.not_before <= now + MAX_DELAY)
         )
         return [

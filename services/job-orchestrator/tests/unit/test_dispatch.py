@@ -451,7 +451,7 @@ async def test_jobs_of_one_user_alternate(world: World) -> None:
 
 
 async def test_new_job_does_not_overtake_one_without_queued_chunks(world: World) -> None:
-    """A job whose `max_rate` allows one open chunk alternates with a new one of its user, whatever number of its chunks ended."""
+    """A job whose `max_rate` allows one open chunk alternates with a new job of its user, regardless of how many chunks have ended."""
     world.worker.slots = 1
     await world.start()
     await world.worker.announce()
@@ -529,14 +529,14 @@ async def test_job_without_a_raw_worker_fails_after_the_timeout(world: World) ->
 
 
 async def test_step_of_the_platforms_clock_fails_no_job_that_waits_for_a_raw_worker(world: World) -> None:
-    """A job waits for its timeout on the monotonic clock, whatever the database's clock shows."""
+    """A job waits for its timeout again from a step of the database's clock on."""
     await world.start()
     await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
     await world.wait(30)
     world.step_clock(timedelta(days=1))
-    await world.wait(500)
+    await world.wait(590)
     assert (await world.store.jobs.get([1]))[1].waiting == "no_raw_worker"
-    await world.wait(100)
+    await world.wait(30)
     assert (await world.store.jobs.get([1]))[1].status is JobStatus.FAILED
 
 

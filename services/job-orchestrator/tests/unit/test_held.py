@@ -104,7 +104,7 @@ async def test_changes_during_a_read_are_kept() -> None:
     assert await read == {"1-1"}
 
 
-async def test_step_of_the_platforms_clock_is_no_time_of_held_chunks() -> None:
+async def test_step_of_the_platforms_clock_does_not_count_as_elapsed_time() -> None:
     """A chunk counts from the step on if it was dispatched before; later ones, and those without a time, do not change."""
     fixture = HeldFixture()
     times = [THEN - timedelta(hours=3), THEN + timedelta(seconds=1), None]

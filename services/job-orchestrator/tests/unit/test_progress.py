@@ -601,16 +601,16 @@ async def test_progress_counts_chunks_of_other_and_crashed_replicas(world: World
         replicas[replica].reporter.note([1])
         await replicas[replica].reporter.report()
     await world.only.reconciler.reconcile([1])
-    world.now += 2.0
-    await world.store.chunks.save([replace(chunks[1], state=ChunkState.STORED, outcomes="aass")])
     replicas[1] = world.replica()
     found: list[int] = []
-    for replica in (1, 0):
+    for ended, replica in ((1, 0), (2, 1)):
+        world.now += 2.0
+        await world.store.chunks.save([replace(chunks[ended], state=ChunkState.STORED, outcomes="aass")])
         replicas[replica].reporter.note([1])
         await replicas[replica].reporter.report()
         after = (await world.store.jobs.get([1]))[1]
         found.append(after.machines_found)
-    assert (after.totals.done, found, after.progress) == (1, [12, 12], 75)
+    assert (after.totals.done, found, after.progress) == (1, [12, 14], 87)
 
 
 async def test_progress_is_published_after_a_failed_attempt(task: ScanChunk, world: World) -> None:

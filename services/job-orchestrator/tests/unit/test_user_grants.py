@@ -261,6 +261,19 @@ async def test_dispatch_does_not_count_closed_hours_as_waiting() -> None:
     assert not (await world.store.dispatch.clocks([7])).users[7].active
 
 
+async def test_dispatch_does_not_count_closed_hours_as_waiting_while_a_result_is_checked() -> None:
+    """The same for a user whose job within the hours has no queued chunk."""
+    world = await resting()
+    await world.submit("127.9.8.0/30")
+    await world.settle()
+    world.results = None
+    (task,) = tasks(world)
+    await world.worker.claim(task)
+    await world.worker.scanned(task)
+    await world.wait(3)
+    assert not (await world.store.dispatch.clocks([7])).users[7].active
+
+
 async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None]:
     state = State(
         world.store,
