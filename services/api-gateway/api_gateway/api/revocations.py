@@ -35,7 +35,8 @@ async def list_revocations(request: Request, _caller: Caller, state: Handed) -> 
 async def create_revocation(request: Request, _caller: Caller, state: Handed) -> Response:
     """Revoke one token, or all tokens of a user that were issued before a time; for administrators.
 
-    Every gateway refuses them within five seconds; a gateway that cannot read the revocations refuses all tokens after 60. A revocation expires after 31 days, when all of its tokens have.
+    Every gateway refuses them within five seconds; a gateway that cannot read the revocations refuses all tokens after 60. A
+    revocation expires after 31 days, when all of its tokens have.
     """
     return await state.orchestrator.forward(request)
 
