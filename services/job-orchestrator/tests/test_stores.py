@@ -1201,12 +1201,15 @@ async def test_accepted_submits_of_many_pages_are_all_found(mongo_store: MongoSt
 
 
 @pytest.mark.integration
-async def test_unreadable_resources_are_omitted_and_counted(mongo_store: MongoStore, database: Database) -> None:
+@pytest.mark.parametrize("broken", [{"$unset": {"created_at": 1}}, {"$set": {"updated_at": "yesterday"}}])
+async def test_unreadable_resources_are_omitted_and_counted(
+    mongo_store: MongoStore, database: Database, broken: dict[str, Any]
+) -> None:
     """A subnet that cannot be read hides no other, neither by id, nor by network or name, nor in a list."""
     await mongo_store.subnets.add(
         subnet(1), replace(subnet(2), name=subnet(1).name, content=ScanTarget("127.7.7.0/24"))
     )
-    await database["subnets"].update_one({"_id": 1}, {"$unset": {"created_at": 1}})
+    await database["subnets"].update_one({"_id": 1}, broken)
     before = UNREADABLE.labels("subnets")._value.get()
     assert set(await mongo_store.subnets.get([(7, 1), (7, 2)])) == {(7, 2)}
     assert [each.id for each in (await mongo_store.subnets.page(7, 0, 9))[0]] == [2]

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from typing import Any, Final, TypeVar
 
 import structlog
-from pydantic import TypeAdapter
+from pydantic import AwareDatetime, BaseModel, TypeAdapter
 
 from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.chunk import HELD, Chunk, Token
@@ -40,6 +40,7 @@ _CREDIT: Final = TypeAdapter(Credit)
 _CLOCK: Final = TypeAdapter(Clock)
 _DELETION: Final = TypeAdapter(Deletion)
 _ENDED: Final = TypeAdapter(EndedJob)
+_TARGET: Final = TypeAdapter(ScanTarget)
 
 # Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
 _FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)
@@ -69,8 +70,16 @@ def _write_owned(owned: Owned[_Any], content: Document) -> Document:
     return document
 
 
+class _Common(BaseModel):
+    id: int
+    user_id: int
+    name: str
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
+
+
 def _read_owned(document: Document, content: _Any) -> Owned[_Any]:
-    return Owned(**(_known(Owned, document) | {"content": content}))
+    return Owned(content=content, **dict(_Common.model_validate(document | {"id": document["_id"]})))
 
 
 def write_subnet(subnet: Subnet) -> Document:
@@ -78,7 +87,7 @@ def write_subnet(subnet: Subnet) -> Document:
 
 
 def read_subnet(document: Document) -> Subnet:
-    return _read_owned(document, ScanTarget(document["cidr"], tuple(document["exclude"])))
+    return _read_owned(document, _TARGET.validate_python(document))
 
 
 def write_policy(policy: Policy) -> Document:

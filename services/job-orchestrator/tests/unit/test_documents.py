@@ -121,6 +121,23 @@ def test_damaged_receipt_is_not_read(damage: dict[str, Any]) -> None:
         documents.read_deletion(damaged)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"cidr": None},
+        {"exclude": [7]},
+        {"exclude": "127.0.0.1/32"},
+        {"name": 7},
+        {"user_id": "x"},
+        {"created_at": "2026-11-28T04:00:00"},
+    ],
+)
+def test_damaged_subnet_is_not_read(damage: dict[str, Any]) -> None:
+    """Every field is validated, so that a list of its owner omits a damaged subnet instead of failing."""
+    with pytest.raises(ValidationError):
+        documents.read_subnet(stored(FOLDER / "current" / "subnet.json") | damage)
+
+
 def test_receipt_with_some_counts_is_read() -> None:
     """A count that is missing is unknown."""
     document = stored(FOLDER / "current" / "deletion.json")
