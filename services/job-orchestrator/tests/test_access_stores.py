@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from bson.datetime_ms import DatetimeMS
 
 from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.deletion import Deletion, Stage
@@ -70,7 +71,10 @@ async def test_revocations_are_listed_until_they_are_deleted(access: AccessRepos
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("damage", [{"$unset": {"jti": 1}}, {"$set": {"issued_before": "yesterday"}}])
+@pytest.mark.parametrize(
+    "damage",
+    [{"$unset": {"jti": 1}}, {"$set": {"issued_before": "yesterday"}}, {"$set": {"created_at": DatetimeMS(2**61)}}],
+)
 async def test_damaged_revocation_hides_no_other(
     mongo_store: MongoStore, database: Database, damage: dict[str, Any]
 ) -> None:

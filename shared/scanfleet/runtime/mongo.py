@@ -17,6 +17,7 @@ from typing import Any, Final
 import pymongo
 import structlog
 from bson import MaxKey, MinKey
+from bson.codec_options import DatetimeConversion
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection, AsyncIOMotorCursor, AsyncIOMotorDatabase
 from pymongo import IndexModel, ReadPreference, ReturnDocument
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
@@ -82,7 +83,12 @@ def connect(uri: str, database: str) -> Database:
         tz_aware=True,
         tzinfo=UTC,
     )
-    return client.get_database(database, read_preference=ReadPreference.PRIMARY)
+    # Every document can be decoded: a damaged one fails where it is read, instead of each query that finds it.
+    decoding = client.codec_options.with_options(
+        datetime_conversion=DatetimeConversion.DATETIME_AUTO,  # beyond the year 9999
+        unicode_decode_error_handler="surrogateescape",
+    )
+    return client.get_database(database, codec_options=decoding, read_preference=ReadPreference.PRIMARY)
 
 
 @asynccontextmanager

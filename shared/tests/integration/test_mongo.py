@@ -3,10 +3,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import pytest
+from bson import encode
+from bson.datetime_ms import DatetimeMS
+from bson.raw_bson import RawBSONDocument
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import IndexModel, ReadPreference
 from pymongo.errors import BulkWriteError, OperationFailure
@@ -64,6 +67,14 @@ async def test_connect_uses_majority_concerns(database: Database) -> None:
     assert collection.write_concern.document == {"w": "majority", "j": True}
     assert collection.read_concern.level == "majority"
     assert collection.read_preference == ReadPreference.PRIMARY
+
+
+async def test_undecodable_document_hides_no_other(database: Database) -> None:
+    """Beside a document with a time beyond the year 9999 and text that is not UTF-8, a query returns the others."""
+    raw = encode({"_id": 1, "at": DatetimeMS(2**61), "text": "not valid"}).replace(b"not valid", b"not \xff\xfe!!!")
+    await database["any"].insert_one(cast(Any, RawBSONDocument(raw)))
+    await database["any"].insert_one({"_id": 2})
+    assert [each["_id"] async for each in database["any"].find().sort("_id", 1)] == [1, 2]
 
 
 async def test_stored_time_round_trips_with_its_zone(database: Database) -> None:

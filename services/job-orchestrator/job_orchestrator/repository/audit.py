@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import structlog
 from bson import MaxKey, MinKey
-from bson.codec_options import DatetimeConversion
 from pymongo import IndexModel
 
 from job_orchestrator.domain.chain import ChainKeys
@@ -23,7 +22,6 @@ from job_orchestrator.repository import documents
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry
 from scanfleet.runtime.mongo import (
-    Collection,
     Cursor,
     Database,
     Document,
@@ -124,8 +122,8 @@ class MongoAudit:
     """
 
     def __init__(self, database: Database, keys: ChainKeys, keep: timedelta, now: Callable[[], datetime]) -> None:
-        self._entries = _tolerant(database["audit"])
-        self._blocks = _tolerant(database["audit_blocks"])
+        self._entries = database["audit"]
+        self._blocks = database["audit_blocks"]
         self._keys = keys
         self._keep = keep
         self._now = now
@@ -275,10 +273,10 @@ class MongoAudit:
             async for each in scan_by_id(self._entries):
                 if "mac" in each or self._read(each) is None or not isinstance(each.get("forget_at"), datetime):
                     continue
-                received_at = min(each["time"], self._now())  # the time of an unsigned entry is untrusted
                 try:
+                    received_at = min(each["time"], self._now())  # the time of an unsigned entry is untrusted
                     signed = self._signed(each | {"received_at": received_at})
-                except TypeError:  # it has a field that no release has written
+                except TypeError:  # it has a field, or a time as text, that no release has written
                     continue
                 await self._entries.replace_one({"_id": each["_id"], "mac": {"$exists": False}}, signed)
                 count += 1
@@ -436,16 +434,6 @@ def _no_number(block: Document) -> str:
 
 def _without_block(id_: object, mark: object) -> str:
     return f"entry {_text(id_)}: added, or its block removed: it belongs to block {_text(mark)}, which does not exist"
-
-
-def _tolerant(collection: Collection) -> Collection:
-    """Return the collection with a decoder that raises for no document: one forged document must not hide the others."""
-    return collection.with_options(
-        collection.codec_options.with_options(
-            datetime_conversion=DatetimeConversion.DATETIME_AUTO,  # beyond the year 9999
-            unicode_decode_error_handler="surrogateescape",
-        )
-    )
 
 
 def _text(value: object) -> str:

@@ -406,7 +406,12 @@ async def test_adopt_signs_the_entries_of_an_earlier_release(mongo_store: MongoS
     """Entries of release 0.1 are reported until an operator adopts them; then they are sealed, with no time in the future."""
     old = entry(1).model_dump(exclude={"id"}) | {"forget_at": utc_now() + timedelta(days=365)}
     far = old | {"time": utc_now() + timedelta(days=365_000)}
-    bad: list[dict[str, Any]] = [{"forget_at": {"ms": 1}}, {"forget_at": None}, {"more": 1.5}]
+    bad: list[dict[str, Any]] = [
+        {"forget_at": {"ms": 1}},
+        {"forget_at": None},
+        {"more": 1.5},
+        {"time": "2026-11-28T04:00:00Z"},
+    ]
     await database["audit"].insert_many([old | {"_id": "plain"}, far | {"_id": "far"}])
     assert len((await mongo_store.audit.verify()).findings) == 2
     await database["audit"].insert_many([old | each | {"_id": f"bad{n}"} for n, each in enumerate(bad)])

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, Final, NamedTuple
 
 import pytest
+from bson.datetime_ms import DatetimeMS
 
 from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.job import JobTrigger, change
@@ -52,6 +53,7 @@ _DAMAGES: Final = {
     "user of a queued chunk": _Damage("chunks", "99-0", ChunkState.QUEUED, {"user_id": {"id": 8}}, unreadable=False),
     "user of a held chunk": _Damage("chunks", "99-0", ChunkState.RUNNING, {"user_id": {"id": 8}}),
     "time of a job": _Damage("jobs", 99, ChunkState.QUEUED, {"created_at": "yesterday"}),
+    "time of a job beyond the year 9999": _Damage("jobs", 99, ChunkState.QUEUED, {"created_at": DatetimeMS(2**61)}),
     "time of an event": _Damage("jobs", 99, ChunkState.QUEUED, {"outbox": [{"at": "yesterday"}]}),
     "subnet of an ended job": _Damage("jobs", 99, ChunkState.STORED, _ENDED | {"subnet_id": [1]}),
     "time of an ended job": _Damage("jobs", 99, ChunkState.STORED, _ENDED | {"end_time": [THEN], "subnet_id": 98}),
