@@ -63,7 +63,7 @@ class Results(Protocol):
         Args:
             job_id: the job.
             user_id: limits the results to those of this user.
-            after: skips the hosts whose results all have lower ids, and yields the others in order of their ids.
+            after: skips the hosts that have no result with a higher id, and yields the others in order of their ids.
             raw: include `raw_data`; without it, the field is empty.
 
         Raises:
