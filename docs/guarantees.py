@@ -197,7 +197,7 @@ ABUSE: Final[Mapping[str, Trial]] = {
     "A17": Trial("line breaks in headers, tokens in requests", "one JSON line in the log, without the token"),
     "A18": Trial("rate limits evaded by X-Forwarded-For or by many tokens of one user", "429 regardless"),
     "A19": Trial(
-        "endless or slow headers, 64 kB paths and idle connections, without a token",
+        "endless or slow headers, 64 kB paths, idle connections and unread answers, without a token",
         "414, 431 or closed in time; CPU time, memory and descriptors are bounded; other callers are served",
     ),
     "A20": Trial(

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Final
@@ -101,9 +101,9 @@ def watched(stack: Stack, process: Process) -> Iterator[Watch]:
     assert watch.answers == {200}
 
 
-def connect(stack: Stack) -> socket.socket:
+def connect(stack: Stack, source: str = HOSTILE) -> socket.socket:
     host, port = stack.address("api-gateway").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=60, source_address=(HOSTILE, 0))
+    connection = socket.create_connection((host, int(port)), timeout=60, source_address=(source, 0))
     connection.settimeout(60)
     return connection
 
@@ -176,6 +176,27 @@ def test_idle_and_slow_connections_are_closed(stack: Stack, gateway: Process) ->
     assert watch.descriptors < descriptors + 700
     assert watch.memory - memory < GROWTH
     assert watch.slowest < 0.5
+
+
+@pytest.mark.proves("A19", "G11")
+@pytest.mark.parametrize(
+    ("path", "count", "growth"),
+    [("/openapi.json", 3_000, GROWTH), ("/docs/assets/swagger-ui-bundle.js", 600, 80 * MB)],  # 40 threads read files
+    ids=["document", "file"],
+)
+def test_unread_answers_do_not_affect_others(
+    stack: Stack, gateway: Process, path: str, count: int, growth: int
+) -> None:
+    """Up to 3,000 connections of five clients that read nothing of four answers each take bounded memory, and others are served."""
+    memory, descriptors = gateway.memory, gateway.descriptors
+    with watched(stack, gateway) as watch, ExitStack() as opened:
+        for number in range(count):
+            connection = opened.enter_context(connect(stack, f"127.0.0.{70 + number % 5}"))
+            with suppress(OSError):  # closed already
+                connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 4)
+        assert httpx.get(f"{stack.url}/openapi.json", timeout=60).status_code == 200
+        until(lambda: gateway.descriptors < descriptors + 400, 30, "most connections and their files to be closed")
+    assert watch.memory - memory < growth
 
 
 @pytest.mark.proves("A20", "G11")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import cache
 from hashlib import sha256
-from typing import Final, cast
+from typing import Final
 
 import httpx
 import httpx2
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from api_gateway.api import ROUTERS, page
@@ -139,7 +140,7 @@ def create_app(
     page.serve(app)
     app.mount("/docs/assets", StaticFiles(packages=[("fastapi_swagger", "resources")]))
     app.add_route("/docs", _docs)
-    app.add_route("/openapi.json", _openapi)
+    app.add_route("/openapi.json", _openapi(app))
     return app
 
 
@@ -175,8 +176,13 @@ async def _open_verifier(
         await refreshing.stop()
 
 
-async def _openapi(request: Request) -> service.AsciiJSON:
-    return service.AsciiJSON(cast(FastAPI, request.app).openapi())
+def _openapi(app: FastAPI) -> Callable[[Request], Awaitable[Response]]:
+    rendered = cache(lambda: service.ascii_json(app.openapi()).encode())  # once, with the first request
+
+    async def openapi(_request: Request) -> Response:
+        return Response(rendered(), media_type="application/json")
+
+    return openapi
 
 
 async def _docs(_request: Request) -> HTMLResponse:

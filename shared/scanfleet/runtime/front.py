@@ -8,11 +8,14 @@ lifespan's state.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import json
 import resource
 import socket
+import struct
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, Final
 
 import httptools
@@ -31,7 +34,11 @@ from scanfleet.services import GATEWAY
 MAX_URL_BYTES: Final = 8_192  # a list filter with a hundred ids takes a tenth of it
 MAX_HEADER_BYTES: Final = 16_384  # the largest tokens have 8 kB, and proxies add a few headers
 MAX_HEADER_LINES: Final = 100
-MAX_PIPELINED: Final = 16  # requests of one connection waiting behind an earlier one; common clients do not pipeline
+MAX_PIPELINED: Final = 4  # requests of one connection waiting behind an earlier one; common clients do not pipeline
+MAX_WAITING_BYTES: Final = 32_768  # of such requests together
+MAX_UNREAD: Final = 128  # connections whose clients do not read their answers at the moment; each takes up to 300 kB
+UNREAD_BYTES: Final = 4_096  # written beyond the kernel's buffer before an answer counts as unread
+UNSENT_BYTES: Final = 32_768  # in the kernel's buffer behind those in flight; without a limit it grows to 4 MB
 LINGER_SECONDS: Final = 3.0  # read on after an early answer, so that a client that is still sending can read the answer
 LINGER_BYTES: Final = 16 << 20  # discarded in that time, which takes about 10 ms
 OWN_DESCRIPTORS: Final = (
@@ -60,22 +67,23 @@ class Front:
         self._proxies = Proxies(settings.trusted_proxies)
         self._count = 0
         self._by_address: dict[str, dict[Connection, None]] = {}
+        self._unread: dict[Connection, None] = {}  # longest first
 
     def admit(self, connection: Connection) -> bool:
         """Count a new connection.
 
         At a limit, close the oldest idle connection of the client with the most connections, or of this client if it
-        has reached its own limit, so that idle connections never keep a new one out. A trusted proxy has no limit of its own:
-        its connections are those of many clients.
+        has reached its own limit; if none is idle, the one whose answer is unread for longest. So neither keeps a new one out.
+        A trusted proxy has no limit of its own: its connections are those of many clients.
 
         Returns:
             False when the limit is reached: every connection that could be closed has a request in progress.
         """
         same = self._by_address.get(connection.address, {})
         if len(same) >= self._most_per_address and connection.host not in self._proxies:
-            admitted = self._close_idle(same)
+            admitted = self._close_one(same)
         else:
-            admitted = self._count < self._most or self._close_idle(max(self._by_address.values(), key=len))
+            admitted = self._count < self._most or self._close_one(max(self._by_address.values(), key=len))
         if admitted:
             self._by_address.setdefault(connection.address, {})[connection] = None
             self._count += 1
@@ -83,6 +91,7 @@ class Front:
 
     def release(self, connection: Connection) -> None:
         """Stop counting a connection, if it is counted."""
+        self.resume(connection)
         same = self._by_address.get(connection.address, {})
         if connection in same:
             del same[connection]
@@ -90,13 +99,36 @@ class Front:
             if not same:
                 del self._by_address[connection.address]
 
-    def _close_idle(self, connections: dict[Connection, None]) -> bool:
-        idle = next((connection for connection in connections if connection.idle), None)
-        if idle is None:
+    def pause(self, connection: Connection) -> None:
+        """Count a connection whose client does not read its answer at the moment.
+
+        Beyond the maximum, abort the connection whose answer is unread for longest, of the client with the most of them.
+        A client that reads slowly is counted again with each piece that it has read, so it outlasts one that reads nothing.
+        """
+        self._unread[connection] = None
+        if len(self._unread) > MAX_UNREAD:
+            count = collections.Counter(each.address for each in self._unread)
+            longest = max(self._unread, key=lambda each: count[each.address])  # the first one of that client
+            cause = f"more than {MAX_UNREAD} connections have unread answers, and this client has most of them"
+            _log.info("connection_aborted", cause=cause, client=longest.address)
+            self._close(longest)
+
+    def resume(self, connection: Connection) -> None:
+        """Stop counting a connection as one with an unread answer."""
+        self._unread.pop(connection, None)
+
+    def _close_one(self, connections: dict[Connection, None]) -> bool:
+        idle = (each for each in connections if each.idle)
+        unread = (each for each in self._unread if each in connections)
+        closable = next(chain(idle, unread), None)
+        if closable is None:
             return False
-        self.release(idle)
-        idle.abort()
+        self._close(closable)
         return True
+
+    def _close(self, connection: Connection) -> None:
+        self.release(connection)
+        connection.abort()
 
 
 class Handshake:
@@ -147,12 +179,15 @@ class BoundedProtocol(HttpToolsProtocol):
         """The connection as it was counted until now, if it uses TLS."""
 
         self._closing: _Transport
+        self._socket: socket.socket
         self._in_head = False  # between the first byte of a request and the end of its headers
         self._receiving = False  # between the first byte of a request and its last
         self._header_bytes = 0
         self._header_lines = 0
         self._upgrading = False  # the parser skips the body of the current request
         self._running: RequestResponseCycle | None = None
+        self._postponed: tuple[RequestResponseCycle, ASGI3Application] | None = None
+        self._waiting_bytes = 0  # of requests behind the current one
         self._silent = 0  # bytes since the parser's last callback, which it buffers
         self._refusal: tuple[int, str] | None = None
         self._head_timer: asyncio.TimerHandle | None = None
@@ -162,20 +197,26 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def idle(self) -> bool:
-        """Whether every completely received request has been answered."""
-        return not self._owes
+        """Whether every completely received request has been answered, and the client has read the answers."""
+        return not self._owes and not self.flow.write_paused
 
     @property
     def _owes(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def abort(self) -> None:
-        """Close the connection at once and discard unsent data."""
+        """Close the connection at once and discard unsent data; the kernel's too, if the client does not read."""
+        if self.flow.write_paused:
+            with contextlib.suppress(OSError):  # it is closed already
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._closing.raw.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn declares it
         super().connection_made(transport)
         self.transport = self._closing = _Transport(transport, self._close)
+        transport.set_write_buffer_limits(UNREAD_BYTES)
+        self._socket = transport.get_extra_info("socket")
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self.host = self.client[0] if self.client else ""
         self.address = client_network(self.host)
         if self.handshake is not None:
@@ -220,6 +261,9 @@ class BoundedProtocol(HttpToolsProtocol):
         for start in range(0, len(data), _SLICE):
             piece = view[start : start + _SLICE]
             self._silent += len(piece)
+            self._waiting_bytes = self._waiting_bytes + len(piece) if self.pipeline or self._postponed else 0
+            if self._waiting_bytes > MAX_WAITING_BYTES:
+                self._over(400, f"more than {MAX_WAITING_BYTES} bytes behind an unanswered request")
             while piece:
                 try:
                     self.parser.feed_data(piece)
@@ -296,8 +340,11 @@ class BoundedProtocol(HttpToolsProtocol):
     # Callbacks of the server
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        if self.flow.write_paused:
+            self._postponed = cycle, app  # a second answer would wait in memory until the client has read the first one
+        else:
+            self._running = cycle
+            super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -307,14 +354,19 @@ class BoundedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._abort_if_stalled()
+        self._front.pause(self)
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._front.resume(self)
         if self._closing.is_closing():
             self._abort_if_stalled()  # it is not paused again for the data that is left
-        else:
-            _cancel(self._stall_timer)
-            self._stall_timer = None
+            return
+        _cancel(self._stall_timer)
+        self._stall_timer = None
+        if self._postponed is not None:
+            postponed, self._postponed = self._postponed, None
+            self._start_asgi_task(*postponed)
 
     # End of a connection
 
@@ -394,6 +446,7 @@ class _Transport(asyncio.Transport):
 
 _TOO_LARGE: Final = f"the headers have more than {MAX_HEADER_BYTES} bytes or {MAX_HEADER_LINES} lines"
 _UNAVAILABLE: Final = 503
+_RESET: Final = struct.pack("ii", 1, 0)  # wait for unsent data: yes, 0 seconds
 
 
 def _accepted(transport: asyncio.Transport) -> bool:

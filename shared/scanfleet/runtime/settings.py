@@ -83,10 +83,11 @@ class FrontSettings(_Settings):
     """Limits on connections and on requests that are not complete yet."""
 
     max_connections: int = Field(
-        3_000,  # more than a gateway's requests, cancels and streams together; an idle connection costs about 20 kB
+        3_000,  # more than a gateway's requests, cancels and streams together; an idle connection costs about 15 kB
         ge=1,
         description="Maximum number of connections, TLS handshakes in progress included. Beyond it, an idle connection "
-        "of the client with the most connections is closed; if none is idle, the new connection is answered 503.",
+        "of the client with the most connections is closed, or else the one whose answer is unread for longest; if there is "
+        "neither, the new connection is answered 503.",
     )
     max_connections_per_address: int = Field(
         600,  # more than the 500 connections of a gateway to each internal service

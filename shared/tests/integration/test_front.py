@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import ip_network
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import uvicorn
+import uvloop
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 
@@ -26,6 +29,7 @@ pytestmark = pytest.mark.integration
 
 LIMIT: Final = 30.0  # seconds until any of this has happened
 HEAD: Final = b"GET /hello HTTP/1.1\r\nHost: x\r\n"
+DOCUMENT_BYTES: Final = 160_000  # as of the gateway's description of its API
 CHUNKED: Final = b"PUT /thing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 router = APIRouter()
@@ -55,13 +59,21 @@ async def watch(request: Request) -> None:
     request.app.state.answer.set()
 
 
+@router.get("/document")
+async def document(request: Request) -> Response:
+    request.app.state.asked += 1
+    return Response(b"x" * DOCUMENT_BYTES)
+
+
 @router.get("/buffered")
 async def buffered() -> Response:
     return Response(b"x" * 32_000_000)
 
 
 @router.get("/large")
-async def large() -> StreamingResponse:
+async def large(request: Request) -> StreamingResponse:
+    request.app.state.asked += 1
+
     async def body() -> AsyncIterator[bytes]:
         for _ in range(1_000):
             yield b"x" * 65_536
@@ -131,6 +143,7 @@ class Served:
         self._server = server
         self._address = address
         self.opened: list[Connection] = []
+        self.unread: list[socket.socket] = []
 
     @property
     def connections(self) -> int:
@@ -139,6 +152,20 @@ class Served:
     @property
     def protocols(self) -> list[BoundedProtocol]:
         return [each for each in self._server.server_state.connections if isinstance(each, BoundedProtocol)]
+
+    @property
+    def paused(self) -> list[BoundedProtocol]:
+        return [each for each in self.protocols if each.flow.write_paused]
+
+    async def send_and_read_nothing(self, data: bytes, count: int, source: str = "127.0.0.1") -> None:
+        for _ in range(count):
+            client = socket.socket()
+            self.unread.append(client)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            client.setblocking(False)
+            client.bind((source, 0))
+            await asyncio.get_running_loop().sock_connect(client, self._address)
+            await asyncio.get_running_loop().sock_sendall(client, data)
 
     async def connect(self, source: str = "127.0.0.1") -> Connection:
         connection = Connection(*await asyncio.open_connection(*self._address, local_addr=(source, 0)))
@@ -170,6 +197,8 @@ async def serve(**settings: Any) -> AsyncIterator[Served]:
             app.state.answer.set()
             for connection in served.opened:
                 connection.writer.transport.abort()
+            for client in served.unread:
+                client.close()
             server.should_exit = True
             await serving
 
@@ -378,6 +407,19 @@ async def test_pipelined_requests_are_answered_in_order_and_bounded(served: Serv
 
 
 @pytest.mark.proves("A19")
+async def test_bytes_of_waiting_requests_are_bounded(served: Served) -> None:
+    """A connection with more bytes than the limit behind an unanswered request is closed."""
+    connection = await served.connect()
+    connection.send(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+    await until(lambda: served.app.state.asked)
+    (protocol,) = served.protocols
+    protocol.data_received(b"PUT /thing HTTP/1.1\r\nHost: x\r\nContent-Length: 50000\r\n\r\n" + b"x" * 30_000)
+    assert not protocol.transport.is_closing()
+    protocol.data_received(b"x" * 20_000)  # at once with the rest; later the kernel keeps it
+    assert protocol.transport.is_closing()
+
+
+@pytest.mark.proves("A19")
 async def test_connections_of_one_address_are_bounded() -> None:
     """At its limit an address loses its oldest idle connection to a new one; with none idle the new one is a 503."""
     async with serve(max_connections_per_address=3) as served:
@@ -451,3 +493,71 @@ async def test_client_that_reads_a_part_of_a_complete_answer_is_cut_off() -> Non
         assert protocol.transport.is_closing()
         protocol.resume_writing()  # as the transport does when little is left
         await until(lambda: served.connections == 0)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.proves("A19", "G11")
+@pytest.mark.parametrize("path", [b"/document", b"/large"])
+def test_unread_answers_have_bounded_memory(path: bytes) -> None:
+    """600 connections that request two large answers each and read nothing take less than 48 MB."""
+
+    async def growth() -> tuple[int, int]:
+        async with serve() as served:
+            before = resident()
+            await served.send_and_read_nothing(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path * 2, 600)
+            await until(lambda: served.app.state.asked >= 600)  # of every connection
+            await until(lambda: len(served.paused) == served.connections <= front.MAX_UNREAD)
+            transports = [each.transport.raw for each in served.paused]  # type: ignore[attr-defined] # it is of the front
+            buffered = sum(transport.get_write_buffer_size() for transport in transports)
+            return buffered, resident() - before
+
+    assert max(uvloop.run(growth())) < 48 << 20  # as deployed; asyncio's own transports copy what they buffer
+
+
+@pytest.mark.proves("A19")
+async def test_request_behind_an_unread_answer_is_not_started(served: Served) -> None:
+    """A request starts after its client has read the answer before it, whether it was sent at once or later."""
+    connection = await served.connect()
+    transport = connection.writer.transport
+    transport.pause_reading()  # type: ignore[attr-defined] # it is a read transport too
+    waiting = b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n"
+    connection.send(b"GET /buffered HTTP/1.1\r\nHost: x\r\n\r\n" + waiting)
+    await until(lambda: served.paused)
+    connection.send(waiting)
+    await until(lambda: served.protocols[0].pipeline)
+    assert served.app.state.asked == 0
+    transport.resume_reading()  # type: ignore[attr-defined] # as above
+    assert len((await connection.answer()).body) == 32_000_000
+    await until(lambda: served.app.state.asked == 1)
+    served.app.state.answer.set()
+    assert [(await connection.answer()).status for _ in range(2)] == [200, 200]
+
+
+@pytest.mark.proves("A19")
+@pytest.mark.parametrize("limit", ["max_connections", "max_connections_per_address"])
+async def test_unread_answers_keep_no_new_connection_out(limit: str) -> None:
+    """At a limit of connections that are all unread answers, a new connection takes the place of the one unread for longest."""
+    async with serve(**{limit: 10}) as served:
+        await served.send_and_read_nothing(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n", 10)
+        await until(lambda: len(served.paused) == 10)  # all
+        (longest,) = (each for each in served.protocols if each.client == served.unread[0].getsockname())
+        new = await served.connect()
+        assert (await new.ask(HEAD + b"\r\n")).status == 200
+        assert longest not in served.protocols
+        assert len(served.paused) == 9  # the others
+
+
+@pytest.mark.proves("A19")
+async def test_slow_reader_gets_all_of_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit of unread answers, the client with most of them loses one, not a slow reader that was there before."""
+    monkeypatch.setattr(front, "MAX_UNREAD", 4)
+    async with serve() as served:
+        slow = await served.connect("127.0.0.2")
+        slow.send(b"GET /large HTTP/1.0\r\nHost: x\r\n\r\n")
+        await until(lambda: served.paused)
+        await served.send_and_read_nothing(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n", 8)
+        await until(lambda: len(served.paused) == served.connections == 4)
+        assert len(await slow.reader.read()) > 65_536_000

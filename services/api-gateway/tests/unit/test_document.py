@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api_gateway_testing import Gateway, Running
+from api_gateway_testing import Client, Gateway, Running
 from scanfleet.contracts import rest
 
 PATHS = {
@@ -65,6 +65,16 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, A
     for path, verbs in document["paths"].items():
         for verb, operation in verbs.items():
             yield path, verb, operation
+
+
+async def test_document_is_rendered_once(gateway: Running) -> None:
+    """Requests share one copy of the document, however many of them are not read yet."""
+    bodies = []
+    for client in (Client(gateway, "/openapi.json"), Client(gateway, "/openapi.json")):
+        await client.run()
+        client.messages.get_nowait()  # its head
+        bodies.append(client.messages.get_nowait()["body"])
+    assert bodies[0] is bodies[1]
 
 
 def test_document_has_every_route(document: dict[str, Any]) -> None:
