@@ -65,7 +65,8 @@ class Settings(
     raw_worker_seconds: float = Field(
         600.0,  # longer than it takes to start a pod on a new node
         gt=0,
-        description="Timeout in seconds of a job that waits for a worker with raw packets, if none is available; then it fails.",
+        description="Timeout in seconds of a job that waits for a worker with raw packets, if none is available; then it fails. "
+        "It begins again with a restart of the orchestrator that owns the job.",
     )
     keep_results_days: int = Field(
         365,

@@ -257,7 +257,7 @@ class ConsumerLoop(Generic[M]):
                 return
             if time.monotonic() >= self._commit_due and not await self._commit():
                 return
-        if time.monotonic() >= look_due:
+        if self._query is not None or time.monotonic() >= look_due:
             await self._look()
         # Not when the query ends: positions include records that were polled but not yet handled.
         async with self._handler_lock:

@@ -344,6 +344,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._postponed = cycle, app  # a second answer would wait in memory until the client has read the first one
         else:
             self._running = cycle
+            self._waiting_bytes -= self._waiting_bytes // (len(self.pipeline) + 1)  # its share, which is near enough
             super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:

@@ -86,7 +86,7 @@ def connect(uri: str, database: str) -> Database:
     # Every document can be decoded: a damaged one fails where it is read, instead of each query that finds it.
     decoding = client.codec_options.with_options(
         datetime_conversion=DatetimeConversion.DATETIME_AUTO,  # beyond the year 9999
-        unicode_decode_error_handler="surrogateescape",
+        unicode_decode_error_handler="backslashreplace",  # surrogates could be read, but not written as JSON
     )
     return client.get_database(database, codec_options=decoding, read_preference=ReadPreference.PRIMARY)
 

@@ -419,6 +419,16 @@ async def test_bytes_of_waiting_requests_are_bounded(served: Served) -> None:
     assert protocol.transport.is_closing()
 
 
+async def test_steady_pipelining_is_not_limited_in_total(served: Served) -> None:
+    """A client that always has requests outstanding may send more than the limit of waiting bytes."""
+    connection = await served.connect()
+    request = HEAD + b"X: " + b"y" * 500 + b"\r\n\r\n"
+    connection.send(3 * request)
+    for _ in range(2 * front.MAX_WAITING_BYTES // len(request)):
+        assert (await connection.answer()).status == 200
+        connection.send(request)
+
+
 @pytest.mark.proves("A19")
 async def test_connections_of_one_address_are_bounded() -> None:
     """At its limit an address loses its oldest idle connection to a new one; with none idle the new one is a 503."""

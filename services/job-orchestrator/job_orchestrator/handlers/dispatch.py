@@ -118,7 +118,7 @@ class Dispatcher:
         for raw in (True, False):
             if workers := [credit for credit in free if credit.raw is raw]:
                 more = await self._give(workers, raw=raw) or more
-        await self._deactivate(now, {credit.raw for credit in mine})
+        await self._deactivate(now, {credit.raw for credit in (*mine, *self._live.values())})
         if not more:
             self._ahead_due = now + _AHEAD_SECONDS
         return more

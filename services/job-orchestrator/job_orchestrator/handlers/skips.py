@@ -46,7 +46,7 @@ class Skips:
         """By user without other jobs, until when no chunk is queried."""
         self.later: dict[tuple[int, bool], float] = {}
         """By user whose chunks may only start later, with and without those that need raw packets, until when none is queried; they
-        stay active. `wake` replaces the mappings: a caller gets them before its query, so that new chunks which the query missed are
+        stay active unless they have skipped jobs too. `wake` replaces the mappings: a caller gets them before its query, so that new chunks which the query missed are
         not delayed."""
 
     def expire(self) -> None:
@@ -71,7 +71,7 @@ class Skips:
         """Return the users with skipped jobs of whose other jobs no chunk can be dispatched now.
 
         Args:
-            looks: whether there are workers with raw packets, and without.
+            looks: whether there are workers with raw packets, and without; a kind that this replica does not serve keeps users active.
         """
         later = {user for user in self._skipped if all((user, raw) in self.later for raw in looks)}
         return self._resting.keys() | later

@@ -85,6 +85,7 @@ class Sweeper:
         self._patience = timedelta(seconds=stored_seconds)
         self._raw_patience = timedelta(seconds=raw_worker_seconds)
         self._grants = grants
+        self._began: datetime | None = None
         self._reconciled = float("-inf")
         self._counted = float("-inf")
 
@@ -183,8 +184,12 @@ class Sweeper:
                 )
 
     def _waited(self, job: ScanJob, now: datetime) -> timedelta:
-        """Return for how long the job has been waiting; if the clock was changed meanwhile, only since then."""
-        since, step = job.waiting_since or now, self._clock.stepped_at
+        """Return for how long the job has been waiting since this process began and since a step of the clock.
+
+        Workers may have come, and the clock may have been changed, while no process was running.
+        """
+        self._began = self._began or now
+        since, step = max(job.waiting_since or now, self._began), self._clock.stepped_at
         if step is not None and not step <= since <= now:
             since = step
         return now - since

@@ -22,6 +22,7 @@ from job_orchestrator.repository import documents
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry
 from scanfleet.runtime.mongo import (
+    Collection,
     Cursor,
     Database,
     Document,
@@ -122,8 +123,8 @@ class MongoAudit:
     """
 
     def __init__(self, database: Database, keys: ChainKeys, keep: timedelta, now: Callable[[], datetime]) -> None:
-        self._entries = database["audit"]
-        self._blocks = database["audit_blocks"]
+        self._entries = _exact(database["audit"])
+        self._blocks = _exact(database["audit_blocks"])
         self._keys = keys
         self._keep = keep
         self._now = now
@@ -434,6 +435,12 @@ def _no_number(block: Document) -> str:
 
 def _without_block(id_: object, mark: object) -> str:
     return f"entry {_text(id_)}: added, or its block removed: it belongs to block {_text(mark)}, which does not exist"
+
+
+def _exact(collection: Collection) -> Collection:
+    """Return the collection with a decoder that reads no two texts as the same one, also those that are not UTF-8."""
+    decoding = collection.codec_options.with_options(unicode_decode_error_handler="surrogateescape")
+    return collection.with_options(decoding)
 
 
 def _text(value: object) -> str:

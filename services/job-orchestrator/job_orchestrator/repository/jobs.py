@@ -146,7 +146,8 @@ class MongoJobs:
         for each in ranges:
             if room := limit - len(found):
                 page = self._jobs.find(whose | each, {"end_time": 1}).hint(keys).sort(_ENDED).limit(room)
-                found += [(job["end_time"], job["_id"]) async for job in page]
+                # Without times beyond the year 9999, which sort last.
+                found += [(time, job["_id"]) async for job in page if isinstance(time := job["end_time"], datetime)]
         return found
 
     @dependency_errors()

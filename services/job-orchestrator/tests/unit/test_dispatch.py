@@ -540,6 +540,20 @@ async def test_step_of_the_platforms_clock_fails_no_job_that_waits_for_a_raw_wor
     assert (await world.store.jobs.get([1]))[1].status is JobStatus.FAILED
 
 
+async def test_restart_begins_the_timeout_of_a_job_that_waits_for_a_raw_worker_again(world: World) -> None:
+    """Workers may have come, and the clock may have been changed, while no orchestrator was running."""
+    await world.start()
+    await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
+    await world.wait(30)
+    await world.restart()
+    world.step_clock(timedelta(days=1))
+    world.only.sweeper._clock.stepped_at = None  # the new process has not seen the step
+    await world.wait(590)
+    assert (await world.store.jobs.get([1]))[1].waiting == "no_raw_worker"
+    await world.wait(30)
+    assert (await world.store.jobs.get([1]))[1].status is JobStatus.FAILED
+
+
 async def test_step_of_the_platforms_clock_is_not_charged(world: World) -> None:
     """Neither the clock of a user with held chunks nor the global virtual time rises by a step of ten hours."""
     world.worker.slots = 1
