@@ -37,9 +37,7 @@ LONGEST_PAUSE: Final = 5.0  # maximum retry delay in seconds: notices recovery s
 COMMIT_SECONDS: Final = 0.25  # delay of a commit between batches: short, since a crash redelivers what is not committed
 LOOK_SECONDS: Final = 1.0  # between two queries of the partitions' end offsets
 LAG_SECONDS: Final = 5.0  # the same if only the lag and the broker's state depend on them
-QUERY_SECONDS: Final = (
-    0.25  # maximum delay of one batch by such a query, and interval of the checks whether it has ended
-)
+QUERY_SECONDS: Final = 0.25  # maximum delay of a batch by such a query, and interval of checks for its end
 STALE_SECONDS: Final = 3.0  # maximum age of end offsets that prove "caught up": far below the shortest lease, 10 s
 
 Rejected = Sequence[tuple[RawRecord, str]]

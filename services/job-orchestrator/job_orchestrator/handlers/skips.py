@@ -16,15 +16,10 @@ from job_orchestrator.metrics import SKIPPED_JOBS
 
 _SKIP_SECONDS: Final = 60.0  # for which a job whose documents cannot be read is skipped
 _CLOSED_SECONDS: Final = 600.0  # for which jobs outside their hours are: the clock stops while a machine is suspended
-_LEFT_OUT_SECONDS: Final = (
-    10.0  # for which a user with only such jobs is; a job that another replica created may wait this long
-)
-_RECHECK_SECONDS: Final = (
-    1.0  # for which a user's other jobs are cached; a job that another replica created may wait this long
-)
-_FEW: Final = (
-    10  # skipped jobs of a user: a query passes by their chunks, at most 256 each, instead of naming the other jobs
-)
+# A job that another replica created may wait as long as its user is left out, or the user's other jobs are cached.
+_LEFT_OUT_SECONDS: Final = 10.0  # for which a user with only such jobs is
+_RECHECK_SECONDS: Final = 1.0  # for which a user's other jobs are cached
+_FEW: Final = 10  # skipped jobs of a user: a query passes by their chunks, at most 256 each, and names no others
 _JOBS: Final = 100_000  # unfinished jobs of a user: far above the quota
 
 _log = structlog.get_logger()
@@ -46,8 +41,8 @@ class Skips:
         """By user without other jobs, until when no chunk is queried."""
         self.later: dict[tuple[int, bool], float] = {}
         """By user whose chunks may only start later, with and without those that need raw packets, until when none is queried; they
-        stay active unless they have skipped jobs too. `wake` replaces the mappings: a caller gets them before its query, so that new chunks which the query missed are
-        not delayed."""
+        stay active unless they have skipped jobs too. `wake` replaces the mappings: a caller gets them before its query, so that
+        new chunks which the query missed are not delayed."""
 
     def expire(self) -> None:
         """Remove what has lasted its time."""

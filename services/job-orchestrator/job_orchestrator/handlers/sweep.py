@@ -142,6 +142,7 @@ class Sweeper:
         now = self._clock.monotonic()
         if now - self._reconciled <= _RECONCILE_SECONDS:
             return
+        self._began = self._began or self._clock.now()
         after = 0
         while page := await self._jobs.unsettled(after, _PAGE, self._partitions()):
             await self._reconciler.reconcile(page)
@@ -188,8 +189,7 @@ class Sweeper:
 
         Workers may have come, and the clock may have been changed, while no process was running.
         """
-        self._began = self._began or now
-        since, step = max(job.waiting_since or now, self._began), self._clock.stepped_at
+        since, step = max(job.waiting_since or now, self._began or now), self._clock.stepped_at
         if step is not None and not step <= since <= now:
             since = step
         return now - since

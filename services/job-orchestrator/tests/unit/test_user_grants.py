@@ -238,8 +238,8 @@ async def test_dispatch_of_a_retry_does_not_wait_for_the_hours_of_others() -> No
     assert len(tasks(world)) == 2
 
 
-async def test_dispatch_of_a_requeued_chunk_does_not_wait_for_the_hours_of_others() -> None:
-    """While result-store checks the only chunk of a job, its user may be left out; the requeued chunk is sent within seconds."""
+async def resting_during_check() -> tuple[World, ScanChunk]:
+    """A world as `resting`, in which user 7 has another job, whose only chunk result-store checks."""
     world = await resting()
     await world.submit("127.9.8.0/30")
     await world.settle()
@@ -248,6 +248,12 @@ async def test_dispatch_of_a_requeued_chunk_does_not_wait_for_the_hours_of_other
     await world.worker.claim(task)
     await world.worker.scanned(task)
     await world.wait(3)
+    return world, task
+
+
+async def test_dispatch_of_a_requeued_chunk_does_not_wait_for_the_hours_of_others() -> None:
+    """While result-store checks the only chunk of a job, its user may be left out; the requeued chunk is sent within seconds."""
+    world, task = await resting_during_check()
     token = {name: getattr(task, name) for name in ("job_id", "chunk_id", "attempt", "worker_id")}
     await world.bus.publish(SCAN_STORED, [ChunkIncomplete(**token, addresses=("127.9.8.1",))])
     await world.wait(3)
@@ -263,14 +269,7 @@ async def test_dispatch_does_not_count_closed_hours_as_waiting() -> None:
 
 async def test_dispatch_does_not_count_closed_hours_as_waiting_while_a_result_is_checked() -> None:
     """The same for a user whose job within the hours has no queued chunk."""
-    world = await resting()
-    await world.submit("127.9.8.0/30")
-    await world.settle()
-    world.results = None
-    (task,) = tasks(world)
-    await world.worker.claim(task)
-    await world.worker.scanned(task)
-    await world.wait(3)
+    world, _ = await resting_during_check()
     assert not (await world.store.dispatch.clocks([7])).users[7].active
 
 
