@@ -213,6 +213,13 @@ def expected(job: ScanJob, ports: PortSet, addresses: int) -> float:
     return table if pace is None else max(_START + pace * ports.count * addresses, _LEAST * table)
 
 
+def expected_of(job: ScanJob, chunk: Chunk) -> float:
+    """Return the expected slot seconds of the chunk: as in the job's chunks that have ended, or else as when it was created."""
+    if _pace(job, udp=chunk.udp) is None:
+        return chunk.estimate
+    return expected(job, PortSet.parse(chunk.ports), chunk.blank)
+
+
 def attempt_size(job: ScanJob, chunk: Chunk) -> int:
     """Return how many of the chunk's blanks its next attempt should scan."""
     size = min(chunk.blank, chunk.limit or chunk.blank)

@@ -119,8 +119,7 @@ class Dispatcher:
             if workers := [credit for credit in free if credit.raw is raw]:
                 more = await self._give(workers, raw=raw) or more
         await self._deactivate(now, {credit.raw for credit in (*mine, *self._live.values())})
-        if not more:
-            self._ahead_due = now + _AHEAD_SECONDS
+        self._ahead_due = float("-inf") if more else now + _AHEAD_SECONDS
         return more
 
     async def _read_live(self, now: float) -> None:
@@ -182,5 +181,6 @@ class Dispatcher:
     async def _queue(self, user: int, room: int, now: datetime, *, raw: bool) -> Sequence[Candidate]:
         jobs, skip = await self._skips.jobs(user)
         if jobs is None or jobs:
-            return await self._dispatch.queue(user, room, now, raw=raw, jobs=jobs, skip=skip)
+            queue = await self._dispatch.queue(user, room, now, raw=raw, jobs=jobs, skip=skip)
+            return [self._tasks.expect(candidate) for candidate in queue]
         return []

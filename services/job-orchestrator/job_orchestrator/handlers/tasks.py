@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from functools import lru_cache
+from typing import Final
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.audit import own_entry
@@ -29,6 +31,8 @@ from scanfleet.runtime.bus import Publisher
 from scanfleet.scanning.policy import PolicyError, ScanPolicy, executable
 from scanfleet.scanning.ports import PortSet
 from scanfleet.security.chunk_grants import Signer
+
+_MAX_EXPECTED: Final = 10_000  # jobs have one or two estimates each, and another one for their last chunk
 
 Pick = tuple[Candidate, Credit, float]
 """A chunk, its worker, and the share of a slot that it will occupy."""
@@ -79,9 +83,22 @@ class Tasks:
         self._grants = grants
         self._skips = skips
         self._scripts = frozenset(scripts)
+        self._expected: dict[tuple[int, float], float] = {}
+        """By job and a chunk's estimate, those dispatched last at the end: the slot seconds now expected of such a chunk."""
+
+    def expect(self, candidate: Candidate) -> Candidate:
+        """Return the candidate with the slot seconds expected of the last chunk like it that was dispatched.
+
+        They follow from the chunks of its job that have ended since the candidate was created.
+        """
+        expected = self._expected.get((candidate.job_id, candidate.estimate))
+        return candidate if expected is None else replace(candidate, estimate=expected)
 
     async def send(self, picks: Sequence[Pick]) -> bool:
-        """Dispatch the picked chunks; return whether some were not, because another replica changed them or their job ended.
+        """Dispatch the picked chunks; return whether another round may dispatch more.
+
+        Some may not be dispatched, because another replica changed them or their job ended; others of the job may be shorter than
+        was known, so that workers can prefetch them.
 
         Raises:
             DependencyError: chunks may be dispatched whose message was not sent; their leases expire and they are requeued.
@@ -96,6 +113,7 @@ class Tasks:
         refused: dict[int, Candidate] = {}
         closed: dict[tuple[int, str], ScanJob] = {}
         lost: set[int] = set()
+        shorter = False
         for candidate, worker, share in picks:
             job, chunk = jobs.get(candidate.job_id), chunks.get(candidate.chunk_id)
             if job is None or chunk is None:
@@ -114,6 +132,7 @@ class Tasks:
                     estimate = plan.expected(job, PortSet.parse(chunk.ports), size)
                     attempt = dispatch(chunk, worker.worker_id, now, size=size, share=share, estimate=estimate)
                     due[chunk.id] = attempt, self._task(attempt, job)
+                    shorter |= self._learn(job, chunk, candidate.estimate)
             except Exception as error:  # noqa: BLE001 # an error of one job must not stop the others
                 self._skips.skip(candidate, repr(error))
         losers = await self._store([chunk for chunk, _ in due.values()])
@@ -131,7 +150,7 @@ class Tasks:
             await self._skips.await_hours(job, opens_at - now if opens_at else None)
         # A replica that stalled may have stored chunks of a job after its deletion was done.
         await self._deletions.advance(lost, Stage.DONE, Stage.CHUNKS, now)
-        return len(sent) < len(picks)
+        return shorter or len(sent) < len(picks)
 
     async def _store(self, dispatched: Sequence[Chunk]) -> set[str]:
         """Store these chunks, which count as held from now on; return the ids of those that another replica has changed."""
@@ -146,6 +165,17 @@ class Tasks:
         self._held.add(stored)
         self._changer.cache(stored)
         return losers
+
+    def _learn(self, job: ScanJob, chunk: Chunk, before: float) -> bool:
+        """Keep the expected slot seconds of the chunk for the job's others like it; return whether they are fewer than `before`."""
+        if chunk.attempt:
+            return False  # it has fewer addresses left than the others
+        key = job.id, chunk.estimate
+        self._expected.pop(key, None)
+        self._expected[key] = expected = plan.expected_of(job, chunk)
+        if len(self._expected) > _MAX_EXPECTED:
+            del self._expected[next(iter(self._expected))]
+        return expected < before
 
     async def _refuse(self, job: ScanJob, candidate: Candidate) -> None:
         """Fail a job that the user grants or the scripts no longer allow, or skip it if it cannot be failed.

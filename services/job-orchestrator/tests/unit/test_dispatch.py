@@ -137,6 +137,34 @@ async def test_tiny_chunks_are_prefetched(world: World) -> None:
     assert len(tasks(world)) == 4 + 10
 
 
+@pytest.mark.parametrize(
+    ("cidr", "ports", "estimate", "held", "seconds", "held_later"),
+    [
+        # One second of sixteen: one chunk for each of four slots, and one beyond, which is prefetched for at most two seconds.
+        ("127.9.0.0/20", "1-1000", 16.1, 4, 1, 5),
+        # Five seconds of less than one: three chunks beyond the four slots, and later none.
+        ("127.9.0.0/17", "1-2", 0.612, 7, 5, 4),
+    ],
+)
+async def test_chunks_are_prefetched_by_the_time_of_finished_ones(
+    world: World, *, cidr: str, ports: str, estimate: float, held: int, seconds: int, held_later: int
+) -> None:
+    """Once chunks of a job have finished, their time decides about its other chunks, and the estimate no longer."""
+    await world.start()
+    await world.worker.announce()
+    await world.submit(cidr, policy=scan_policy(ports=ports, timing=4))
+    await world.settle()
+    assert [task.estimate_seconds for task in world.worker.tasks] == [estimate] * held
+    for _ in range(3):
+        ended = len(world.worker.tasks)
+        await world.wait(seconds)
+        for task in world.worker.tasks[-held:]:
+            await world.worker.scanned(task, slot_seconds=seconds)
+        await world.settle()
+        held = len(world.worker.tasks) - ended
+    assert held == held_later
+
+
 async def test_worker_without_slots_gets_no_chunk(world: World) -> None:
     """A worker that announces no slots is not given a chunk."""
     world.worker.slots = 0
