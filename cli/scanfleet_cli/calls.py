@@ -166,9 +166,12 @@ def read_nmap_xml(job_id: int, hosts: str | None = None) -> Call[Any]:
     return Call("GET", f"/api/v1/task/{job_id}/nmap.xml", object, query=_set({"hosts": hosts}))
 
 
-def read_ledger(job_id: int, page: int = 1, page_size: int = LEDGER_PAGE_SIZE) -> Call[rest.Ledger]:
-    query = {"page": page, "page_size": page_size}
-    return Call("GET", f"/api/v1/task/{job_id}/ledger", rest.Ledger, query=query)
+def read_ledger(
+    job_id: int, page: int = 1, page_size: int = LEDGER_PAGE_SIZE, *, after: int | None = None
+) -> Call[rest.Ledger]:
+    """Read the outcomes of a job, and the addresses that were not completely probed: a page, or those `after` a position."""
+    query = {"page": page if after is None else None, "page_size": page_size, "after": after}
+    return Call("GET", f"/api/v1/task/{job_id}/ledger", rest.Ledger, query=_set(query))
 
 
 def read_waiting(job_id: int) -> Call[rest.Waiting]:

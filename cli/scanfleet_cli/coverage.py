@@ -92,15 +92,3 @@ def networks(found: Iterable[str]) -> str:
     every = collapse(found)
     more = f" and {len(every) - _NETWORKS} more" if len(every) > _NETWORKS else ""
     return ", ".join(every[:_NETWORKS]) + more
-
-
-def further_pages(first: rest.Ledger, limit: int | None = ENTRIES) -> range:
-    """Return the numbers of the pages after the first.
-
-    Args:
-        first: the first page.
-        limit: maximum number of addresses to read; None for all.
-    """
-    page = first.not_probed
-    wanted = page.total if limit is None else min(page.total, limit)
-    return range(2, -(-wanted // page.page_size) + 1)

@@ -179,7 +179,7 @@ def note_not_probed(session: Session, job_id: int) -> None:
     """Note the progress of a running job, or the addresses that an ended job did not probe."""
     if session.output.quiet:
         return
-    ledger = session.client.send(calls.read_ledger(job_id, page_size=1))
+    ledger = session.client.send(calls.read_ledger(job_id, page_size=1, after=0))
     if not ledger.status.final:
         looked_at = f"{coverage.looked_at(ledger):,} of {ledger.request.addresses:,} addresses"
         session.output.note(f"job {job_id} is {ledger.status}: {looked_at} so far")

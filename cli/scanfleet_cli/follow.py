@@ -234,7 +234,7 @@ class _Following:
                     with suppress(
                         ApiError, UnavailableError
                     ):  # optional for a progress bar; the watch reports the failure
-                        reply = await client.ask(call := calls.read_ledger(job.job_id, page_size=1), timeout=0)
+                        reply = await client.ask(call := calls.read_ledger(job.job_id, page_size=1, after=0), timeout=0)
                         ledger = reply.read(call)
                         if not job.final:  # else the job has ended in between, and `_read_end` reads its final ledger
                             job.ledger = ledger
@@ -257,11 +257,12 @@ class _Following:
         """Read the final ledger of a job with all its pages, and queue the job."""
         job.ledger = None
         try:
-            ledger = await client.send(calls.read_ledger(job.job_id))
-            job.not_probed = list(ledger.not_probed.addresses)
-            for page in coverage.further_pages(ledger):
-                more = await client.send(calls.read_ledger(job.job_id, page))
-                job.not_probed += more.not_probed.addresses
+            job.not_probed = []
+            after: int | None = 0
+            while after is not None and len(job.not_probed) < coverage.ENTRIES:
+                ledger = await client.send(calls.read_ledger(job.job_id, after=after))
+                job.not_probed += ledger.not_probed.addresses
+                after = ledger.not_probed.next
             job.ledger = ledger
         except (ApiError, UnavailableError) as error:
             job.problem = str(error)

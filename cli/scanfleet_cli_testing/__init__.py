@@ -79,7 +79,9 @@ class FakeJob:
         )
         return rest.TaskStatus(job_id=str(self.id), status=status, job=self.job)
 
-    def ledger(self, page: int = 1) -> rest.Ledger:
+    def ledger(self, page: int = 1, after: int | None = None) -> rest.Ledger:
+        first = (page - 1) * self.page_size if after is None else after
+        end = first + self.page_size
         counts = dict.fromkeys(rest.LedgerCounts.model_fields, 0) | self.counts
         probes = sum(counts.values())
         return rest.Ledger(
@@ -89,10 +91,11 @@ class FakeJob:
             request=rest.LedgerRequest(addresses=probes, ports=1, probes=probes),
             counts=rest.LedgerCounts(**counts),
             not_probed=rest.LedgerPage(
-                addresses=self.not_probed[(page - 1) * self.page_size : page * self.page_size],
+                addresses=self.not_probed[first:end],
                 total=len(self.not_probed),
                 page=page,
                 page_size=self.page_size,
+                next=end if end < len(self.not_probed) else None,
             ),
             eta_seconds=None,
         )
@@ -235,7 +238,9 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             return _error(404, "Job not found")
         answers: dict[str, Callable[[], httpx2.Response]] = {
             "GET ": lambda: _model(job.task),
-            "GET /ledger": lambda: _model(job.ledger(int(request.url.params.get("page", 1)))),
+            "GET /ledger": lambda: _model(
+                job.ledger(**{name: int(text) for name, text in request.url.params.items() if name != "page_size"})
+            ),
             "GET /events": lambda: httpx2.Response(200, headers=_STREAM, stream=_Events(self, job)),
             "GET /map": lambda: httpx2.Response(200, json=_map(job)) if job.letters else _error(404, "Not Found"),
             "GET /results": lambda: _results(request, job),

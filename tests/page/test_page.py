@@ -9,7 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Request, Route, ViewportSize, expect
@@ -530,6 +530,24 @@ def test_page_cancelled_and_lost_probes_are_not_accounted_for(
     page.goto(f"{stack.url}/app/jobs/{finished}/not-probed")
     expect(page.get_by_text("18,100 of 18,176 probes accounted for")).to_be_visible()
     expect(page.get_by_role("row", name=f"{NET}.9")).to_contain_text("the job was cancelled")
+
+
+def test_page_short_pages_of_a_ledger_are_followed_to_its_end(
+    page: Page, stack: Stack, user: Client, finished: int
+) -> None:
+    """A page without an address is not the end of the list: the answer names the position of the next one."""
+    ledger = user.ledger(finished)
+    entry = {"address": f"{NET}.9", "ports": "8080", "outcome": "down", "reason": ""}
+    parts = {"0": ([], 70), "70": ([entry], 90), "90": ([], None)}
+
+    def answer(route: Route) -> None:
+        addresses, following = parts[parse_qs(urlsplit(route.request.url).query)["after"][0]]
+        route.fulfill(json=ledger | {"not_probed": {"addresses": addresses, "total": 1, "next": following}})
+
+    page.route("**/ledger?*", answer)
+    page.goto(f"{stack.url}/app/jobs/{finished}/not-probed")
+    expect(page.get_by_role("row", name=f"{NET}.9")).to_contain_text("down")
+    expect(page.get_by_text("entries.")).to_have_count(0)
 
 
 def test_page_ended_job_is_loaded_once(page: Page, stack: Stack, finished: int) -> None:

@@ -134,7 +134,7 @@ def _block(session: Session, task: rest.TaskStatus) -> Iterator[str]:
     yield f"  took       {joblist.took(job.model_dump(mode='json'), output)}"
     if status.error:
         yield f"  error      {printable(status.error)}"
-    ledger = session.find(calls.read_ledger(job.id, page_size=1))
+    ledger = session.find(calls.read_ledger(job.id, page_size=1, after=0))
     if ledger is not None:
         yield f"  addresses  {coverage.outcomes(ledger, output.paint)}"
         if status.status.final:
@@ -536,13 +536,18 @@ def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequen
         raise CommandError(f"unknown outcome {unknown[0]}", hint=f"one of {', '.join(_LEDGER_NAMES)}")
     whole = not (not_probed or wanted or networks)
     session.output.check_fields(rest.Ledger if whole else _NETWORK if networks else rest.LedgerEntry)
-    reply = session.client.ask(call := calls.read_ledger(job_id))
+    reply = session.client.ask(call := calls.read_ledger(job_id, after=None if whole else 0))
     first = reply.read(call)
     if whole:
         session.output.one(reply.json, lambda: _ledger(session, first), "job_id")
         return
     outcomes = set(wanted) or set(coverage.NOT_PROBED) | {"timed_out"}
-    entries = [each for each in _entries(session, first, None) if each.outcome in outcomes]
+    listed = list(_entries(session, first, None))
+    if first.status.final and len(listed) < first.not_probed.total:
+        session.output.note(
+            f"the service has listed {len(listed):,} of {count(first.not_probed.total, 'address', 'addresses')}"
+        )
+    entries = [each for each in listed if each.outcome in outcomes]
     if networks:
         groups: dict[tuple[str, str], set[str]] = {}
         for each in entries:
@@ -565,10 +570,14 @@ def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequen
 
 
 def _entries(session: Session, first: rest.Ledger, limit: int | None = coverage.ENTRIES) -> Iterator[rest.LedgerEntry]:
-    """Yield the addresses that a ledger lists, up to about `limit`; None for all."""
-    yield from first.not_probed.addresses
-    for page in coverage.further_pages(first, limit):
-        yield from session.client.send(calls.read_ledger(first.job_id, page)).not_probed.addresses
+    """Yield the addresses that a ledger lists from its page on, up to about `limit`; None for all."""
+    page, read = first.not_probed, 0
+    while True:
+        yield from page.addresses
+        read += len(page.addresses)
+        if page.next is None or (limit is not None and read >= limit):
+            return
+        page = session.client.send(calls.read_ledger(first.job_id, after=page.next)).not_probed
 
 
 def _ledger(session: Session, first: rest.Ledger) -> Iterator[str]:

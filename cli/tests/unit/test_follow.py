@@ -442,7 +442,11 @@ def test_reasons_of_a_failed_job_are_read_from_every_page(api: FakeApi, run: Any
     ended = run("scan", "127.9.8.0/24")
     assert "reason 1 (127.9.8.1); reason 2 (127.9.8.2)" in ended.err
     assert "  reason 2 (127.9.8.2)\n" in run("job", "ledger", "41").out
-    assert len(run("job", "ledger", "41", "--not-probed").out.splitlines()) == 2
+    api.requests.clear()
+    ended = run("job", "ledger", "41", "--not-probed")
+    assert len(ended.out.splitlines()) == 2
+    assert "listed" not in ended.err
+    assert [each.url.params.get("after") for each in api.requests] == ["0", "1"]
 
 
 def test_time_limit_while_a_final_ledger_is_read_still_prints_the_end(api: FakeApi, run: Any) -> None:

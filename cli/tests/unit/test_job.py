@@ -464,6 +464,17 @@ def test_ledger_with_not_probed_lists_addresses(jobs: FakeApi, run: Any) -> None
     assert run("job", "ledger", "41", "--outcome", "down", "-o", "name").out == "127.9.8.8\n"
 
 
+def test_ledger_of_a_service_without_positions_notes_what_is_missing(jobs: FakeApi, run: Any) -> None:
+    """An older service answers each request with its first page, which must not be taken for the whole list."""
+    partly(jobs.jobs[41])
+    old = jobs.jobs[41].ledger().model_dump(mode="json", exclude={"not_probed": {"next"}})
+    old["not_probed"] |= {"addresses": old["not_probed"]["addresses"][:1], "page_size": 1}
+    jobs.fault_of = lambda _: httpx2.Response(200, json=old)
+    ended = run("job", "ledger", "41", "--not-probed")
+    assert len(ended.out.splitlines()) == 1
+    assert "the service has listed 1 of 4 addresses" in ended.err
+
+
 def test_cancel_of_an_ended_job_exits_2_with_the_time(jobs: FakeApi, run: Any) -> None:
     """A job that has ended cannot be cancelled, and the others still are."""
     ended = run("job", "cancel", "41", "42")

@@ -14,7 +14,8 @@ const SETTLE = 2_000; // ms between two looks at map and ledger, however often t
 const CELLS = 65_536; // of one map
 const PORTS = 1_000; // of one address, counted at its cell of the map
 const PORTS_NAMED = 5;
-const NAMED = 10; // pages of a thousand addresses that were not probed; more are counted
+const NAMED = 10_000; // addresses that were not probed; more are counted
+const PAGES = 10; // of these addresses of a running job
 
 const TABS = [
   ["", "Overview"],
@@ -38,7 +39,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
     return watch(`/api/v1/task/${id}/events`, (next) => void (task.value = next), first.reload, { untilFinal: true });
   }, [id, unfinished]);
   const settled = useSettled(task.value, SETTLE);
-  const ledger = useLoad((signal) => get<Ledger>(`/api/v1/task/${id}/ledger?page_size=1`, signal), [id, settled]);
+  const ledger = useLoad((signal) => get<Ledger>(`/api/v1/task/${id}/ledger?after=0&page_size=1`, signal), [id, settled]);
   const outdated = !!first.data && !unfinished && !!ledger.data && !isFinal(ledger.data.status);
   useEffect(() => {
     if (outdated) ledger.reload(); // it was read just before the end
@@ -278,16 +279,18 @@ function NotProbed({ id, settled, final }: { id: string; settled: number; final:
   const found = useLoad(
     async (signal) => {
       const entries = [];
-      for (let page = 1, total = 1; page <= NAMED && entries.length < total; page++) {
-        const ledger = await get<Ledger>(`/api/v1/task/${id}/ledger?page=${page}&page_size=1000`, signal);
-        if (!ledger.not_probed.addresses.length) return { entries, total: ledger.not_probed.total };
-        entries.push(...ledger.not_probed.addresses);
-        total = ledger.not_probed.total;
-        if (page === NAMED || entries.length >= total) return { entries, total };
+      let after: number | null | undefined = 0;
+      let total = 0;
+      // A page may be short although the list continues; those of a running job are read again and again.
+      for (let pages = 0; after != null && entries.length < NAMED && (final || pages < PAGES); pages++) {
+        const { not_probed: page }: Ledger = await get<Ledger>(`/api/v1/task/${id}/ledger?after=${after}&page_size=1000`, signal);
+        entries.push(...page.addresses);
+        total = page.total;
+        after = page.next;
       }
-      return { entries, total: 0 };
+      return { entries, total };
     },
-    [id, settled],
+    [id, settled, final],
   );
   const groups = useMemo(() => {
     const alike = new Map<string, { ports: string; outcome: string; reason: string; addresses: string[] }>();
@@ -303,13 +306,13 @@ function NotProbed({ id, settled, final }: { id: string; settled: number; final:
     <>
       <Problem error={found.error} again={found.reload} />
       {found.data && !found.data.total && <p class="empty">{final ? "Every address was probed to the end." : "None so far."}</p>}
+      {found.data && found.data.entries.length < found.data.total && (
+        <p>
+          The first {count(found.data.entries.length)} of {count(found.data.total)} entries.
+        </p>
+      )}
       {!!groups.length && (
         <>
-          {found.data!.entries.length < found.data!.total && (
-            <p>
-              The first {count(found.data!.entries.length)} of {count(found.data!.total)} entries.
-            </p>
-          )}
           <table class="cards">
             <caption class="hidden">Addresses that were not probed to the end</caption>
             <thead>

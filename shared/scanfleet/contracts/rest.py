@@ -410,10 +410,14 @@ class LedgerEntry(_Answer):
 
 
 class LedgerPage(_Answer):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     addresses: list[LedgerEntry]
     total: int
     page: int
     page_size: int
+    next: int | None = None
+    """`after` of the next page; null at the end of the list."""
 
 
 class Ledger(_Answer):

@@ -73,6 +73,12 @@ _FROM: Final = query(
     {"type": "string"},
     "Only addresses from this one on. A response has at most 65,536 addresses.",
 )
+_AFTER_POSITION: Final = query(
+    "after",
+    {"type": "integer", "minimum": 0, "maximum": MAX_ID},
+    "Only addresses after this position: 0, then `next` of the page before. Such a page looks into a bounded number of chunks, so "
+    "it may have fewer addresses than `page_size`, or none, although the list continues. Not together with `page`.",
+)
 _NOT_MODIFIED: Final[dict[int | str, dict[str, Any]]] = {
     200: {"headers": ETAG},
     304: {"description": "The map has not changed since the one of `If-None-Match`.", "headers": ETAG},
@@ -359,7 +365,7 @@ async def read_nmap_xml(
     "/{job_id}/ledger",
     response_model=rest.Ledger,
     responses=errors(400, 404),
-    openapi_extra={"parameters": paging(rest.LedgerPageSize, 100)},
+    openapi_extra={"parameters": [*paging(rest.LedgerPageSize, 100), _AFTER_POSITION]},
 )
 async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
     """Read the outcomes of all probes of a scan job, and the list of addresses that were not completely probed."""

@@ -13,6 +13,7 @@ from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
+from scanfleet.contracts.messages.fields import MAX_ID
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
 from scanfleet.runtime.service import PathId, words
 from scanfleet.security.auth import Caller, Guarded, Principal
@@ -21,8 +22,6 @@ router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 
 Whose = Annotated[str | None, Query(pattern=rest.WHOSE)]
 """Of which user, or of all; without it the caller."""
-
-_LEDGER_PAGE = 1_000  # addresses listed per page: a few hundred kilobytes
 
 
 @router.get("")
@@ -77,10 +76,13 @@ async def read_ledger(
     state: Handed,
     record: Recorded,
     page: Annotated[rest.Page, Query()] = 1,
-    page_size: Annotated[int, Query(ge=1, le=_LEDGER_PAGE)] = 100,
+    page_size: Annotated[rest.LedgerPageSize, Query()] = 100,
+    after: Annotated[int | None, Query(ge=0, le=MAX_ID)] = None,
 ) -> rest.Ledger:
+    if after is not None and page > 1:
+        raise BadRequestError("page and after exclude each other")
     job = await readable(state, caller, job_id, record)
-    tally, names = ledger.Tally(job), ledger.UnprobedPage(job, (page - 1) * page_size, page_size)
+    tally, names = ledger.Tally(job), ledger.UnprobedPage(job, page_size, skip=(page - 1) * page_size, after=after)
     for first, end in names.ranges():
         async for chunk in state.store.chunks.of_job(job.id, first, end):
             names.add(chunk)
@@ -106,6 +108,7 @@ async def read_ledger(
             total=names.total,
             page=page,
             page_size=page_size,
+            next=names.next,
         ),
         eta_seconds=_eta(job),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ _FAILING: Final = (REFUSED, LOST)
 _DISTINCT: Final = (ANSWERED, REFUSED, LOST)  # also counted as addresses
 _NAMED: Final = frozenset({DOWN, TIMED_OUT, REFUSED, CANCELLED, LOST})
 _SLICES: Final = 256  # for which unprobed addresses are counted: a kilobyte or two in the job
-_GAP: Final = 1_000  # chunks that are read on the way to the next ones, rather than by a further query
+_STEP: Final = 16  # chunks of a page that are read first; each further query reads twice as many
+_GAP: Final = 16  # chunks that are read on the way to the next ones, rather than by a further query
+_READS: Final = 4  # chunks that are read for each address of a page that begins after a position
 _REASONS: Final = 3  # maximum number in a job's error; the ledger has all
 _MAX_ERROR: Final = 1_000  # characters: a reason can quote nmap at length
 
@@ -246,78 +249,136 @@ class UnprobedPage:
     """One page of the addresses that were not fully probed, and their total number.
 
     First the addresses that the request excludes, then by chunk those that were refused, cancelled, lost, down or timed out,
-    then those of chunks that were not created before the job ended.
+    then those of chunks that were not created before the job ended. Each has a fixed position in this order, as if every
+    address of every chunk were listed.
+
+    Attributes:
+        page: the addresses of the page.
+        total: the number of addresses of all pages.
+        next: the position after which the next page begins; None at the end.
     """
 
-    def __init__(self, job: ScanJob, skip: int, size: int) -> None:
+    def __init__(self, job: ScanJob, size: int, *, skip: int = 0, after: int | None = None) -> None:
+        """Begin with the excluded addresses.
+
+        Args:
+            job: the job.
+            size: maximum number of addresses of the page.
+            skip: number of addresses before the page.
+            after: position after which the page begins; with it the page ends early rather than take more than `_READS`
+                chunks per address.
+        """
         self._job = job
-        self._skip = skip
         self._size = size
+        self._skip = skip
+        self._after = after or 0
+        self._reads = job.plan.chunk_count if after is None else _READS * size
+        self._counted = 0 if job.totals.unprobed is None else job.totals.done
+        """Number of chunks whose addresses are counted in the totals."""
         self.page: list[NotProbed] = []
         self.total = 0
+        self.next: int | None = None
         for network in Target.parse(job.cidr, job.exclude).exclude:
             first = str(network.network_address)
-            self._take(range(network.num_addresses), first, job.policy.ports, lambda _: (EXCLUDED, ""))
+            self._take(self.total, range(network.num_addresses), first, job.policy.ports, lambda _: (EXCLUDED, ""))
+            self.total += network.num_addresses
+        self._excluded = self.total
 
     def ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield the ranges of chunk indexes to add, of those in the job's totals, and count the addresses of the others."""
-        totals, size = self._job.totals, _slice_size(self._job)
+        """Yield the ranges of chunk indexes to add, of those in the job's totals, until the page is complete."""
+        totals = self._job.totals
         if totals.unprobed is None:  # counted by an earlier release
             counts = Tally(self._job).counts
             if any(counts[name] for name in _NAMED):
                 yield 0, totals.done
             return
-        at, before, after = self.total, 0, 0
-        runs: list[tuple[int, int]] = []
-        for number, listed in enumerate(totals.unprobed):
-            first, end = number * size, min((number + 1) * size, totals.done)
-            if at + listed <= self._skip:
-                before += listed
-            elif at >= self._skip + self._size:
-                after += listed
-            elif listed:
-                if runs and first - runs[-1][1] <= _GAP:
-                    first = runs.pop()[0]
-                runs.append((first, end))
-            at += listed
-        self.total += before
-        yield from runs
-        self.total += after
+        self.total += sum(totals.unprobed)
+        step = _STEP
+        for begin, end in self._runs(totals.unprobed):
+            first = begin
+            while first < end and self.next is None:
+                if not self._reads:
+                    self.next = self._before(first)
+                    return
+                until = min(end, first + step, first + self._reads)
+                self._reads -= until - first
+                yield first, until
+                first, step = until, 2 * step
 
     def add(self, chunk: Chunk) -> None:
-        names = {code: _name(code, chunk, cancelled=self._job.final) for code in set(chunk.outcomes)}
-        wanted = {code for code, name in names.items() if name in _NAMED}
-        if wanted:
-            places = [index for index, code in enumerate(chunk.outcomes) if code in wanted]
-            self._take(
-                places, chunk.first_address, chunk.ports, lambda index: _why(names[chunk.outcomes[index]], chunk)
-            )
+        places = self._list(chunk)
+        if chunk.index >= self._counted:
+            self.total += len(places)
 
     def add_unmade(self) -> None:
         """Count the chunks that were not created; in a final job all of their addresses are cancelled."""
         if not self._job.final:
             return
-        first = plan.index_after(self._job, self._job.made, max(0, self._skip - self.total))
-        self.total += plan.blanks(self._job, self._job.made, first)
-        for chunk in plan.chunks(self._job, first, self._job.plan.chunk_count):
-            if len(self.page) == self._size:
+        made, end = self._job.made, self._job.plan.chunk_count
+        self.total += plan.blanks(self._job, made, end)
+        first = plan.index_after(self._job, max(made, self._first), self._skip)
+        self._skip -= plan.blanks(self._job, made, first) if self._skip else 0
+        for chunk in plan.chunks(self._job, first, end):
+            if self.next is not None:
                 break
-            self.add(chunk)
-            first = chunk.index + 1
-        self.total += plan.blanks(self._job, first, self._job.plan.chunk_count)
+            self._list(chunk)
+
+    @property
+    def _first(self) -> int:
+        """The index of the first chunk that the page may contain."""
+        return max(0, self._after - self._excluded) // self._job.plan.chunk_addresses
+
+    def _before(self, index: int) -> int:
+        """Return the position before the first address of the chunk with this index."""
+        return self._excluded + index * self._job.plan.chunk_addresses
+
+    def _runs(self, unprobed: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the ranges of counted chunks that may have addresses of the page; one ends where the page should be full."""
+        size, at, skip = _slice_size(self._job), 0, self._skip
+        runs: list[tuple[int, int]] = []
+        for number, listed in enumerate(unprobed):
+            begin, end = number * size, min((number + 1) * size, self._counted)
+            first = max(begin, self._first)
+            if at + listed <= skip:
+                self._skip -= listed
+            elif listed and first < end:
+                if runs and at < skip + self._size and first - runs[-1][1] <= _GAP:
+                    runs.append((runs.pop()[0], end))
+                else:
+                    runs.append((first, end))
+            at += listed if first == begin else 0
+        return runs
+
+    def _list(self, chunk: Chunk) -> Sequence[int]:
+        """Add the chunk's addresses to the page; return the places of all that belong to the list."""
+        names = {code: _name(code, chunk, cancelled=self._job.final) for code in set(chunk.outcomes)}
+        wanted = {code for code, name in names.items() if name in _NAMED}
+        if not wanted:
+            return ()
+        places = [index for index, code in enumerate(chunk.outcomes) if code in wanted]
+        self._take(
+            self._before(chunk.index),
+            places,
+            chunk.first_address,
+            chunk.ports,
+            lambda index: _why(names[chunk.outcomes[index]], chunk),
+        )
+        return places
 
     def _take(
-        self,
-        places: Sequence[int],
-        first: str,
-        ports: str,
-        why: Callable[[int], tuple[str, str]],
+        self, before: int, places: Sequence[int], first: str, ports: str, why: Callable[[int], tuple[str, str]]
     ) -> None:
-        """Yield those of the indexes after `first` that are on the page; count all of them."""
-        start = max(0, self._skip - self.total)
-        for place in places[start : start + self._size - len(self.page)]:
+        """Add those of the places after the address `first`, whose position is `before` + 1, that are on the page."""
+        if self.next is not None:
+            return
+        begin = bisect_left(places, self._after - before)
+        skipped = min(self._skip, len(places) - begin)
+        self._skip -= skipped
+        begin += skipped
+        for place in places[begin : begin + self._size - len(self.page)]:
             self.page.append(NotProbed(str(address_at(first, place)), ports, *why(place)))
-        self.total += len(places)
+            if len(self.page) == self._size:
+                self.next = before + place + 1
 
 
 def _slice_size(job: ScanJob) -> int:

@@ -8,13 +8,17 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from fastapi import Request
 
+from job_orchestrator.api.state import Recorder, State
+from job_orchestrator.api.tasks import read_ledger
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.fairness import Clock, Credit
 from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import World, chunk, scan_job, scan_policy
@@ -22,6 +26,8 @@ from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry, JobStatus
 from scanfleet.runtime.mongo import Database
+from scanfleet.scanning.outcomes import address_at
+from scanfleet.security.auth import Principal
 
 pytestmark = pytest.mark.integration
 
@@ -345,3 +351,48 @@ async def test_due_deletions_are_read_of_their_stages_only(mongo_store: MongoSto
         assert await mongo_store.deletions.begin(job, receipt)
     assert await _read_by(database, mongo_store.deletions.due(LATER, 10, chunks=False)) <= 10
     assert await _read_by(database, mongo_store.deletions.due(LATER, 10, chunks=True)) <= 25
+
+
+async def test_ledger_page_after_a_position_reads_four_chunks_for_each_of_its_addresses(
+    mongo_store: MongoStore, database: Database
+) -> None:
+    """Its pages are the whole list, whether few or all of the addresses of 32,768 chunks are on it."""
+    count = 32_768
+    job = scan_job(1, cidr="127.0.0.0/16", policy=scan_policy(ports="1-100"), chunk_addresses=2, chunk_count=count)
+    job = change(replace(job, made=count), JobTrigger.START, THEN)
+    sparse, dense = Tally(job), Tally(job)
+    for start in range(0, count, 1_024):
+        stored = [replace(each, state=ChunkState.STORED) for each in plan.chunks(job, start, start + 1_024)]
+        few = [replace(each, outcomes="sl" if each.index % 128 == 5 else "ss") for each in stored]
+        for each in few:
+            sparse.end(each)
+            dense.end(replace(each, outcomes="ll"))
+        await mongo_store.chunks.insert(few)
+    job = change(replace(job, totals=sparse.totals), JobTrigger.FAIL, THEN, settled=True)
+    await mongo_store.jobs.insert([job])
+    parts = World(mongo_store).only
+    state = State(mongo_store, parts.commands, parts.submits, parts.deletions, parts.checks)
+    record = Recorder(Request({"type": "http"}), mongo_store.audit)
+
+    async def listed(size: int) -> list[str]:
+        found: list[str] = []
+        after: int | None = 0
+        while after is not None:
+            await database.command("profile", 2)
+            answer = await read_ledger(
+                job_id=1, caller=Principal(7), state=state, record=record, page_size=size, after=after
+            )
+            await database.command("profile", 0)
+            reads = database["system.profile"].find({"ns": f"{database.name}.chunks"})
+            assert sum([each["docsExamined"] async for each in reads]) <= 4 * size
+            await database["system.profile"].drop()
+            found += [each.address for each in answer.not_probed.addresses]
+            assert answer.not_probed.total == answer.counts.lost // 100
+            after = answer.not_probed.next
+        return found
+
+    few_lost = [str(address_at("127.0.0.0", 2 * index + 1)) for index in range(5, count, 128)]
+    assert await listed(100) == await listed(1_000) == few_lost
+    await database["chunks"].update_many({}, {"$set": {"outcomes": "ll"}})
+    assert not await mongo_store.jobs.save([replace(job, totals=dense.totals)])
+    assert await listed(1_000) == [str(address_at("127.0.0.0", index)) for index in range(2 * count)]

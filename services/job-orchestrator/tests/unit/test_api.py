@@ -1246,12 +1246,20 @@ async def test_ledger_accounts_for_every_probe(api: Api, store: MemoryStore) -> 
             "total": 5,
             "page": 1,
             "page_size": 100,
+            "next": None,
         },
         "eta_seconds": None,
     }
     page = (await api("GET /api/v1/task/1/ledger?page=2&page_size=2"))["not_probed"]
     assert [each["address"] for each in page["addresses"]] == ["127.9.8.4", "127.9.8.5"]
     assert (page["total"], page["page"], page["page_size"]) == (5, 2, 2)
+    page = (await api("GET /api/v1/task/1/ledger?after=0&page_size=2"))["not_probed"]
+    assert [each["address"] for each in page["addresses"]] == ["127.9.8.7", "127.9.8.3"]
+    page = (await api(f"GET /api/v1/task/1/ledger?after={page['next']}"))["not_probed"]
+    assert [each["address"] for each in page["addresses"]] == ["127.9.8.4", "127.9.8.5", "127.9.8.6"]
+    assert (page["total"], page["next"]) == (5, None)
+    await api("GET /api/v1/task/1/ledger?after=0&page=2", status=400)
+    await api("GET /api/v1/task/1/ledger?after=-1", status=400)
     await api("GET /api/v1/task/1/ledger?page_size=1001", status=400)
     await api("GET /api/v1/task/1/ledger?page=0", status=400)
 

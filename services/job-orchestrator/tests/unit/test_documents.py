@@ -155,7 +155,7 @@ def test_totals_without_unprobed_addresses_are_read_as_not_counted() -> None:
         document["totals"]["probes"] = probes
         old = documents.read_job(document)
         assert old.totals.unprobed is None
-        assert list(UnprobedPage(old, 0, 10).ranges()) == ranges
+        assert list(UnprobedPage(old, 10).ranges()) == ranges
 
 
 def test_job_with_scripts_no_longer_allowed_is_read() -> None:

@@ -23,6 +23,7 @@ from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Target
 
 LETTERS = [code for code in Outcome if code is not Outcome.EXCLUDED]
+FEW_LISTED = [Outcome.LOST, *[Outcome.SILENT] * 15]
 
 
 def cut(*, exclude: tuple[str, ...] = (), ports: str = "22,80", size: int = 8) -> ScanJob:
@@ -41,16 +42,18 @@ def whole(job: ScanJob) -> list[Chunk]:
 
 
 @st.composite
-def jobs(draw: st.DrawFn) -> tuple[ScanJob, list[Chunk]]:
+def jobs(draw: st.DrawFn, size: int = 8) -> tuple[ScanJob, list[Chunk]]:
     """A job in any status, its chunks in any state that may go with it, with any codes."""
     job = cut(
         exclude=draw(st.sampled_from([(), ("127.9.8.4/30",), ("127.9.8.0/29", "127.9.8.8/32")])),
         ports=draw(st.sampled_from(["22,80", "1-20000"])),
+        size=size,
     )
+    letters = draw(st.sampled_from([LETTERS, FEW_LISTED]))
     job = replace(job, status=draw(st.sampled_from(JobStatus)))
     chunks = []
     for each in whole(job):
-        codes = [code if code == Outcome.EXCLUDED else draw(st.sampled_from(LETTERS)).value for code in each.outcomes]
+        codes = [code if code == Outcome.EXCLUDED else draw(st.sampled_from(letters)).value for code in each.outcomes]
         state = draw(st.sampled_from(ChunkState))
         outcomes = "".join(codes)
         if state is ChunkState.STORED:
@@ -71,10 +74,25 @@ def tally(job: ScanJob, chunks: list[Chunk]) -> Tally:
 
 
 def names(job: ScanJob, chunks: list[Chunk], skip: int = 0, size: int = 1_000) -> UnprobedPage:
-    result = UnprobedPage(job, skip, size)
+    result = UnprobedPage(job, size, skip=skip)
     for each in chunks:
         result.add(each)
     return result
+
+
+def counted(job: ScanJob, chunks: list[Chunk], done: int) -> tuple[ScanJob, list[Chunk]]:
+    """The job with the first `done` chunks in its totals, all of which have ended."""
+    ended = [
+        each
+        if each.state in {ChunkState.FAILED, ChunkState.CANCELLED}
+        else store(replace(each, state=ChunkState.SCANNED), codes, THEN)
+        for each in chunks[:done]
+        for codes in (each.outcomes.replace(".", "d"),)
+    ]
+    step = Tally(job)
+    for each in ended:
+        step.end(each)
+    return replace(job, totals=step.totals), ended + chunks[done:]
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,29 +140,64 @@ def test_pages_from_totals_are_those_of_all_chunks(
     *, given_: tuple[ScanJob, list[Chunk]], done: int, skip: int, size: int, slices: int, gap: int
 ) -> None:
     """A page that leaves out chunks by their totals is that of all chunks, and has the same total."""
-    job, chunks = given_
-    ended = [
-        each
-        if each.state in {ChunkState.FAILED, ChunkState.CANCELLED}
-        else store(replace(each, state=ChunkState.SCANNED), codes, THEN)
-        for each in chunks[:done]
-        for codes in (each.outcomes.replace(".", "d"),)
-    ]
-    chunks = ended + chunks[done:]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger, "_SLICES", slices)
         patch.setattr(ledger, "_GAP", gap)
-        step = Tally(job)
-        for each in ended:
-            step.end(each)
-        page = UnprobedPage(replace(job, totals=step.totals), skip, size)
+        patch.setattr(ledger, "_STEP", 1)
+        job, chunks = counted(*given_, done)
+        page = UnprobedPage(job, size, skip=skip)
         for first, end in page.ranges():
             for each in chunks[first:end]:
                 page.add(each)
-    for each in chunks[len(ended) :]:
+    for each in chunks[job.totals.done :]:
         page.add(each)
-    whole = names(job, chunks, skip, size)
+    whole = names(replace(job, totals=EMPTY), chunks, skip, size)
     assert (page.page, page.total) == (whole.page, whole.total)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    given_=jobs(size=2),
+    done=st.integers(0, 24),
+    unmade=st.integers(0, 3),
+    size=st.integers(1, 10),
+    slices=st.integers(1, 6),
+    gap=st.integers(0, 2),
+    reads=st.integers(1, 2),
+)
+def test_pages_after_positions_are_the_whole_list(
+    *, given_: tuple[ScanJob, list[Chunk]], done: int, unmade: int, size: int, slices: int, gap: int, reads: int
+) -> None:
+    """Each page names the position of the next one, has the same total, and takes a bounded number of chunks of the totals."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "_SLICES", slices)
+        patch.setattr(ledger, "_GAP", gap)
+        patch.setattr(ledger, "_STEP", 1)
+        patch.setattr(ledger, "_READS", reads)
+        job, chunks = counted(*given_, done)
+        made = max(job.totals.done, len(chunks) - unmade)
+        job, chunks = replace(job, made=made), chunks[:made]
+        whole = names(replace(job, totals=EMPTY), chunks)
+        whole.add_unmade()
+        listed: list[NotProbed] = []
+        after: int | None = 0
+        while after is not None:
+            page = UnprobedPage(job, size, after=after)
+            taken = 0
+            for first, end in page.ranges():
+                taken += end - first
+                for each in chunks[first:end]:
+                    page.add(each)
+            for each in chunks[job.totals.done :]:
+                page.add(each)
+            page.add_unmade()
+            assert page.total == whole.total
+            assert taken <= reads * size
+            assert len(page.page) <= size
+            assert page.next is None or page.next > after
+            listed += page.page
+            after = page.next
+    assert listed == whole.page
 
 
 @settings(max_examples=60, deadline=None)
