@@ -22,8 +22,8 @@ from scanfleet.scanning.outcomes import Outcome
 from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Target
 
-LETTERS = [code for code in Outcome if code is not Outcome.EXCLUDED]
-FEW_LISTED = [Outcome.LOST, *[Outcome.SILENT] * 15]
+LETTERS: list[Outcome] = [code for code in Outcome if code is not Outcome.EXCLUDED]
+FEW_LISTED: list[Outcome] = [Outcome.LOST, *[Outcome.SILENT] * 15]
 
 
 def cut(*, exclude: tuple[str, ...] = (), ports: str = "22,80", size: int = 8) -> ScanJob:
