@@ -20,7 +20,7 @@ OF_DELETED_JOBS: Final = Counter(
 )
 DELETED_DOCUMENTS: Final = Counter(
     "scanfleet_results_deleted_documents",
-    "Documents of deleted jobs that were deleted: hosts or closed chunks.",
+    "Documents of deleted jobs that were deleted: hosts, closed chunks or their port_sets.",
     ["kind"],
 )
 DELETIONS_FAILED: Final = Counter(

@@ -6,14 +6,19 @@ result; hosts without results do not have the field. `key` sorts the hosts that 
   deletion began, and `open` is set while documents may be left, with `retry_at` after an error. `hosts` and `rows` count deleted documents and results, and
   `slice` is the first and last id of the hosts that were counted last: they may not be deleted yet.
 - `chunks`: `_id` is the chunk's id. The collection holds closed chunks only; `key` sorts them by address.
+- `port_sets`: long lists of ports of closed chunks, each once for its job; `_id` is `<job_id>-<ports_id of the chunks>`. They are
+  deleted with their job.
 
-`zone` is where a host or chunk was scanned. Documents of release 0.1 have no `key`, those of release 0.2 no `zone`.
+`zone` is where a host or chunk was scanned. Documents of release 0.1 have no `key`, those of release 0.2 no `zone`, and their
+chunks all of their ports.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from hashlib import sha256
+from types import MappingProxyType
 from typing import Any, Final
 
 from bson import decode_iter
@@ -23,6 +28,7 @@ from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place,
 from scanfleet.contracts.messages import HostScanned
 from scanfleet.contracts.rest import Result
 from scanfleet.errors import NotFoundError
+from scanfleet.runtime import mongo
 from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing, make_indexes
 from scanfleet.scanning.outcomes import Outcome, address_key
 from scanfleet.scanning.ports import parse_ranges, port_count
@@ -33,6 +39,8 @@ PAGE: Final = 100
 
 _SLICE: Final = 1_000  # documents deleted at once
 _KEEP_MARKS: Final = timedelta(days=30)  # longer than a dead letter can be replayed: 14 days
+
+_LONG: Final = 64  # characters of ports from which on a chunk has only their id
 
 SEQUENCE: Final = "results"
 
@@ -70,6 +78,7 @@ class MongoStore:
         self._database = database
         self._hosts = database["hosts"]
         self._chunks = database["chunks"]
+        self._port_sets = database["port_sets"]
         self._deleted = database["deleted"]
         # Each batch allocates its ids in one write, so that ids increase across replicas.
         self._ids = Ids(database, SEQUENCE)
@@ -108,6 +117,8 @@ class MongoStore:
     @dependency_errors()
     async def close(self, chunks: Sequence[ClosedChunk]) -> dict[str, ClosedChunk]:
         """Close these chunks; return those that were already closed, as `closed` does."""
+        sets = {each["_id"]: each for each in map(_port_set_document, filter(_shares_ports, chunks))}
+        await insert_missing(self._port_sets, list(sets.values()))  # first, so that no chunk lacks its set
         before = await insert_missing(self._chunks, [_chunk_document(chunk) for chunk in chunks])
         return await self.closed([chunks[index].chunk_id for index in before])
 
@@ -171,9 +182,10 @@ class MongoStore:
         wanted = {"job_id": job_id, **({} if user_id is None else {"user_id": user_id})}
         above: Document = {"$gte": ""}
         while page := await self._chunk_page({**wanted, "key": above}):
+            port_sets = await self._port_sets_of(page)
             await self._check_kept(job_id)
             for document in page:
-                yield _chunk(document)
+                yield _chunk(document, port_sets)
             above = {"$gt": page[-1]["key"]}
         await self._check_kept(job_id)
 
@@ -214,6 +226,12 @@ class MongoStore:
         index = [("job_id", ASCENDING), *_BY_KEY]
         return await self._chunks.find(wanted, sort=_BY_KEY, limit=PAGE, hint=index).to_list(None)
 
+    @dependency_errors()
+    async def _port_sets_of(self, chunks: Iterable[Document]) -> dict[str, str]:
+        ids = {_port_set_id(each["job_id"], each["ports_id"]) for each in chunks if "ports_id" in each}
+        found = await self._port_sets.find({"_id": {"$in": list(ids)}}).to_list(None) if ids else []
+        return {document["_id"]: document["text"] for document in found}
+
     async def begin_deletions(self, job_ids: Collection[int]) -> None:
         """Mark these jobs as deleted, so that `erase` is called for them, again if it was before."""
         async with dependency_errors():
@@ -248,17 +266,11 @@ class MongoStore:
 
         Without its closed chunk a late host would be a result.
         """
-        hosts = chunks = 0
+        hosts = 0
         while hosts < limit and (some := await self._erase_hosts(job_id, min(_SLICE, limit - hosts))):
             hosts += some
-        of_job = {"_id": _ids_of(job_id)}
-        while (left := limit - hosts - chunks) > 0:
-            page = await self._chunks.find(of_job, {"_id": True}).limit(min(_SLICE, left)).to_list(None)
-            if not page:
-                break
-            await self._chunks.delete_many({"_id": {"$in": [document["_id"] for document in page]}})
-            chunks += len(page)
-        return Removed(hosts, chunks)
+        chunks = await _delete(self._chunks, job_id, limit - hosts)
+        return Removed(hosts, chunks, await _delete(self._port_sets, job_id, limit - hosts - chunks))
 
     async def _erase_hosts(self, job_id: int, limit: int) -> int:
         """Count some hosts of the job in its mark, then delete them; return how many were deleted.
@@ -319,6 +331,19 @@ class MongoStore:
         return decode_iter(page, self._hosts.codec_options)
 
 
+async def _delete(collection: mongo.Collection, job_id: int, limit: int) -> int:
+    """Delete up to so many documents of the job; return how many were deleted."""
+    deleted = 0
+    while deleted < limit:
+        ids = collection.find({"_id": _ids_of(job_id)}, {"_id": True}).limit(min(_SLICE, limit - deleted))
+        page = [document["_id"] async for document in ids]
+        if not page:
+            break
+        await collection.delete_many({"_id": {"$in": page}})
+        deleted += len(page)
+    return deleted
+
+
 def _behind(document: Mapping[str, Any]) -> Document:
     """Build the filter for the hosts after this one, in the order of `_BY_PLACE`.
 
@@ -374,7 +399,7 @@ def _chunk_document(chunk: ClosedChunk) -> Document:
         "outcomes": chunk.outcomes,
         "technique": chunk.technique,
         "nmap": chunk.nmap,
-        "ports": chunk.ports,
+        **({"ports_id": _ports_id(chunk)} if _shares_ports(chunk) else {"ports": chunk.ports}),
         "arguments": chunk.arguments,
         "detection": chunk.detection,
         "discovery": chunk.discovery,
@@ -383,7 +408,26 @@ def _chunk_document(chunk: ClosedChunk) -> Document:
     }
 
 
-def _chunk(document: Mapping[str, Any]) -> ClosedChunk:
+def _shares_ports(chunk: ClosedChunk) -> bool:
+    """Return whether the chunk has the id of its ports; the first chunk of a job has the text, since it may be the only one."""
+    return len(chunk.ports) > _LONG and chunk.chunk_id != f"{chunk.job_id}-0"
+
+
+def _port_set_document(chunk: ClosedChunk) -> Document:
+    return {"_id": _port_set_id(chunk.job_id, _ports_id(chunk)), "text": chunk.ports}
+
+
+def _ports_id(chunk: ClosedChunk) -> str:
+    return sha256(chunk.ports.encode()).hexdigest()[:16]
+
+
+def _port_set_id(job_id: int, ports_id: str) -> str:
+    return f"{job_id}-{ports_id}"
+
+
+def _chunk(document: Mapping[str, Any], port_sets: Mapping[str, str] = MappingProxyType({})) -> ClosedChunk:
+    """Read a closed chunk; `port_sets` are texts of `port_sets` by id, without which long lists of ports are empty."""
+    ports_id = document.get("ports_id")
     return ClosedChunk(
         document["job_id"],
         document["_id"],
@@ -392,7 +436,9 @@ def _chunk(document: Mapping[str, Any]) -> ClosedChunk:
         document.get("user_id"),
         document.get("technique", ""),
         document.get("nmap", ""),
-        document.get("ports", ""),
+        document.get("ports", "")
+        if ports_id is None
+        else port_sets.get(_port_set_id(document["job_id"], ports_id), ""),
         document.get("arguments", ""),
         document.get("detection", ""),
         document.get("discovery", ""),

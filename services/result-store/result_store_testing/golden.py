@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from result_store.domain.results import ClosedChunk, Host, Place
-from result_store.repository import _chunk_document, _host_document
+from result_store.repository import _chunk_document, _host_document, _port_set_document
 from result_store_testing import EPOCH, host
 from scanfleet.contracts.messages import PortFound
 
@@ -26,8 +27,11 @@ def golden() -> dict[str, dict[str, Any]]:
     closed = ClosedChunk(
         1, "1-0", "127.9.8.0", "aadsddta", 7, "connect", "7.93", "22,80", "0" * 64, "sV7/banner", "default", EPOCH
     )
+    many = replace(closed, chunk_id="1-1", ports=",".join(map(str, range(1, 200, 2))))
     return {
         "host": _host_document(answered) | {"first_id": 100},
         "host-silent": _host_document(silent),
         "chunk": _chunk_document(closed),
+        "chunk-many-ports": _chunk_document(many),
+        "port-set": _port_set_document(many),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -310,6 +311,39 @@ async def test_closed_chunks_are_sorted_by_address(store: Store) -> None:
     assert not await store.is_unsorted(1)
 
 
+async def test_closed_chunks_have_their_ports(store: Store) -> None:
+    """Long and short lists of ports are read as they were closed, for each job and chunk."""
+    many, others = (",".join(map(str, range(first, 400, 2))) for first in (1, 2))
+    ports = {"1-0": many, "1-1": many, "1-2": others, "1-3": "22,80", "1-4": "", "1-5": many}
+    closed = [ClosedChunk(1, id_, "127.9.8.0", "ad", 7, "syn", "7.93", text) for id_, text in ports.items()]
+    await store.close(closed[:3])
+    await store.close(closed)
+    await store.close([replace(closed[1], job_id=2, chunk_id="2-1")])
+    assert [each async for each in store.chunks_by_address(1, 7)] == closed
+    await store.begin_deletions([1])
+    while sum(await store.erase(1, 2)):
+        pass
+    assert [each.ports async for each in store.chunks_by_address(2, 7)] == [many]
+
+
+async def test_long_port_sets_are_stored_once_for_each_job_and_deleted_with_it(database: mongo.Database) -> None:
+    """Chunks after the first of their job have the id of the set, in a document of a tenth of the size."""
+    store = MongoStore(database)
+    many = ",".join(map(str, range(1, 2_000, 2)))
+    for job_id in (1, 10):
+        closed = [ClosedChunk(job_id, f"{job_id}-{n}", "127.9.8.0", "ad", 7, "syn", "7.93", many) for n in range(20)]
+        await store.close(closed[:10])
+        await store.close(closed[10:])
+    sizes = database["chunks"].aggregate(
+        [{"$match": {"ports_id": {"$exists": True}}}, {"$set": {"size": {"$bsonSize": "$$ROOT"}}}]
+    )
+    assert [each["size"] < len(many) / 10 async for each in sizes] == [True] * 38
+    assert await database["port_sets"].count_documents({"text": many}) == 2
+    await store.begin_deletions([1])
+    assert [await store.erase(1, 15) for _ in range(3)] == [(0, 15, 0), (0, 5, 1), (0, 0, 0)]
+    assert [each["_id"].partition("-")[0] async for each in database["port_sets"].find()] == ["10"]
+
+
 async def test_closed_chunks_of_a_job_deleted_while_they_are_read_end_in_an_error(store: Store) -> None:
     """A reader of a job that is deleted meanwhile gets no list that looks complete."""
     await store.close([chunk("d")])
@@ -385,7 +419,7 @@ async def test_erasure_of_a_host_with_damaged_ports_counts_the_others(database: 
     for number, fields in enumerate(damaged):
         await database["hosts"].update_one({"_id": f"1-0/127.9.8.{number}"}, {"$set": fields})
     await store.begin_deletions([1])
-    assert await store.erase(1, 9) == (6, 0)
+    assert await store.erase(1, 9) == (6, 0, 0)
     assert await store.erased(1) == Erased(hosts=6, rows=3 * 2 + 2 * 3 + 5)
 
 

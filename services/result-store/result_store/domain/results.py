@@ -187,6 +187,9 @@ class Removed(NamedTuple):
     chunks: int
     """Closed chunks."""
 
+    port_sets: int = 0
+    """Long lists of ports, which closed chunks share."""
+
 
 @dataclass(frozen=True, slots=True)
 class Erased:

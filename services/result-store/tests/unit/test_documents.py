@@ -24,6 +24,8 @@ def stored(path: Path) -> Any:
 
 
 def read(path: Path, document: Any) -> Any:
+    if path.stem == "port-set":
+        return document["text"]
     return repository._host(document) if path.stem.startswith("host") else repository._chunk(document)
 
 
@@ -44,6 +46,15 @@ def test_host_of_first_release_has_its_results() -> None:
         (100, 22, "ssh", "tcp"),
         (101, 80, "http", "tcp"),
     ]
+
+
+def test_ports_of_a_closed_chunk_are_in_it_or_in_its_set() -> None:
+    """Release 0.2 stored the text in each chunk; a long one is found by its id."""
+    assert repository._chunk(stored(FOLDER / "0.2.0" / "chunk.json")).ports == "22,80"
+    port_set = stored(FOLDER / "current" / "port-set.json")
+    chunk = stored(FOLDER / "current" / "chunk-many-ports.json")
+    assert repository._chunk(chunk, {port_set["_id"]: port_set["text"]}).ports == port_set["text"]
+    assert repository._chunk(chunk).ports == ""
 
 
 def test_closed_chunk_of_first_release_has_its_map() -> None:
