@@ -64,9 +64,9 @@ _BY_PLACE: Final = [("created_at", ASCENDING), ("offset", ASCENDING)]
 _BY_ID: Final = [("first_id", ASCENDING)]
 _BY_KEY: Final = [("key", ASCENDING)]
 _WITHOUT: Final[dict[Parts, Document]] = {
-    Parts.SUMMARY: {"ports.raw_data": False, "ports.banner": False},
+    Parts.SUMMARY: {"ports.raw_data": False, "ports.banner": False, "details.element": False},
     Parts.DETAILS: {"ports": False},
-    Parts.PORTS: {"details": False, "open_filtered": False},
+    Parts.PORTS: {"details.scripts": False, "open_filtered": False},
 }
 _SIZE: Final = {"ports": {"$cond": [{"$isArray": "$ports"}, {"$size": "$ports"}, 0]}, "open_filtered": True}
 _OF_CLOSED: Final = dict.fromkeys(("job_id", "first_address", "outcomes"), True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import islice
-from typing import Annotated, Final, cast
+from typing import Annotated, Final, Protocol, TypeVar, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
@@ -23,7 +23,7 @@ from scanfleet.contracts.rest import MAX_HOST_PORTS, MAX_RESULTS
 from scanfleet.errors import BadRequestError, ConflictError
 from scanfleet.runtime.service import PathId
 from scanfleet.scanning.outcomes import Outcome
-from scanfleet.scanning.ports import Range, disjoint, overlap, parse_ranges, port_count, ranges_text
+from scanfleet.scanning.ports import Range, disjoint, overlap, parse_ranges, ranges_text
 from scanfleet.security.auth import Caller, Guarded
 
 _FORMATS: Final = (JSON, NDJSON)
@@ -68,18 +68,15 @@ class Machine:
     Attributes:
         address: its address.
         selected: whether the selection requests it.
-        timed_out: whether it timed out in a chunk, whatever its outcome in others.
-        details: those of all chunks.
-        updated_at: time of the last report about it.
     """
 
     def __init__(self, first: Host, selection: Selection = Selection()) -> None:
-        self.selected = self.timed_out = False
-        self.details = HostDetails()
+        self.selected = False
+        self._details = HostDetails()
         self._selection = selection
         self._job_id = first.scanned.job_id
         self.address = first.scanned.address
-        self._created_at = self.updated_at = first.place.created_at
+        self._created_at = self._updated_at = first.place.created_at
         self._outcomes: set[str] = set()
         self._ports: list[rest.HostPort] = []
         self._silent: list[Range] = []
@@ -91,37 +88,23 @@ class Machine:
         scanned, silent = host.scanned, parse_ranges(host.scanned.open_filtered)
         self.selected = self.selected or self._selection.selects(scanned, silent)
         self._created_at = min(self._created_at, host.place.created_at)
-        self.updated_at = max(self.updated_at, host.place.created_at)
+        self._updated_at = max(self._updated_at, host.place.created_at)
         self._outcomes.add(scanned.outcome)
-        self.timed_out = Outcome.TIMED_OUT in self._outcomes
         self._silent += silent
         self._port_count += host.result_count
         self._os_info = self._os_info or next((port.os_info for port in scanned.ports if port.os_info), "")
         listed = scanned.ports[: MAX_HOST_PORTS - len(self._ports)]
         self._ports += (rest.HostPort.model_validate(port, from_attributes=True) for port in listed)
         if scanned.details is not None:
-            self.details = _joined(self.details, scanned.details)
-
-    @property
-    def outcome(self) -> Outcome:
-        return next(each for each in _PRECEDENCE if each in self._outcomes)
-
-    @property
-    def open_filtered(self) -> str:
-        """The silent UDP ports that nmap summarizes, as ranges."""
-        return ranges_text(disjoint(self._silent))
-
-    @property
-    def open_filtered_count(self) -> int:
-        return port_count(self._silent)
+            self._details = _joined(self._details, scanned.details)
 
     def view(self) -> rest.Host:
         """Return the host in the format of the API."""
-        details = self.details
+        details = self._details
         return rest.Host(
             job_id=self._job_id,
             ip_address=self.address,
-            outcome=_NAMES[self.outcome],
+            outcome=next(_NAMES[each] for each in _PRECEDENCE if each in self._outcomes),
             reason=details.reason,
             hostnames=list(details.hostnames),
             mac=details.mac,
@@ -129,14 +112,14 @@ class Machine:
             os_info=details.systems[0].name if details.systems else self._os_info,
             systems=[rest.HostSystem(name=each.name, accuracy=each.accuracy) for each in details.systems],
             ports=sorted(self._ports, key=lambda port: (port.port, port.protocol)),
-            open_filtered=self.open_filtered,
+            open_filtered=ranges_text(disjoint(self._silent)),
             port_count=self._port_count,
             closed=details.closed,
             filtered=details.filtered,
             scripts=[rest.HostScript(id=each.id, output=each.output) for each in details.scripts],
             seconds=details.seconds,
             created_at=self._created_at,
-            updated_at=self.updated_at,
+            updated_at=self._updated_at,
         )
 
 
@@ -166,15 +149,27 @@ def _within_bounds(scripts: Iterable[ScriptOutput]) -> tuple[ScriptOutput, ...]:
     return tuple(kept)
 
 
-async def machines(hosts: AsyncIterator[Host], selection: Selection = Selection()) -> AsyncIterator[Machine]:
-    """Merge the hosts of each address; they are sorted by address."""
-    machine, address = None, ""
+class Merged(Protocol):
+    """What the chunks of a job report about one address."""
+
+    address: str
+
+    def add(self, host: Host) -> None:
+        """Add the report of one chunk about this address."""
+
+
+_Merged = TypeVar("_Merged", bound=Merged)
+
+
+async def merged(hosts: AsyncIterator[Host], begin: Callable[[Host], _Merged]) -> AsyncIterator[_Merged]:
+    """Merge the hosts of each address, which are sorted by address; `begin` is called with the first one of each."""
+    machine: _Merged | None = None
     async for host in hosts:
         await asyncio.sleep(0)  # hosts come in pages: without it, other requests would wait for all of one
-        if machine is None or host.scanned.address != address:
+        if machine is None or host.scanned.address != machine.address:
             if machine is not None:
                 yield machine
-            machine, address = Machine(host, selection), host.scanned.address
+            machine = begin(host)
         machine.add(host)
     if machine is not None:
         yield machine
@@ -183,7 +178,7 @@ async def machines(hosts: AsyncIterator[Host], selection: Selection = Selection(
 async def _selected(hosts: AsyncIterator[Host], selection: Selection) -> AsyncIterator[Iterable[rest.Host]]:
     """Yield the selected hosts, one at a time, at most `limit`."""
     left = selection.limit
-    async for machine in machines(hosts, selection):
+    async for machine in merged(hosts, lambda first: Machine(first, selection)):
         if machine.selected:
             yield (machine.view(),)
             left = None if left is None else left - 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -16,14 +17,16 @@ from datetime import datetime
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import zip_longest
-from typing import Annotated, Final, Literal, cast
+from typing import Annotated, Final, Literal, NamedTuple, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
+from result_store.api.elements import attribute
 from result_store.api.formats import PIECE, stream
-from result_store.api.hosts import UNSORTED, Machine, machines
-from result_store.api.port_xml import attribute, port
+from result_store.api.host_xml import NO_NAMES, UNKNOWN, Reported, address, extra_ports, status
+from result_store.api.hosts import UNSORTED, merged
+from result_store.api.port_xml import ports
 from result_store.api.queries import owner
 from result_store.domain.ports import Findings
 from result_store.domain.results import ClosedChunk, Host, Parts
@@ -35,9 +38,6 @@ from scanfleet.scanning.outcomes import Outcome, address_key, index_of
 from scanfleet.scanning.ports import PortSet, disjoint, parse_ranges, ranges_text
 from scanfleet.security.auth import Caller, Guarded
 
-_Address = IPv4Address | IPv6Address
-
-_UNKNOWN: Final = "unknown-response"  # nmap's name for an unknown reason
 _PRECEDENCE: Final = "atsd"
 """Of the outcomes of an address in several chunks the first of these is that of the address; others are not written."""
 
@@ -56,11 +56,17 @@ class Block:
     technique: str = ""
     """Of its TCP ports."""
 
+    discovery: str = ""
+    """As in its policy."""
+
     ports: set[str] = field(default_factory=set)
     """Those of its chunks."""
 
     late: set[int] = field(default_factory=set)
     """Indexes of the addresses that timed out in a chunk, whatever their outcomes in others."""
+
+    filtered: Counter[int] = field(default_factory=Counter)
+    """By index, the TCP ports of the chunks in which the address was silent: others would have answered."""
 
     def add(self, chunk: ClosedChunk) -> None:
         if self.letters:
@@ -71,8 +77,13 @@ class Block:
         self.late.update(index for index, letter in enumerate(chunk.outcomes) if letter == Outcome.TIMED_OUT)
         self.nmap = self.nmap or chunk.nmap
         self.technique = self.technique or chunk.technique
+        self.discovery = self.discovery or chunk.discovery
         if chunk.ports:
             self.ports.add(chunk.ports)
+            tcp = PortSet.parse(chunk.ports).tcp_count
+            self.filtered.update(
+                {index: tcp for index, letter in enumerate(chunk.outcomes) if letter == Outcome.SILENT}
+            )
 
 
 async def blocks(chunks: AsyncIterator[ClosedChunk]) -> AsyncGenerator[Block]:
@@ -100,6 +111,14 @@ async def _first(chunks: AsyncIterator[ClosedChunk]) -> Block | None:
     return first
 
 
+class _Run(NamedTuple):
+    """Addresses of a slice without hosts between them, as indexes from `start` up to `end`."""
+
+    block: Block
+    start: int
+    end: int
+
+
 class _Ports:
     """The ports of hosts, read in the order of their addresses."""
 
@@ -121,8 +140,8 @@ class _Ports:
 
 async def document(
     job: ExportedJob,
-    details: AsyncIterator[Machine],
-    ports: AsyncIterator[Host],
+    hosts: AsyncIterator[Reported],
+    listed: AsyncIterator[Host],
     chunks: Callable[[], AsyncIterator[ClosedChunk]],
     *,
     down: bool = True,
@@ -131,53 +150,55 @@ async def document(
 
     Args:
         job: the finished job.
-        details: its hosts, by address.
-        ports: the ports of its hosts, by address.
+        hosts: its hosts, by address.
+        listed: the ports of its hosts, by address.
         chunks: returns its closed chunks, by address; called twice, since the head describes the first scanned ones.
         down: whether hosts that are down are written too; they are counted in any case.
     """
     up_count = down_count = 0
     written = _PRECEDENCE if down else _PRECEDENCE.replace(Outcome.DOWN, "")
-    of_hosts = _Ports(ports)
+    of_hosts = _Ports(listed)
     yield _head(job, await _first(chunks()))
-    async for each in _merged(details, blocks(chunks())):
-        if isinstance(each, Machine):
+    async for each in _merged(hosts, blocks(chunks())):
+        if isinstance(each, Reported):
             up_count += 1
             async for part in _found(each, of_hosts):
                 yield part
         else:
-            begin, letters = each
+            letters = each.block.letters[each.start : each.end]
             of_run = sum(letters.count(letter) for letter in _PRECEDENCE)
             down_of_run = letters.count(Outcome.DOWN)
             up_count, down_count = up_count + of_run - down_of_run, down_count + down_of_run
+            base = ip_address(each.block.first_address)
             yield "".join(
-                _without_details(begin + index, letter) for index, letter in enumerate(letters) if letter in written
+                _without_details(each.block, index, base + index)
+                for index, letter in enumerate(letters, each.start)
+                if letter in written
             )
     yield _tail(job, up_count, down_count)
 
 
-async def _merged(
-    details: AsyncIterator[Machine], slices: AsyncIterator[Block]
-) -> AsyncIterator[Machine | tuple[_Address, str]]:
-    """Yield each host with findings, and an address with the outcomes from it on between them, in order of addresses."""
-    machine = await anext(details, None)
+async def _merged(hosts: AsyncIterator[Reported], slices: AsyncIterator[Block]) -> AsyncIterator[Reported | _Run]:
+    """Yield the hosts with findings, and the addresses between them, in order of addresses."""
+    host = await anext(hosts, None)
     async for block in slices:
         base, index = ip_address(block.first_address), 0
         first, last = address_key(str(base)), address_key(str(base + (len(block.letters) - 1)))
-        while machine is not None and (key := address_key(machine.address)) <= last:
+        while host is not None and (key := address_key(host.address)) <= last:
             if key >= first:  # hosts before it are of chunks that were never closed
-                until = index_of(block.first_address, machine.address)
-                yield base + index, block.letters[index:until]
+                until = index_of(block.first_address, host.address)
+                yield _Run(block, index, until)
                 index = until + 1
-                machine.timed_out |= until in block.late
-            yield machine
-            machine = await anext(details, None)
+                host.timed_out |= until in block.late
+                host.add_filtered(block.filtered[until])
+            yield host
+            host = await anext(hosts, None)
         if index < len(block.letters):
-            yield base + index, block.letters[index:]
+            yield _Run(block, index, len(block.letters))
         await asyncio.sleep(0)  # chunks come in pages: without it, other requests would wait for all blocks of one
-    while machine is not None:
-        yield machine
-        machine = await anext(details, None)
+    while host is not None:
+        yield host
+        host = await anext(hosts, None)
 
 
 def _head(job: ExportedJob, block: Block | None) -> str:
@@ -207,65 +228,37 @@ def _scan_info(technique: str, protocol: str, count: int, services: str) -> str:
     return f"<scaninfo{''.join(attribute(*each) for each in attributes.items())}/>\n"
 
 
-async def _found(machine: Machine, ports: _Ports) -> AsyncIterator[str]:
+async def _found(host: Reported, listed: _Ports) -> AsyncIterator[str]:
     """Yield the element of a host with findings in parts, one per port."""
-    details = machine.details
-    ended = _seconds(machine.updated_at)
-    began = "" if details.seconds is None else f' starttime="{ended - round(details.seconds)}"'
-    yield f'<host{began} endtime="{ended}"{_LATE if machine.timed_out else ""}>'
-    yield _status("up", details.reason or _UNKNOWN) + _address(ip_address(machine.address))
-    if details.mac:
-        vendor = attribute("vendor", details.vendor) if details.vendor else ""
-        yield f'<address addr="{details.mac}" addrtype="mac"{vendor}/>\n'
-    yield "<hostnames>\n</hostnames>\n<ports>"
-    summed_up = {"closed": details.closed, "filtered": details.filtered}
-    yield "".join(_extra(state, count) for state, count in summed_up.items() if count)
-    if machine.open_filtered:
-        count = machine.open_filtered_count
-        reasons = f'<extrareasons reason="no-response" count="{count}" proto="udp" ports="{machine.open_filtered}"/>\n'
-        yield _extra("open|filtered", count, reasons)
-    async for host in ports.of(machine.address):
-        listed = sorted(host.scanned.ports, key=lambda each: (each.protocol, each.port))
-        for number, found in enumerate(listed):
+    ended = _seconds(host.updated_at)
+    began = "" if host.seconds is None else f' starttime="{ended - round(host.seconds)}"'
+    yield f'<host{began} endtime="{ended}"{_LATE if host.timed_out else ""}>{host.before_ports}'
+    async for each in listed.of(host.address):
+        for number, port in enumerate(ports(each.scanned)):
             if number % _PORTS_PER_TURN == 0:
                 await asyncio.sleep(0)  # other requests would wait for all ports
-            yield port(found) + "\n"
-    yield "</ports>\n"
-    if details.systems:
-        yield "<os>"
-        for match in details.systems:
-            yield f'<osmatch{attribute("name", match.name)} accuracy="{match.accuracy}" line="{match.line}"/>\n'
-        yield "</os>\n"
-    if details.scripts:
-        outputs = (f"<script{attribute('id', each.id)}{attribute('output', each.output)}/>" for each in details.scripts)
-        yield f"<hostscript>{''.join(outputs)}</hostscript>"
-    yield "</host>\n"
+            yield port + "\n"
+    yield f"{host.behind_ports}</host>\n"
 
 
 _LATE: Final = ' timedout="true"'
 
 
-def _without_details(address: _Address, letter: str) -> str:
+def _without_details(block: Block, index: int, of: IPv4Address | IPv6Address) -> str:
+    letter = block.letters[index]
     if letter == Outcome.DOWN:
-        return f"<host>{_DOWN}{_address(address)}</host>\n"
+        return f"<host>{_DOWN}{address(of)}</host>\n"
     late = _LATE if letter == Outcome.TIMED_OUT else ""
-    return f"<host{late}>{_UP}{_address(address)}<hostnames>\n</hostnames>\n</host>\n"
+    up = _UP_BY_DISCOVERY.get(block.discovery, _UP)
+    count = block.filtered[index]
+    ports = f"<ports>{extra_ports('filtered', count)}</ports>\n" if count else ""
+    return f"<host{late}>{up}{address(of)}{NO_NAMES}{ports}</host>\n"
 
 
-def _status(state: str, reason: str) -> str:
-    return f'<status state="{state}"{attribute("reason", reason)} reason_ttl="0"/>\n'
-
-
-_DOWN: Final = _status("down", "no-response")
-_UP: Final = _status("up", _UNKNOWN)
-
-
-def _address(address: _Address) -> str:
-    return f'<address addr="{address}" addrtype="ipv{address.version}"/>\n'
-
-
-def _extra(state: str, count: int, reasons: str = "") -> str:
-    return f'<extraports state="{state}" count="{count}">{reasons}</extraports>\n'
+_DOWN: Final = status("down", "no-response")
+_UP: Final = status("up", UNKNOWN)
+_UP_BY_DISCOVERY: Final = {"none": status("up", "user-set")}
+"""Without discovery nmap assumes that each address is up."""
 
 
 def _tail(job: ExportedJob, up: int, down: int) -> str:
@@ -323,7 +316,7 @@ async def nmap_xml(
     whose = owner(caller)
     parts = document(
         job,
-        machines(store.hosts_by_address(job_id, whose, Parts.DETAILS)),
+        merged(store.hosts_by_address(job_id, whose, Parts.DETAILS), Reported),
         store.hosts_by_address(job_id, whose, Parts.PORTS),
         partial(store.chunks_by_address, job_id, whose),
         down=hosts == "all",

@@ -98,13 +98,13 @@ class Parts(Enum):
     """The fields of a stored host that a reader needs; large texts that it does not need are not read."""
 
     SUMMARY = auto()
-    """All but the banners and `raw_data` of ports."""
+    """All but the banners and `raw_data` of ports, and the `element` of the host."""
 
     DETAILS = auto()
     """All but the listed ports."""
 
     PORTS = auto()
-    """The ports with all their texts."""
+    """The ports with all their texts, and the `element` of the host, which has those that are not open."""
 
 
 def _order(found: PortFound) -> tuple[int, str]:

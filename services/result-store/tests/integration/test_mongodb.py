@@ -12,6 +12,7 @@ from pymongo.uri_parser import parse_uri
 from result_store.domain.results import ClosedChunk, Parts, fold
 from result_store.repository import PAGE, MongoStore
 from result_store_testing import FIRST, Log, handler, host, scanned
+from scanfleet.contracts.messages import HostDetails, PortFound
 from scanfleet.contracts.messages.topics import SCAN_RESULTS, SCAN_STORED
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import mongo
@@ -66,6 +67,16 @@ async def test_queries_use_an_index(database: Database) -> None:
         "IXSCAN { _id: 1 }",
     }
     assert not any(each.get("hasSortStage") for each in profiled)
+
+
+async def test_summaries_of_hosts_are_read_without_large_texts(database: Database) -> None:
+    """A list of hosts reads neither nmap's elements nor the banners of ports."""
+    store = MongoStore(database)
+    port = PortFound(port=22, banner="SSH", raw_data="<port/>")
+    details = HostDetails(reason="syn-ack", element="<os/>")
+    await store.add(list(fold(Log().append(host("127.9.8.1", port, details=details))).hosts.values()))
+    [found] = [each.scanned async for each in store.hosts_by_address(1, 7, Parts.SUMMARY)]
+    assert (found.ports, found.details) == ((PortFound(port=22),), HostDetails(reason="syn-ack"))
 
 
 async def test_prepare_existing_index_is_kept(database: Database) -> None:

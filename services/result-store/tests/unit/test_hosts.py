@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from result_store.api.hosts import machines
+from result_store.api.hosts import Machine, merged
 from result_store.domain.results import ClosedChunk, Parts
 from result_store_testing import MemoryStore, host
 from result_store_testing.http import client, get, store_of
@@ -201,7 +201,7 @@ async def test_host_with_every_port_and_many_chunks_is_bounded() -> None:
     assert [each["port"] for each in found["ports"]] == list(range(MAX_HOST_PORTS))
     assert sum(len(each["output"]) for each in found["scripts"]) <= MAX_OUTPUT_CHARS
     tracemalloc.start()
-    [_] = [each async for each in machines(store.hosts_by_address(1, 7, Parts.SUMMARY))]
+    [_] = [each async for each in merged(store.hosts_by_address(1, 7, Parts.SUMMARY), Machine)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 << 20

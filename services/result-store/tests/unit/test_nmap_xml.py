@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 from xml.etree import ElementTree as ET
+from xml.sax.saxutils import quoteattr
 
 import httpx
 import nmap
@@ -15,13 +16,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from result_store.api.hosts import machines
+from result_store.api.elements import text
+from result_store.api.host_xml import Reported
+from result_store.api.hosts import merged
 from result_store.api.nmap_xml import document
-from result_store.api.port_xml import port, text
+from result_store.api.port_xml import port
 from result_store.domain.results import ClosedChunk, Host, Parts, Place
 from result_store_testing import EPOCH, MemoryStore, host
+from result_store_testing.dtd import Dtd
 from result_store_testing.http import ISSUER, client, store_of
-from scanfleet.contracts.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
+from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScriptOutput, SystemMatch
+from scanfleet.contracts.messages.results import MAX_ELEMENT_CHARS
 from scanfleet.contracts.rest import ExportedJob
 from scanfleet_testing.turns import counting_turns
 
@@ -40,6 +45,9 @@ RAW = (
     'output="SSH&#xa;2"><elem key="k">v&lt;</elem>\n</script></port>'
 )
 HOSTILE = "]]>&\"'<script>\x00\x1b[31m\x9b\u202e\ufffe\r\n\t\N{SNOWMAN}"
+
+
+ESCAPED = quoteattr(HOSTILE.translate({0: "\\x00", 0x1B: "\\x1b", 0xFFFE: "\\ufffe"}))
 
 
 async def post(store: MemoryStore, query: str = "", *, user: int = 7, **changed: Any) -> httpx.Response:
@@ -132,6 +140,133 @@ async def test_document_host_has_its_details_and_ports() -> None:
     assert ET.canonicalize(ET.tostring(ssh), strip_text=True) == ET.canonicalize(RAW, strip_text=True)
     assert attributes(found.find("os/osmatch")) == {"name": "Linux 5", "accuracy": "98", "line": "7"}
     assert attributes(found.find("hostscript/script")) == {"id": "smb-os-discovery", "output": "\n  OS"}
+
+
+HEAD = '<status state="up" reason="reset" reason_ttl="63"/>\n<address addr="127.9.8.1" addrtype="ipv4"/>\n'
+CLOSED = '<port protocol="tcp" portid="21"><state state="closed" reason="reset" reason_ttl="63"/></port>'
+SUM = '<extraports state="closed" count="2">\n<extrareasons reason="reset" count="2" proto="tcp" ports="{}"/>\n</extraports>'
+OS = (
+    '<os><portused state="open" proto="tcp" portid="22"/>\n<osmatch name="Linux 5" accuracy="98" line="7">\n<osclass '
+    'type="general purpose" vendor="Linux" osfamily="Linux" osgen="5.X" accuracy="98"><cpe>cpe:/o:linux</cpe></osclass>\n'
+    "</osmatch></os>"
+)
+DISORDERED = OS.replace("<osmatch", '<osfingerprint fingerprint="x"/><osmatch', 1)
+SCRIPT = '<script id="{}" output="{}"><table key="k"><elem>v</elem></table></script>'
+
+
+def about(*inner: str, ports: str = "") -> HostDetails:
+    """Return details with nmap's own element, which differ from it."""
+    element = f"{HEAD}<hostnames>\n</hostnames>\n<ports>{ports}</ports>\n{''.join(inner)}\n"
+    return HostDetails(reason="echo-reply", closed=9, filtered=9, seconds=1, element=element)
+
+
+async def only_host(*messages: HostScanned) -> ET.Element:
+    """Return the element of the only host of a valid document."""
+    response = await post(await store_of(*messages))
+    assert Dtd().faults(response.text) == []
+    [found] = ET.fromstring(response.text).findall("host")  # noqa: S314 # written by this service
+    return found
+
+
+async def test_document_host_has_the_elements_of_nmap() -> None:
+    """Closed ports, classes of systems, uptime, times and structured output of scripts are those that nmap wrote."""
+    rest = '<uptime seconds="3" lastboot="x"/><distance value="2"/><hostscript>{}</hostscript><times srtt="-1" rttvar="7" to="1"/>'
+    details = about(OS, rest.format(SCRIPT.format("smb", "o")), ports=SUM.format("23-24") + CLOSED)
+    found = await only_host(host("127.9.8.1", PortFound(port=22, raw_data=RAW), details=details))
+    found.attrib.clear()
+    open_port = f"{CLOSED}{RAW}"
+    expected = f"<host>{details.element.replace(CLOSED, open_port)}</host>"
+    assert ET.canonicalize(ET.tostring(found), strip_text=True) == ET.canonicalize(expected, strip_text=True)
+
+
+async def test_document_host_of_several_chunks_has_each_element_once() -> None:
+    """Sums, listed ports and scripts of all chunks are joined; of other elements the first one is written."""
+    uptime = '<uptime seconds="{}"/>'
+    first = about("<os/>", uptime.format(1), ports=SUM.format("23-24") + CLOSED)
+    scripts = SCRIPT.format("a", "x") + SCRIPT.format("b", "x")
+    second = about(OS, uptime.format(2), f"<hostscript>{scripts}</hostscript>", ports=SUM.format("25,27"))
+    third = HostDetails(reason="reset", closed=3, scripts=(ScriptOutput(id="c", output="y"),))
+    found = await only_host(
+        host("127.9.8.1", 20, 22, chunk_id="1-0", details=first),
+        host("127.9.8.1", 30, chunk_id="1-1", details=second),
+        host("127.9.8.1", chunk_id="1-2", details=third),
+        host("127.9.8.1", 31, chunk_id="1-3", details=about(f"<hostscript>{SCRIPT.format('a', 'x')}</hostscript>")),
+    )
+    assert [each.attrib for each in found.iter("extraports")] == [{"state": "closed", "count": "7"}]
+    reasons = [each.attrib for each in found.iter("extrareasons")]
+    assert reasons == [{"reason": "reset", "count": "4", "proto": "tcp", "ports": "23-25,27"}]
+    assert [each.get("portid") for each in found.iter("port")] == ["20", "21", "22", "30", "31"]
+    assert [each.get("seconds") for each in found.iter("uptime")] == ["1"]
+    assert [each.get("vendor") for each in found.findall("os/osmatch/osclass")] == ["Linux"]
+    assert [each.get("id") for each in found.findall("hostscript/script")] == ["a", "b", "c"]
+
+
+@pytest.mark.proves("A29")
+@pytest.mark.parametrize(
+    "element",
+    [
+        "text",
+        "</host><host>",
+        HEAD.replace("127.9.8.1", "127.9.8.2"),
+        HEAD.replace("127.9.8.1", "x"),
+        HEAD.replace('state="up"', 'state="down"'),
+        f"{HEAD}<ports>{SUM.format('x')}</ports>",
+        f"{HEAD}<ports>{SUM.format('1').replace('count=', 'onload=')}</ports>",
+        f"{HEAD}<ports>{CLOSED.replace('<state', '<b/><state')}</ports>",
+        f"{HEAD}{DISORDERED}",
+        f"{HEAD}<os>&e;</os>",
+        f"{HEAD}<script id='x' output='y'/>",
+        f"{HEAD}<runstats/>",
+        f'<!DOCTYPE host [<!ENTITY e "x">]>{HEAD}',
+        f"{HEAD}<hostscript>{'<table>' * 60_000}",
+    ],
+)
+async def test_document_host_that_nmap_did_not_write_is_written_from_its_fields(element: str) -> None:
+    """A reported element that is cut, forged or of another address is not copied."""
+    details = HostDetails(reason="echo-reply", closed=1, element=element[:MAX_ELEMENT_CHARS])
+    found = await only_host(host("127.9.8.1", 22, details=details))
+    assert [each.get("addr") for each in found.iter("address")] == ["127.9.8.1"]
+    assert attributes(found.find("status")) == {"state": "up", "reason": "echo-reply", "reason_ttl": "0"}
+    assert [each.tag for each in found.iter()][1:] == [
+        *("status", "address", "hostnames", "ports", "extraports", "port", "state"),
+    ]
+
+
+@pytest.mark.proves("A29")
+async def test_document_host_has_no_port_twice_and_none_that_is_no_result() -> None:
+    """A port of the element that is a result, or is open, is not written beside the results."""
+    forged = (CLOSED.replace("21", "22"), CLOSED.replace("21", "23").replace("closed", "open"), CLOSED, CLOSED)
+    found = await only_host(host("127.9.8.1", 22, details=about(ports="".join(forged))))
+    assert [each.get("portid") for each in found.iter("port")] == ["21", "22"]
+    assert [each.get("state") for each in found.iter("state")] == ["closed", "open"]
+
+
+async def test_document_silent_ports_of_an_answering_host_are_counted_once() -> None:
+    """UDP ports without an answer are in the element and in a field; they are those of the field."""
+    silent = (
+        SUM.format("53,67").replace("closed", "open|filtered").replace("tcp", "udp").replace("reset", "no-response")
+    )
+    found = await only_host(host("127.9.8.1", open_filtered="53,67", details=about(ports=silent)))
+    assert [each.attrib for each in found.iter("extraports")] == [{"state": "open|filtered", "count": "2"}]
+    [reason] = [each.attrib for each in found.iter("extrareasons")]
+    assert reason == {"reason": "no-response", "count": "2", "proto": "udp", "ports": "53,67"}
+
+
+async def test_document_silent_addresses_have_sums_of_their_tcp_ports() -> None:
+    """A TCP port that did not answer is filtered, also at a host that answered in another chunk; of UDP ports that is unknown."""
+    store = await store_of(host("127.9.8.1", 22, chunk_id="1-1", details=about(ports=CLOSED)))
+    parts = [("1-0", "sst", "1-20"), ("1-1", "sad", "21-40"), ("1-2", "ssd", "U:53")]
+    await store.close([
+        ClosedChunk(1, id_, "127.9.8.0", letters, 7, "syn", "7.93", ports, discovery="none") for id_, letters, ports in parts
+    ])  # fmt: skip
+    root = await written(store)
+    summed_up = [[(each.get("state"), each.get("count")) for each in of.iter("extraports")] for of in root.iter("host")]
+    assert summed_up == [[("filtered", "40")], [("filtered", "20")], []]
+    assert [attributes(each.find("status"))["reason"] for each in root.iter("host")] == [
+        "user-set",
+        "reset",
+        "user-set",
+    ]
 
 
 async def test_document_is_read_by_python_nmap() -> None:
@@ -254,10 +389,17 @@ async def test_document_is_limited_to_the_caller_and_refused_if_unsorted() -> No
 
 
 @pytest.mark.proves("A29")
-async def test_document_hostile_text_is_ascii() -> None:
+@pytest.mark.parametrize(
+    "element", ["", HOSTILE, f"{HEAD}<hostscript><script id={ESCAPED} output={ESCAPED}/></hostscript>"]
+)
+async def test_document_hostile_text_is_ascii(element: str) -> None:
     """Hostile names, banners and outputs are text of a well-formed document of printable ASCII."""
     details = HostDetails(
-        reason=HOSTILE, vendor=HOSTILE, mac="52:54:00:12:34:56", scripts=(ScriptOutput(id=HOSTILE, output=HOSTILE),)
+        reason=HOSTILE,
+        vendor=HOSTILE,
+        mac="52:54:00:12:34:56",
+        scripts=(ScriptOutput(id=HOSTILE, output=HOSTILE),),
+        element=element,
     )
     found = PortFound(port=80, service=HOSTILE, version=HOSTILE, banner=HOSTILE, raw_data=HOSTILE)
     store = await store_of(host("127.9.8.1", found, details=details))
@@ -326,15 +468,14 @@ def test_text_is_printable_ascii_and_round_trips(value: str) -> None:
 
 async def test_document_of_a_large_job_is_bounded_in_memory() -> None:
     """Memory does not grow with the number of hosts, ports and chunks."""
-    details = HostDetails(scripts=(ScriptOutput(id="x", output="y" * 1_000),))
+    script = f"<hostscript>{SCRIPT.format('x', 'y' * 1_000)}</hostscript>"
     ports = tuple(PortFound(port=number, raw_data="x" * 1_000) for number in range(100))
 
     async def hosts(parts: Parts) -> AsyncIterator[Host]:
         for number in range(2_000):
-            reported = details if parts is Parts.DETAILS else None
-            scanned = host(
-                f"127.9.{number // 250}.{number % 250}", *(ports if parts is Parts.PORTS else ()), details=reported
-            )
+            address = f"127.9.{number // 250}.{number % 250}"
+            reported = about(script).model_copy(update={"element": about(script).element.replace("127.9.8.1", address)})
+            scanned = host(address, *(ports if parts is Parts.PORTS else ()), details=reported)
             yield Host(scanned, Place(EPOCH, number))
 
     async def chunks() -> AsyncIterator[ClosedChunk]:
@@ -345,11 +486,32 @@ async def test_document_of_a_large_job_is_bounded_in_memory() -> None:
     job = ExportedJob.model_validate(JOB)
     size = 0
     tracemalloc.start()
-    async for part in document(job, machines(hosts(Parts.DETAILS)), hosts(Parts.PORTS), chunks):
+    async for part in document(job, merged(hosts(Parts.DETAILS), Reported), hosts(Parts.PORTS), chunks):
         size += len(part)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert size > 20 << 20
+    assert peak < 4 << 20
+
+
+@pytest.mark.proves("A29")
+@pytest.mark.parametrize(("outputs", "chars", "most"), [(30, 1_500, 120_000), (1, 60_000, 1_100_000)])
+async def test_document_host_of_many_large_chunks_is_bounded_in_memory(outputs: int, chars: int, most: int) -> None:
+    """What is kept of the elements of a host does not grow with the number of its chunks, of reasons and of outputs."""
+
+    async def hosts() -> AsyncIterator[Host]:
+        for number in range(200):
+            scripts = "".join(SCRIPT.format(f"{number}-{each}", "y" * chars) for each in range(outputs))
+            reasons = "".join(SUM.format("1-65535").replace('"reset"', f'"{number}-{each}"') for each in range(18))
+            details = about(f"<hostscript>{scripts}</hostscript>", ports=reasons)
+            yield Host(host("127.9.8.1", chunk_id=f"1-{number}", details=details), Place(EPOCH, number))
+
+    tracemalloc.start()
+    [found] = [each async for each in merged(hosts(), Reported)]
+    size = len(found.before_ports) + len(found.behind_ports)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.7 * most < size < most
     assert peak < 4 << 20
 
 
@@ -362,7 +524,7 @@ async def test_document_of_a_large_job_leaves_turns_to_others() -> None:
             yield ClosedChunk(1, f"1-{number}", f"127.9.{4 * number}.0", "d" * 1_024, 7)
 
     size = 0
-    found = machines(store.hosts_by_address(1, 7, Parts.DETAILS))
+    found = merged(store.hosts_by_address(1, 7, Parts.DETAILS), Reported)
     ports = store.hosts_by_address(1, 7, Parts.PORTS)
     async with counting_turns() as turns:
         async for part in document(ExportedJob.model_validate(JOB), found, ports, chunks):
@@ -380,7 +542,7 @@ async def test_document_of_a_host_with_many_ports_leaves_turns_to_others() -> No
             listed = ports if parts is Parts.PORTS else ()
             yield Host(host("127.9.8.1", *listed, chunk_id=f"1-{number}"), Place(EPOCH, number))
 
-    size, found = 0, machines(hosts(Parts.DETAILS))
+    size, found = 0, merged(hosts(Parts.DETAILS), Reported)
     closed = partial(MemoryStore().chunks_by_address, 1, 7)
     async with counting_turns() as turns:
         async for part in document(ExportedJob.model_validate(JOB), found, hosts(Parts.PORTS), closed):

@@ -292,9 +292,10 @@ def fit(host: HostScanned, limit: int = MAX_BYTES - 2 * MAX_EVENT_ID_CHARS) -> H
 
 
 def _without(host: HostScanned, field: str) -> dict[str, Any]:
-    if field != "scripts":
+    if field not in HostDetails.model_fields:
         return {"ports": tuple(port.model_copy(update={field: ""}) for port in host.ports)}
-    return {"details": host.details and host.details.model_copy(update={"scripts": ()})}
+    empty = HostDetails.model_fields[field].default
+    return {"details": host.details and host.details.model_copy(update={field: empty})}
 
 
-_EXPENDABLE: Final = ("scripts", "raw_data", "banner", "os_info", "version", "service")
+_EXPENDABLE: Final = ("element", "scripts", "raw_data", "banner", "os_info", "version", "service")

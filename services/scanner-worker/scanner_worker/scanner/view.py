@@ -12,6 +12,7 @@ import nmap
 from scanfleet.contracts.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
 from scanfleet.contracts.messages.fields import MAX_NUMBER
 from scanfleet.contracts.messages.results import (
+    MAX_ELEMENT_CHARS,
     MAX_HOSTNAMES,
     MAX_LINE_CHARS,
     MAX_NAME_CHARS,
@@ -27,6 +28,8 @@ _PORT: Final = re.compile(
     rb'<port protocol="(tcp|udp)" portid="([0-9]+)"><state state="open(?:\|filtered)?".*?</port>',
     re.DOTALL,
 )
+_OPEN_PORT: Final = re.compile(_PORT.pattern + rb"\n?", re.DOTALL)
+_START_TAG: Final = re.compile(rb"\A<host(?: [^>]*)?>")
 _OS: Final = re.compile(rb"<os>.*</os>", re.DOTALL)
 _HOST_SCRIPTS: Final = re.compile(rb"<hostscript>.*</hostscript>", re.DOTALL)
 _TIMES: Final = re.compile(rb'<host starttime="([0-9]{1,12})" endtime="([0-9]{1,12})"')
@@ -49,7 +52,7 @@ def read(host: Host) -> tuple[HostDetails | None, tuple[PortFound, ...]]:
     """Return the details of `host` as a whole, and its ports that are `open` or `open|filtered`.
 
     Summarized ports are not returned: see `host.open_filtered`. Details of silent hosts are omitted: there may be as many as
-    addresses.
+    addresses. Only those of a host that has answered have its `element`.
 
     Raises:
         BadXmlError: python-nmap cannot read the host.
@@ -64,10 +67,11 @@ def read(host: Host) -> tuple[HostDetails | None, tuple[PortFound, ...]]:
     viewed = _view(host.address, b"".join(listed.values()), whole) if listed or whole else {}
     best = _best_match(viewed)
     ports = (_port(viewed[protocol][number], protocol, number, best, raw) for (protocol, number), raw in listed.items())
-    return _details(host.element, viewed), tuple(sorted(ports, key=lambda port: (port.protocol, port.port)))
+    return _details(host, viewed), tuple(sorted(ports, key=lambda port: (port.protocol, port.port)))
 
 
-def _details(element: bytes, viewed: dict[str, Any]) -> HostDetails:
+def _details(host: Host, viewed: dict[str, Any]) -> HostDetails:
+    element = host.element
     times, reason, mac = _TIMES.match(element), _REASON.search(element), _MAC.search(element)
     numbers = {b"closed": 0, b"filtered": 0}
     for listed, summed_up, count in _NOT_OPEN.findall(element):
@@ -83,7 +87,18 @@ def _details(element: bytes, viewed: dict[str, Any]) -> HostDetails:
         closed=numbers[b"closed"],
         filtered=numbers[b"filtered"],
         seconds=max(0.0, float(times[2]) - float(times[1])) if times else None,
+        element=_without_open_ports(element) if host.answered else "",
     )
+
+
+def _without_open_ports(element: bytes) -> str:
+    """Return the content of a host's element without open ports, and if it is too long without host scripts, or empty."""
+    whole = _OPEN_PORT.sub(b"", _START_TAG.sub(b"", element))
+    for content in (whole, _HOST_SCRIPTS.sub(b"", whole)):
+        text = printable(content.decode(), keep=_LINES)
+        if len(text) <= MAX_ELEMENT_CHARS:
+            return text
+    return ""
 
 
 def _systems(viewed: dict[str, Any]) -> tuple[SystemMatch, ...]:

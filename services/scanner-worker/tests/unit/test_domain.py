@@ -411,9 +411,12 @@ def test_fit_drops_raw_data_before_banners() -> None:
     assert {(port.raw_data, port.banner, port.version) for port in without_banner.ports} == {("", "", "1.0")}
 
 
-def test_fit_drops_output_of_host_scripts_first() -> None:
-    """A host that is too large loses the output of its host scripts before anything else, and keeps its other details."""
+def test_fit_drops_the_element_and_output_of_host_scripts_first() -> None:
+    """A host that is too large loses nmap's element, then the output of its host scripts, and keeps its other details."""
     details = HostDetails(mac="52:54:00:12:34:56", scripts=(ScriptOutput(id="x", output="é" * 60_000),))
+    longer = details.model_copy(update={"element": "x" * 60_000})
+    without = fit(scanned(1, raw_data="x" * 870_000).model_copy(update={"details": longer}))
+    assert (without.trimmed, without.details) == (True, details)
     kept = fit(scanned(1, raw_data="x" * 870_000).model_copy(update={"details": details}))
     assert kept.details == details
     trimmed = fit(scanned(1, raw_data="x" * 890_000).model_copy(update={"details": details}))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from scanfleet.contracts.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
-from scanfleet.contracts.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
+from scanfleet.contracts.messages.results import MAX_ELEMENT_CHARS, MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
 from scanner_worker.domain.scan import Host
 from scanner_worker.scanner.view import read
 from scanner_worker.scanner.xml import BadXmlError, Reader
@@ -141,6 +141,29 @@ def test_details_of_silent_hosts_are_omitted(recording: Recording) -> None:
     """A host that neither answered nor has ports has no details, and one with silent UDP ports has."""
     assert {read(each) for each in hosts(recording("silent")) if each.address != "127.9.1.8"} == {(None, ())}
     assert details(next(host for host in hosts(recording("udp")) if host.open_filtered == "1-60")).reason
+
+
+def test_details_have_the_element_without_open_ports(recording: Recording) -> None:
+    """The element of a host that has answered is as nmap wrote it, without its open ports; hostile values are escaped."""
+    (found,) = hosts(recording("os"))
+    element = details(found).element
+    assert element.startswith('<status state="up" reason="localhost-response" reason_ttl="0"/>\n<address ')
+    assert element.endswith('<times srtt="56" rttvar="7" to="100000"/>\n')
+    assert (element.count("<port "), element.count('state="open"'), element.count("<osclass ")) == (22, 1, 13)
+    assert '<port protocol="tcp" portid="20">' in element
+    (hostile,) = hosts(recording("versions"))
+    assert "\n\n" not in details(hostile).element
+    assert of_element('<hostscript><script output="\u202e"/></hostscript>'.encode()).element.count("\\u202e") == 1
+    silent = next(host for host in hosts(recording("udp")) if host.open_filtered == "1-60")
+    assert details(silent).element == ""
+
+
+def test_details_element_that_is_too_long_has_no_scripts() -> None:
+    """An element that is too long is kept without the output of scripts, or not at all."""
+    script = b'<hostscript><script id="x" output="%s"/></hostscript>' % (b"x" * MAX_ELEMENT_CHARS)
+    assert of_element(b"<host><times/>" + script).element == "<times/>"
+    assert of_element(b"<times/>" * MAX_ELEMENT_CHARS).element == ""
+    assert len(of_element(b"<times/>" * (MAX_ELEMENT_CHARS // 8)).element) == MAX_ELEMENT_CHARS
 
 
 def test_details_names_are_those_of_services(recording: Recording) -> None:

@@ -18,6 +18,7 @@ MAX_SYSTEMS: Final = 16  # per host; nmap lists at most ten perfect matches
 MAX_OUTPUTS: Final = 64  # per host; as many as a policy has scripts
 MAX_OUTPUT_CHARS: Final = 65_536  # of the scripts of a host together; the worker cuts what exceeds it
 MAX_NAME_CHARS: Final = 255  # of a host; longer than any in DNS
+MAX_ELEMENT_CHARS: Final = 65_536  # of a host; its longest part is the output of scripts
 
 Line = Annotated[str, Field(max_length=MAX_LINE_CHARS)]
 Lines = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
@@ -90,9 +91,15 @@ class HostDetails(BaseModel):
     seconds: Seconds | None = None
     """How long nmap scanned the host."""
 
+    element: Annotated[str, Field(max_length=MAX_ELEMENT_CHARS)] = ""
+    """Content of nmap's XML element of a host that has answered, without its open ports; empty if it is too long."""
+
 
 class HostScanned(_Fenced):
-    """One address of a chunk is done. To stay below 1 MB, outputs of `details`, then `raw_data`, then banners are removed."""
+    """One address of a chunk is done.
+
+    To stay below 1 MB, the `element`, then script outputs of `details`, then `raw_data`, then banners are removed.
+    """
 
     user_id: Id
     address: Address
