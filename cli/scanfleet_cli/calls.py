@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 from uuid import uuid4
 
 from pydantic import BaseModel, TypeAdapter
@@ -183,9 +183,16 @@ def read_snapshot(job_id: int) -> Call[rest.JobSnapshot]:
     return Call("GET", f"/api/v1/task/{job_id}/snapshot", rest.JobSnapshot)
 
 
-def read_map(job_id: int, *, ports: str | None = None, first: str | None = None) -> Call[rest.CoverageMap]:
-    """Read the outcome of each address of a job, for all its port blocks or that of `ports`, from the address `first`."""
-    return Call("GET", f"/api/v1/task/{job_id}/map", rest.CoverageMap, query=_set({"ports": ports, "from": first}))
+def read_map(
+    job_id: int,
+    *,
+    ports: str | None = None,
+    first: str | None = None,
+    by: Literal["address", "chunk"] | None = None,
+) -> Call[rest.CoverageMap]:
+    """Read the outcome of each address or chunk of a job, for all its port blocks or that of `ports`, from `first` on."""
+    query = _set({"ports": ports, "from": first, "by": by})
+    return Call("GET", f"/api/v1/task/{job_id}/map", rest.CoverageMap, query=query)
 
 
 def delete_task(job_id: int) -> Call[rest.Done]:

@@ -1,4 +1,4 @@
-"""Draw a coverage map as letters: a cell for each address, or for the worst address of a block."""
+"""Draw a coverage map as letters: a cell for each letter, or for the worst one of a block of addresses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Final
 
 from scanfleet.contracts import rest
-from scanfleet.scanning.outcomes import Outcome
+from scanfleet.scanning.outcomes import Outcome, worst
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Output
 
@@ -24,16 +24,13 @@ NAMES: Final = {
     ">": "running",
     Outcome.BLANK.value: "waiting",
 }
-WORST_FIRST: Final = "lrct>.asdx"
-"""An address, or a block of addresses, shows the first of these letters that occurs in it."""
-
 SQUARE: Final = 16  # cells in a row, so that a row of a /24 is a /28
 SINGLE: Final = 1_024  # addresses that have a cell each; more are drawn as blocks
 BLOCK: Final = 16  # addresses of a block; its square is the block of a narrow terminal
 MOST_COLUMNS: Final = 64
 GAP: Final = 2  # spaces after a label
 MORE_DIGITS: Final = 4  # of a label than the first has: 10.0.0.0 and 10.0.252.0
-LARGEST_BITS: Final = 16  # of the size of a block: a response has up to 65,536 addresses
+LARGEST_BITS: Final = 16  # of the letters of a block: a response has up to 65,536
 
 
 def lines(
@@ -57,17 +54,17 @@ def lines(
         CommandError: the prefix length does not suit the addresses.
     """
     first, letters = ip_address(drawn.first), _worst([each.letters for each in drawn.blocks])
-    size = _size(len(letters), block, first.max_prefixlen)
-    columns = width or _columns(len(letters), size)
+    size = _size(drawn, block, first.max_prefixlen)
+    columns = width or _columns(-(-drawn.addresses // size))
     widest = len(str(first)) + MORE_DIGITS + GAP + columns
     if block is None and width is None and output.terminal and size == BLOCK and widest > output.width:
         size = BLOCK**2
-        columns = _columns(len(letters), size)
+        columns = _columns(drawn.addresses // size)
         output.note(f"too wide for this terminal: showing /{_prefix(first, size)}s")
     # Cells are whole prefixes, of which the first and the last may have fewer addresses in the map.
     skew = int(first) % size
-    edges = [0, *range(size - skew, len(letters), size), len(letters)]
-    cells = "".join(_worst_of(letters[start:end]) for start, end in pairwise(edges))
+    edges = [0, *range((size - skew) // drawn.step, len(letters), size // drawn.step), len(letters)]
+    cells = "".join(worst(letters[start:end]) for start, end in pairwise(edges))
     paint: Callable[[str, str], str] = (lambda _name, text: text) if plain else output.paint
     labels = [str(first - skew + row * size) for row in range(0, len(cells), columns)]
     indent = max(map(len, labels), default=0) + GAP
@@ -81,19 +78,20 @@ def lines(
         yield f"each cell is a /{_prefix(first, size)}: the worst of its addresses"
 
 
-def _size(addresses: int, block: int | None, longest: int) -> int:
+def _size(drawn: rest.CoverageMap, block: int | None, longest: int) -> int:
     """Return the number of addresses of a cell."""
     if block is None:
-        return 1 if addresses <= SINGLE else BLOCK
-    if not longest - LARGEST_BITS <= block <= longest:
-        raise CommandError(f"--block: {block} is not between {longest - LARGEST_BITS} and {longest}")
+        return drawn.step if drawn.step > 1 or drawn.addresses <= SINGLE else BLOCK
+    most = longest - (drawn.step.bit_length() - 1)
+    if not most - LARGEST_BITS <= block <= most:
+        raise CommandError(f"--block: {block} is not between {most - LARGEST_BITS} and {most}")
     return 1 << (longest - block)
 
 
-def _columns(addresses: int, size: int) -> int:
+def _columns(cells: int) -> int:
     """Return the cells per row of a map that is about square."""
     columns = SQUARE
-    while columns**2 * size < addresses and columns < MOST_COLUMNS:
+    while columns**2 < cells and columns < MOST_COLUMNS:
         columns *= 2
     return columns
 
@@ -106,8 +104,4 @@ def _worst(blocks: list[str]) -> str:
     """Return the worst letter of each address over all port blocks."""
     if len(blocks) == 1:
         return blocks[0]
-    return "".join(map(_worst_of, map("".join, zip(*blocks, strict=True))))
-
-
-def _worst_of(letters: str) -> str:
-    return next((each for each in WORST_FIRST if each in letters), letters[:1])
+    return "".join(map(worst, map("".join, zip(*blocks, strict=True))))

@@ -125,7 +125,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         """Number of events after which one stream is cut."""
 
         self.answers: dict[tuple[str, str], Any] = {}
-        """Responses of further operations, by method and path."""
+        """Responses of further operations, or functions that return them, by method and path."""
 
         self._routes: list[tuple[re.Pattern[str], Callable[..., httpx2.Response]]] = [
             (re.compile(pattern), handler)
@@ -172,6 +172,7 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
             return _error(401, "no valid bearer token")
         if (method, path) in self.answers:
             answer = self.answers[method, path]
+            answer = answer(request) if callable(answer) else answer
             return answer if isinstance(answer, httpx2.Response) else httpx2.Response(200, json=answer)
         for route, handler in self._routes:
             if match := route.fullmatch(f"{method} {path.removeprefix('/api/v1/')}"):

@@ -1,4 +1,4 @@
-// The coverage map: one cell an address, on a canvas, so that 65,536 addresses cost one drawing and no nodes.
+// The coverage map: one cell an address or a chunk, on a canvas, so that 65,536 of them cost one drawing and no nodes.
 import { useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import type { OutcomeMap } from "./api";
@@ -25,7 +25,7 @@ const WORST = "lrct>.asdx";
 
 const className = (name: string): string => name.replace(" ", "-");
 
-/** One letter for each address, over all blocks of ports. */
+/** One letter for each cell, over all blocks of ports. */
 export function together(map: OutcomeMap): string {
   const [only, ...rest] = map.blocks;
   if (!only) return "";
@@ -44,7 +44,7 @@ const REST = 250; // ms that the cursor stays on an address before its ports are
 
 const columnsFor = (size: number) => (size <= 256 ? 16 : size <= 1_024 ? 32 : size <= 4_096 ? 64 : 256);
 
-/** The map of the job's addresses; `openPorts` describes the open ports of one that answered. */
+/** The map of the job's addresses or chunks; `openPorts` describes the open ports of an address that answered. */
 export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters: string; openPorts: (address: string, signal: AbortSignal) => Promise<string> }) {
   const canvas = useRef<HTMLCanvasElement>(null);
   const box = useRef<HTMLDivElement>(null);
@@ -59,7 +59,9 @@ export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters
   const rows = Math.ceil(letters.length / columns);
   const bits = bitsOf(map.first);
   const first = toNumber(map.first);
-  const address = (index: number) => toText(first + BigInt(index), bits);
+  const step = map.step;
+  const address = (index: number) => toText(first + BigInt(index) * BigInt(step), bits);
+  const cells = step > 1 ? "chunks" : "addresses";
   const ratio = window.devicePixelRatio || 1;
   const largest = columns <= 16 ? 20 : columns <= 64 ? 8 : 3;
   const cell = Math.max(1, Math.min(largest, Math.floor((width.value || 320) / columns)));
@@ -109,15 +111,15 @@ export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters
   const pointed = cursor.value >= 0 && cursor.value < letters.length ? address(cursor.value) : "";
   const at = parseNetwork(query("at"))?.first;
   useEffect(() => {
-    const index = at === undefined ? -1 : Number(at - first);
-    cursor.value = index < letters.length ? Math.max(-1, index) : -1;
-  }, [at, first]);
+    const index = at === undefined || at < first ? -1 : Number((at - first) / BigInt(step));
+    cursor.value = index < letters.length ? index : -1;
+  }, [at, first, step]);
   useEffect(() => {
     if (!pointed) return;
     const timer = window.setTimeout(() => go(withQuery({ at: pointed }), { replace: true }), REST);
     return () => window.clearTimeout(timer);
   }, [pointed]);
-  const answered = !!pointed && letters[cursor.value] === "a";
+  const answered = !!pointed && step === 1 && letters[cursor.value] === "a";
   useEffect(() => {
     if (!answered) return;
     const abort = new AbortController();
@@ -129,7 +131,11 @@ export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters
     };
   }, [pointed, answered, map]);
 
+  const open = () => {
+    if (step > 1 && cursor.value >= 0) go(withQuery({ from: address(cursor.value), at: undefined }));
+  };
   const move = (event: KeyboardEvent) => {
+    if (event.key === "Enter") open();
     const steps: Record<string, number> = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -Infinity, End: Infinity };
     const step = steps[event.key];
     if (step === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -151,17 +157,19 @@ export function Coverage({ map, letters, openPorts }: { map: OutcomeMap; letters
           style={{ width: `${columns * cell}px`, height: `${rows * cell}px` }}
           tabIndex={0}
           role="application"
-          aria-roledescription="map of addresses"
-          aria-label={`Coverage of ${count(letters.length)} addresses from ${map.first}; arrow keys move from address to address`}
+          aria-roledescription={`map of ${cells}`}
+          aria-label={`Coverage of ${count(letters.length)} ${cells} from ${map.first}; arrow keys move from cell to cell${step > 1 ? ", Enter shows the addresses of one" : ""}`}
           onKeyDown={move}
           onPointerMove={point}
           onPointerDown={point}
+          onClick={open}
         />
         <p class="cursor" role="status">
           {pointed
-            ? `${pointed} — ${SPAN[letters[cursor.value]!] ?? "waiting"}${answered && found.value.address === pointed ? found.value.text : ""}`
-            : `${count(letters.length)} addresses from ${map.first}; point at one, or use the arrow keys`}
+            ? `${pointed}${step > 1 ? `/${bits - Math.log2(step)}` : ""} — ${SPAN[letters[cursor.value]!] ?? "waiting"}${answered && found.value.address === pointed ? found.value.text : ""}`
+            : `${count(letters.length)} ${cells} from ${map.first}; point at one, or use the arrow keys`}
         </p>
+        {step > 1 && <p>Each cell is a chunk of {count(step)} addresses, and has the worst of their outcomes. Select one to see its addresses.</p>}
       </div>
       <ul class="legend" ref={legend}>
         {OUTCOMES.map(([letter, name, meaning]) => (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from scanfleet import VERSION
-from scanfleet_cli.chart import WORST_FIRST
+from scanfleet.scanning.outcomes import WORST_FIRST
 
 ROOT: Final = Path(__file__).parents[2]
 ADRS: Final = sorted((ROOT / "docs" / "adr").glob("[0-9]*.md"))

@@ -474,6 +474,45 @@ def test_page_map_of_too_many_ports_asks_for_some(page: Page, stack: Stack, fini
     assert page.url.endswith("?ports=8022%2C8080")
 
 
+@pytest.mark.parametrize(
+    ("cidr", "addresses", "second"), [("10.0.0.0/15", 131_072, "10.0.4.0"), ("2001:db8::/112", 65_536, "2001:db8::400")]
+)
+def test_page_map_of_a_large_network_has_a_cell_per_chunk(
+    page: Page, stack: Stack, user: Client, finished: int, *, cidr: str, addresses: int, second: str
+) -> None:
+    """The map of a /15 or of an IPv6 network shows chunks, each with its worst outcome; a chunk opens its addresses."""
+    path, first = f"/api/v1/task/{finished}", cidr.partition("/")[0]
+    snapshot = user.http.get(f"{path}/snapshot").json() | {"cidr": cidr, "addresses": addresses}
+    asked: list[str] = []
+
+    def answer(route: Route) -> None:
+        asked.append(route.request.url.partition("?")[2])
+        of_chunks = "by=chunk" in asked[-1]
+        letters = "al" + "s" * (addresses // 1_024 - 2) if of_chunks else "l" * 65_536
+        drawn = {"job_id": finished, "seq": 1, "status": "completed", "first": first if of_chunks else second}
+        drawn |= {"addresses": addresses if of_chunks else 65_536, "step": 1_024 if of_chunks else 1}
+        route.fulfill(json=drawn | {"blocks": [{"ports": "22", "letters": letters}]})
+
+    page.route(f"**{path}/snapshot", lambda route: route.fulfill(json=snapshot))
+    page.route(f"**{path}/map?*", answer)
+    page.goto(f"{stack.url}/app/jobs/{finished}")
+    chunks = page.get_by_role("application", name=f"Coverage of {addresses // 1_024} chunks from {first}")
+    chunks.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".cursor")).to_have_text(f"{second}/{118 if ':' in cidr else 22} — lost")
+    expect(page.get_by_text("Each cell is a chunk of 1,024 addresses")).to_be_visible()
+    expect(page.get_by_role("button", name="lost")).to_contain_text("1")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("application", name=f"Coverage of 65,536 addresses from {second}")).to_be_visible()
+    page.get_by_role("link", name="all chunks").click()
+    expect(chunks).to_be_visible()
+    chunks.click(position={"x": 5, "y": 5})
+    expect(page.get_by_role("application", name="Coverage of 65,536 addresses")).to_be_visible()
+    assert asked[0] == "by=chunk"
+    assert parse_qs(urlsplit(page.url).query)["from"] == [first]
+
+
 def test_page_without_ledger_does_not_claim_that_nothing_answered(page: Page, stack: Stack, finished: int) -> None:
     """An empty list of results makes no statement about machines until the ledger is loaded."""
     page.route("**/results?fields=*", lambda route: route.fulfill(body=""))

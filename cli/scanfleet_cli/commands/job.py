@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from ipaddress import ip_address, ip_network
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import click
 
@@ -14,7 +14,7 @@ from scanfleet.contracts import rest
 from scanfleet.contracts.messages import Job, JobStatus
 from scanfleet_cli import calls, changes, chart, coverage, findings, follow, joblist, resolve, views
 from scanfleet_cli.completion import complete_job, complete_policy, complete_subnet
-from scanfleet_cli.errors import CommandError, Exit
+from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Format, Row, ago, column, count, duration, printable
 from scanfleet_cli.session import Session, formats, lists, long_lists, supported, with_session, yes
 
@@ -28,6 +28,7 @@ _LEDGER_NAMES: Final = tuple(rest.LedgerCounts.model_fields)
 _NETWORK: Final = ("network", "outcome", "reason")
 _LEDGERS: Final = (rest.Ledger, rest.LedgerEntry, _NETWORK)
 _SHARE_BAR: Final = 20  # cells
+_TOO_LARGE: Final = 413
 
 
 @click.group()
@@ -71,8 +72,8 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
 @click.option(
     "--status", "statuses", multiple=True, metavar="STATUS", help=f"{', '.join(JobStatus)}; repeat for several."
 )
-@click.option("--subnet", metavar="NAME|ID", shell_complete=complete_subnet)
-@click.option("--policy", metavar="NAME|ID", shell_complete=complete_policy)
+@click.option("--subnet", metavar="NAME|ID", shell_complete=complete_subnet, help="Only jobs of this subnet.")
+@click.option("--policy", metavar="NAME|ID", shell_complete=complete_policy, help="Only jobs of this policy.")
 @click.option("--since", metavar="TIME", help="Only jobs created since this time (RFC 3339).")
 @click.option("--user", metavar="ID|all", help="For administrators: jobs of this user, or of all.")
 @click.option("--watch", is_flag=True, help="Update the list until Ctrl-C.")
@@ -277,7 +278,10 @@ def _unfinished(session: Session) -> dict[int, int]:
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation of --all-mine.")
 @with_session
 def cancel(session: Session, /, *, job_ids: Sequence[int], all_mine: bool, waits: bool, yes: bool) -> int:
-    """Cancel pending or running jobs; their results so far are kept."""
+    """Cancel pending or running jobs; their results so far are kept.
+
+    Jobs that are specified stop at once, without a question; `--all-mine` asks for confirmation.
+    """
     if all_mine == bool(job_ids):
         raise CommandError("specify jobs or --all-mine", hint="scanfleet job cancel --help")
     if all_mine:
@@ -340,10 +344,17 @@ def snapshot(session: Session, /, *, job_id: int) -> None:
 )
 @click.option("--from", "first", metavar="ADDRESS", help="First address.")
 @click.option(
+    "--by",
+    type=click.Choice(["address", "chunk"]),
+    help="Letter per address, or the worst one of each chunk. Default: chunk for a whole network of more than 65,536 "
+    "addresses, or of more than 1,024 IPv6 addresses.",
+)
+@click.option(
     "--block",
     type=click.IntRange(min=0, max=128),
     metavar="LENGTH",
-    help="Size of a cell as a prefix length, for example 28. Default: one address up to 1,024 addresses, else 16.",
+    help="Size of a cell as a prefix length, for example 28. Default: one chunk, or one address up to 1,024 addresses, else "
+    "16.",
 )
 @click.option(
     "--width", type=click.IntRange(min=1), help="Cells per row. Default: 16 to 64, so that the map is square."
@@ -358,15 +369,28 @@ def map_(
     job_id: int,
     ports: str | None,
     first: str | None,
+    by: Literal["address", "chunk"] | None,
     block: int | None,
     width: int | None,
     plain: bool,
 ) -> None:
     """Draw the outcome of each address of a job.
 
-    An outcome is a letter; for a large network, each letter is the worst outcome of a block of addresses.
+    An outcome is a letter; for a large network, each letter is the worst outcome of a block of addresses, or of a chunk.
     """
-    found = _added(session, calls.read_map(job_id, ports=ports, first=first), "maps of jobs")
+
+    def read(by: Literal["address", "chunk"] | None) -> Any:
+        return _added(session, calls.read_map(job_id, ports=ports, first=first, by=by), "maps of jobs")
+
+    whole = by is None and first is None
+    try:
+        found = read(by)
+    except ApiError as error:
+        if not whole or error.status != _TOO_LARGE:
+            raise
+        found = read("chunk")
+    if whole and block is None and ":" in found["first"] and found["addresses"] > chart.SINGLE:
+        found = read("chunk")
     drawn = rest.CoverageMap.model_validate(found)
     session.output.one(
         found, lambda: chart.lines(drawn, session.output, block=block, width=width, plain=plain), "job_id"

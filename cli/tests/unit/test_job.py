@@ -725,6 +725,39 @@ def test_map_of_a_large_network_shows_the_worst_of_each_block(jobs: FakeApi, run
     assert run("job", "map", "41", "--block", "8").code == 2
 
 
+@pytest.mark.parametrize("first", ["10.0.0.0", "2001:db8::"])
+def test_map_of_more_addresses_than_a_response_is_by_chunk(jobs: FakeApi, run: Any, first: str) -> None:
+    """A network that is too large for a letter per address, or an IPv6 network, has a cell per chunk, unless asked otherwise."""
+    drawn = {"job_id": 41, "seq": 3, "status": "failed", "first": first}
+    asked: list[dict[str, str]] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(dict(request.url.params))
+        if request.url.params.get("by") == "chunk":
+            blocks = [{"ports": "22", "letters": "a" * 127 + "l"}]
+            return httpx2.Response(200, json=drawn | {"addresses": 131_072, "step": 1_024, "blocks": blocks})
+        if ":" not in first and "from" not in request.url.params:
+            return httpx2.Response(413, json={"error": "too large, as in ?by=chunk"})
+        return httpx2.Response(
+            200, json=drawn | {"addresses": 2_048, "blocks": [{"ports": "22", "letters": "s" * 2_048}]}
+        )
+
+    jobs.answers["GET", "/api/v1/task/41/map"] = answer
+    prefix = 128 - 10 if ":" in first else 32 - 10
+    lines = run("job", "map", "41").out.splitlines()
+    assert [line.split()[1] for line in lines[:8]] == ["a" * 16] * 7 + ["a" * 15 + "l"]
+    assert lines[0].split()[0] == first
+    assert lines[-1] == f"each cell is a /{prefix}: the worst of its addresses"
+    assert asked == [{}, {"by": "chunk"}]
+    coarse = run("job", "map", "41", "--by", "chunk", "--block", str(prefix - 4), "--width", "8").out.splitlines()
+    assert coarse[0].split() == [first, "a" * 7 + "l"]
+    assert run("job", "map", "41", "--by", "chunk", "--block", str(prefix + 1)).code == 2
+    asked.clear()
+    assert run("job", "map", "41", "--from", first).code == 0
+    assert asked == [{"from": first}]
+    assert run("job", "map", "41", "--by", "address").code == (0 if ":" in first else 2)
+
+
 @pytest.mark.parametrize(
     ("first", "letters", "rows"),
     [

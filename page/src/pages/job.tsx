@@ -12,6 +12,7 @@ import { LiveDot } from "./jobs";
 
 const SETTLE = 2_000; // ms between two looks at map and ledger, however often the job reports
 const CELLS = 65_536; // of one map
+const CHUNK = 1_024; // addresses of the largest chunk
 const PORTS = 1_000; // of one address, counted at its cell of the map
 const PORTS_NAMED = 5;
 const NAMED = 10_000; // addresses that were not probed; more are counted
@@ -130,15 +131,11 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
           </a>
         ))}
       </nav>
+      {(tab === "" || tab === "request") && <Problem error={snapshot.error} again={snapshot.reload} />}
       {tab === "" && <Overview id={id} task={task.value} settled={settled} snapshot={snapshot.data} />}
       {tab === "results" && <Results key={id} jobId={id} status={status.status} empty={whyEmpty(task.value, ledger.data)} />}
       {tab === "not-probed" && <NotProbed id={id} settled={settled} final={isFinal(status.status)} />}
-      {tab === "request" && (
-        <>
-          <Problem error={snapshot.error} again={snapshot.reload} />
-          {snapshot.data && <Request snapshot={snapshot.data} job={task.value} />}
-        </>
-      )}
+      {tab === "request" && snapshot.data && <Request snapshot={snapshot.data} job={task.value} />}
       {cancelling.value && (
         <Confirm
           title={`Cancel job ${id}?`}
@@ -169,12 +166,15 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
   const block = query("ports");
   const from = query("from");
   const known = useRef<{ path: string; tag: string; map: OutcomeMap } | undefined>(undefined);
+  const wide = !!snapshot && (snapshot.addresses > CELLS || (snapshot.cidr.includes(":") && snapshot.addresses > CHUNK));
   const asked = new URLSearchParams();
   if (from) asked.set("from", from);
+  else if (wide) asked.set("by", "chunk");
   if (block) asked.set("ports", block);
   const path = `/api/v1/task/${id}/map?${asked}`;
   const map = useLoad(
     async (signal) => {
+      if (!snapshot) return undefined; // a large map is asked for by chunk
       const before = known.current?.path === path ? known.current : undefined;
       const answer = await send("GET", path, { signal, ...(before ? { headers: { "If-None-Match": before.tag } } : {}) });
       if (answer.status === 304 && before) return before.map;
@@ -182,23 +182,15 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
       known.current = { path, tag: answer.headers.get("ETag") ?? "", map: found };
       return found;
     },
-    [path, settled],
+    [path, settled, !snapshot],
   );
   const letters = useMemo(() => (map.data ? together(map.data) : ""), [map.data]);
   const waits = !isFinal(task.status.status);
-  const tooLarge = map.error?.status === 413 && !from && snapshot && snapshot.addresses > CELLS;
   return (
     <>
       {waits && <WaitsFor id={id} settled={settled} />}
-      {tooLarge ? (
-        <p>
-          The subnet has {count(snapshot.addresses)} addresses, and a map shows {count(CELLS)} of them.{" "}
-          <a href={withQuery({ from: snapshot.cidr.split("/")[0] })}>Show the first</a>
-        </p>
-      ) : (
-        <Problem error={map.error} again={map.reload} />
-      )}
-      {map.error && !tooLarge && (block || map.error.status === 413) && <Ports key={block} ports={block} />}
+      <Problem error={map.error} again={map.reload} />
+      {map.error && (block || map.error.status === 413) && <Ports key={block} ports={block} />}
       {map.data && (block || map.data.blocks.length > 1) && (
         <nav class="counts" aria-label="ports of the map">
           <a href={withQuery({ ports: undefined })} aria-current={block ? undefined : "true"}>
@@ -214,6 +206,7 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
       {map.data && letters && <Coverage map={map.data} letters={letters} openPorts={(address, signal) => openPorts(id, address, signal)} />}
       {from && snapshot && map.data && (
         <nav class="pager" aria-label="parts of the map">
+          {wide && <a href={withQuery({ from: undefined, at: undefined })}>all chunks</a>}
           {part(snapshot, map.data, -CELLS, "previous addresses")}
           {part(snapshot, map.data, CELLS, "next addresses")}
         </nav>

@@ -252,12 +252,12 @@ class MapBlock(_Answer):
 
     ports: str
     letters: str
-    """One letter per address: `a` answered, `s` silent, `d` down, `t` timed out, `x` excluded, `r` refused, `l` lost, `c`
-    cancelled, `>` being scanned, `.` waiting."""
+    """One letter per `step` addresses: `a` answered, `s` silent, `d` down, `t` timed out, `x` excluded, `r` refused, `l` lost,
+    `c` cancelled, `>` being scanned, `.` waiting."""
 
 
 class CoverageMap(_Answer):
-    """The outcome of each address of a job, for each block of its ports."""
+    """The outcome of each address or chunk of a job, for each block of its ports."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -270,7 +270,11 @@ class CoverageMap(_Answer):
     """Address of the first letter."""
 
     addresses: int
-    """Number of letters per block. If the subnet has more addresses, request the next ones with `from`."""
+    """Number of addresses with a letter in each block. If the subnet has more, request the next ones with `from`."""
+
+    step: int = 1
+    """Number of addresses of a letter, the last one excepted. With more than one, the letter is the worst of theirs: the
+    first of `lrct>.asdx`."""
 
     blocks: list[MapBlock]
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, summarize_address_range
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import StringConstraints
 
@@ -30,6 +30,12 @@ class Outcome(StrEnum):
     LOST = "l"
     """Attempts on this address alone failed as often as allowed."""
 
+
+CANCELLED: Final = "c"
+IN_WORK: Final = ">"
+"""In coverage maps, in addition to the codes of outcome maps: two kinds of blanks."""
+
+WORST_FIRST: Final = "lrct>.asdx"
 
 OutcomeMap = Annotated[str, StringConstraints(pattern=r"^[.asdtxrl]+$", max_length=MAX_ADDRESSES)]
 
@@ -78,6 +84,11 @@ def index_of(first: str, address: str) -> int:
     if base.version != other.version:
         raise ValueError(f"{address} is not of the family of {first}")
     return int(other) - int(base)
+
+
+def worst(letters: str) -> str:
+    """Return the letter of several addresses, or of one address in several blocks of ports, in a coverage map."""
+    return next((each for each in WORST_FIRST if each in letters), letters[:1])
 
 
 def networks(first: str, outcomes: str, letter: Outcome = Outcome.BLANK) -> Iterator[IPv4Network | IPv6Network]:

@@ -71,7 +71,12 @@ _PORTS: Final = query(
 _FROM: Final = query(
     "from",
     {"type": "string"},
-    "Only addresses from this one on. A response has at most 65,536 addresses.",
+    "Only addresses from this one on. A response has at most 65,536 letters per block of ports.",
+)
+_BY: Final = query(
+    "by",
+    {"type": "string", "enum": ["address", "chunk"], "default": "address"},
+    "Whether a letter is the outcome of an address, or the worst one of the addresses of a chunk.",
 )
 _AFTER_POSITION: Final = query(
     "after",
@@ -382,10 +387,10 @@ async def read_snapshot(job_id: PathId, request: Request, _caller: Caller, state
     "/{job_id}/map",
     response_model=rest.CoverageMap,
     responses=_NOT_MODIFIED | errors(400, 404, 413),
-    openapi_extra={"parameters": [_PORTS, _FROM, IF_NONE_MATCH]},
+    openapi_extra={"parameters": [_PORTS, _FROM, _BY, IF_NONE_MATCH]},
 )
 async def read_map(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
-    """Read the outcome of each address of a scan job as one letter, for each block of its ports."""
+    """Read the outcome of each address or chunk of a scan job as one letter, for each block of its ports."""
     return await state.orchestrator.forward(request)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -51,6 +51,7 @@ async def read_map(
     record: Recorded,
     ports_: Annotated[str | None, Query(alias="ports", max_length=MAX_TEXT)] = None,
     from_: Annotated[str | None, Query(alias="from", max_length=50)] = None,
+    by: Literal["address", "chunk"] = "address",
 ) -> Response:
     job = await readable(state, caller, job_id, record)
     known = tags(request, "if-none-match")
@@ -58,11 +59,13 @@ async def read_map(
     tag = f'"{job.seq}.{job.rev}"'
     if job.settled and tag in known:
         return Response(status_code=304, headers={"ETag": tag})
-    first, addresses = _part(job, from_)
+    step = min(job.plan.chunk_addresses, job.plan.addresses) if by == "chunk" else 1
+    first, addresses = _part(job, from_, step)
+    cells = -(-addresses // step)
     blocks = await asyncio.to_thread(_blocks, job, ports_)  # up to 65,535: too many for the event loop, as below
-    if addresses * len(blocks) > coverage.MAX_LETTERS:
+    if cells * len(blocks) > coverage.MAX_LETTERS:
         raise TooLargeError(
-            f"{len(blocks)} blocks of ports with {addresses} addresses each are more than {coverage.MAX_LETTERS} letters; "
+            f"{len(blocks)} blocks of ports with {cells} letters each are more than {coverage.MAX_LETTERS} letters; "
             f"{_name_ports(blocks)}"[:MAX_ERROR_CHARS]
         )
     ranges = plan.indexes(job, blocks, first, first + addresses)
@@ -72,7 +75,7 @@ async def read_map(
             f"the map needs {chunks} chunks in {len(ranges)} ranges, and one answer reads at most {_MAX_CHUNKS} chunks in "
             f"{_MAX_RANGES} ranges; {_name_ports(blocks)}"[:MAX_ERROR_CHARS]
         )
-    found = coverage.Coverage(job, first, addresses, blocks)
+    found = coverage.Coverage(job, first, addresses, blocks, step)
     for begin, end in ranges:
         async for chunk in state.store.chunks.of_job(job.id, begin, end):
             found.add(chunk)
@@ -89,6 +92,7 @@ async def read_map(
             status=job.status,
             first=str(address_at(job.cidr.partition("/")[0], first)),
             addresses=addresses,
+            step=step,
             blocks=[],
         )
         # Creating tens of thousands of models would cost more than the rest of the response.
@@ -98,22 +102,28 @@ async def read_map(
     return await asyncio.to_thread(render)
 
 
-def _part(job: ScanJob, from_: str | None) -> tuple[int, int]:
-    """Return the position of the first requested address, and the number of requested addresses."""
+def _part(job: ScanJob, from_: str | None, step: int) -> tuple[int, int]:
+    """Return the position of the first requested address, and the number of requested addresses.
+
+    With more than one address per letter, the first address is that of a letter.
+    """
+    network, most = job.cidr.partition("/")[0], coverage.MAX_CELLS * step
     if from_ is None:
-        if job.plan.addresses > coverage.MAX_ADDRESSES:
+        if job.plan.addresses > most:
+            whole = ", or for a letter per chunk, as in ?by=chunk" if step < job.plan.chunk_addresses else ""
             raise TooLargeError(
-                f"{job.cidr} has {job.plan.addresses} addresses, and one answer at most {coverage.MAX_ADDRESSES}; ask for a part "
-                f"of them, as in ?from={job.cidr.partition('/')[0]}"
+                f"{job.cidr} has {job.plan.addresses} addresses, and one answer at most {most}; ask for a part "
+                f"of them, as in ?from={network}{whole}"
             )
         return 0, job.plan.addresses
     try:
-        first = index_of(job.cidr.partition("/")[0], from_)
+        first = index_of(network, from_)
     except ValueError:
         first = -1
     if not 0 <= first < job.plan.addresses:
         raise BadRequestError(f"from: {ascii(from_)[1:-1]} is not an address of {job.cidr}")
-    return first, min(job.plan.addresses - first, coverage.MAX_ADDRESSES)
+    first -= first % step
+    return first, min(job.plan.addresses - first, most)
 
 
 def _blocks(job: ScanJob, ports: str | None) -> dict[int, PortSet]:

@@ -1,4 +1,4 @@
-"""Build a job's coverage map: one code per address and block of ports."""
+"""Build a job's coverage map: one code per address, or per slice of addresses, and block of ports."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from typing import Final
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
-from scanfleet.scanning.outcomes import Outcome, index_of
+from scanfleet.scanning.outcomes import CANCELLED, IN_WORK, Outcome, index_of, worst
 from scanfleet.scanning.targets import Target
 
-MAX_ADDRESSES: Final = 65_536  # per response: a /16
-MAX_LETTERS: Final = 16 * MAX_ADDRESSES  # over all blocks: a megabyte
-
-CANCELLED: Final = "c"
-IN_WORK: Final = ">"
-"""In addition to the codes of outcome maps."""
+MAX_CELLS: Final = 65_536  # per response: the addresses of a /16
+MAX_LETTERS: Final = 16 * MAX_CELLS  # over all blocks: a megabyte
 
 
 class Coverage:
@@ -29,16 +25,19 @@ class Coverage:
         first: position of the first address in the job's network.
         addresses: number of addresses.
         blocks: numbers of the blocks of ports.
+        step: number of addresses of a letter: one, or those of a chunk, of which the letter is the worst.
     """
 
-    def __init__(self, job: ScanJob, first: int, addresses: int, blocks: Collection[int]) -> None:
+    def __init__(self, job: ScanJob, first: int, addresses: int, blocks: Collection[int], step: int = 1) -> None:
         self._job = job
         self._network = job.cidr.partition("/")[0]
         self._first = first
-        empty = bytearray((CANCELLED if job.final else Outcome.BLANK).encode() * addresses)
+        self._step = step
+        cells = -(-addresses // step)
+        empty = bytearray((CANCELLED if job.final else Outcome.BLANK).encode() * cells)
         for network in Target.parse(job.cidr, job.exclude).exclude:
             start = index_of(self._network, str(network.network_address)) - first
-            low, high = max(0, start), min(addresses, start + network.num_addresses)
+            low, high = max(0, -(-start // step)), min(cells, (start + network.num_addresses) // step)
             if low < high:
                 empty[low:high] = Outcome.EXCLUDED.encode() * (high - low)
         self._letters = {block: bytearray(empty) for block in sorted(blocks)}
@@ -49,9 +48,12 @@ class Coverage:
         if block in self._letters:
             letters = self._letters[block]
             start = index_of(self._network, chunk.first_address) - self._first
-            low, high = max(0, start), min(len(letters), start + len(chunk.outcomes))
+            shown = _shown(chunk, ended=self._job.final)
+            if self._step > 1:
+                start, shown = start // self._step, worst(shown)
+            low, high = max(0, start), min(len(letters), start + len(shown))
             if low < high:
-                letters[low:high] = _shown(chunk, ended=self._job.final)[low - start : high - start].encode()
+                letters[low:high] = shown[low - start : high - start].encode()
 
     def letters(self) -> Iterator[tuple[int, str]]:
         """Yield each block's number and letters, in order."""

@@ -183,16 +183,16 @@ def indexes(job: ScanJob, blocks: Iterable[int], first: int, end: int) -> list[t
     Returns:
         Half-open ranges, in order; they may contain other chunks between the requested ones.
     """
-    offsets = [offset for offset, _ in _slices(job.cidr, job.exclude, job.plan.chunk_addresses)]
-    low, high = bisect_right(offsets, first - job.plan.chunk_addresses), bisect_left(offsets, end)
+    slices = _Slices(_target(job.cidr, job.exclude), job.plan.chunk_addresses)
+    low, high = slices.before(first - job.plan.chunk_addresses + 1), slices.before(end)
     if not job.plan.blockwise:
         return [(low * job.plan.blocks, high * job.plan.blocks)]
     ranges: list[tuple[int, int]] = []
     for block in sorted(blocks):
-        begin = block * len(offsets) + low
+        begin = block * len(slices) + low
         if ranges and ranges[-1][1] == begin:
             begin = ranges.pop()[0]
-        ranges.append((begin, block * len(offsets) + high))
+        ranges.append((begin, block * len(slices) + high))
     return ranges
 
 
@@ -328,16 +328,15 @@ class _Slices:
             hole += 1
         return offset, letters.decode()
 
+    def before(self, offset: int) -> int:
+        """Return the number of slices that begin before this offset."""
+        return bisect_left(range(len(self)), offset, key=lambda number: self[number][0])
 
-@lru_cache(maxsize=64)  # jobs whose maps and ledgers are read: the slices of a /16 take 100 kB
-def _slices(cidr: str, exclude: tuple[str, ...], size: int) -> tuple[tuple[int, str], ...]:
-    return tuple(_cut(_target(cidr, exclude), size))
 
-
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # jobs whose ledgers are read
 def _sums(cidr: str, exclude: tuple[str, ...], size: int) -> tuple[int, ...]:
     """Return the number of addresses to scan before each slice, and in total."""
-    return (0, *accumulate(outcomes.count(Outcome.BLANK) for _, outcomes in _slices(cidr, exclude, size)))
+    return (0, *accumulate(outcomes.count(Outcome.BLANK) for _, outcomes in _cut(_target(cidr, exclude), size)))
 
 
 def _cut(target: Target, size: int) -> Iterator[tuple[int, str]]:

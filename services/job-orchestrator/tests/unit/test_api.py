@@ -971,6 +971,7 @@ async def test_map_has_a_letter_for_each_address(api: Api, store: MemoryStore) -
         "status": "running",
         "first": "127.9.8.0",
         "addresses": 16,
+        "step": 1,
         "blocks": [
             {"ports": "22", "letters": "asdxa>>.xxxx...."},
             {"ports": "U:53", "letters": "tlrx....xxxx...."},
@@ -979,6 +980,51 @@ async def test_map_has_a_letter_for_each_address(api: Api, store: MemoryStore) -
     assert letters(await api("GET /api/v1/task/1/map?ports=U:1-100")) == {"U:53": answer["blocks"][1]["letters"]}
     part = await api("GET /api/v1/task/1/map?from=127.9.8.5&ports=22")
     assert (part["first"], part["addresses"], letters(part)) == ("127.9.8.5", 11, {"22": ">>.xxxx...."})
+
+
+async def test_map_by_chunk_has_the_worst_letter_of_each(api: Api, store: MemoryStore) -> None:
+    """A map by chunk has one letter for the addresses of each slice, excluded ones and those without a chunk included."""
+    job = change(mapped_job(), JobTrigger.START, LATER)
+    await store.jobs.insert([job])
+    await store.chunks.insert(
+        [
+            mapped_chunk(job, 0, state=ChunkState.STORED, outcomes="asdx"),
+            mapped_chunk(job, 1, state=ChunkState.RUNNING, outcomes="a...", reach=3),
+            mapped_chunk(job, 3, state=ChunkState.FAILED, outcomes="t.ax"),
+            mapped_chunk(job, 4, state=ChunkState.STORED, outcomes="ddsd"),
+        ]
+    )
+    answer = await api("GET /api/v1/task/1/map?by=chunk")
+    assert {name: answer[name] for name in ("first", "addresses", "step")} == {
+        "first": "127.9.8.0",
+        "addresses": 16,
+        "step": 4,
+    }
+    assert letters(answer) == {"22": "a>x.", "U:53": "lsx."}
+    part = await api("GET /api/v1/task/1/map?by=chunk&from=127.9.8.6&ports=22")
+    assert (part["first"], part["addresses"], letters(part)) == ("127.9.8.4", 12, {"22": ">x."})
+    assert "by" in (await api("GET /api/v1/task/1/map?by=port", status=400))["error"]
+
+
+@pytest.mark.parametrize("cidr", ["10.0.0.0/12", "2001:db8::/108"])
+async def test_map_by_chunk_of_a_large_network_is_one_answer(api: Api, store: MemoryStore, cidr: str) -> None:
+    """A network of a million addresses is a letter per chunk, and is read without a list of its addresses."""
+    job = scan_job(1, cidr=cidr, chunk_addresses=1_024, chunk_count=1_024)
+    await store.jobs.insert([change(job, JobTrigger.START, LATER)])
+    await store.chunks.insert([mapped_chunk(job, 1_023, state=ChunkState.STORED, outcomes="s" * 1_023 + "a")])
+    answer = await api("GET /api/v1/task/1/map?by=chunk")
+    assert (answer["addresses"], answer["step"]) == (1 << 20, 1_024)
+    assert letters(answer) == {job.policy.ports: "." * 1_023 + "a"}
+    assert "?by=chunk" in (await api("GET /api/v1/task/1/map", status=413))["error"]
+
+
+async def test_map_by_chunk_of_more_chunks_than_an_answer_names_a_part(api: Api, store: MemoryStore) -> None:
+    """With a chunk per address a map by chunk is as large as one by address, and the 413 names the first part only."""
+    await store.jobs.insert([scan_job(1, cidr="10.0.0.0/15", policy=scan_policy(ports="22"), chunk_addresses=1)])
+    error = (await api("GET /api/v1/task/1/map?by=chunk", status=413))["error"]
+    assert "?from=10.0.0.0" in error
+    assert "?by=chunk" not in error
+    assert (await api("GET /api/v1/task/1/map?by=chunk&from=10.1.0.0"))["addresses"] == 65_536
 
 
 async def test_map_of_a_cancelled_job_has_cancelled_addresses(api: Api, store: MemoryStore) -> None:

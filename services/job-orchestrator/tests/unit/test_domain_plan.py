@@ -480,12 +480,20 @@ def test_cut_count_equals_the_slices_of_the_map(target: Target, power: int) -> N
     assert plan._cut_count(merged, 2**power) == sum(1 for _ in plan._cut(merged, 2**power))
 
 
+@settings(max_examples=60, deadline=None)
+@given(targets(st.integers(20, 32)), st.integers(0, 6), st.integers(-1, 5_000))
+def test_slices_before_an_offset_are_those_that_begin_before_it(target: Target, power: int, offset: int) -> None:
+    """The number of slices before an offset follows from the networks as it does from the outcome map."""
+    merged = Target.parse(str(target.network), map(str, target.exclude))
+    slices = plan._Slices(merged, 2**power)
+    assert slices.before(offset) == sum(begin < offset for begin, _ in plan._cut(merged, 2**power))
+
+
 def cheapest(work: Callable[[], Worked]) -> tuple[float, Worked]:
     """Run `work` three times without caches; return the least CPU seconds and the result. Other processes add to the rest."""
     seconds = []
     for _ in range(3):
         plan._target.cache_clear()
-        plan._slices.cache_clear()
         plan._sums.cache_clear()
         began = time.process_time()
         worked = work()
