@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
 from collections.abc import Callable
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import httpx
 import pytest
@@ -53,6 +55,30 @@ def test_scan_matches_nmap_and_accounts_for_every_probe(
     ledger = user.ledger(job_id)
     assert ledger["accounted"]
     assert ledger["request"]["probes"] == 256 * 71 == sum(ledger["counts"].values()) == ledger["counts"]["answered"]
+
+
+@pytest.mark.parametrize("ports", ["8020-8030", "8020-8090"])
+def test_export_has_the_ports_that_nmap_writes(user: Client, servers: OpenPorts, ports: str) -> None:
+    """The export lists open and closed ports one by one, or sums them up, with nmap's reasons, as plain nmap does."""
+    network = "127.9.8.0/29"
+    job_id = user.scan(network, ports=ports, technique="connect", service_detection=False)
+    user.finished(job_id)
+    written = user.http.get(f"/api/v1/task/{job_id}/nmap.xml").text
+    arguments = ["nmap", "-n", "-sT", "-p", ports, "-oX", "-", network]
+    plain = subprocess.run(arguments, capture_output=True, check=True, text=True).stdout
+    assert servers
+    assert listed(written) == listed(plain)
+
+
+def listed(written: str) -> dict[str, list[str]]:
+    """Return the elements of the ports of each address in nmap's XML."""
+    hosts = ET.fromstring(written).iter("host")  # noqa: S314 # written by nmap and by result-store
+    return {
+        host.find("address").attrib["addr"]: [  # type: ignore[union-attr] # every host has one
+            ET.canonicalize(ET.tostring(each), strip_text=True) for each in host.findall("ports/*")
+        ]
+        for host in hosts
+    }
 
 
 @pytest.mark.proves("F22", "G7")
