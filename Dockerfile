@@ -97,7 +97,7 @@ ARG PYTHON
 ARG VERSION=dev
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="scanfleet ${SERVICE}" \
-      org.opencontainers.image.description="Network scans as a service that prove what they did" \
+      org.opencontainers.image.description="Network scans as a service, with proof of coverage" \
       org.opencontainers.image.base.name="${PYTHON}" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

@@ -1,4 +1,4 @@
-# The verbs of Scanfleet, identical locally and in CI. Every verb first installs its missing dependencies.
+# The targets of Scanfleet, identical locally and in CI. Every target first installs its missing dependencies.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -28,7 +28,7 @@ ifeq ($(shell command -v promtool),)
 PROMTOOL := .local/tools/prometheus/promtool
 endif
 
-help: ## List the verbs
+help: ## List the targets
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ##@ Run locally
@@ -122,9 +122,9 @@ lock: | .local/tools/uv/bin/uv ## Pin the requirements (requirements/*.in) with 
 	$(PIN) cli/pyproject.toml --constraint requirements/dev.txt --output-file requirements/cli.txt
 
 # On standard error, so that `make token` prints a token and nothing else.
-setup: packages $(VENV) $(KAFKA) $(MONGOD) $(PAGE) ## Install missing dependencies; all other verbs do so first
+setup: packages $(VENV) $(KAFKA) $(MONGOD) $(PAGE) ## Install missing dependencies; all other targets do so first
 
-# Its dependencies come from the index when it is installed: pipx install dist/scanfleet_cli-*.whl
+# Its dependencies are installed from the package index: pipx install dist/scanfleet_cli-*.whl
 wheel: setup ## Build the scanfleet command for other machines, and run it in a new environment
 	@rm -rf dist && $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist ./cli
 	@$(PYTHON) -m venv dist/.try

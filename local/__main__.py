@@ -16,15 +16,15 @@ from local.stack import USUAL_PORTS, Stack, StackError
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m local", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("up", help="start the stopped processes and return when everything is ready")
-    verbs.add_parser("down", help="stop everything and keep the data")
-    verbs.add_parser("status", help="print one line per process")
-    verbs.add_parser("logs", help="print the tail of each process's log")
-    verbs.add_parser("demo", help="scan real servers through the API and compare with plain nmap")
-    for verb, what in (("backup", "copy MongoDB's files while the stack runs"), ("restore", "restore such a copy")):
-        verbs.add_parser(verb, help=what).add_argument("folder", type=Path)
-    token = verbs.add_parser("token", help="print a token")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("up", help="start the stopped processes and return when everything is ready")
+    commands.add_parser("down", help="stop everything and keep the data")
+    commands.add_parser("status", help="print one line per process")
+    commands.add_parser("logs", help="print the tail of each process's log")
+    commands.add_parser("demo", help="scan real servers through the API and compare with plain nmap")
+    for command, what in (("backup", "copy MongoDB's files while the stack runs"), ("restore", "restore such a copy")):
+        commands.add_parser(command, help=what).add_argument("folder", type=Path)
+    token = commands.add_parser("token", help="print a token")
     token.add_argument("--user", type=int, required=True)
     token.add_argument("--admin", action="store_true")
     arguments = parser.parse_args()
@@ -37,8 +37,8 @@ def main() -> int:
 
 
 def do(stack: Stack, arguments: argparse.Namespace) -> int:
-    """Execute a verb and return the exit code."""
-    match arguments.verb:
+    """Execute a command and return the exit code."""
+    match arguments.command:
         case "up":
             up(stack)
         case "down":

@@ -17,18 +17,18 @@ from supply.release import ReleaseError, prepare
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m supply", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("licences", help="list the licences of each image; fail if one is not allowed")
-    verbs.add_parser("sbom", help="write a CycloneDX document for each image").add_argument("folder", type=Path)
-    audited = verbs.add_parser("audit", help="fail on a vulnerable package that a release fixes")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("licences", help="list the licences of each image; fail if one is not allowed")
+    commands.add_parser("sbom", help="write a CycloneDX document for each image").add_argument("folder", type=Path)
+    audited = commands.add_parser("audit", help="fail on a vulnerable package that a release fixes")
     audited.add_argument(
         "--advisories", type=Path, help="PyPI advisories in OSV's format, a zip file; without it, OSV is queried"
     )
     audited.add_argument("--npm-advisories", type=Path, help="the same for npm")
     audited.add_argument("--required", action="store_true", help="fail when the advisories cannot be read")
-    verbs.add_parser("release", help="write a version and freeze its contracts").add_argument("version")
+    commands.add_parser("release", help="write a version and freeze its contracts").add_argument("version")
     arguments = parser.parse_args()
-    match arguments.verb:
+    match arguments.command:
         case "licences":
             return _licences()
         case "sbom":

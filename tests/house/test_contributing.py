@@ -1,4 +1,4 @@
-"""The documents for contributors: their links, paths, verbs and commands."""
+"""The documents for contributors: their links, paths, make targets and commands."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ DOCUMENTS: Final = sorted(
     for page in ROOT.glob(pattern)
 )
 MAKEFILE: Final = (ROOT / "Makefile").read_text(encoding="utf-8")
-VERBS: Final = frozenset(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
-HELPERS: Final = {"packages", "browser"}  # targets that other verbs need, without a use of their own
+TARGETS: Final = frozenset(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
+HELPERS: Final = {"packages", "browser"}  # targets that other targets need, without a use of their own
 
 _FOLDERS: Final = sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
 _PATH: Final = re.compile(rf"`((?:{'|'.join(_FOLDERS)})/[\w./-]*)(?:::\w+)?`")
@@ -64,9 +64,9 @@ def test_document_paths_exist(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", DOCUMENTS)
-def test_document_verbs_are_targets_of_the_makefile(page: str) -> None:
-    """Every `make` verb in a document is a target of the Makefile."""
-    assert set(re.findall(r"(?:[`\"(]|^|&& )make ([a-z][a-z0-9-]*)", text_of(page), re.MULTILINE)) <= VERBS
+def test_document_commands_are_targets_of_the_makefile(page: str) -> None:
+    """Every `make` target in a document is one of the Makefile."""
+    assert set(re.findall(r"(?:[`\"(]|^|&& )make ([a-z][a-z0-9-]*)", text_of(page), re.MULTILINE)) <= TARGETS
 
 
 def commands() -> list[str]:
@@ -77,8 +77,8 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_contributing_command_is_accepted_by_make(command: str) -> None:
     """Every command of CONTRIBUTING.md expands to a recipe without an error."""
-    verb, *arguments = command.removeprefix("make ").split()
-    run = make("--dry-run", verb, *arguments)
+    target, *arguments = command.removeprefix("make ").split()
+    run = make("--dry-run", target, *arguments)
     assert (run.returncode, run.stderr) == (0, "")
 
 
@@ -105,14 +105,14 @@ def test_tests_of_one_file_have_the_tools_of_all_tests() -> None:
     assert any("chromium" in line for line in installers())
 
 
-def test_help_lists_every_verb_in_a_group() -> None:
-    """`make help` lists every verb once, below the title of its group."""
+def test_help_lists_every_target_in_a_group() -> None:
+    """`make help` lists every target once, below the title of its group."""
     listed = re.findall(r"^  make ([a-z0-9-]+) +\S", make("help").stdout.partition("\n\n")[2], re.MULTILINE)
     (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
     assert sorted(listed) == sorted(set(phony.split()) - HELPERS - {"help"})
 
 
-def test_docs_verb_runs_every_generator() -> None:
+def test_docs_target_runs_every_generator() -> None:
     """`make docs` runs every script that a generated file names as its generator."""
     files = subprocess.run(
         ["git", "grep", "-hoE", "(Generated|Written) by `python [a-z0-9/_]+\\.py`", "--", "*.md", "*.yaml", "*.yml"],
@@ -126,7 +126,7 @@ def test_docs_verb_runs_every_generator() -> None:
     assert generators <= set(re.findall(r"bin/python (\S+\.py)", make("--dry-run", "docs").stdout))
 
 
-def test_hooks_verb_installs_the_hook(tmp_path: Path) -> None:
+def test_hooks_target_installs_the_hook(tmp_path: Path) -> None:
     """`make hooks` installs an executable pre-push hook that runs `make lint`."""
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     assert make("hooks", GIT_DIR=str(tmp_path / ".git")).returncode == 0
@@ -135,10 +135,10 @@ def test_hooks_verb_installs_the_hook(tmp_path: Path) -> None:
     assert "make lint" in hook.read_text(encoding="utf-8")
 
 
-def test_hosted_ci_runs_verbs_only() -> None:
-    """Every command of the hosted workflow is the CI script or a verb of the Makefile."""
+def test_hosted_ci_runs_targets_only() -> None:
+    """Every command of the hosted workflow is the CI script or a target of the Makefile."""
     runs = re.findall(r"- run: (.+)$", text_of(".github/workflows/ci.yml"), re.MULTILINE)
     assert ".ci/run" in runs
-    verbs = [re.fullmatch(r"make ([a-z0-9-]+)(?: [A-Z_]+=\S+)*", run) for run in runs if run != ".ci/run"]
-    assert all(verbs)
-    assert {verb[1] for verb in verbs if verb} <= VERBS
+    targets = [re.fullmatch(r"make ([a-z0-9-]+)(?: [A-Z_]+=\S+)*", run) for run in runs if run != ".ci/run"]
+    assert all(targets)
+    assert {target[1] for target in targets if target} <= TARGETS

@@ -63,7 +63,7 @@ LISTS: Final[dict[str, Callable[[], set[str]]]] = {
         next(
             each["containers"]
             for each in project()["importlinter"]["contracts"]
-            if each["name"].startswith("Same rooms")
+            if each["name"].startswith("Every service has the same layers")
         )
     ),
     "requirements/dev.in": lambda: set(re.findall(r"^-r (.+)\.in$", text("requirements/dev.in"), re.MULTILINE)),

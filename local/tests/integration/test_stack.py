@@ -76,7 +76,7 @@ def test_readme_example_on_a_new_stack_succeeds(stack: Stack, tmp_path: Path) ->
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / ".local").mkdir()
     (tmp_path / ".local" / "stack.env").symlink_to(stack.folder / "stack.env")
-    # The verbs act on the stack of this checkout, so another command of that name stands in for them.
+    # The targets act on the stack of this checkout, so another program named make replaces them.
     make = tmp_path / "make"
     make.write_text(f'#!/bin/sh\ncase "$*" in up | cli) ;; *) echo {stack.token(7)} ;; esac\n')
     make.chmod(0o755)

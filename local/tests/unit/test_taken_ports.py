@@ -1,4 +1,4 @@
-"""The output of the verbs when a default port is in use."""
+"""The output of the commands when a default port is in use."""
 
 from __future__ import annotations
 

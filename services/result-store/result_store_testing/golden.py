@@ -1,4 +1,4 @@
-"""Documents as this release writes them, with fixed values: the release verb keeps them, and later releases must read them."""
+"""Documents as this release writes them, with fixed values: `make release` keeps them, and later releases must read them."""
 
 from __future__ import annotations
 

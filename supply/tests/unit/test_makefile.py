@@ -1,4 +1,4 @@
-"""The verbs of the Makefile, and what `make setup` installs unseen."""
+"""The targets of the Makefile, and what `make setup` installs unseen."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_licences_verb_lists_every_image() -> None:
+def test_licences_target_lists_every_image() -> None:
     """`make licences` prints a line for each image."""
     run = make("licences")
     assert run.returncode == 0
     assert [line.partition(":")[0] for line in run.stdout.splitlines()] == list(IMAGES)
 
 
-def test_sbom_verb_writes_a_document_of_each_image() -> None:
+def test_sbom_target_writes_a_document_of_each_image() -> None:
     """`make sbom` prints the files that it writes, each a CycloneDX document."""
     run = make("sbom")
     assert run.returncode == 0
@@ -34,7 +34,7 @@ def test_sbom_verb_writes_a_document_of_each_image() -> None:
     assert {document["bomFormat"] for document in documents} == {"CycloneDX"}
 
 
-def test_audit_verb_fails_without_advisories_that_are_required() -> None:
+def test_audit_target_fails_without_advisories_that_are_required() -> None:
     """`make audit` passes its options on."""
     run = make("audit", "ADVISORIES=missing.zip", "NPM_ADVISORIES=absent.zip", "REQUIRED=1")
     assert run.returncode != 0
@@ -42,13 +42,13 @@ def test_audit_verb_fails_without_advisories_that_are_required() -> None:
     assert "NOT AUDITED: npm packages: absent.zip cannot be read" in run.stderr
 
 
-def test_ci_runs_the_verbs() -> None:
-    """The verbs behave the same locally and in CI."""
+def test_ci_runs_the_targets() -> None:
+    """The targets behave the same locally and in CI."""
     lines = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
     assert {"make test", "make sbom", "make audit"} <= set(lines)
 
 
-def test_kafka_is_what_its_checksums_say() -> None:
+def test_kafka_matches_its_checksums() -> None:
     """Each jar of the local Kafka has the checksum of local/kafka.sha256, which `make setup` compares, and there is no other."""
     expected = {}
     for line in (ROOT / "local/kafka.sha256").read_text(encoding="utf-8").splitlines():
