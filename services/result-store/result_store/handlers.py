@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Final
 
 import structlog
 
 from result_store.domain.ports import Store
-from result_store.domain.results import Batch, ClosedChunk, Scanned, close, fold
+from result_store.domain.results import Batch, ClosedChunk, Report, Scanned, close, fold, parts
 from result_store.metrics import (
     CHUNKS_CLOSED,
     CHUNKS_INCOMPLETE,
@@ -32,9 +33,11 @@ from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.runtime.loop import Loop
+from scanfleet.scanning.outcomes import MAX_ADDRESSES
 from scanfleet.security.audit import Refusals
 from scanfleet.security.chunk_grants import Grants
 
+_ADDRESSES: Final = 4 * MAX_ADDRESSES  # whose hosts are in memory at once, a kilobyte each
 _STEP_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 60.0  # before a deletion with an error is retried
 _AT_ONCE: Final = 100  # maximum number of deletions per step
@@ -86,40 +89,33 @@ class ResultsHandler:
 
     async def _answers(self, batch: Batch) -> list[ChunkIncomplete | ChunkStored]:
         """Close the chunks that are complete, and build a reply to every ChunkScanned."""
-        stored = await self._store.stored({each.chunk_id for each, _ in batch.scanned})
+        closed = await self._store.closed(batch.chunk_ids)
+        LATE.inc(sum(host.scanned.chunk_id in closed for host in batch.hosts.values()))
+        answers: list[ChunkIncomplete | ChunkStored] = []
+        answers += (closed[each.chunk_id].announcement(each) for each, _ in batch.scanned if each.chunk_id in closed)
+        for part in parts((each for each in batch.scanned if each[0].chunk_id not in closed), _ADDRESSES):
+            answers += await self._close(part)
+        return answers
+
+    async def _close(self, reports: Sequence[Report]) -> list[ChunkIncomplete | ChunkStored]:
+        """Close those of these open chunks that are complete, and build a reply to every report."""
+        stored = await self._store.stored({scanned.chunk_id for scanned, _ in reports})
         closing: dict[str, ClosedChunk] = {}
-        open_: list[tuple[ChunkScanned, ChunkIncomplete]] = []
+        incomplete: list[ChunkIncomplete] = []
         complete: list[ChunkScanned] = []
-        for scanned, place in batch.scanned:
+        for scanned, place in reports:
+            await asyncio.sleep(0)  # one map takes some milliseconds
             if scanned.chunk_id not in closing:
                 verdict = close(scanned, place, stored[scanned.chunk_id])
                 if isinstance(verdict, ChunkIncomplete):
-                    open_.append((scanned, verdict))
+                    _log_missing(verdict)
+                    incomplete.append(verdict)
                     continue
                 closing[scanned.chunk_id] = verdict
             complete.append(scanned)
-        # `close` returns those of the other chunks that an earlier batch has closed.
-        unknown = {host.scanned.chunk_id for host in batch.hosts.values()} - closing.keys()
-        unknown |= {scanned.chunk_id for scanned, _ in open_}
-        closed = await self._store.closed(unknown)
-        before = await self._store.close([chunk for id_, chunk in closing.items() if id_ not in closed])
-        before |= closed
+        before = await self._store.close(list(closing.values()))
+        CHUNKS_CLOSED.inc(len(closing) - len(before))
         final = closing | before
-        CHUNKS_CLOSED.inc(len(closing.keys() - before.keys()))
-        LATE.inc(sum(host.scanned.chunk_id in before for host in batch.hosts.values()))
-        complete += [scanned for scanned, _ in open_ if scanned.chunk_id in closed]
-        incomplete = [verdict for scanned, verdict in open_ if scanned.chunk_id not in closed]
-        for each in incomplete:
-            CHUNKS_INCOMPLETE.inc()
-            _log.warning(
-                "hosts_missing",
-                job_id=each.job_id,
-                chunk_id=each.chunk_id,
-                trace_id=each.traceparent and tracing.trace_id(each.traceparent),
-                attempt=each.attempt,
-                worker_id=each.worker_id,
-                addresses=len(each.addresses),
-            )
         return [*incomplete, *(final[each.chunk_id].announcement(each) for each in complete)]
 
 
@@ -175,6 +171,19 @@ class DeletionsHandler:
             await self._publisher.publish(SCAN_DELETIONS, [answer])
             await self._store.end_deletion(job_id, begun)
         return sum(erased)
+
+
+def _log_missing(incomplete: ChunkIncomplete) -> None:
+    CHUNKS_INCOMPLETE.inc()
+    _log.warning(
+        "hosts_missing",
+        job_id=incomplete.job_id,
+        chunk_id=incomplete.chunk_id,
+        trace_id=incomplete.traceparent and tracing.trace_id(incomplete.traceparent),
+        attempt=incomplete.attempt,
+        worker_id=incomplete.worker_id,
+        addresses=len(incomplete.addresses),
+    )
 
 
 def _traces(records: Sequence[Record[Scanned]]) -> dict[str, str | None]:

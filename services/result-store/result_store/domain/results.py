@@ -8,6 +8,7 @@ messages from a superseded worker or a slow replica add nothing.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -200,6 +201,9 @@ class Erased:
     """Results."""
 
 
+Report = tuple[ChunkScanned, Place]
+
+
 @dataclass(slots=True)
 class Batch:
     """A batch of scan-results, deduplicated by host."""
@@ -207,7 +211,7 @@ class Batch:
     hosts: dict[str, Host] = field(default_factory=dict)
     """By event id; the first one in the log."""
 
-    scanned: list[tuple[ChunkScanned, Place]] = field(default_factory=list)
+    scanned: list[Report] = field(default_factory=list)
     """In log order within each chunk."""
 
     @property
@@ -237,6 +241,24 @@ def fold(records: Iterable[Record[Scanned]]) -> Batch:
                 _check_common_ports(chunk)
                 batch.scanned.append((chunk, place))
     return batch
+
+
+def parts(reports: Iterable[Report], addresses: int) -> Iterator[list[Report]]:
+    """Divide these reports into parts of chunks with at most so many addresses together; those of one chunk stay together."""
+    by_chunk: defaultdict[str, list[Report]] = defaultdict(list)
+    for scanned, place in reports:
+        by_chunk[scanned.chunk_id].append((scanned, place))
+    part: list[Report] = []
+    size = 0
+    for of_chunk in by_chunk.values():
+        length = len(of_chunk[0][0].outcomes)
+        if part and size + length > addresses:
+            yield part
+            part, size = [], 0
+        part += of_chunk
+        size += length
+    if part:
+        yield part
 
 
 def close(scanned: ChunkScanned, place: Place, stored: Iterable[StoredHost]) -> ClosedChunk | ChunkIncomplete:

@@ -1,26 +1,30 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from datetime import timedelta
 from typing import cast
+from weakref import ref
 
 import pytest
 from prometheus_client import REGISTRY
 
-from result_store.domain.results import ClosedChunk, Scanned, StoredHost
+from result_store.domain.results import ClosedChunk, Place, Scanned, StoredHost
 from result_store.handlers import ResultsHandler
-from result_store_testing import Log, MemoryStore, host, scanned
+from result_store_testing import EPOCH, FIRST, Log, MemoryStore, host, scanned
 from result_store_testing import handler as results_handler
 from scanfleet.contracts.messages import Audited, ChunkIncomplete, ChunkStored, Message, PortFound
 from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_RESULTS, SCAN_STORED, Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Record
 from scanfleet.runtime.consumer import ConsumerLoop
+from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome, address_at
 from scanfleet.security.audit import SINGLES, Refusals
 from scanfleet.services import RESULT_STORE
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.chunk_grants import grants
 from scanfleet_testing.consumers import Running
 from scanfleet_testing.tracing import ids, recording
+from scanfleet_testing.turns import counting_turns
 from scanfleet_testing.waiting import until
 
 GROUP = "result-store"
@@ -182,28 +186,56 @@ async def test_handle_outcomes_are_counted(handler: ResultsHandler) -> None:
     assert [metric(name) - old for name, old in zip(names, before, strict=True)] == [2, 1, 1, 1, 1]
 
 
-class ReadStore(MemoryStore):
-    """Records which chunks are looked up among the closed ones."""
+class Loaded(list[StoredHost]):
+    """The hosts of a chunk; other than of a list, its end of life can be observed."""
+
+
+class LargeStore(MemoryStore):
+    """Each address of each chunk has a silent host; records whose hosts are read, and how many are held at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: set[str] = set()
+        self.read: set[str] = set()
+        self.most = 0
+        place = Place(EPOCH - timedelta(seconds=1), 0)
+        addresses = [str(address_at(FIRST, index)) for index in range(MAX_ADDRESSES)]
+        self._hosts = [StoredHost(address, Outcome.SILENT, place) for address in addresses]
+        self._loaded: list[ref[list[StoredHost]]] = []
 
-    async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
-        self.asked |= set(chunk_ids)
-        return await super().closed(chunk_ids)
+    async def stored(self, chunk_ids: Collection[str]) -> dict[str, list[StoredHost]]:
+        self.read |= set(chunk_ids)
+        found: dict[str, list[StoredHost]] = {id_: Loaded(self._hosts) for id_ in chunk_ids}
+        self._loaded += map(ref, found.values())
+        self.most = max(self.most, sum(len(each() or ()) for each in self._loaded))
+        return found
 
 
-async def test_handle_looks_up_closed_chunks_only_where_the_batch_closes_none(answers: Answers) -> None:
-    """Chunks that a batch completes are not looked up; those with hosts alone, or a map that lacks hosts, are."""
-    store = ReadStore()
+def resent(chunks: int) -> Sequence[Record[Scanned]]:
+    """Return the ChunkScanned of so many chunks, two of the last one."""
+    numbers = [*range(chunks), chunks - 1]
+    return Log().append(*(scanned("s" * MAX_ADDRESSES, chunk_id=f"1-{number}") for number in numbers))
+
+
+async def test_handle_reports_of_many_chunks_holds_few_hosts_and_leaves_turns_to_others(answers: Answers) -> None:
+    """Whatever the number of chunks in a batch, at most 4,096 stored hosts are in memory, and the event loop is never blocked."""
+    store, records = LargeStore(), resent(40)
+    async with counting_turns() as turns:
+        await results_handler(store, answers).handle(records)
+    assert answers.sent == [stored("s" * MAX_ADDRESSES, f"1-{number}") for number in [*range(40), 39]]
+    assert store.most <= 4 * MAX_ADDRESSES
+    assert turns.longest < 0.1
+
+
+async def test_handle_reports_of_closed_chunks_reads_no_hosts(answers: Answers) -> None:
+    """A ChunkScanned that is repeated is answered from the closed chunk; hosts are read for the other chunks alone."""
+    store = LargeStore()
     handler = results_handler(store, answers)
-    log = Log()
-    await handler.handle(log.append(scanned("dd"), host("127.9.8.0", chunk_id="1-1"), scanned("a", chunk_id="1-1")))
-    assert store.asked == set()
-    await handler.handle(log.append(host(chunk_id="1-2"), scanned("a", chunk_id="1-3")))
-    assert store.asked == {"1-2", "1-3"}
-    assert [type(each) for each in answers.sent] == [ChunkStored, ChunkStored, ChunkIncomplete]
+    await handler.handle(resent(3))
+    assert store.read == {"1-0", "1-1", "1-2"}
+    store.read.clear()
+    await handler.handle(resent(4))
+    assert store.read == {"1-3"}
+    assert answers.sent[4:] == [stored("s" * MAX_ADDRESSES, f"1-{number}") for number in [0, 1, 2, 3, 3]]
 
 
 class UnavailableStore(MemoryStore):
