@@ -15,13 +15,15 @@ _NOT_OPEN: Final = ("closed", "filtered")
 def ports(host: HostScanned) -> Iterator[str]:
     """Yield the elements of the ports that nmap listed one by one, in its order."""
     found = {(each.protocol, each.port): each for each in host.ports}
-    others = {key: each.written for key, each in _not_open(contents(host))}
+    others = {key: each.written for key, each in _not_open(host)}
     for key in sorted(found.keys() | others.keys()):
         yield port(found[key]) if key in found else others[key]
 
 
-def _not_open(elements: list[Element]) -> Iterator[tuple[tuple[str, int], Element]]:
-    for each in elements:
+def _not_open(host: HostScanned) -> Iterator[tuple[tuple[str, int], Element]]:
+    if host.details is None or "<port " not in host.details.element:
+        return  # most hosts: nmap sums up their ports that are not open
+    for each in contents(host):
         if each.name == "port" and each.children[0][1]["state"] in _NOT_OPEN:
             yield (each.attributes["protocol"], int(each.attributes["portid"])), each
 
