@@ -31,6 +31,7 @@ from scanfleet.contracts.messages import (
 from scanfleet.contracts.messages.topics import SCAN_DELETIONS, SCAN_STORED
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
+from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.runtime.loop import Loop
 from scanfleet.scanning.outcomes import MAX_ADDRESSES
@@ -77,7 +78,7 @@ class ResultsHandler:
             OF_DELETED_JOBS.inc()
             await self._store.begin_deletions(deleted)
         if answers:
-            await self._publisher.publish(SCAN_STORED, answers)
+            await try_publish(self._publisher, SCAN_STORED, answers, "the orchestrator asks again after a minute")
         HOSTS_STORED.inc(new)
         DUPLICATES.inc(len(records) - len(batch.scanned) - new)
 
@@ -168,7 +169,7 @@ class DeletionsHandler:
         if sum(erased) < limit:
             total = await self._store.erased(job_id)
             answer = ResultsDeleted(job_id=job_id, hosts=total.hosts, rows=total.rows)
-            await self._publisher.publish(SCAN_DELETIONS, [answer])
+            await try_publish(self._publisher, SCAN_DELETIONS, [answer], "the orchestrator asks again after a minute")
             await self._store.end_deletion(job_id, begun)
         return sum(erased)
 

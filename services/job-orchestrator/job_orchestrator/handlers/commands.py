@@ -19,7 +19,6 @@ from job_orchestrator.domain.ports import (
 )
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.best_effort import try_publish
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
@@ -32,6 +31,7 @@ from scanfleet.contracts.messages.commands import MAX_SUBNETS
 from scanfleet.contracts.messages.topics import SCAN_REPLIES
 from scanfleet.errors import DependencyError, Rule
 from scanfleet.runtime import tracing
+from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import PartitionListener, Publisher, Record
 from scanfleet.services import ORCHESTRATOR
 

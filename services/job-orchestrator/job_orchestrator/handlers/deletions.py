@@ -26,6 +26,7 @@ from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.metrics import DELETED_CHUNKS, DELETED_JOBS, DELETIONS, RETENTION_HALTED
 from scanfleet.contracts.messages import DeleteResults, ResultsDeleted
 from scanfleet.contracts.messages.topics import SCAN_DELETIONS
+from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.runtime.loop import Loop
 
@@ -147,7 +148,8 @@ class Deletions:
         if await self._deletions.advance(stopped, Stage.WAITING, Stage.RESULTS, now):
             self.loop.wake()
         asked = [each for each in due if each.stage is Stage.RESULTS]
-        await self._publisher.publish(SCAN_DELETIONS, [_request(each) for each in asked])
+        requests = [_request(each) for each in asked]
+        await try_publish(self._publisher, SCAN_DELETIONS, requests, "result-store is asked again after a minute")
         asked_ids = [each.job_id for each in asked]
         await self._deletions.advance(asked_ids, Stage.RESULTS, Stage.RESULTS, now + _ASK_AGAIN)
         await self._delete_some(now)

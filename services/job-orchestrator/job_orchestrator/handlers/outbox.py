@@ -9,9 +9,9 @@ from typing import Final
 
 from job_orchestrator.domain.job import ScanJob, published
 from job_orchestrator.domain.ports import JobRepository
-from job_orchestrator.handlers.best_effort import SECONDS, best_effort
 from scanfleet.contracts.messages.topics import SCAN_EVENTS
 from scanfleet.runtime import tracing
+from scanfleet.runtime.best_effort import SECONDS, best_effort
 from scanfleet.runtime.bus import Publisher
 from scanfleet.runtime.loop import Loop
 

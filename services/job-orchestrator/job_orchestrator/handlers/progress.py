@@ -23,12 +23,12 @@ from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.watch import Watch
-from job_orchestrator.handlers.best_effort import try_publish
 from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stop, stops
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
 from scanfleet.contracts.messages import ChunkClaimed, ChunkProgressed, StopChunk
 from scanfleet.contracts.messages.topics import SCAN_TASKS
+from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import PartitionListener, Publisher, Record
 
 

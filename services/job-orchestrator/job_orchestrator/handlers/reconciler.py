@@ -17,7 +17,6 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.totals import EMPTY
-from job_orchestrator.handlers.best_effort import try_publish
 from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stops
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
@@ -26,6 +25,7 @@ from job_orchestrator.metrics import PROBES, count_transition
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.topics import SCAN_TASKS
 from scanfleet.errors import DependencyError
+from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import Publisher
 from scanfleet.runtime.loop import Loop
 

@@ -15,7 +15,6 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import ChunkRepository, DeletionRepository, DispatchRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
-from job_orchestrator.handlers.best_effort import try_publish
 from job_orchestrator.handlers.chunks import ChunkChanger, scanned_again
 from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.outbox import Outbox
@@ -24,6 +23,7 @@ from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.metrics import CHUNK_CENSUS, DELETION_CENSUS, JOB_CENSUS, OUTBOX_AGE, CensusGauges
 from scanfleet.contracts.messages.topics import SCAN_RESULTS
 from scanfleet.errors import DependencyError
+from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import Publisher
 from scanfleet.security.chunk_grants import Signer
 

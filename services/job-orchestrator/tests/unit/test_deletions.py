@@ -328,6 +328,20 @@ async def test_deletion_continues_after_a_restart_and_an_outage(world: World) ->
     assert await chunks_of(world, 1) == 0
 
 
+async def test_request_to_a_partition_without_a_leader_delays_no_other_deletion(world: World) -> None:
+    """A deletion that cannot be requested is requested again later; the results and chunks of other jobs are deleted meanwhile."""
+    for job_id in (1, 2):
+        await world.store.jobs.insert([change(scan_job(job_id), JobTrigger.CANCEL, THEN, settled=True)])
+        await world.store.chunks.insert([chunk(id=f"{job_id}-0", job_id=job_id)])
+    world.bus.broker.leaderless = {(SCAN_DELETIONS.name, SCAN_DELETIONS.partition_of("1"))}
+    await world.only.deletions.delete([1, 2], "request")
+    await world.wait(3)
+    assert [await chunks_of(world, 1), await chunks_of(world, 2)] == [1, 0]
+    world.bus.broker.leaderless.clear()
+    await world.wait(3, seconds=61)
+    assert await chunks_of(world, 1) == 0
+
+
 async def test_chunks_are_deleted_in_bounded_steps(world: World) -> None:
     """One step deletes at most 2,000 chunks, of all jobs together."""
     for job_id in (1, 2):

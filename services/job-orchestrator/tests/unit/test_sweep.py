@@ -17,7 +17,6 @@ from job_orchestrator.domain.census import Standing
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.domain.ledger import Tally
-from job_orchestrator.handlers.best_effort import SECONDS
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository import Data, MemoryChunks
 from job_orchestrator_testing.things import THEN
@@ -34,6 +33,7 @@ from scanfleet.contracts.messages import (
 )
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_RESULTS, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
+from scanfleet.runtime.best_effort import SECONDS
 from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_testing.chunk_grants import grants
 from scanfleet_testing.waiting import until

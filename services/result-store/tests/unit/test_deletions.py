@@ -89,6 +89,21 @@ async def test_delete_continues_after_a_failure() -> None:
     assert (store.hosts, store.chunks, answers(bus)) == ({}, {}, [1])
 
 
+async def test_answer_to_a_partition_without_a_leader_delays_no_other_deletion() -> None:
+    """A job's deletion that cannot be answered ends, as do those of other jobs; the next request is answered."""
+    store = MemoryStore()
+    bus, deletions = bus_and_handler(store)
+    await handler(store, bus).handle(batch())
+    await store.begin_deletions([1, 2])
+    bus.broker.leaderless = {(SCAN_DELETIONS.name, SCAN_DELETIONS.partition_of("1"))}
+    await deletions.step()
+    assert (store.hosts, answers(bus), await store.open_deletions(9)) == ({}, [2], {})
+    bus.broker.leaderless.clear()
+    await deletions.handle(ASKED)
+    await deletions.step()
+    assert answers(bus) == [2, 1]
+
+
 class DamagedStore(MemoryStore):
     """Cannot erase job 1."""
 

@@ -158,19 +158,18 @@ async def test_handle_redelivered_batch_is_idempotent(
     assert answers.sent == [stored("aa"), stored("aa")]
 
 
-async def test_handle_publish_failure_is_repaired_by_redelivery(
+async def test_handle_publish_failure_is_repaired_by_the_next_report(
     handler: ResultsHandler,
     store: MemoryStore,
     answers: Answers,
 ) -> None:
-    """If the reply cannot be published, the batch fails and its redelivery publishes the reply."""
-    records = Log().append(host("127.9.8.0"), scanned("a"))
+    """A reply that cannot be published delays nothing: the orchestrator asks again, and that report is answered."""
+    records = Log().append(host("127.9.8.0"), scanned("a"), scanned("a", attempt=2))
     answers.away = True
-    with pytest.raises(DependencyError):
-        await handler.handle(records)
+    await handler.handle(records[:2])
     assert store.chunks
     answers.away = False
-    await handler.handle(records)
+    await handler.handle(records[2:])
     assert answers.sent == [stored("a")]
 
 
@@ -277,6 +276,22 @@ async def test_consumer_store_outage_commits_and_loses_nothing() -> None:
     bus = await run(store, story)
     assert bus.messages(SCAN_STORED) == [stored("a")]
     assert len(store.hosts) == 1
+
+
+async def test_consumer_reply_to_a_partition_without_a_leader_delays_no_other_job() -> None:
+    """Results of other jobs are stored and answered, and the consumer stays ready."""
+    assert SCAN_STORED.partition_of("1") != SCAN_STORED.partition_of("2")
+    store = MemoryStore()
+
+    async def story(bus: MemoryBus) -> None:
+        bus.broker.leaderless = {(SCAN_STORED.name, SCAN_STORED.partition_of("1"))}
+        await bus.publish(SCAN_RESULTS, [host("127.9.8.0"), scanned("a")])
+        await until(lambda: "1-0" in store.chunks)
+        await bus.publish(SCAN_RESULTS, [scanned("d", job_id=2, chunk_id="2-0")])
+        await until(lambda: bool(bus.messages(SCAN_STORED)))
+
+    bus = await run(store, story)
+    assert [each.job_id for each in bus.messages(SCAN_STORED)] == [2]
 
 
 async def test_consumer_crash_before_its_commit_repeats_without_effect() -> None:
