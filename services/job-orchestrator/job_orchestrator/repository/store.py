@@ -72,11 +72,11 @@ class MongoStore:
     async def _adopt(self) -> None:
         """Set the partition of unfinished jobs, and of those with events, that were created before jobs had one."""
         jobs_, chunks_ = self._database["jobs"], self._database["chunks"]
-        needed = [{"settled": False}, {"outbox": {"$exists": True}}]
-        async for job in jobs_.find({"partition": {"$exists": False}, "$or": needed}, {"_id": 1}):
-            partition = {"$set": {"partition": SCAN_PROGRESS.partition_of(str(job["_id"]))}}
-            await chunks_.update_many({"job_id": job["_id"]}, partition)
-            await jobs_.update_one({"_id": job["_id"]}, partition)
+        for needed in ({"settled": False}, {"outbox.at": {"$exists": True}}):  # each by its own partial index
+            async for job in jobs_.find(needed | {"partition": {"$exists": False}}, {"_id": 1}):
+                partition = {"$set": {"partition": SCAN_PROGRESS.partition_of(str(job["_id"]))}}
+                await chunks_.update_many({"job_id": job["_id"]}, partition)
+                await jobs_.update_one({"_id": job["_id"]}, partition)
 
     async def advance_ids(self, above: int) -> None:
         """Raise every sequence above `above`. No other process may be allocating ids."""

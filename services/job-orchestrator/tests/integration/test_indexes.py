@@ -32,6 +32,7 @@ from scanfleet.security.auth import Principal
 pytestmark = pytest.mark.integration
 
 USERS = 20
+ENDED = 300  # jobs of one more user
 CHUNKS = 2_000  # a hundred for each user, most of them queued
 LATER = THEN + timedelta(seconds=1)
 
@@ -46,6 +47,7 @@ async def _part_of_job(store: MongoStore) -> None:
 
 # Maximum number that each may read: of index keys or of documents, whichever is larger.
 QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
+    "prepare": (lambda store: store.prepare(), 2 * USERS),
     "commands.get": (lambda store: store.commands.get(["c-1", "c-2"]), 5),
     "commands.by_key": (lambda store: store.commands.by_key([(7, "k-7"), (8, "k-8")]), 5),
     "commands.reject": (lambda store: store.commands.reject([Command(id="c-1", user_id=1, state="rejected")]), 2),
@@ -64,7 +66,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "jobs.page of a policy": (lambda store: store.jobs.page(7, set(), 0, 10, policy_id=99), 5),
     "jobs.page since": (lambda store: store.jobs.page(7, set(), 0, 10, since=LATER), 5),
     "jobs.unsettled of partitions": (lambda store: store.jobs.unsettled(0, 5, [3, 4]), USERS),
-    "jobs.page of all": (lambda store: store.jobs.page(None, set(), 0, 10), 2 * USERS),
+    "jobs.page of all": (lambda store: store.jobs.page(None, set(), 0, 10), 2 * USERS + ENDED),  # counts them all
     "jobs.page of all by status": (lambda store: store.jobs.page(None, {JobStatus.RUNNING}, 0, 10), 5),
     "jobs.latest": (lambda store: store.jobs.latest(7, 0, 10), 20),
     "jobs.ended": (lambda store: store.jobs.ended(7, LATER, 10), 5),
@@ -134,6 +136,9 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
 @pytest.fixture
 async def filled(mongo_store: MongoStore) -> MongoStore:
     states = [ChunkState.RUNNING, ChunkState.DISPATCHED, ChunkState.SCANNED, ChunkState.STORED]
+    old = [scan_job(1_000 + n, user_id=USERS + 1, subnet_id=USERS + 1) for n in range(ENDED)]
+    ended = [change(each, JobTrigger.CANCEL, LATER, settled=True) for each in old]
+    await mongo_store.jobs.insert([replace(each, outbox=()) for each in ended])
     for user in range(1, USERS + 1):
         await mongo_store.jobs.insert([scan_job(user, user_id=user, subnet_id=user, settled=user > 15)])
         await mongo_store.chunks.insert(
