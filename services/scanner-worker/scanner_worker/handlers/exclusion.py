@@ -8,12 +8,13 @@ from typing import Final
 
 import structlog
 
+from scanfleet.contracts.messages import ScanChunk
 from scanfleet.errors import DependencyError
 from scanner_worker.domain.scan import CannotStartError
 from scanner_worker.metrics import EXCLUDED
 
 FAILURES: Final = 3  # consecutive failed runs on different chunks: one bad chunk does not exclude a worker
-SHORTEST_S: Final = 1.0  # delay before the first trial run; doubled after each further one
+SHORTEST_S: Final = 1.0  # delay before the first trial run; doubled after each further one until a scan succeeds
 LONGEST_S: Final = 60.0
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -82,17 +83,20 @@ class Exclusion:
         self._failed.clear()
         self._pause = SHORTEST_S
 
-    def failed(self, chunk_id: str, reason: str) -> None:
-        """Record a run of nmap that failed on this chunk."""
-        if len(self._failed) < FAILURES:
-            self._failed.add(chunk_id)
-        if len(self._failed) == FAILURES:  # and again after a successful trial run, until a scan succeeds
+    def failed(self, chunk: ScanChunk, reason: str) -> None:
+        """Record a run of nmap that failed on this chunk; one that failed before may itself be the cause."""
+        if chunk.failures or chunk.limit:
+            return
+        self._failed.add(chunk.chunk_id)
+        if len(self._failed) == FAILURES:
+            self._failed.clear()
+            self._pause = SHORTEST_S  # targets may be the cause, and must not exclude the worker for long
             self.exclude(f"nmap failed on {FAILURES} consecutive chunks, the last time because {reason}")
 
     async def _recover(self) -> None:
         while True:
             await self._begun.wait()
-            # The delay grows with each trial run until a chunk succeeds: a trial run may succeed where a scan cannot start.
+            # The delay grows although a trial run succeeds: a scan may still be unable to start.
             await asyncio.sleep(self._pause)
             self._pause = min(2 * self._pause, LONGEST_S)
             await self._try()

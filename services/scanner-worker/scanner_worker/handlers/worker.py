@@ -183,7 +183,7 @@ class Worker:
         if isinstance(batch.fault, CannotStartError):
             self.exclusion.exclude(str(batch.fault))
         elif failed and len(failed) == len(ends) and batch.arguments:  # nmap was started, so the failure may be its own
-            self.exclusion.failed(failed[0].chunk_id, failed[0].reason)
+            self.exclusion.failed(batch.shares[0].chunk, failed[0].reason)
         elif batch.finished:
             self.exclusion.succeeded()
 

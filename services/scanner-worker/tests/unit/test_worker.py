@@ -39,6 +39,7 @@ from scanfleet_testing.waiting import until
 from scanner_worker.domain.ports import Found
 from scanner_worker.domain.scan import CannotStartError, Host, ScanError
 from scanner_worker.handlers.batch import Abilities
+from scanner_worker.handlers.exclusion import FAILURES, SHORTEST_S
 from scanner_worker.handlers.worker import LEAST_S, Worker
 
 MakeChunk = Callable[..., ScanChunk]
@@ -660,7 +661,7 @@ async def test_worker_three_failed_chunks_exclude_it(make_chunk: MakeChunk) -> N
     async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
         rig.scanner.broken = "nmap exited with 1"
         for number in range(3):
-            await rig.send(make_chunk(chunk_id=f"1-{number}", failures=1))
+            await rig.send(make_chunk(chunk_id=f"1-{number}"))
             await until(lambda: rig.progress().count("ChunkFailed") == number + 1)  # noqa: B023 # called before the next turn
         await until(lambda: slots(rig) == 0)
         await rig.send(make_chunk(chunk_id="1-3"))
@@ -668,9 +669,25 @@ async def test_worker_three_failed_chunks_exclude_it(make_chunk: MakeChunk) -> N
         assert len(rig.scanner.asked) == 3
 
 
-@pytest.mark.parametrize("ends", ["one chunk", "a success between", "one nmap", "policy"])
+@pytest.mark.proves("F25", "G17")
+async def test_worker_failed_chunks_exclude_it_for_the_shortest_time(make_chunk: MakeChunk) -> None:
+    """While trial runs succeed, further failed chunks do not exclude the worker for longer: their targets may be the cause."""
+    async with rigged(ScanError("nmap skipped the targets"), slots=1) as rig:
+        now, pauses = asyncio.get_running_loop().time, []
+        for number in range(9):
+            await rig.send(make_chunk(chunk_id=f"1-{number}"))
+            await until(lambda: rig.progress().count("ChunkFailed") == number + 1)  # noqa: B023 # called before the next turn
+            if number % FAILURES == FAILURES - 1:
+                await until(lambda: slots(rig) == 0)
+                excluded = now()
+                await until(lambda: slots(rig) == 1)
+                pauses.append(now() - excluded)
+        assert max(pauses) < 1.9 * SHORTEST_S
+
+
+@pytest.mark.parametrize("ends", ["one chunk", "a success between", "one nmap", "policy", "failures", "limit"])
 async def test_worker_target_failures_do_not_exclude_it(make_chunk: MakeChunk, ends: str) -> None:
-    """Failures of one chunk, with a success in between, in one nmap, or without an nmap do not exclude the worker."""
+    """Failures of one chunk, with a success in between, in one nmap, without an nmap, or on chunks that failed before do not."""
     disallowed = ScanPolicy(scripts=("http-grep",), ports="22,80")
     async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
         if ends == "one nmap":
@@ -680,7 +697,8 @@ async def test_worker_target_failures_do_not_exclude_it(make_chunk: MakeChunk, e
             succeeds = ends == "a success between" and number == 2
             rig.scanner.script = (ASKED,) if succeeds else (ScanError("nmap exited with 1"),)
             chunk_id = "1-0" if ends == "one chunk" else f"1-{number}"
-            chunk = make_chunk(chunk_id=chunk_id, attempt=number + 1)
+            before = {ends: 2} if ends in {"failures", "limit"} else {}
+            chunk = make_chunk(chunk_id=chunk_id, attempt=number + 1, **before)
             await rig.send(chunk.model_copy(update={"policy": disallowed} if ends == "policy" else {}))
             await until(lambda: len(rig.progress()) == number + 1)  # noqa: B023 # called before the next turn
         announced = len(rig.messages(SCAN_WORKERS, WorkerReady))
