@@ -102,6 +102,19 @@ def test_log_events_are_noun_phrases_in_snake_case() -> None:
     assert [each for each in found if not _EVENT.fullmatch(str(each[1] or ""))] == []
 
 
+def test_loggers_have_the_name_of_their_module() -> None:
+    """Every module creates its logger in the same manner, with its own name."""
+    loggers = [
+        f"{name}:{number} {line}"
+        for path in committed(".py")
+        if _PRODUCTION.match(name := path.relative_to(ROOT).as_posix())
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if "get_logger(" in line
+    ]
+    assert len(loggers) > 20  # the search finds them
+    assert [each for each in loggers if not each.endswith(" _log = structlog.stdlib.get_logger(__name__)")] == []
+
+
 def claims(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):

@@ -33,7 +33,7 @@ MAX_USERS: Final = 10_000  # maximum cached ids: two megabytes
 DISCOVERY_S: Final = 3_600.0  # age at which the issuer's endpoints are read again; they rarely change
 ISSUER_S: Final = 5.0
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 
 class UserIds:

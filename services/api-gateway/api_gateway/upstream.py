@@ -39,7 +39,7 @@ SMALL_BYTES: Final = 1 << 16  # size of one read of a connection; smaller answer
 LIMITS_SECONDS: Final = 60.0  # they change with a restart of the orchestrator
 LIMITS_RETRY_SECONDS: Final = 1.0  # after a failure, which all callers share until then
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 _Answer = TypeVar("_Answer")
 

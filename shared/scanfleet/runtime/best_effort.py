@@ -16,7 +16,7 @@ from scanfleet.runtime.bus import Publisher
 
 SECONDS: Final = 1.0  # far below the 5 s after which the gateway expires a command that waits behind the messages
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 
 async def try_publish(publisher: Publisher, topic: Topic, messages: Sequence[Message], next_step: str) -> None:

@@ -9,7 +9,7 @@ import structlog
 
 from scanfleet.errors import DependencyError
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 _BACKOFF = 1.0  # retry delay in seconds after a dependency failure
 

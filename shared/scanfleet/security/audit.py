@@ -34,7 +34,7 @@ _MAX_TARGET_CHARS: Final = 200  # a header may be long; the dead letter keeps it
 _Kind = tuple[str, str, str, str]
 
 _lost = Metric("scanfleet_audit_lost", "Refusals that were written to this process's log but not to the audit log.")
-_log = structlog.stdlib.get_logger("scanfleet.security.audit")
+_log = structlog.stdlib.get_logger(__name__)
 
 
 def write_line(entry: AuditEntry) -> None:

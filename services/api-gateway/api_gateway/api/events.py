@@ -32,7 +32,7 @@ _OF_JOBS: Final = re.compile(
     r"([0-9]{1,14})-[0-9]{1,16}-[0-9]{1,16}"
 )  # the time in milliseconds up to which every change was sent, a job, the number of its state
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 
 async def _watched(job_id: PathId, state: Handed) -> AsyncIterator[Watch]:

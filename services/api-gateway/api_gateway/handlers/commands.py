@@ -14,7 +14,7 @@ from scanfleet.contracts.messages.topics import SCAN_COMMANDS
 from scanfleet.errors import DependencyError, PublicError, TooManyRequestsError, UnavailableError
 from scanfleet.runtime.bus import Publisher, Record
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 _JOBS_END_SECONDS: Final = 30  # typical time until one of the unfinished jobs of a user ends
 

@@ -24,7 +24,7 @@ from scanfleet.contracts.messages.chunks import Grant
 from scanfleet.errors import DependencyError
 from scanfleet.security.chunk_grants import Signer
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 STOPPED_LATER: Final = "the next heartbeat of each worker is answered with a stop"
 """How the loss of a StopChunk is repaired, for the log."""

@@ -11,7 +11,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.metrics import SKIPPED_JOBS
 from scanfleet.errors import DependencyError
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 
 class Faults:

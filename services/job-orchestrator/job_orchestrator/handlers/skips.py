@@ -22,7 +22,7 @@ _RECHECK_SECONDS: Final = 1.0  # for which a user's other jobs are cached
 _FEW: Final = 10  # skipped jobs of a user: a query passes by their chunks, at most 256 each, and names no others
 _JOBS: Final = 100_000  # unfinished jobs of a user: far above the quota
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 _Key = TypeVar("_Key")
 

@@ -67,7 +67,7 @@ INDEXES: Final = {
     "audit_blocks": [IndexModel([("forget_at", 1)], expireAfterSeconds=0)],
 }
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass(slots=True)

@@ -49,7 +49,7 @@ _AT_ONCE: Final = 100  # documents that are converted before other tasks run: at
 
 _Any = TypeVar("_Any")
 
-_log = structlog.get_logger()
+_log = structlog.stdlib.get_logger(__name__)
 
 
 def _known(kind: Any, document: Document) -> Document:
