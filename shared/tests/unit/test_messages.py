@@ -19,7 +19,7 @@ from scanfleet.contracts.messages.envelope import RawRecord, decode, encode
 from scanfleet.contracts.messages.fields import MAX_BYTES
 from scanfleet.contracts.messages.results import MAX_FOUND
 from scanfleet.contracts.messages.topics import OPERATOR, SCAN_AUDIT_OPERATOR, SCAN_RESULTS, TOPICS, Topic
-from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, WORKER
+from scanfleet.services import SERVICES
 from scanfleet_testing.contracts import with_unknown_fields
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -119,7 +119,7 @@ def test_topic_names_are_hyphenated_words_and_unique() -> None:
 @every_topic
 def test_topics_have_messages_services_and_retention(topic: Topic) -> None:
     """A topic has messages, existing services as producers and consumers, and a retention time."""
-    services = {GATEWAY, ORCHESTRATOR, WORKER, RESULT_STORE}
+    services = set(SERVICES)
     operators = {OPERATOR} if topic is SCAN_AUDIT_OPERATOR else set()
     assert topic.messages
     assert set(topic.producers) <= services | operators

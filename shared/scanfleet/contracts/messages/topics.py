@@ -35,7 +35,7 @@ from scanfleet.contracts.messages.jobs import (
     JobStarted,
 )
 from scanfleet.contracts.messages.results import HostScanned
-from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, WORKER
+from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WORKER
 
 OPERATOR: Final = "operator"
 """The user of the bus's administrators, not a service; may write to any topic."""
@@ -202,7 +202,7 @@ def _audit(
     )
 
 
-SCAN_AUDIT: Final = {service: _audit(service, Audited) for service in (GATEWAY, ORCHESTRATOR, WORKER)} | {
+SCAN_AUDIT: Final = {service: _audit(service, Audited) for service in SERVICES} | {
     # Its restore command runs while the orchestrator, which records its own in the database, is stopped.
     RESULT_STORE: _audit(RESULT_STORE, Audited, OperatorActed),
 }
