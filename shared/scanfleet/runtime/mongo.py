@@ -6,7 +6,6 @@ survives the loss of any one machine, and no reader sees a write that may be rol
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -240,37 +239,24 @@ class Ids:
     Args:
         database: holds the counters.
         name: the sequence, for example `"jobs"`.
-        block: number of ids to allocate at once. A stopped process leaves the rest of its block unused. With 1 every
-            `take` is a write and ids increase across replicas; with more they increase only within one replica.
     """
 
-    def __init__(self, database: Database, name: str, *, block: int = 1) -> None:
+    def __init__(self, database: Database, name: str) -> None:
         self._counters: Collection = database["counters"]
         self._name = name
-        self._block = block
-        self._left = range(0)
-        self._lock = asyncio.Lock()
 
     @dependency_errors()
     async def take(self, count: int = 1) -> range:
         """Allocate `count` consecutive ids.
 
         Raises:
-            DependencyError: at most one block of ids is lost; call again.
+            DependencyError: these ids may stay unused; call again.
         """
-        async with self._lock:
-            if len(self._left) < count:
-                size = max(count, self._block)
-                counters = await self._counters.find_one_and_update(
-                    {"_id": "ids"},
-                    {"$inc": {self._name: size}},
-                    upsert=True,
-                    return_document=ReturnDocument.AFTER,
-                )
-                last = counters[self._name]
-                self._left = range(last - size + 1, last + 1)
-            taken, self._left = self._left[:count], self._left[count:]
-            return taken
+        counters = await self._counters.find_one_and_update(
+            {"_id": "ids"}, {"$inc": {self._name: count}}, upsert=True, return_document=ReturnDocument.AFTER
+        )
+        last = counters[self._name]
+        return range(last - count + 1, last + 1)
 
 
 @dependency_errors()

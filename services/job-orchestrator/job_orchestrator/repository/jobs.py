@@ -20,8 +20,6 @@ from scanfleet.contracts.messages import Job, JobStatus
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
 
-_ID_BLOCK: Final = 100  # a write per hundred jobs; a restarted replica leaves as many ids unused at most
-
 _ENDED: Final = [("end_time", 1), ("_id", 1)]
 _ENDED_OF_USER: Final = [("user_id", 1), *_ENDED]
 _OUTBOX: Final = [("partition", 1), ("outbox.at", 1)]
@@ -72,7 +70,7 @@ class MongoJobs:
 
     def __init__(self, database: Database) -> None:
         self._jobs = database["jobs"]
-        self._ids = Ids(database, "jobs", block=_ID_BLOCK)
+        self._ids = Ids(database, "jobs")
 
     async def take_ids(self, count: int = 1) -> range:
         return await self._ids.take(count)
