@@ -92,7 +92,8 @@ bench: setup ## Compare the platform with plain nmap, Celery and other alternati
 lint: setup ## Check style, types and import boundaries
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy cli/scanfleet_cli* shared/scanfleet* services/*/[a-z]*_[a-z]* conftest.py local supply $(wildcard tests bench) k8s/generate.py
+	$(BIN)/mypy cli/scanfleet_cli* shared/scanfleet* $(filter-out %/tests/,$(wildcard services/*/[a-z]*/)) conftest.py local supply \
+		$(wildcard tests bench docs/examples/*.py) k8s/generate.py
 	for tests in cli/tests shared/tests services/*/tests; do $(BIN)/mypy $$tests; done
 	$(BIN)/lint-imports
 	cd page && npm run --silent types
