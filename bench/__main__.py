@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from bench import capacity, command, control, platform, silent, xml_reader
+from bench import capacity, command, control, fleet, platform, silent, xml_reader
 from bench.figures import Figure, show
 
 Part = Callable[[], Iterable[Figure]]
@@ -17,6 +17,7 @@ PARTS: Final[Mapping[str, Part]] = {
     "platform": platform.measure,
     "control": control.measure,
     "capacity": capacity.measure,
+    "fleet": fleet.measure,
     "silent": silent.measure,
     "xml_reader": xml_reader.measure,
     "command": command.measure,
