@@ -22,6 +22,8 @@ from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, 
 
 _ENDED: Final = [("end_time", 1), ("_id", 1)]
 _ENDED_OF_USER: Final = [("user_id", 1), *_ENDED]
+_CHANGED: Final = [("settled", 1), ("updated_at", 1), ("status", 1), ("_id", 1)]
+_CHANGED_OF_USER: Final = [("user_id", 1), *_CHANGED]
 _OUTBOX: Final = [("partition", 1), ("outbox.at", 1)]
 
 INDEXES: Final = {
@@ -53,6 +55,9 @@ INDEXES: Final = {
             [("user_id", 1), ("settled", 1), ("status", 1), ("seconds_left", 1)],
             partialFilterExpression={"settled": False},
         ),
+        # Heartbeats of the streams of all jobs read those that changed since the last one, from the index alone.
+        IndexModel(_CHANGED, partialFilterExpression={"settled": False}),
+        IndexModel(_CHANGED_OF_USER, partialFilterExpression={"settled": False}),
         IndexModel([("forget_at", 1)], expireAfterSeconds=0, sparse=True),
         IndexModel(_OUTBOX, partialFilterExpression={"outbox.at": {"$exists": True}}, name="outbox.at_1_v2"),
         IndexModel([("subnet_id", 1)], partialFilterExpression={"settled": False}),
@@ -129,7 +134,10 @@ class MongoJobs:
             wanted["user_id"] = user_id
         if changed_since is not None:
             wanted["updated_at"] = {"$gte": changed_since}
-        return [each["_id"] async for each in self._jobs.find(wanted, {"_id": 1}).sort("_id", 1).limit(limit)]
+        found = self._jobs.find(wanted, {"_id": 1}).sort("_id", 1).limit(limit)
+        if changed_since is not None:
+            found = found.hint(_CHANGED if user_id is None else _CHANGED_OF_USER)
+        return [each["_id"] async for each in found]
 
     @dependency_errors()
     async def ended(

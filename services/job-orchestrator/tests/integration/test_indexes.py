@@ -345,6 +345,22 @@ async def test_old_events_are_read_of_one_partition_only(mongo_store: MongoStore
     assert await _read_by(database, mongo_store.jobs.with_old_events(LATER, 10, [4])) <= 25
 
 
+@pytest.mark.parametrize("user", [7, None])
+async def test_changed_jobs_are_found_without_reading_the_unchanged(
+    mongo_store: MongoStore, database: Database, user: int | None
+) -> None:
+    """A heartbeat of a stream of all jobs reads a key for each changed job, and no document."""
+    await mongo_store.jobs.insert([scan_job(n, user_id=7, updated_at=THEN) for n in range(1, 501)])
+    await mongo_store.jobs.insert([scan_job(n, user_id=7, updated_at=LATER) for n in range(501, 506)])
+    found: list[int] = []
+
+    async def ask() -> None:
+        found.extend(await mongo_store.jobs.latest(user, 0, 200, changed_since=LATER))
+
+    assert await _read_by(database, ask()) <= 8
+    assert found == list(range(501, 506))
+
+
 async def test_due_deletions_are_read_of_their_stages_only(mongo_store: MongoStore, database: Database) -> None:
     """Deletions in the stage of chunks, which can be many, cost the query of the others nothing."""
     jobs = [change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True) for n in range(1, 301)]
