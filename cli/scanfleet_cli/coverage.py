@@ -15,7 +15,7 @@ PaintWord = Callable[[str, str], str]
 NOT_PROBED: Final = ("refused", "cancelled", "lost")
 """Outcomes of requested addresses that were not fully probed."""
 
-ENTRIES: Final = 10_000  # addresses of a ledger that a summary reads: enough for a /19
+ENTRIES: Final = 10_000  # maximum number of entries of which a summary gives the reasons
 _NETWORKS: Final = 5  # networks that a summary lists
 
 
@@ -62,14 +62,34 @@ def proof(ledger: rest.Ledger) -> str:
     return f"{lost:,} of {count(request.addresses, 'address', 'addresses')} {were} NOT probed"
 
 
-def reasons(entries: Iterable[rest.LedgerEntry], wanted: Iterable[str] = NOT_PROBED) -> list[str]:
-    """List the reasons why addresses were not probed, each with its networks."""
-    by_reason: dict[str, set[str]] = {}
-    outcomes_wanted = set(wanted)
-    for entry in entries:
-        if entry.outcome in outcomes_wanted:
-            by_reason.setdefault(entry.reason or entry.outcome, set()).add(entry.address)
-    return [f"{reason} ({networks(found)})" for reason, found in by_reason.items()]
+class NotProbed:
+    """The addresses that a ledger lists as not fully probed, read page by page, with their reasons.
+
+    Attributes:
+        after: position after which the next page begins; None once enough is known.
+    """
+
+    def __init__(self) -> None:
+        self.after: int | None = 0
+        self._by_reason: dict[str, set[str]] = {}
+        self._found = self._read = self._total = 0
+
+    def add(self, ledger: rest.Ledger) -> None:
+        """Add the next page; excluded addresses, and those that are down or timed out, are passed over."""
+        page = ledger.not_probed
+        found = [entry for entry in page.addresses if entry.outcome in NOT_PROBED]
+        for entry in found:
+            self._by_reason.setdefault(entry.reason or entry.outcome, set()).add(entry.address)
+        self._found += len(found)
+        self._read += len(page.addresses)
+        self._total = page.total
+        self.after = None if ledger.accounted or self._found >= ENTRIES else page.next
+
+    @property
+    def reasons(self) -> list[str]:
+        """List the reasons why addresses were not probed, each with its networks; "and others" if not all entries were read."""
+        listed = [f"{reason} ({networks(found)})" for reason, found in self._by_reason.items()]
+        return [*listed, "and others"] if listed and self._read < self._total else listed
 
 
 def collapse(found: Iterable[str]) -> list[str]:

@@ -254,15 +254,13 @@ class _Following:
                             found(row)
 
     async def _read_end(self, client: AsyncClient, job: Followed) -> None:
-        """Read the final ledger of a job with all its pages, and queue the job."""
+        """Read the final ledger of a job with the reasons of its pages, and queue the job."""
         job.ledger = None
         try:
-            job.not_probed = []
-            after: int | None = 0
-            while after is not None and len(job.not_probed) < coverage.ENTRIES:
-                ledger = await client.send(calls.read_ledger(job.job_id, after=after))
-                job.not_probed += ledger.not_probed.addresses
-                after = ledger.not_probed.next
+            job.not_probed = coverage.NotProbed()
+            while job.not_probed.after is not None:
+                ledger = await client.send(calls.read_ledger(job.job_id, after=job.not_probed.after))
+                job.not_probed.add(ledger)
             job.ledger = ledger
         except (ApiError, UnavailableError) as error:
             job.problem = str(error)

@@ -29,8 +29,8 @@ class Followed:
     job_id: int
     task: rest.TaskStatus | None = None
     ledger: rest.Ledger | None = None
-    not_probed: list[rest.LedgerEntry] = field(default_factory=list)
-    """Addresses that the final ledger lists."""
+    not_probed: coverage.NotProbed = field(default_factory=coverage.NotProbed)
+    """Addresses that the final ledger lists as not fully probed."""
 
     problem: str = ""
     """Reason why the final ledger could not be read."""
@@ -274,5 +274,4 @@ def _ended(followed: Followed, task: rest.TaskStatus, output: Output) -> list[st
 
 
 def _why(followed: Followed, task: rest.TaskStatus) -> str:
-    reasons = coverage.reasons(followed.not_probed)
-    return printable("; ".join(reasons) or task.status.error or task.status.status)
+    return printable("; ".join(followed.not_probed.reasons) or task.status.error or task.status.status)

@@ -566,7 +566,7 @@ def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequen
         session.output.one(reply.json, lambda: _ledger(session, first), "job_id")
         return
     outcomes = set(wanted) or set(coverage.NOT_PROBED) | {"timed_out"}
-    listed = list(_entries(session, first, None))
+    listed = list(_entries(session, first))
     if first.status.final and len(listed) < first.not_probed.total:
         session.output.note(
             f"the service has listed {len(listed):,} of {count(first.not_probed.total, 'address', 'addresses')}"
@@ -593,15 +593,13 @@ def ledger(session: Session, /, *, job_id: int, not_probed: bool, wanted: Sequen
     )
 
 
-def _entries(session: Session, first: rest.Ledger, limit: int | None = coverage.ENTRIES) -> Iterator[rest.LedgerEntry]:
-    """Yield the addresses that a ledger lists from its page on, up to about `limit`; None for all."""
-    page, read = first.not_probed, 0
-    while True:
-        yield from page.addresses
-        read += len(page.addresses)
-        if page.next is None or (limit is not None and read >= limit):
-            return
+def _entries(session: Session, first: rest.Ledger) -> Iterator[rest.LedgerEntry]:
+    """Yield the addresses that a ledger lists, from its first page on."""
+    page = first.not_probed
+    yield from page.addresses
+    while page.next is not None:
         page = session.client.send(calls.read_ledger(first.job_id, after=page.next)).not_probed
+        yield from page.addresses
 
 
 def _ledger(session: Session, first: rest.Ledger) -> Iterator[str]:
@@ -616,8 +614,11 @@ def _ledger(session: Session, first: rest.Ledger) -> Iterator[str]:
     yield f"accounted: {'yes' if first.accounted else 'no'}"
     if first.status.final and not first.accounted:
         yield coverage.proof(first)
-        reasons = coverage.reasons(_entries(session, first))
-        yield from (f"  {printable(reason)}" for reason in reasons)
+        not_probed = coverage.NotProbed()
+        not_probed.add(first)
+        while not_probed.after is not None:
+            not_probed.add(session.client.send(calls.read_ledger(first.job_id, after=not_probed.after)))
+        yield from (f"  {printable(reason)}" for reason in not_probed.reasons)
 
 
 @job.command("open")

@@ -17,7 +17,7 @@ import pytest
 
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
-from scanfleet_cli import changes, findings, follow, views
+from scanfleet_cli import changes, coverage, findings, follow, views
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import Session, World
@@ -447,6 +447,57 @@ def test_reasons_of_a_failed_job_are_read_from_every_page(api: FakeApi, run: Any
     assert len(ended.out.splitlines()) == 2
     assert "listed" not in ended.err
     assert [each.url.params.get("after") for each in api.requests] == ["0", "1"]
+
+
+def entries(outcome: str, addresses: Sequence[str], reason: str = "") -> list[rest.LedgerEntry]:
+    return [rest.LedgerEntry(address=each, ports="22", outcome=outcome, reason=reason) for each in addresses]
+
+
+@pytest.mark.parametrize("before", ["excluded", "down"])
+def test_reason_after_many_other_entries_is_named(
+    api: FakeApi, run: Any, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """Excluded and down addresses do not count towards the entries that a summary reads."""
+    monkeypatch.setattr(coverage, "ENTRIES", 2)
+
+    def failed(job: FakeJob) -> None:
+        job.counts = {"answered": 251, before: 4, "lost": 1}
+        job.page_size = 2
+        job.not_probed = entries(before, [f"127.9.8.{n}" for n in range(4)]) + entries("lost", ["127.9.8.9"], "killed")
+
+    api.states, api.made = [(JobStatus.FAILED, 99)], failed
+    assert "1 of 256 addresses was NOT probed: killed (127.9.8.9)\n" in run("scan", "127.9.8.0/24").err
+    assert run("job", "ledger", "41").out.endswith("  killed (127.9.8.9)\n")
+
+
+def test_reasons_of_more_entries_than_are_read_end_with_and_others(
+    api: FakeApi, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The summary does not name the networks of the first pages as if they were all."""
+    monkeypatch.setattr(coverage, "ENTRIES", 2)
+
+    def cancelled(job: FakeJob) -> None:
+        job.counts = {"answered": 252, "cancelled": 4}
+        job.page_size = 2
+        job.not_probed = entries("cancelled", [f"127.9.8.{n}" for n in range(4)])
+
+    api.states, api.made = [(JobStatus.CANCELLED, 99)], cancelled
+    ended = run("scan", "127.9.8.0/24")
+    assert "4 of 256 addresses were NOT probed: cancelled (127.9.8.0/31); and others\n" in ended.err
+    assert run("job", "ledger", "41").out.endswith("  cancelled (127.9.8.0/31)\n  and others\n")
+    assert run("job", "ledger", "41", "--not-probed", "--networks").out == "127.9.8.0/30\tcancelled\t\n"
+
+
+def test_ledger_of_an_accounted_job_is_read_once(api: FakeApi, run: Any) -> None:
+    """The summary of a completed job has no reasons, so further pages are not needed."""
+
+    def completed(job: FakeJob) -> None:
+        job.counts, job.page_size = {"answered": 254, "down": 2}, 1
+        job.not_probed = entries("down", ["127.9.8.1", "127.9.8.2"])
+
+    api.states, api.made = [(JobStatus.COMPLETED, 100)], completed
+    run("scan", "127.9.8.0/24")
+    assert len([each for each in api.requests if each.url.path.endswith("/ledger")]) == 1
 
 
 def test_time_limit_while_a_final_ledger_is_read_still_prints_the_end(api: FakeApi, run: Any) -> None:
