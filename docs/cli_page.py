@@ -47,7 +47,8 @@ lines without a header or colours, with times in RFC 3339. Non-printing characte
 The URL of the gateway is that of `--url`, else of `SCANFLEET_URL`, else of the context: `--context`, else `SCANFLEET_CONTEXT`, else
 the current one. The token is that of `--token-file`, else of `SCANFLEET_TOKEN`, else of the file in `SCANFLEET_TOKEN_FILE`, else of
 the context: its `token_command`, or the sign-in by `scanfleet login`. The token of a context is sent only to the gateway of that
-context. `scanfleet whoami` shows URL, user and their sources; `scanfleet doctor` checks the connection.
+context, and with `--context` the tokens of the environment are not sent. `scanfleet whoami` shows URL, user and their sources;
+`scanfleet doctor` checks the connection.
 
 Contexts are stored in `config.toml` in the folder `~/.config/scanfleet` on Linux, `~/Library/Application Support/scanfleet` on
 macOS and `%LOCALAPPDATA%\\scanfleet\\scanfleet` on Windows, or in the folder `scanfleet` of `XDG_CONFIG_HOME` on Linux and macOS.

@@ -119,7 +119,8 @@ class Session:
 
     def _token(self) -> tuple[str, str]:
         """Return the token to send now, and its source as text."""
-        environment, context = self.config.environment, self.place.context
+        # Those of the environment belong to its gateway, or to the current context.
+        environment, context = {} if self.context else self.config.environment, self.place.context
         if self.token_file is not None:
             return _token_in(self.token_file), f"the file {self.token_file} (--token-file)"
         if token := environment.get("SCANFLEET_TOKEN", "").strip():
@@ -131,10 +132,13 @@ class Session:
             return self._command_token(context.token_command, source).current(), source
         if context is not None and (kept := self._kept_token(context.name)) is not None:
             return kept
+        url = self.place.url
         raise CommandError(
-            f"not signed in to {self.place.url}",
+            f"not signed in to {url}",
             Exit.NOT_ALLOWED,
-            hint=f"scanfleet login {self.place.url}, or set SCANFLEET_TOKEN or SCANFLEET_TOKEN_FILE",
+            hint=f"scanfleet --context {self.context} login {url}, or add --token-file FILE"
+            if self.context
+            else f"scanfleet login {url}, or set SCANFLEET_TOKEN or SCANFLEET_TOKEN_FILE",
         )
 
     def token_refused(self, token: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
+from urllib.parse import parse_qs
 from uuid import uuid4
 
 import click
@@ -51,11 +52,12 @@ def api(
         fields[name] = _json(text, f"-F {name}")
     given: Mapping[str, str] = dict(_split(each, ":") for each in headers)
     body = _json(read_text(file), "--input") if file is not None else None
-    query = {} if method in _WITH_BODY else fields
+    path, _, parameters = path.partition("?")
+    query: dict[str, Any] = parse_qs(parameters, keep_blank_values=True)
     if method in _WITH_BODY and body is None:
         body = fields
-    elif fields and body is not None:
-        query = fields
+    else:
+        query |= fields
     if method == "POST":
         given = {"Idempotency-Key": uuid4().hex} | dict(given)
     path = path if path.startswith("/") else f"/api/v1/{path}"

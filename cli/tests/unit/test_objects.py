@@ -387,6 +387,18 @@ def test_token_sources_have_the_order_option_environment_context(run: Any, tmp_p
     assert "the token command failed" in failed.err
 
 
+def test_token_of_the_environment_is_not_sent_to_the_gateway_of_an_option(run: Any, tmp_path: Path) -> None:
+    """SCANFLEET_TOKEN and SCANFLEET_TOKEN_FILE belong to SCANFLEET_URL, not to the gateway of --context."""
+    (tmp_path / "token").write_text(TOKEN)
+    run("context", "add", "lab", "--url", "http://scanfleet.test", environment={})
+    for environment in ({"SCANFLEET_TOKEN": TOKEN}, {"SCANFLEET_TOKEN_FILE": str(tmp_path / "token")}):
+        assert run("subnet", "list", environment=environment).code == 0
+        ended = run("--context", "lab", "subnet", "list", environment=environment)
+        assert ended.code == 4
+        assert "scanfleet --context lab login http://scanfleet.test, or add --token-file FILE" in ended.err
+    assert run("--context", "lab", "--token-file", tmp_path / "token", "subnet", "list", environment={}).code == 0
+
+
 def test_api_sends_fields_and_reads_all_pages(api: FakeApi, run: Any) -> None:
     """A raw request carries fields as its body, and a list of all pages is one array."""
     made = run("api", "POST", "subnet", "-f", "name=lab", "-f", "cidr=127.9.8.0/24", "-F", 'exclude=["127.9.8.1/32"]')
@@ -394,6 +406,16 @@ def test_api_sends_fields_and_reads_all_pages(api: FakeApi, run: Any) -> None:
     assert json.loads(run("api", "get", "/api/v1/subnet", "--all").out) == [api.subnets[5]]
     assert run("api", "GET", "/api/v1/subnet/99").code == 5
     assert run("api", "GET", "subnet", "-F", "page=one").code == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--all"], ["-f", "policy_id=3"]])
+def test_api_keeps_the_query_of_the_path(api: FakeApi, run: Any, options: list[str]) -> None:
+    """Pages and fields are added to the parameters of the path, and do not replace them."""
+    assert run("api", "GET", "task?status=failed&status=cancelled", *options).code == 0
+    query = api.requests[-1].url.params
+    assert query.get_list("status") == ["failed", "cancelled"]
+    assert query.get("page_size") == ("100" if "--all" in options else None)
+    assert query.get("policy_id") == ("3" if "-f" in options else None)
 
 
 def test_audit_log_is_listed_by_filter(api: FakeApi, run: Any) -> None:
