@@ -97,8 +97,8 @@ def list_(
     call = calls.list_tasks(
         status=[JobStatus(each) for each in wanted],
         user_id=user,
-        subnet_id=resolve.subnet_named(session, subnet).id if subnet else None,
-        policy_id=resolve.policy_named(session, policy).id if policy else None,
+        subnet_id=resolve.subnet_id(session, subnet) if subnet else None,
+        policy_id=resolve.policy_id(session, policy) if policy else None,
         since=since,
     )
     output = session.output

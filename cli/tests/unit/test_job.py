@@ -440,6 +440,14 @@ def partly(job: FakeJob) -> None:
     ]
 
 
+def test_list_of_the_jobs_of_an_object_that_cannot_be_read_is_filtered(jobs: FakeApi, run: Any) -> None:
+    """An id of a deleted object, or of another user's, is sent as it is, and not looked up."""
+    jobs.requests.clear()
+    assert run("job", "list", "--subnet", "98", "--policy", "99", "-o", "json").code == 0
+    (listed,) = jobs.requests
+    assert (listed.url.params["subnet_id"], listed.url.params["policy_id"]) == ("98", "99")
+
+
 def test_ledger_of_a_partial_job_lists_reasons(jobs: FakeApi, run: Any) -> None:
     """The ledger shows nine outcomes, whether the job is accounted for, and the reasons of addresses that were not probed."""
     partly(jobs.jobs[41])
