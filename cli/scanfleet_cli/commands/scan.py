@@ -99,6 +99,9 @@ def scan(
     if output.fields is not None and output.format.machine:
         raise CommandError(f"--json selects fields of results and cannot be combined with -o {output.format}")
     output.check_fields(Job if no_watch else rest.Result)
+    of_watch = {"--fail-on": fail_on, "--found": found, "--timeout": timeout}
+    if no_watch and (given := [option for option, value in of_watch.items() if value]):
+        raise CommandError(f"--no-watch cannot be combined with {', '.join(given)}")
     printer = findings.Printer(output) if found else None
     limit, watched_ports = follow.seconds(timeout), _fail_ports(fail_on)
     wanted = list(_targets(targets, file, exclude, name))

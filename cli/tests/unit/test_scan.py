@@ -221,6 +221,9 @@ def test_wrong_usage_exits_2_and_creates_nothing(api: FakeApi, run: Any) -> None
         ["scan", "127.9.8.0/24", "--timeout", "soon"],
         ["scan", "127.9.8.0/24", "--policy", "3", "--ports", "22"],
         ["scan", "127.9.8.0/24", "--nonsense"],
+        ["scan", "127.9.8.0/24", "--no-watch", "--fail-on", "open"],
+        ["scan", "127.9.8.0/24", "--no-watch", "--found"],
+        ["scan", "127.9.8.0/24", "--no-watch", "--timeout", "30m"],
     ):
         ended = run(*arguments)
         assert ended.code == 2, arguments
