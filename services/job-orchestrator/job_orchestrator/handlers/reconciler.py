@@ -218,6 +218,14 @@ class Reconciler:
             return True
         return False
 
+    async def stop_scans(self, jobs: Iterable[ScanJob]) -> None:
+        """Cancel the chunks of these ended jobs that workers hold.
+
+        Raises:
+            DependencyError: the next sweep stops the others.
+        """
+        await self._stop_scans({job.id: _ended(job) for job in jobs if not job.settled})
+
     async def cancel_chunks(self, job_id: int, reason: str) -> bool:
         """Cancel a page of the job's chunks that are not final, first those that are being scanned.
 

@@ -26,6 +26,7 @@ from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobEv
 from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
+from scanfleet.runtime.bus import Publisher
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import TargetRules, parse_network
 from scanfleet_testing.bus import MemoryBus
@@ -488,6 +489,34 @@ async def test_cancel_ends_a_pending_job(world: World) -> None:
     assert [chunk.state async for chunk in world.store.chunks.of_job(1)] == [ChunkState.CANCELLED]
     assert [type(event).__name__ for event in world.events(1)] == ["JobCreated", "JobCancelled"]
     assert world.bus.messages(SCAN_TASKS) == []
+
+
+class RecordingPublisher:
+    """Records the types of the published messages."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self.kinds: list[str] = []
+
+    async def publish(self, topic: Topic[Message], messages: Iterable[Message]) -> None:
+        messages = list(messages)
+        self.kinds += [type(each).__name__ for each in messages]
+        await self._publisher.publish(topic, messages)
+
+
+async def test_reply_to_a_cancel_follows_the_stops(world: World) -> None:
+    """Workers are sent the stop before the caller gets the reply, so no later failure of an orchestrator delays it."""
+    publisher = RecordingPublisher(world.bus)
+    world.replicas = [world.replica(publisher=publisher)]
+    world.worker.hold = True
+    await world.start()
+    await world.worker.announce()
+    await world.submit()
+    await world.settle()
+    await world.cancel(1)
+    await world.settle()
+    kinds = [kind for kind in publisher.kinds if kind in {"ScanChunk", "StopChunk", "CommandAccepted"}]
+    assert kinds == ["CommandAccepted", "ScanChunk", "StopChunk", "CommandAccepted"]
 
 
 async def test_cancel_of_a_running_job_stops_its_workers(world: World) -> None:
