@@ -25,7 +25,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G5": "A worker whose lease has expired changes no state: it may be the first to report a host, never the second, and never after its chunk is stored",
     "G6": "States change only along the published state machine, and terminal states never change",
     "G7": "A job's life-cycle events first appear in the order of `seq` without gaps; a duplicate has the same id",
-    "G8": "Cancellation stops packets (≤ 2 s local, ≤ 10 s guaranteed) unless the job completed first; it is never delayed by a rate or concurrency limit",
+    "G8": "Cancellation stops packets (≤ 2 s local, ≤ 10 s guaranteed) unless the job completed first; it has limits of its own, so no limit of other requests delays it",
     "G9": "A malformed message never blocks a partition",
     "G10": "Deployments and scale-downs lose no work and do not rescan finished hosts",
     "G11": "Under overload the API refuses requests with 429 or 503 and Retry-After; memory and queues stay bounded and reads keep working",

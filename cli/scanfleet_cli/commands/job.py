@@ -47,7 +47,7 @@ def job() -> None:
     help="Repeat for several; each has its own job.",
 )
 @click.option("--policy", required=True, metavar="NAME|ID", shell_complete=complete_policy)
-@click.option("--key", help="Idempotency key: the same command with the same key creates no other jobs.")
+@click.option("--key", help="Idempotency key: the same command with the same key creates no other jobs, for 7 days.")
 @click.option("--watch", is_flag=True, help="Watch the jobs to their final states.")
 @formats(Job, rest.TaskStatus)
 @with_session

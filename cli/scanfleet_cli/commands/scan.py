@@ -68,7 +68,7 @@ class Wanted:
 @click.option("--no-watch", is_flag=True, help="Submit the jobs without watching them.")
 @follow.timeout_option
 @click.option("--fail-on", metavar="open|PORTS", help="Exit 8 if any port, or one of these ports, is open.")
-@click.option("--key", help="Idempotency key: the same command with the same key creates no other jobs.")
+@click.option("--key", help="Idempotency key: the same command with the same key creates no other jobs, for 7 days.")
 @follow.found_option
 @follow.cancel_option
 @formats(rest.Result, Job)

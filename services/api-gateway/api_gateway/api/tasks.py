@@ -41,7 +41,7 @@ IdempotencyKey = Annotated[
         max_length=255,
         pattern=r"^[\x21-\x7e]+$",
         description="Visible ASCII, sent once and compared character by character, quotation marks included. A request with "
-        "the same key and the same body gets the same response and creates nothing.",
+        "the same key and the same body within 7 days gets the same response and creates nothing.",
     ),
 ]
 

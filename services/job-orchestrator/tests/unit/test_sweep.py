@@ -17,6 +17,7 @@ from job_orchestrator.domain.census import Standing
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.domain.ledger import Tally
+from job_orchestrator.metrics import SKIPPED_JOBS
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository import Data, MemoryChunks
 from job_orchestrator_testing.things import THEN
@@ -306,11 +307,16 @@ async def test_three_replicas_create_each_chunk_once() -> None:
 
 @pytest.mark.proves("F27", "G17")
 async def test_faulty_job_is_skipped(world: World) -> None:
-    """A job that raises an unexpected error is logged and skipped until it changes; the others end."""
+    """A job that raises an unexpected error is logged, counted and skipped until it changes; the others end."""
     await world.store.jobs.insert([scan_job(8, cidr="127.9.8.0/30", chunk_addresses=0), scan_job(9)])
-    await world.wait(2)
+    before = SKIPPED_JOBS._value.get()
+    with capture_logs() as logs:
+        await world.wait(2)
     assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
     assert (await world.store.jobs.get([8]))[8].status is JobStatus.PENDING
+    skipped = [entry["job_id"] for entry in logs if entry["event"] == "job_skipped"]
+    assert set(skipped) == {8}
+    assert SKIPPED_JOBS._value.get() - before == len(skipped)
 
 
 @pytest.mark.proves("F27", "G17")
