@@ -104,7 +104,8 @@ def host_rows(session: Session, job_id: int, **query: Any) -> Iterator[Row]:
 def _lines(session: Session, call: calls.Call[Any]) -> Iterator[Row]:
     with session.client.stream(call) as response:
         for line in response.iter_lines():
-            yield parse_json(line)
+            if not line.isspace():  # sent while a long search finds nothing
+                yield parse_json(line)
 
 
 def pass_through(session: Session, job_id: int, accept: str) -> None:

@@ -67,7 +67,13 @@ class MemoryStore:
         return {chunk_id: self.chunks[chunk_id] for chunk_id in chunk_ids if chunk_id in self.chunks}
 
     async def results(
-        self, job_id: int, user_id: int | None, *, after: int | None = None, raw: bool = True
+        self,
+        job_id: int,
+        user_id: int | None,
+        *,
+        after: int | None = None,
+        raw: bool = True,
+        within: Network | None = None,  # noqa: ARG002 # skips none
     ) -> AsyncIterator[Iterable[Result]]:
         def order(each: tuple[Host, int]) -> Any:
             return (each[0].place.created_at, each[0].place.offset) if after is None else each[1]

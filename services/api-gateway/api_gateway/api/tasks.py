@@ -137,7 +137,11 @@ _HOSTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
         "description": "The hosts in order of their addresses, streamed, in the format of `Accept`.",
         "model": list[rest.Host],
-        "content": {"application/x-ndjson": {"schema": {**_HOST, "description": "One host per line."}}},
+        "content": {
+            "application/x-ndjson": {
+                "schema": {**_HOST, "description": "One host per line. A line may be blank after a long search."}
+            }
+        },
     },
 }
 _NMAP_XML: Final[dict[int | str, dict[str, Any]]] = {
@@ -154,9 +158,15 @@ _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
         "description": "The results in order of creation, streamed, in the format of `Accept`.",
         "model": list[rest.Result],
         "content": {
-            "application/x-ndjson": {"schema": {**_RESULT, "description": "One result per line."}},
+            "application/x-ndjson": {
+                "schema": {**_RESULT, "description": "One result per line. A line may be blank after a long search."}
+            },
             "text/csv": {
-                "schema": {"type": "string", "description": "RFC 4180, with the names of the fields in the first line."}
+                "schema": {
+                    "type": "string",
+                    "description": "RFC 4180, with the names of the fields in the first line. Blank lines may "
+                    "follow while a long search finds nothing.",
+                }
             },
         },
     },

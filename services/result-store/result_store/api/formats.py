@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
@@ -20,6 +21,9 @@ from pydantic import BaseModel
 PIECE: Final = (
     1 << 16
 )  # characters per chunk of the response: as much as the server buffers before it waits for the reader
+
+BEGIN_SECONDS: Final = 1.0  # maximum time until the response begins; later errors cut it off
+SILENT_SECONDS: Final = 10.0  # maximum time between two pieces: less than the 15 s of the gateway
 
 # A formula prefix or its full-width form where a cell may begin. Spreadsheets drop spaces and quotes before it.
 _FORMULA: Final = re.compile(r"""(^|[;|])(?=[ "]*[=+\-@\uff1d\uff0b\uff0d\uff20])""")
@@ -43,6 +47,8 @@ class Format:
     row: Callable[[BaseModel, Fields], str]
     between: str
     tail: str
+    filler: str
+    """Changes no record; readers skip it."""
 
 
 class _Line:
@@ -78,11 +84,11 @@ def _json_row(item: BaseModel, fields: Fields) -> str:
     return text.replace("\x7f", "\\u007f")  # the only control character that JSON does not escape
 
 
-JSON: Final = Format("application/json", lambda _: "[", _json_row, ",", "]")
+JSON: Final = Format("application/json", lambda _: "[", _json_row, ",", "]", " ")
 NDJSON: Final = Format(
-    "application/x-ndjson", lambda _: "", lambda item, fields: _json_row(item, fields) + "\n", "", ""
+    "application/x-ndjson", lambda _: "", lambda item, fields: _json_row(item, fields) + "\n", "", "", " "
 )
-CSV: Final = Format("text/csv", _csv_head, _csv_row, "", "")
+CSV: Final = Format("text/csv", _csv_head, _csv_row, "", "", "\r\n")
 FORMATS: Final = (JSON, NDJSON, CSV)
 
 
@@ -101,8 +107,12 @@ def negotiate(accept: str, formats: Sequence[Format] = FORMATS) -> Format:
 
 
 async def write(form: Format, found: AsyncIterator[Iterable[BaseModel]], fields: Fields) -> AsyncIterator[bytes]:
-    """Yield the document in pieces of about `PIECE` bytes; at least one."""
+    """Yield the document in pieces of about `PIECE` bytes; at least one.
+
+    While a search finds nothing, smaller pieces keep the connection, and the server notices when the client leaves.
+    """
     parts, size, between = [form.head(fields)], 0, ""
+    due = time.monotonic() + BEGIN_SECONDS
     async for some in found:
         for item in some:
             row = form.row(item, fields)
@@ -111,7 +121,10 @@ async def write(form: Format, found: AsyncIterator[Iterable[BaseModel]], fields:
             between = form.between
             if size >= PIECE:
                 yield "".join(parts).encode()
-                parts, size = [], 0
+                parts, size, due = [], 0, time.monotonic() + SILENT_SECONDS
+        if time.monotonic() >= due:
+            yield "".join(parts or [form.filler]).encode()
+            parts, size, due = [], 0, time.monotonic() + SILENT_SECONDS
     parts.append(form.tail)
     yield "".join(parts).encode()
 

@@ -111,6 +111,7 @@ async def results(
     Only the orchestrator stores whether the task exists and who owns it; the gateway asks the orchestrator first.
     """
     form = negotiate(",".join(request.headers.getlist("accept")))
-    found = store.results(job_id, owner(caller), after=selection.after, raw="raw_data" in fields)
+    raw = "raw_data" in fields
+    found = store.results(job_id, owner(caller), after=selection.after, raw=raw, within=selection.addresses)
     pieces = write(form, selection.of(found), fields)
     return await stream(pieces, form.media_type)

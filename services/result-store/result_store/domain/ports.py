@@ -56,7 +56,13 @@ class Store(Protocol):
 
 class Results(Protocol):
     def results(
-        self, job_id: int, user_id: int | None, *, after: int | None = None, raw: bool = True
+        self,
+        job_id: int,
+        user_id: int | None,
+        *,
+        after: int | None = None,
+        raw: bool = True,
+        within: Network | None = None,
     ) -> AsyncIterator[Iterable[Result]]:
         """Yield the job's results in order of creation, host by host.
 
@@ -65,6 +71,7 @@ class Results(Protocol):
             user_id: limits the results to those of this user.
             after: skips the hosts that have no result with a higher id, and yields the others in order of their ids.
             raw: include `raw_data`; without it, the field is empty.
+            within: permits to skip the hosts at other addresses.
 
         Raises:
             NotFoundError: the job is deleted; no page that may lack results is yielded.

@@ -22,6 +22,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.runtime import service
 from scanfleet.runtime.front import BoundedProtocol
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.scanning.targets import Network
 from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
 from scanfleet_testing.waiting import until
@@ -34,7 +35,7 @@ LARGE = 100_000  # hosts of about a kilobyte: far more than all buffers between 
 
 
 class EndlessStore(MemoryStore):
-    """Job 1 is large, job 2 fails after two pieces, job 3 is small."""
+    """Job 1 is large, job 2 fails after two pieces, job 3 is small, job 4 takes minutes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,9 +48,10 @@ class EndlessStore(MemoryStore):
         *,
         after: int | None = None,  # noqa: ARG002 # likewise
         raw: bool = True,  # noqa: ARG002 # likewise
+        within: Network | None = None,  # noqa: ARG002 # likewise
     ) -> AsyncIterator[Iterable[Result]]:
         [one] = fold(Log().append(host("127.9.8.1", PortFound(port=80, raw_data="x" * 1000)))).hosts.values()
-        for number in range({1: LARGE, 2: 2 * PIECE // 1000, 3: 1}[job_id]):
+        for number in range({1: LARGE, 2: 2 * PIECE // 1000, 3: 1, 4: 100 * LARGE}[job_id]):
             self.given += 1
             yield one.results(number)
         if job_id == 2:
@@ -93,6 +95,20 @@ async def test_stream_store_failure_breaks_the_connection(accept: str) -> None:
         with pytest.raises(httpx.RemoteProtocolError):
             await http.get(PATH.format(2), headers={"Accept": accept})
         assert (await http.get(PATH.format(3))).status_code == 200
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson", "text/csv"])
+async def test_stream_without_matches_begins_in_time_and_ends_with_its_client(accept: str) -> None:
+    """A search without matches is answered before its end, in every format, and no longer reads after its client has left."""
+    store = EndlessStore()
+    async with served(store) as http:
+        async with http.stream("GET", PATH.format(4), params={"port": "9"}, headers={"Accept": accept}) as response:
+            assert response.status_code == 200
+        async with asyncio.timeout(30):
+            read = -1
+            while store.given != read:
+                read = store.given + 1  # of the small job
+                assert (await http.get(PATH.format(3))).status_code == 200
 
 
 @pytest.mark.proves("F16", "G11")

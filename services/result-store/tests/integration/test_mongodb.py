@@ -18,6 +18,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.runtime import mongo
 from scanfleet.runtime.mongo import Database
 from scanfleet.scanning.outcomes import address_at
+from scanfleet.scanning.targets import parse_network
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.proxy import proxy
 from scanfleet_testing.waiting import until
@@ -67,6 +68,29 @@ async def test_queries_use_an_index(database: Database) -> None:
         "IXSCAN { _id: 1 }",
     }
     assert not any(each.get("hasSortStage") for each in profiled)
+
+
+@pytest.mark.parametrize("after", [None, 0])
+async def test_results_of_few_addresses_are_found_by_address(database: Database, after: int | None) -> None:
+    """A search for a network of up to 256 addresses reads its hosts alone; a job without keys is read whole."""
+    store = MongoStore(database)
+    await fill(store, 2 * PAGE)
+    within = parse_network("127.9.8.8/30")
+
+    async def read() -> tuple[list[str], int]:
+        await database["system.profile"].drop()
+        await database.command("profile", 2)
+        found = store.results(1, 7, after=after, within=within)
+        addresses = [result.ip_address async for results in found for result in results]
+        await database.command("profile", 0)
+        reads = database["system.profile"].find({"ns": f"{database.name}.hosts", "op": "query"})
+        return addresses, sum([each["docsExamined"] async for each in reads])
+
+    addresses, documents = await read()
+    assert addresses == [f"127.9.8.{number}" for number in range(8, 12)]
+    assert documents <= 10
+    await database["hosts"].update_many({}, {"$unset": {"key": ""}})
+    assert (await read())[0][8:12] == addresses
 
 
 async def test_summaries_of_hosts_are_read_without_large_texts(database: Database) -> None:

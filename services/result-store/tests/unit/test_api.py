@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from result_store.api import formats
 from result_store.api.formats import CSV, JSON, NDJSON, PIECE, Format, negotiate, write
 from result_store.api.results import ALL_FIELDS
 from result_store.domain.results import ClosedChunk, fold
@@ -18,6 +19,7 @@ from result_store_testing.http import ISSUER, client, get, store_of
 from scanfleet.contracts.messages import PortFound
 from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
+from scanfleet.scanning.targets import Network
 from scanfleet_testing.turns import counting_turns
 
 FIELDS = [
@@ -35,6 +37,7 @@ class UnavailableStore(MemoryStore):
         *,
         after: int | None = None,  # noqa: ARG002 # likewise
         raw: bool = True,  # noqa: ARG002 # likewise
+        within: Network | None = None,  # noqa: ARG002 # likewise
     ) -> AsyncIterator[Iterable[Result]]:
         raise DependencyError("mongodb://secret-host is unavailable")
         yield []
@@ -323,6 +326,29 @@ async def test_write_pieces_are_bounded(form: Format) -> None:
         piece = await anext(pieces)
         assert PIECE <= len(piece) < 2 * PIECE
         assert asked <= number * (PIECE // 1000 + 1)
+
+
+@pytest.mark.parametrize("form", [JSON, NDJSON, CSV])
+async def test_write_long_search_is_a_valid_document(form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent while nothing is found changes no record, before, between and after them."""
+    monkeypatch.setattr(formats, "BEGIN_SECONDS", 0.0)
+    monkeypatch.setattr(formats, "SILENT_SECONDS", 0.0)
+    [one] = fold(Log().append(host("127.9.8.1", 22))).hosts.values()
+    rows = [*one.results(1), *one.results(2)]
+
+    async def rare() -> AsyncIterator[Iterable[Result]]:
+        for some in ([], [], rows[:1], [], [], rows[1:], [], []):
+            yield some
+
+    pieces = [piece async for piece in write(form, rare(), ("id", "port"))]
+    assert len(pieces) == 9
+    text = b"".join(pieces).decode()
+    lines = [line for line in text.splitlines() if line.strip()]
+    if form is CSV:
+        found = [{name: int(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+    else:
+        found = json.loads(text) if form is JSON else [json.loads(line) for line in lines]
+    assert found == [{"id": 1, "port": 22}, {"id": 2, "port": 22}]
 
 
 async def test_results_times_are_the_brokers() -> None:
