@@ -82,6 +82,8 @@ def text_of(value: Any) -> str:
             return "-"
         case bool():
             return "yes" if value else "no"
+        case dict() | [dict(), *_]:
+            return json.dumps(value)
         case list() | tuple():
             return ",".join(map(text_of, value)) or "-"
         case _:
@@ -140,6 +142,9 @@ class Output:
         self.stderr = stderr or sys.stderr
         self.format = Format.TABLE
         self.fields: list[str] | None = None
+        self.kind: Kind = ()
+        """Of the objects that the command prints."""
+
         self.quiet = False
         self.coloured = False
         self.width = 0
@@ -264,11 +269,12 @@ class Output:
         return widths
 
     def check_fields(self, kind: Kind) -> None:
-        """Check the fields of `--json`.
+        """Set the kind of the objects to print, and check the fields of `--json`.
 
         Raises:
             CommandError: there is none, or the objects of this kind have no such field.
         """
+        self.kind = kind
         if self.fields is None:
             return
         known = fields_of(kind)
@@ -303,6 +309,9 @@ class Output:
             writer.writerow([_csv_cell(_value(row, path)) for path in paths])
             if not self.terminal:  # a pipe receives each row at once
                 self.stdout.flush()
+        if paths is None:
+            known = fields_of(self.kind)
+            writer.writerow(self.fields or [path for path in known if not any(f"{path}." in each for each in known)])
 
     def error(self, error: CommandError) -> None:
         """Print an error."""

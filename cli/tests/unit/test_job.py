@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from dataclasses import replace
 from datetime import timedelta
@@ -82,6 +84,31 @@ def test_list_is_tab_separated_elsewhere(run: Any) -> None:
 def test_formats_of_a_list(run: Any, format_: str, printed: str) -> None:
     """-o name prints ids, -o csv a line of names first."""
     assert run("job", "list", "-o", format_).out.startswith(printed)
+
+
+@pytest.mark.parametrize(
+    ("command", "header"),
+    [
+        ("job list --status failed", "id,user_id,policy_id,subnet_id,status,start_time,end_time,created_at,updated_at"),
+        ("job results 41 --port 9", ",".join(rest.Result.model_fields)),
+        ("job results 41 --port 9 --json port,service", "port,service"),
+        ("job ledger 41 --networks", "network,outcome,reason"),
+        ("job ledger 41 --not-probed", "address,ports,outcome,reason"),
+    ],
+)
+@pytest.mark.usefixtures("jobs")
+def test_csv_without_rows_has_a_header(run: Any, command: str, header: str) -> None:
+    """The columns are those of the objects, or of --json, as with rows."""
+    assert run(*command.split(), "-o", "csv").out == f"{header}\r\n"
+
+
+def test_csv_of_nested_objects_is_json_in_a_cell(jobs: FakeApi, run: Any) -> None:
+    """A cell with a list of objects can be parsed."""
+    ports = [{"port": 22, "protocol": "tcp", "service": "ssh"}, {"port": 80, "protocol": "tcp", "service": None}]
+    jobs.jobs[41].hosts = [{"ip_address": "127.9.8.1", "ports": ports, "hostnames": ["a", "b"], "scripts": []}]
+    (row,) = csv.DictReader(io.StringIO(run("job", "hosts", "41", "-o", "csv").out))
+    assert json.loads(row["ports"]) == ports
+    assert (row["hostnames"], row["scripts"]) == ("a,b", "")
 
 
 def test_list_as_json_has_the_objects_of_the_api(jobs: FakeApi, run: Any) -> None:
