@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SILENCE_SECONDS: Final = 30.0  # maximum time between two log lines
 BLOCKS: Final = 5  # maximum number of jobs shown at once
-BAR: Final = 40  # cells
+BAR: Final = 40  # maximum number of cells
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -150,6 +150,11 @@ class Redrawn:
         self._live: Live | None = None
         output.clear = self._clear
 
+    @property
+    def width(self) -> int:
+        """Columns of the terminal."""
+        return self._console.width
+
     def draw(self, lines: Iterable[str]) -> None:
         """Redraw the lines."""
         from rich.text import Text  # noqa: PLC0415 # as above
@@ -208,19 +213,18 @@ class Bars(Silent):
         name = f"job {job.job_id} " if named else ""
         if job.task is None:
             return [f"{name}connecting"]
-        status = job.task.status
-        filled = round(BAR * status.progress / 100)
-        line = f"{name}{self._output.paint(status.status)} {status.progress:>3} %  {'█' * filled}{'░' * (BAR - filled)}"
-        if job.ledger is None:
-            return [f"{line}  {duration(job.took)}"]
-        looked = f"{coverage.looked_at(job.ledger):,} of {count(job.ledger.request.addresses, 'address', 'addresses')}"
-        eta = job.ledger.eta_seconds
-        left = f", about {duration(eta)} left" if eta else ""
-        indent = " " * 9
-        return [
-            f"{line}  {looked}  {duration(job.took)}{left}",
-            indent + coverage.outcomes(job.ledger, self._output.paint),
-        ]
+        status, ledger = job.task.status, job.ledger
+        looked, left = "", ""
+        if ledger is not None:
+            addresses = count(ledger.request.addresses, "address", "addresses")
+            looked = f"{coverage.looked_at(ledger):,} of {addresses}  "
+            left = f", about {duration(ledger.eta_seconds)} left" if ledger.eta_seconds else ""
+        progress, tail = f" {status.progress:>3} %  ", f"  {looked}{duration(job.took)}{left}"
+        cells = max(0, min(BAR, self._redrawn.width - len(f"{name}{status.status}{progress}{tail}")))
+        filled = round(cells * status.progress / 100)
+        bar = "█" * filled + "░" * (cells - filled)
+        line = f"{name}{self._output.paint(status.status)}{progress}{bar}{tail}"
+        return [line] if ledger is None else [line, " " * 9 + coverage.outcomes(ledger, self._output.paint)]
 
 
 def view_for(output: Output) -> View:

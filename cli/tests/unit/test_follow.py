@@ -372,6 +372,22 @@ def test_line_on_a_terminal_is_not_erased_with_the_bar(api: FakeApi, run: Any) -
     assert drawn.rstrip("\n").endswith("\x1b[2K")
 
 
+@pytest.mark.parametrize("columns", [75, 80, 200])
+def test_bar_leaves_room_for_the_times(api: FakeApi, run: Any, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    """On a narrow terminal the bar is shorter, and the line is not cut."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "24")
+    api.states = [(JobStatus.RUNNING, 62)]
+    run("scan", "127.9.8.0/24", "--no-watch")
+    ledger = api.jobs[41].ledger().model_copy(update={"eta_seconds": 25.0})
+    bars = views.Bars(Output(io.StringIO(), terminal := Terminal()))
+    bars.tick([views.Followed(41, api.jobs[41].task, ledger)])
+    (line,) = [each for each in terminal.getvalue().split("\n") if "running" in each]
+    assert line.rstrip().endswith(", about 0:25 left")
+    assert sum(line.count(cell) for cell in "█░") <= views.BAR
+    assert "█" in line
+
+
 def test_bar_of_an_unfinished_job_remains_on_the_terminal(api: FakeApi, run: Any) -> None:
     """Ctrl-C and a time limit leave the last bar in the scrollback; the end of a job replaces its bar."""
     api.states = [(JobStatus.RUNNING, 62), (JobStatus.COMPLETED, 100)]
