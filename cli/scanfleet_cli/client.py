@@ -36,7 +36,7 @@ from scanfleet.contracts import rest
 from scanfleet.contracts.messages import Job
 from scanfleet_cli import calls
 from scanfleet_cli.calls import Call, ListCall
-from scanfleet_cli.errors import ApiError, CommandError, UnavailableError
+from scanfleet_cli.errors import ApiError, CommandError, ScanfleetError, UnavailableError
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=BaseModel)
@@ -117,7 +117,7 @@ Outcome = httpx2.Response | httpx2.RequestError | UnavailableError
 """Of one attempt: a response, a failed connection, or no token because the issuer is unavailable."""
 
 Notice = Callable[[str], None]
-"""Receives a message when the connection of a watch is lost, and when it is restored."""
+"""Receives messages: the connection of a watch is lost, or restored; a call is repeated."""
 
 
 def _ignore(_text: str) -> None: ...
@@ -134,6 +134,7 @@ class Client:
         token: of the caller.
         refused: called with a token that the service rejected with 401; the call is repeated once if `token` then returns another.
         patience: retry policy while the service is unavailable or busy.
+        notice: receives a message when a call has failed for the first time and is repeated.
         transport: HTTP transport; the network by default.
     """
 
@@ -144,12 +145,14 @@ class Client:
         *,
         refused: Callable[[str], None] = _ignore,
         patience: Patience = PATIENT,
+        notice: Notice = _ignore,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self.url = url
         self._token = token
         self._refused = refused
         self._patience = patience
+        self._notice = notice
         self._http = httpx2.Client(base_url=url, headers=_headers(), timeout=_TIMEOUTS, transport=transport)
 
     def __enter__(self) -> Self:
@@ -207,7 +210,7 @@ class Client:
     @contextmanager
     def _answered(self, call: Call[Any], timeout: float | None, *, whole: bool) -> Iterator[httpx2.Response]:
         """Open the response to a call; if `whole`, with its body, which the retries then cover too."""
-        retries = _Retries(call, self._patience, timeout)
+        retries = _Retries(self.url, call, self._patience, timeout, self._notice)
         while True:
             outcome = self._once(call, whole=whole)
             if (pause := retries.pause(outcome)) is None:
@@ -215,11 +218,11 @@ class Client:
             if isinstance(outcome, httpx2.Response):
                 outcome.close()
             time.sleep(pause)
-        response = retries.settled(self.url, outcome)
+        response = retries.settled(outcome)
         try:
             yield response
         except httpx2.RequestError as error:
-            raise retries.no_answer(self.url, error) from error
+            raise retries.no_answer(error) from error
         finally:
             response.close()
 
@@ -322,12 +325,14 @@ class AsyncClient:
         *,
         refused: Callable[[str], None] = _ignore,
         patience: Patience = PATIENT,
+        notice: Notice = _ignore,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url
         self._token = token
         self._refused = refused
         self._patience = patience
+        self._notice = notice
         self._http = httpx2.AsyncClient(base_url=url, headers=_headers(), timeout=_TIMEOUTS, transport=transport)
 
     async def __aenter__(self) -> Self:
@@ -369,7 +374,7 @@ class AsyncClient:
         *,
         whole: bool,
     ) -> AsyncIterator[httpx2.Response]:
-        retries = _Retries(call, self._patience, timeout)
+        retries = _Retries(self.url, call, self._patience, timeout, self._notice)
         while True:
             outcome = await self._once(call, whole=whole)
             if (pause := retries.pause(outcome)) is None:
@@ -377,11 +382,11 @@ class AsyncClient:
             if isinstance(outcome, httpx2.Response):
                 await outcome.aclose()
             await asyncio.sleep(pause)
-        response = retries.settled(self.url, outcome)
+        response = retries.settled(outcome)
         try:
             yield response
         except httpx2.RequestError as error:
-            raise retries.no_answer(self.url, error) from error
+            raise retries.no_answer(error) from error
         finally:
             await response.aclose()
 
@@ -574,10 +579,13 @@ class Watching:
 class _Retries:
     """Retries of one call: as long as it is safe to repeat, for up to `timeout` seconds (by default that of the client)."""
 
-    def __init__(self, call: Call[Any], patience: Patience, timeout: float | None) -> None:
+    def __init__(self, url: str, call: Call[Any], patience: Patience, timeout: float | None, notice: Notice) -> None:
+        self._url = url
         self._call = call
         self._patience = patience
-        self._until = time.monotonic() + (patience.timeout if timeout is None else timeout)
+        self._limit = patience.timeout if timeout is None else timeout
+        self._until = time.monotonic() + self._limit
+        self._notice = notice
         self._failures = 0
         self._reached = False
         self._unsure = False
@@ -601,9 +609,16 @@ class _Retries:
             asked = 0.0
         self._failures += 1
         pause = max(asked, self._patience.pause(self._failures))
-        return pause if again and time.monotonic() + pause < self._until else None
+        if not again or time.monotonic() + pause >= self._until:
+            return None
+        if self._failures == 1:
+            try:
+                self.settled(outcome)
+            except ScanfleetError as error:
+                self._notice(f"{error}; repeating the request for up to {self._limit:g} s")
+        return pause
 
-    def settled(self, url: str, outcome: Outcome) -> httpx2.Response:
+    def settled(self, outcome: Outcome) -> httpx2.Response:
         """Return the final `outcome` as a successful response.
 
         Raises:
@@ -618,17 +633,17 @@ class _Retries:
                 str(outcome), unsure=self._unsure, repeatable=self._call.repeatable, reached=False
             ) from outcome
         if not isinstance(outcome, httpx2.Response):
-            raise self.no_answer(url, outcome) from outcome
+            raise self.no_answer(outcome) from outcome
         if outcome.is_success:
             return outcome
         if self._call.method == "DELETE" and outcome.status_code == httpx2.codes.NOT_FOUND and self._unsure:
             return httpx2.Response(httpx2.codes.OK, json={"message": "deleted by an attempt whose response was lost"})
         raise _refusal(outcome, unsure=self._unsure, repeatable=self._call.repeatable)
 
-    def no_answer(self, url: str, error: httpx2.RequestError) -> UnavailableError:
+    def no_answer(self, error: httpx2.RequestError) -> UnavailableError:
         """Return the error of a call whose connection failed."""
         return UnavailableError(
-            f"no response from {url}: {str(error) or type(error).__name__}",
+            f"no response from {self._url}: {str(error) or type(error).__name__}",
             unsure=self._unsure or self._reached,
             repeatable=self._call.repeatable,
             reached=self._reached,

@@ -160,6 +160,7 @@ class _Following:
             session.token,
             refused=session.token_refused,
             patience=session.patience,
+            notice=session.repeated,
             transport=session.world.async_transport,
         ) as client:
             self._start(self._watch(client))

@@ -16,7 +16,7 @@ from click.shell_completion import shell_complete
 from scanfleet_cli.completion import complete_context
 from scanfleet_cli.config import Config
 from scanfleet_cli.errors import MEANINGS, CommandError, Exit, ScanfleetError, explain
-from scanfleet_cli.output import Output
+from scanfleet_cli.output import Format, Output
 from scanfleet_cli.session import COMPLETE, Session
 
 COMMANDS: Final = {
@@ -148,6 +148,7 @@ def _run(arguments: Sequence[str], session: Session) -> int:
         session.output.prompt(error.format_message())
         return Exit.REFUSED
     except click.UsageError as error:
+        session.output.format = _format(arguments)
         usage = error.ctx.command_path if error.ctx else "scanfleet"
         raise CommandError(error.format_message(), hint=f"{usage} --help") from error
     except click.ClickException as error:
@@ -155,6 +156,18 @@ def _run(arguments: Sequence[str], session: Session) -> int:
     except (click.Abort, EOFError) as error:
         raise KeyboardInterrupt from error
     return code if isinstance(code, int) else Exit.DONE
+
+
+def _format(arguments: Sequence[str]) -> Format:
+    """Return the format of -o, which a command has not read if it does not know another option."""
+    command = click.Command(
+        "scanfleet",
+        params=[click.Option(["-o", "--output"])],
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    text = command.make_context("scanfleet", list(arguments), resilient_parsing=True).params.get("output")
+    return Format(text) if text in list(Format) else Format.TABLE
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ class Session:
         if file := environment.get("SCANFLEET_TOKEN_FILE"):
             return _token_in(Path(file)), f"the file {file} (SCANFLEET_TOKEN_FILE)"
         if context is not None and context.token_command:
-            source = f"the token_command of {self.place.source}"
+            source = f'the token_command of context "{context.name}"'
             return self._command_token(context.token_command, source).current(), source
         if context is not None and (kept := self._kept_token(context.name)) is not None:
             return kept
@@ -182,6 +182,7 @@ class Session:
                 self.token,
                 refused=self.token_refused,
                 patience=self.patience,
+                notice=self.repeated,
                 transport=self.world.transport,
             )
         return self._client
@@ -193,6 +194,11 @@ class Session:
     def notice(self, sentence: str) -> None:
         """Note a sentence that may contain text from the network."""
         self.output.note(printable(sentence))
+
+    def repeated(self, sentence: str) -> None:
+        """Note that a request is repeated; with a JSON format stderr contains only the error, as JSON."""
+        if not self.output.format.machine:
+            self.notice(sentence)
 
     def find(self, call: Call[R]) -> R | None:
         """Return the response to a call, None if the object does not exist."""

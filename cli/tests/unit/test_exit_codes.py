@@ -52,6 +52,35 @@ def test_service_that_cannot_be_reached_exits_6(api: FakeApi, run: Any) -> None:
     assert "no response from http://scanfleet.test: connection refused" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (httpx2.ConnectError("connection refused"), "no response from http://scanfleet.test: connection refused"),
+        (httpx2.Response(503, json={"error": "busy"}), "busy"),
+    ],
+)
+def test_request_that_is_repeated_is_noted_once(api: FakeApi, run: Any, fault: Any, reason: str) -> None:
+    """The command is not silent until its retries end; with a JSON format stderr is the error alone."""
+    api.faults = [fault, fault, fault]
+    ended = run("subnet", "list")
+    assert ended.code == 0
+    assert ended.err.startswith(f"{reason}; repeating the request for up to 60 s\n")
+    assert ended.err.count("repeating") == 1
+    api.faults = [fault, fault]
+    assert "repeating" not in run("subnet", "list", "-o", "json").err
+    api.faults = [fault, fault]
+    assert "repeating" not in run("--quiet", "subnet", "list").err
+
+
+@pytest.mark.parametrize("format_", [["-o", "json"], ["-ojsonl"], ["--output", "json"], ["--output=json"]])
+@pytest.mark.parametrize("mistake", ["--nonsense", "--status"])
+def test_usage_error_is_reported_in_the_format_of_the_command(run: Any, format_: list[str], mistake: str) -> None:
+    """An unknown option and a missing value are found before the format is read."""
+    ended = run("job", "list", *format_, mistake)
+    assert ended.code == 2
+    assert json.loads(ended.err)["hint"].endswith(" --help")
+
+
 @pytest.mark.parametrize("fault", [httpx2.ReadError("connection reset"), httpx2.Response(503, json={"error": "busy"})])
 def test_unknown_outcome_of_a_post_that_is_not_safe_to_repeat_exits_1(api: FakeApi, run: Any, fault: Any) -> None:
     """Exit code 6 promises that the command may be repeated, so it is not used where a repetition may do harm."""
