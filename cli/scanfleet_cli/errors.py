@@ -48,9 +48,13 @@ _BY_STATUS: Final = {
 }
 _UNSAFE: Final = "the request may have been carried out: check before you repeat it"
 _NOT_FOUND: Final = re.compile(r"\b(Job|Policy|Subnet)\b.* not found")
-_TARGET_RULE: Final = re.compile(
-    "is not within the networks that this platform allows|are never scanned|which this platform denies|a subnet has at most"
-)
+_TARGET_RULES: Final = {
+    "is not within the networks that this platform allows": "ask the operator who sets SCANFLEET_ALLOWED_NETWORKS",
+    "which this platform denies": "ask the operator who sets SCANFLEET_DENIED_NETWORKS",
+    "a subnet has at most": "register smaller networks, or ask the operator who sets SCANFLEET_MAX_ADDRESSES",
+}
+"""Hints for refusals by target rules, by a part of their text; networks that are never scanned have no setting."""
+
 _CLIENT_ERROR: Final = 400
 _SERVER_ERROR: Final = 500
 
@@ -167,7 +171,8 @@ def _hint(status: int, message: str) -> str:
 
 def hint_of_refusal(message: str) -> str:
     """Return what to do about a refused request; may be empty."""
-    if _TARGET_RULE.search(message):
-        return "ask the operator who sets SCANFLEET_ALLOWED_NETWORKS"
+    for rule, hint in _TARGET_RULES.items():
+        if rule in message:
+            return hint
     missing = _NOT_FOUND.search(message)
     return f"it does not exist, or is not yours: scanfleet {missing[1].lower()} list" if missing else ""

@@ -56,7 +56,7 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
     states = watch and session.output.format is Format.JSONL
     session.output.check_fields(rest.TaskStatus if states else Job)
     chosen = [resolve.subnet_named(session, each) for each in subnets]
-    policy_id = resolve.policy_named(session, policy).id
+    policy_id = resolve.policy_id(session, policy)
     networks = {each.id: each.cidr for each in chosen}
     with changes.submitted(session, [each.id for each in chosen], policy_id, key) as reply:
         made = reply.json

@@ -120,4 +120,9 @@ def logout(session: Session, /, *, name: str | None) -> None:
     if context is None:
         raise CommandError("no context is configured", hint="scanfleet logout NAME")
     session.kept.delete(context.name)
+    if context.token_command:
+        raise CommandError(
+            f"context {context.name} has a token_command, which signs in each command",
+            hint=f"scanfleet context remove {context.name}",
+        )
     session.output.note(f"✓ signed out of {context.name}")

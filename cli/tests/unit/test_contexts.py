@@ -67,6 +67,15 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Kept(folder, FileStore(folder / "tokens.json")).keep("lab", Tokens(URL, TOKEN))
 
 
+def test_logout_of_a_context_with_a_token_command_exits_2(run: Any) -> None:
+    """The next command would be signed in again."""
+    run("context", "add", "lab", "--url", "http://scanfleet.test", "--token-command", "true", environment={})
+    ended = run("logout", environment={})
+    assert ended.code == 2
+    assert "signed out" not in ended.err
+    assert "scanfleet context remove lab" in ended.err
+
+
 def test_list_of_contexts_has_a_limit(run: Any) -> None:
     """--limit is as of any list, and the total is noted."""
     for name in ("lab", "prod"):

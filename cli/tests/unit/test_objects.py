@@ -555,6 +555,9 @@ def test_whoami_prints_the_source_of_the_token(api: FakeApi, run: Any) -> None:
     assert shown.startswith(
         "user 7\n  gateway  http://scanfleet.test (SCANFLEET_URL)\n  token    from SCANFLEET_TOKEN,"
     )
+    run("context", "add", "lab", "--url", "http://scanfleet.test", "--token-command", f"echo {TOKEN}", environment={})
+    shown = run("whoami", environment={"SCANFLEET_URL": "http://scanfleet.test"}).out
+    assert '(SCANFLEET_URL)\n  token    from the token_command of context "lab",' in shown
     assert run("limits").out == "writes 12 of 600 a minute · at once 3 of 64\n"
 
 
@@ -690,18 +693,24 @@ def test_completion_prints_no_errors(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
 
 
-REFUSALS = [
-    TargetRules((ip_network("127.0.0.0/8"),), (ip_network("127.9.0.0/16"),)).refusal(ip_network(each))
-    for each in ("10.0.0.0/8", "10.1.2.0/24", "169.254.0.0/24", "127.9.8.0/24", "::ffff:10.1.2.0/120")
-]
+RULES = TargetRules((ip_network("127.0.0.0/8"),), (ip_network("127.9.0.0/16"),))
+ALLOWED = "  ask the operator who sets SCANFLEET_ALLOWED_NETWORKS\n"
+HINTS = {
+    "10.0.0.0/8": "  register smaller networks, or ask the operator who sets SCANFLEET_MAX_ADDRESSES\n",
+    "10.1.2.0/24": ALLOWED,
+    "169.254.0.0/24": "",
+    "127.9.8.0/24": "  ask the operator who sets SCANFLEET_DENIED_NETWORKS\n",
+    "::ffff:10.1.2.0/120": ALLOWED,
+}
 
 
-@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("network", HINTS)
 @pytest.mark.parametrize("command", ["create", "import", "edit", "scan"])
 def test_refusal_by_the_target_rules_has_a_hint(
-    api: FakeApi, run: Any, tmp_path: Path, command: str, refusal: str
+    api: FakeApi, run: Any, tmp_path: Path, command: str, network: str
 ) -> None:
-    """The sentence of each target rule is shown unchanged, with the hint and the request id, by every command that sends targets."""
+    """The sentence of each target rule is shown unchanged, with its setting and the request id, by every command that sends targets."""
+    refusal, hint = RULES.refusal(ip_network(network)), HINTS[network]
     run("subnet", "create", "lab", "127.9.8.0/24")
     (tmp_path / "csv").write_text("name,cidr\nweb,127.9.9.0/24\n")
     arguments = {
@@ -714,8 +723,7 @@ def test_refusal_by_the_target_rules_has_a_hint(
     api.fault_of = lambda request: refused if request.method != "GET" and "/subnet" in request.url.path else None
     ended = run(*arguments[command])
     assert ended.code == 2
-    assert f"scanfleet: cidr: {refusal}\n  ask the operator who sets SCANFLEET_ALLOWED_NETWORKS\n" in ended.err
-    assert "request c0ffee" in ended.err
+    assert f"scanfleet: cidr: {refusal}\n{hint}  request c0ffee\n" in ended.err
 
 
 @pytest.mark.parametrize("kind", ["subnet", "policy"])
@@ -730,5 +738,5 @@ def test_job_submit_with_an_unknown_policy_has_the_list_as_hint(run: Any) -> Non
     """The unknown policy is named, with the command that lists policies."""
     run("subnet", "create", "lab", "127.9.8.0/24")
     ended = run("job", "submit", "--subnet", "lab", "--policy", "99")
-    assert ended.code == 5
-    assert "Policy not found\n  it does not exist, or is not yours: scanfleet policy list" in ended.err
+    assert ended.code == 2
+    assert "Policy 99 not found\n  it does not exist, or is not yours: scanfleet policy list" in ended.err
