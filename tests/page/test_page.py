@@ -230,7 +230,7 @@ def test_page_hostile_banner_is_text(page: Page, stack: Stack, finished: int) ->
 
 
 @pytest.mark.proves("A15", "A31")
-def test_page_hostile_names_and_reasons_are_text(page: Page, stack: Stack, finished: int) -> None:
+def test_page_hostile_names_and_reasons_are_text(page: Page, stack: Stack, user: Client, finished: int) -> None:
     """Markup in the names of subnets and policies, in the audit log and in the reasons of a ledger is shown as text."""
     hostile = "<img src=x onerror=alert(1)>\x1b[31m\u202e"
     subnet = {"id": 1, "name": hostile, "cidr": "10.0.0.0/24", "exclude": []}
@@ -242,11 +242,10 @@ def test_page_hostile_names_and_reasons_are_text(page: Page, stack: Stack, finis
     page.route("**/api/v1/policy?*", lambda route: route.fulfill(json={"policies": [policy], "total": 1}))
     page.route("**/api/v1/audit?*", lambda route: route.fulfill(json={"entries": [entry], "total": 1}))
 
-    def ledger(route: Route) -> None:
-        real = route.fetch().json()
-        route.fulfill(json=real | {"not_probed": {"addresses": [unprobed], "total": 1}})
-
-    page.route("**/ledger?*", ledger)
+    ledger = user.ledger(finished)
+    ledger["counts"]["lost"] = 1
+    ledger["not_probed"] = {"addresses": [unprobed], "total": 1}
+    page.route("**/ledger?*", lambda route: route.fulfill(json=ledger))
     page.goto(f"{stack.url}/app/subnets")
     for path in ("subnets", "policies", "audit", "new", f"jobs/{finished}/not-probed"):
         page.evaluate(VISIT, f"/app/{path}")
@@ -571,12 +570,53 @@ def test_page_cancelled_and_lost_probes_are_not_accounted_for(
     expect(page.get_by_role("row", name=f"{NET}.9")).to_contain_text("the job was cancelled")
 
 
+def test_page_counts_addresses_that_were_not_probed_as_the_command(
+    page: Page, stack: Stack, user: Client, finished: int
+) -> None:
+    """An address in several blocks of ports counts once, and excluded addresses do not count."""
+    ledger = user.ledger(finished)
+    ports = ledger["request"]["ports"]
+    lost = ledger["counts"] | {"answered": 192 * ports, "lost": 64 * ports}
+    excluded = ledger["counts"] | {"answered": 128 * ports, "excluded": 128 * ports}
+    ledger["not_probed"] = {"addresses": [], "total": 2_048}
+    page.route("**/ledger?*", lambda route: route.fulfill(json=ledger))
+    for counts, accounted, number in ((lost, False, 64), (excluded, True, 0)):
+        ledger |= {"accounted": accounted, "counts": counts}
+        page.goto(f"{stack.url}/app/jobs/{finished}")
+        expect(page.get_by_role("link", name=f"Not probed {number}", exact=True)).to_be_visible()
+        expect(page.get_by_text("64 of 256 addresses were NOT probed.")).to_have_count(1 if number else 0)
+    expect(page.locator(".problem")).to_have_count(0)
+    page.get_by_role("link", name="Not probed 0").click()
+    expect(page.get_by_text("Every address was probed to the end.")).to_be_visible()
+
+
+def test_page_long_ledger_names_the_lost_addresses_behind_others(
+    page: Page, stack: Stack, user: Client, finished: int
+) -> None:
+    """Addresses that are down do not count towards the maximum number of entries that the page lists."""
+    ledger = user.ledger(finished)
+    ledger["counts"] |= {"answered": 0, "down": 255 * ledger["request"]["ports"], "lost": ledger["request"]["ports"]}
+
+    def answer(route: Route) -> None:
+        after = int(parse_qs(urlsplit(route.request.url).query)["after"][0])
+        outcome, following = ("lost", None) if after == 11_000 else ("down", after + 1_000)
+        number = 1_000 if following else 1
+        entry = {"address": f"{NET}.9", "ports": PORTS, "outcome": outcome, "reason": "nmap was killed"}
+        route.fulfill(json=ledger | {"not_probed": {"addresses": [entry] * number, "total": 11_001, "next": following}})
+
+    page.route("**/ledger?*", answer)
+    page.goto(f"{stack.url}/app/jobs/{finished}/not-probed")
+    expect(page.get_by_role("row", name=f"{NET}.9 lost")).to_contain_text("nmap was killed")
+    expect(page.get_by_role("row", name="down")).to_have_count(0)
+
+
 def test_page_short_pages_of_a_ledger_are_followed_to_its_end(
     page: Page, stack: Stack, user: Client, finished: int
 ) -> None:
     """A page without an address is not the end of the list: the answer names the position of the next one."""
     ledger = user.ledger(finished)
-    entry = {"address": f"{NET}.9", "ports": "8080", "outcome": "down", "reason": ""}
+    ledger["counts"] |= {"timed_out": 1}
+    entry = {"address": f"{NET}.9", "ports": "8080", "outcome": "timed_out", "reason": ""}
     parts = {"0": ([], 70), "70": ([entry], 90), "90": ([], None)}
 
     def answer(route: Route) -> None:
@@ -585,8 +625,8 @@ def test_page_short_pages_of_a_ledger_are_followed_to_its_end(
 
     page.route("**/ledger?*", answer)
     page.goto(f"{stack.url}/app/jobs/{finished}/not-probed")
-    expect(page.get_by_role("row", name=f"{NET}.9")).to_contain_text("down")
-    expect(page.get_by_text("entries.")).to_have_count(0)
+    expect(page.get_by_role("row", name=f"{NET}.9")).to_contain_text("timed out")
+    expect(page.get_by_text("may be more")).to_have_count(0)
 
 
 def test_page_ended_job_is_loaded_once(page: Page, stack: Stack, finished: int) -> None:

@@ -16,7 +16,8 @@ const CHUNK = 1_024; // addresses of the largest chunk
 const PORTS = 1_000; // of one address, counted at its cell of the map
 const PORTS_NAMED = 5;
 const NAMED = 10_000; // addresses that were not probed; more are counted
-const PAGES = 10; // of these addresses of a running job
+const PAGES = 10; // of the ledger of a running job
+const LISTED: (keyof Ledger["counts"])[] = ["refused", "cancelled", "lost", "timed_out"]; // outcomes of addresses that were not probed to the end
 
 const TABS = [
   ["", "Overview"],
@@ -78,7 +79,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
   }
   if (!task.value) return <Title text={`Job ${id}`} />;
   const { status, job } = task.value;
-  const missing = ledger.data?.not_probed.total;
+  const missing = ledger.data && notProbed(ledger.data);
   const counts = ledger.data?.counts;
   return (
     <>
@@ -119,7 +120,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
       {status.error && <p class="problem">{visible(status.error)}</p>}
       {!!missing && isFinal(status.status) && (
         <p class="problem">
-          {plural(missing, "address was", "addresses were")} not probed to the end. <a href={`/app/jobs/${id}/not-probed`}>Which, and why</a>
+          {count(missing)} of {plural(ledger.data!.request.addresses, "address", "addresses")} {missing === 1 ? "was" : "were"} NOT probed. <a href={`/app/jobs/${id}/not-probed`}>Which, and why</a>
         </p>
       )}
       <nav class="tabs" aria-label="parts of the job">
@@ -134,7 +135,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
       {(tab === "" || tab === "request") && <Problem error={snapshot.error} again={snapshot.reload} />}
       {tab === "" && <Overview id={id} task={task.value} settled={settled} snapshot={snapshot.data} />}
       {tab === "results" && <Results key={id} jobId={id} status={status.status} empty={whyEmpty(task.value, ledger.data)} />}
-      {tab === "not-probed" && <NotProbed id={id} settled={settled} final={isFinal(status.status)} />}
+      {tab === "not-probed" && counts && <NotProbed id={id} settled={settled} final={isFinal(status.status)} any={LISTED.some((name) => counts[name])} />}
       {tab === "request" && snapshot.data && <Request snapshot={snapshot.data} job={task.value} />}
       {cancelling.value && (
         <Confirm
@@ -148,6 +149,12 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
       )}
     </>
   );
+}
+
+/** The number of addresses that were not probed; one whose blocks of ports differ counts by its share. */
+function notProbed({ counts, request }: Ledger): number {
+  const probes = counts.refused + counts.cancelled + counts.lost;
+  return Math.round(probes / request.ports) || Math.min(probes, 1);
 }
 
 /** The message of an empty list of results, which distinguishes "nothing found" from "not probed". */
@@ -268,22 +275,21 @@ function WaitsFor({ id, settled }: { id: string; settled: number }) {
   );
 }
 
-function NotProbed({ id, settled, final }: { id: string; settled: number; final: boolean }) {
+/** The addresses that were not probed to the end; `any` is whether there are any among those that the ledger lists. */
+function NotProbed({ id, settled, final, any }: { id: string; settled: number; final: boolean; any: boolean }) {
   const found = useLoad(
     async (signal) => {
       const entries = [];
-      let after: number | null | undefined = 0;
-      let total = 0;
+      let after: number | null | undefined = any ? 0 : null;
       // A page may be short although the list continues; those of a running job are read again and again.
       for (let pages = 0; after != null && entries.length < NAMED && (final || pages < PAGES); pages++) {
         const { not_probed: page }: Ledger = await get<Ledger>(`/api/v1/task/${id}/ledger?after=${after}&page_size=1000`, signal);
-        entries.push(...page.addresses);
-        total = page.total;
+        entries.push(...page.addresses.filter(({ outcome }) => (LISTED as string[]).includes(outcome)));
         after = page.next;
       }
-      return { entries, total };
+      return { entries, more: after != null };
     },
-    [id, settled, final],
+    [id, settled, final, any],
   );
   const groups = useMemo(() => {
     const alike = new Map<string, { ports: string; outcome: string; reason: string; addresses: string[] }>();
@@ -298,12 +304,8 @@ function NotProbed({ id, settled, final }: { id: string; settled: number; final:
   return (
     <>
       <Problem error={found.error} again={found.reload} />
-      {found.data && !found.data.total && <p class="empty">{final ? "Every address was probed to the end." : "None so far."}</p>}
-      {found.data && found.data.entries.length < found.data.total && (
-        <p>
-          The first {count(found.data.entries.length)} of {count(found.data.total)} entries.
-        </p>
-      )}
+      {found.data && !found.data.more && !groups.length && <p class="empty">{final ? "Every address was probed to the end." : "None so far."}</p>}
+      {found.data?.more && <p>{final ? `The first ${count(found.data.entries.length)} entries; there may be more.` : "The list is complete when the job has ended."}</p>}
       {!!groups.length && (
         <>
           <table class="cards">
