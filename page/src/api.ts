@@ -5,6 +5,7 @@ import type { components } from "../types/openapi";
 type Schemas = components["schemas"];
 export type Job = Schemas["Job"];
 export type TaskStatus = Schemas["TaskStatus"];
+export type Host = Schemas["Host"];
 export type Ledger = Schemas["Ledger"];
 export type Waiting = Schemas["Waiting"];
 export type Subnet = Schemas["Subnet"];

@@ -107,7 +107,9 @@ def test_page_opens_the_job_at_the_address_of_the_command(
 
 
 def test_page_map_cursor_shows_the_open_ports_of_its_address(page: Page, stack: Stack, finished: int) -> None:
-    """At the cell of a machine the cursor's text has the number of its open ports, and names some of them."""
+    """At the cell of a machine the cursor's text has the number of its open ports, and names some of them, read by its address."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "address=" in request.url else None)
     page.goto(f"{stack.url}/app/jobs/{finished}")
     page.get_by_role("application").focus()
     page.keyboard.press("Home")
@@ -115,6 +117,8 @@ def test_page_map_cursor_shows_the_open_ports_of_its_address(page: Page, stack: 
     expect(page.locator(".cursor")).to_have_text(f"{NET}.1 — answered, 2 ports open: 8022/tcp, 8080/tcp")
     page.keyboard.press("ArrowRight")
     expect(page.locator(".cursor")).to_have_text(f"{NET}.2 — answered, no port open")
+    hosts = f"{stack.url}/api/v1/task/{finished}/hosts"
+    assert asked == [f"{hosts}?address={NET}.{host}" for host in (1, 2)]
 
 
 def tab_to(page: Page, target: Locator) -> None:

@@ -1,19 +1,19 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useMemo, useRef } from "preact/hooks";
-import { change, get, isFinal, me, received, send, type Ledger, type OutcomeMap, type Policy, type Snapshot, type Subnet, type TaskStatus, type Waiting } from "../api";
+import { change, get, isFinal, me, received, send, type Host, type Ledger, type OutcomeMap, type Policy, type Snapshot, type Subnet, type TaskStatus, type Waiting } from "../api";
 import { collapse, parseNetwork, toNumber, toText } from "../addresses";
 import { watch } from "../events";
 import { Coverage, together } from "../map";
 import { Confirm, Field, Problem, Spoken, StatusWord, Title, useLoad, useSettled, type Loaded } from "../parts";
 import { go, query, withQuery } from "../router";
-import { countResults, Results, type Result } from "../results";
+import { countResults, Results } from "../results";
 import { count, duration, exact, plural, visible } from "../text";
 import { LiveDot } from "./jobs";
 
 const SETTLE = 2_000; // ms between two looks at map and ledger, however often the job reports
 const CELLS = 65_536; // of one map
 const CHUNK = 1_024; // addresses of the largest chunk
-const PORTS = 1_000; // of one address, counted at its cell of the map
+const PORTS = 1_000; // of a host at most
 const PORTS_NAMED = 5;
 const NAMED = 10_000; // addresses that were not probed; more are counted
 const PAGES = 10; // of the ledger of a running job
@@ -224,8 +224,8 @@ function Overview({ id, task, settled, snapshot }: { id: string; task: TaskStatu
 
 /** The open ports of an address, as the end of a sentence. */
 async function openPorts(id: string, address: string, signal: AbortSignal): Promise<string> {
-  const asked = new URLSearchParams({ address, fields: "port,protocol,status", limit: String(PORTS) });
-  const found = await get<Pick<Result, "port" | "protocol" | "status">[]>(`/api/v1/task/${id}/results?${asked}`, signal);
+  const [host] = await get<Host[]>(`/api/v1/task/${id}/hosts?address=${address}`, signal);
+  const found = host?.ports ?? [];
   const open = found.filter((each) => each.status === "open").map((each) => `${each.port}/${each.protocol}`);
   if (!open.length) return ", no port open";
   const named = open.slice(0, PORTS_NAMED).join(", ") + (open.length > PORTS_NAMED ? ", …" : "");
