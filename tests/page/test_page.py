@@ -458,6 +458,18 @@ def test_page_draft_does_not_overwrite_a_later_version(page: Page, stack: Stack)
     expect(page.get_by_role("row", name="theirs")).to_contain_text("8023")
 
 
+def test_page_policy_of_another_preset_has_its_values(page: Page, stack: Stack, user: Client) -> None:
+    """A new preset replaces the values of the former one, and keeps those that differed from it."""
+    policy_id = user.policy(name="changes its preset", preset="quick", max_retries=3)
+    page.goto(f"{stack.url}/app/policies/{policy_id}")
+    page.get_by_label("Preset").select_option("full")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_role("row", name="changes its preset")).to_contain_text("full")
+    saved = user.http.get(f"/api/v1/policy/{policy_id}").raise_for_status().json()
+    full = user.http.get("/api/v1/info").raise_for_status().json()["presets"]["full"]
+    assert {name: saved[name] for name in full} == full | {"max_retries": 3}
+
+
 def test_page_map_of_too_many_ports_asks_for_some(page: Page, stack: Stack, finished: int) -> None:
     """A map that is too large for all ports of the job is offered for some of them."""
 

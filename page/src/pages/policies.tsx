@@ -181,9 +181,11 @@ function PolicyFields({ schema, fields, enter, wrong }: { schema: Record<string,
   );
 }
 
+/** What is entered for a policy: the values that its preset has not. */
 function entered(found: Policy | undefined): Fields {
   const { id: _id, user_id: _user, created_at: _made, updated_at: _changed, ...fields } = (found ?? {}) as Fields;
-  return fields;
+  const usual: Fields = info.value?.presets[String(fields.preset)] ?? {};
+  return Object.fromEntries(Object.entries(fields).filter(([name, value]) => name === "preset" || JSON.stringify(value) !== JSON.stringify(usual[name])));
 }
 
 export function PolicyForm({ id }: { id: string | undefined }) {
