@@ -163,13 +163,14 @@ export const took = (job: Job): number | undefined =>
 /** How much of a list is seen, and the way to the rest. */
 export function Pager({ page, size, total }: { page: number; size: number; total: number }) {
   const last = Math.max(1, Math.ceil(total / size));
+  const before = Math.min(page - 1, last);
   const shown = Math.min(size, Math.max(0, total - (page - 1) * size));
   return (
     <nav class="pager" aria-label="pages of the list">
       <span>
         {count(shown)} of {count(total)}
       </span>
-      {page > 1 && <a href={withQuery({ page: page - 1 === 1 ? undefined : page - 1 })}>previous</a>}
+      {page > 1 && <a href={withQuery({ page: before === 1 ? undefined : before })}>previous</a>}
       {page < last && <a href={withQuery({ page: page + 1 })}>next</a>}
     </nav>
   );

@@ -402,6 +402,27 @@ def test_page_jobs_of_all_users_name_their_owner(page: Page, stack: Stack) -> No
     expect(page.get_by_role("columnheader", name="User")).to_have_count(0)
 
 
+def test_page_list_of_jobs_beyond_its_end_leads_back(page: Page, stack: Stack, finished: int) -> None:
+    """A page after the last one does not claim that there are no jobs, and links to the last one."""
+    assert finished
+    page.goto(f"{stack.url}/app/jobs?page=900")
+    expect(page.get_by_text("The list has no page 900.")).to_be_visible()
+    expect(page.get_by_text("There are no jobs yet.")).to_have_count(0)
+    page.get_by_role("link", name="previous").click()
+    expect(page.locator("tbody a[data-row]").last).to_be_visible()
+
+
+def test_page_list_of_jobs_of_an_invalid_user_has_no_stream(page: Page, stack: Stack) -> None:
+    """Once the API has refused a list, the page does not try its stream again."""
+    path = "**/api/v1/task?user_id=abc&page=*"
+    page.route(path, refuse)
+    page.goto(f"{stack.url}/app/jobs?user_id=abc")
+    expect(page.locator(".dot")).to_have_text("connection lost, trying again")
+    page.unroute(path)
+    expect(page.get_by_role("alert")).to_contain_text("user_id")
+    expect(page.locator(".dot")).to_have_class("dot off")
+
+
 def test_page_invalid_network_shows_the_sentence_at_its_field(page: Page, stack: Stack) -> None:
     """A network that is none, one that the platform does not allow, and a wrong exclusion are each shown at their field."""
     page.goto(f"{stack.url}/app/subnets/new")

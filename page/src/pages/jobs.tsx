@@ -67,14 +67,14 @@ export function Jobs() {
     [filters.toString(), changed],
   );
 
-  const forbidden = list.error?.status === 403; // only administrators may ask for the jobs of others
+  const refused = list.error?.status === 400 || list.error?.status === 403; // only administrators may ask for the jobs of others
   const shown = useRef(new Set<number>());
   useEffect(() => {
     for (const [id, task] of tasks) if (!isFinal(task.status.status)) tasks.delete(id); // as old as the last visit
   }, []);
 
   useEffect(() => {
-    if (paused || forbidden) return;
+    if (paused || refused) return;
     const unfinished = new Map<number, string>(); // what the list may show of jobs that can change
     return watch(whose ? `/api/v1/events?user_id=${encodeURIComponent(whose)}` : "/api/v1/events", (task) => {
       const { id, status } = task.job;
@@ -83,7 +83,7 @@ export function Jobs() {
       if (isFinal(status)) unfinished.delete(id);
       else unfinished.set(id, status);
     }, list.reload);
-  }, [paused, whose, forbidden]);
+  }, [paused, whose, refused]);
 
   useEffect(() => {
     if (!list.data) return;
@@ -119,7 +119,7 @@ export function Jobs() {
         </span>
       </div>
       <Problem error={list.error} again={list.reload} />
-      {list.data && !list.data.jobs.length && <Nothing filtered={asked.size > 0} />}
+      {list.data && !list.data.jobs.length && (list.data.total ? <p class="empty">The list has no page {page}.</p> : <Nothing filtered={asked.size > 0} />)}
       {!!list.data?.jobs.length && (
         <>
           <table class="cards">
@@ -146,9 +146,9 @@ export function Jobs() {
               ))}
             </tbody>
           </table>
-          <Pager page={page} size={SIZE} total={list.data.total} />
         </>
       )}
+      {!!list.data?.total && <Pager page={page} size={SIZE} total={list.data.total} />}
     </>
   );
 }
