@@ -114,7 +114,8 @@ export function Results({ jobId, status, empty }: { jobId: string; status: Statu
   const error = useSignal<ApiError | undefined>(undefined);
   const search = useComputed(() => query("q"));
   const again = useSignal(0);
-  const columns = (query("columns") || USUAL.join()).split(",").filter((each): each is Column => COLUMNS.some(([name]) => name === each));
+  const known = query("columns").split(",").filter((each): each is Column => COLUMNS.some(([name]) => name === each));
+  const columns = known.length ? known : USUAL;
   const [sort, direction] = (query("sort") || "ip_address").split(":") as [Column, string?];
 
   // Runs as long as the job does: each load asks only for what is newer than the last result.

@@ -793,6 +793,14 @@ def test_page_audit_is_not_asked_for_by_others(browser: Browser, stack: Stack) -
     assert asked == []
 
 
+def test_page_unknown_names_in_the_url_are_not_blank(page: Page, stack: Stack, finished: int) -> None:
+    """An unknown part of a job is named as such, and without a known column the results have the usual ones."""
+    page.goto(f"{stack.url}/app/jobs/{finished}/nonsense")
+    expect(page.get_by_text("A job has no such page.")).to_be_visible()
+    page.goto(f"{stack.url}/app/jobs/{finished}/results?columns=foo")
+    expect(page.get_by_role("columnheader", name="Address")).to_be_visible()
+
+
 def test_page_url_has_the_state_of_the_page(page: Page, stack: Stack, finished: int) -> None:
     """Searches, the filter and the cursor of a map, and a paused list are the same after a reload of the URL."""
     subnets = [{"id": n, "name": f"net {n}", "cidr": f"10.0.{n}.0/24", "exclude": []} for n in range(1, 13)]

@@ -136,6 +136,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
       {tab === "" && <Overview id={id} task={task.value} settled={settled} snapshot={snapshot.data} />}
       {tab === "results" && <Results key={id} jobId={id} status={status.status} empty={whyEmpty(task.value, ledger.data)} />}
       {tab === "not-probed" && counts && <NotProbed id={id} settled={settled} final={isFinal(status.status)} any={LISTED.some((name) => counts[name])} />}
+      {TABS.every(([name]) => name !== tab) && <p class="empty">A job has no such page.</p>}
       {tab === "request" && snapshot.data && <Request snapshot={snapshot.data} job={task.value} />}
       {cancelling.value && (
         <Confirm
