@@ -384,7 +384,7 @@ def test_page_estimate_is_of_what_was_entered_last(page: Page, stack: Stack, use
 
 
 def test_page_jobs_of_all_users_name_their_owner(page: Page, stack: Stack) -> None:
-    """The list of all users' jobs has a column of owners, and one's own list has none."""
+    """The list of all users' jobs has a column of owners, and one's own list has none; no other user's job is read, which is audited."""
     job = {
         "id": 999_999,  # no job of the stack, whose events would change it
         "user_id": 8,
@@ -394,12 +394,16 @@ def test_page_jobs_of_all_users_name_their_owner(page: Page, stack: Stack) -> No
         "start_time": None,
         "end_time": None,
     }
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/999999") else None)
     page.route("**/api/v1/task?*", lambda route: route.fulfill(json={"jobs": [job], "total": 1}))
     page.goto(f"{stack.url}/app/jobs?user_id=all")
     expect(page.get_by_role("row", name="999999 8 pending")).to_be_visible()
     page.evaluate(VISIT, "/app/jobs")
     expect(page.get_by_role("row", name="999999 pending")).to_be_visible()
     expect(page.get_by_role("columnheader", name="User")).to_have_count(0)
+    expect(page.locator("body[data-busy]")).to_have_count(0)
+    assert asked == []
 
 
 def test_page_list_of_jobs_beyond_its_end_leads_back(page: Page, stack: Stack, finished: int) -> None:

@@ -28,10 +28,10 @@ const show = (task: TaskStatus) => {
   });
 };
 
-/** Load the states that neither the stream nor an earlier load has sent. */
+/** Load the states that neither the stream nor an earlier load has sent. Jobs of other users are not read: each read is an audit entry. */
 async function details(jobs: Job[], signal: AbortSignal): Promise<void> {
   const missing = ({ id, status }: Job) => !tasks.has(id) || (isFinal(status) && !isFinal(tasks.get(id)!.job.status));
-  const waiting = jobs.filter(missing);
+  const waiting = jobs.filter((job) => job.user_id === me.value!.user_id && missing(job));
   const next = async (): Promise<void> => {
     for (let job = waiting.shift(); job && !signal.aborted; job = waiting.shift()) {
       const task = await get<TaskStatus>(`/api/v1/task/${job.id}`, signal);
