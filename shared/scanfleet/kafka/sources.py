@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ POLL_MS: Final = 1_000  # of a fetch without records: an idle consumer sends one
 # The same during a batch: a fetch that is already waiting delays the first one after a rebalance by as much.
 BUSY_POLL_MS: Final = 250
 OPEN_SECONDS: Final = 30.0  # for joining a group, whose members may finish their batches first
+ASSIGN_SECONDS: Final = 1.0  # between two checks of a rebalance for an error
 COMMIT_SECONDS: Final = 5.0  # the client would look for a lost coordinator indefinitely
 SESSION_MS: Final = 10_000  # after which a killed member's partitions are reassigned; a restart takes less
 HEARTBEAT_MS: Final = 1_000  # maximum delay until a member notices a rebalance
@@ -71,20 +72,26 @@ class Tail:
         fetcher._fetch_max_wait_ms = POLL_MS  # noqa: SLF001 # as above
         try:
             # The client has no timeout for a rebalancing group.
-            async with asyncio.timeout(seconds + 1):
-                fetched = await self._client.getmany(timeout_ms=int(seconds * 1000), max_records=BATCH)
+            with self._reading():
+                async with asyncio.timeout(seconds + 1):
+                    fetched = await self._client.getmany(timeout_ms=int(seconds * 1000), max_records=BATCH)
         except TimeoutError:
             return ()
-        except KafkaError as error:
-            if not error.retriable:
-                raise
-            raise DependencyError(f"cannot read {self._name}: {error!r}") from error
         finally:
             fetcher._fetch_max_wait_ms = BUSY_POLL_MS  # noqa: SLF001 # as above
         waiting = fetcher._records  # noqa: SLF001 # as above
         for partition in waiting.keys() & fetched.keys():
             waiting.move_to_end(partition)  # the client would empty one partition before it turns to the next one
         return [self._raw(record) for records in fetched.values() for record in records]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except KafkaError as error:
+            if not error.retriable:
+                raise
+            raise DependencyError(f"cannot read {self._name}: {error!r}") from error
 
     async def commit(self, offsets: Mapping[int, int]) -> None:
         """Do nothing: a tail stores no offsets."""
@@ -190,7 +197,12 @@ class Member(Tail):
         self._rebalance.check()
         records = await super().poll(seconds)
         # The client assigns partitions before it calls the listener; a handler must be notified before it gets records.
-        await self._rebalance.assigned.wait()
+        while not self._rebalance.assigned.is_set():
+            with self._reading():  # a rebalance that failed assigns nothing until the client's error is consumed
+                self._client._coordinator.check_errors()  # noqa: SLF001 # no public method
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ASSIGN_SECONDS):
+                    await self._rebalance.assigned.wait()
         return records
 
     async def commit(self, offsets: Mapping[int, int]) -> None:

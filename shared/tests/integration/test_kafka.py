@@ -22,6 +22,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 from prometheus_client import REGISTRY
 
@@ -440,6 +441,35 @@ async def test_member_restarted_after_a_kill_keeps_its_partitions(bench: Bench) 
         await one.publish(SCAN_WORKERS, workers([1]))
         await until(lambda: b.handled)
     await killed.stop()
+
+
+@pytest.mark.parametrize("error", [KafkaError("REBALANCE_IN_PROGRESS"), GroupCoordinatorNotAvailableError()])
+async def test_member_with_a_failed_rebalance_retries_or_dies(
+    bench: Bench, error: KafkaError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A join that fails after the poll has timed out does not leave a consumer that is alive and reads nothing."""
+    bus, recorder = await bench.bus(), Recorder()
+    consumer = cast(ConsumerLoop, bus.consume(SCAN_WORKERS, GROUP, recorder))
+    await consumer.start()
+    client = cast(Member, consumer._source)._client
+    join, errors = client._coordinator._do_rejoin_group, [error]
+
+    async def fail_once(*args: Any) -> Any:
+        if not errors:
+            return await join(*args)
+        await asyncio.sleep(3)  # longer than a poll
+        raise errors.pop()
+
+    monkeypatch.setattr(client._coordinator, "_do_rejoin_group", fail_once)
+    client._coordinator.request_rejoin()
+    await until(lambda: not errors)
+    await bus.publish(SCAN_WORKERS, workers([1]))
+    await until(lambda: recorder.handled or not consumer.alive)
+    assert consumer.alive == error.retriable
+    if consumer.alive:
+        await consumer.stop()
+    else:
+        await client.stop()
 
 
 @pytest.mark.proves("F12", "G9")
