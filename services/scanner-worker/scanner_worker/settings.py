@@ -24,7 +24,7 @@ class Settings(CommonSettings, KafkaSettings, TargetSettings, GrantSettings):
         "single address is limited by the policy's host timeout.",
     )
     stall_seconds: float = Field(
-        300.0,  # nmap pauses for seconds at most, unless its options require more
+        60.0,  # nmap pauses for seconds at most, unless its options require more; half of the timeout of an attempt
         gt=0,
         description="Timeout in seconds of an nmap without progress; then it is stopped and the attempt fails. At timings 0 and 1 "
         "the delay of two probes is added; during service detection and scripts, the policy's host timeout.",

@@ -150,7 +150,7 @@ class Chunk:
     failures: int = 0
     """Number since the last progress, of attempts that could not be narrowed further."""
     failed_by: tuple[str, ...] = ()
-    """Worker instances that failed or lost the chunk since the last progress."""
+    """Worker instances that failed or lost the chunk, or finished none of its addresses in time, since the last progress."""
     fruitless: int = 0
     """Number of dispatches since the last progress."""
     unstored: int = 0
@@ -301,8 +301,9 @@ def elapsed(chunk: Chunk, now: datetime, since: datetime | None = None) -> float
 def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str = "") -> Chunk:
     """Requeue the chunk without counting a failure; without blanks it only needs to be checked.
 
-    After an attempt that was too slow the next one gets half as many addresses. A chunk that is dispatched repeatedly without
-    progress counts as failed, because it may be the cause; but not for attempts that never began, as without a free slot.
+    After an attempt that was too slow the next one gets half as many addresses; if nothing was finished, on another worker,
+    since its nmap may hang. A chunk that is dispatched repeatedly without progress counts as failed, because it may be the
+    cause; but not for attempts that never began, as without a free slot.
     """
     unclaimed = chunk.state is ChunkState.DISPATCHED and not too_slow
     if chunk.fruitless >= MAX_FRUITLESS and not unclaimed:
@@ -314,8 +315,16 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
         limit = limit * 2 if limit * 2 < len(chunk.outcomes) else 0
     state = ChunkState.QUEUED if chunk.blank else ChunkState.SCANNED
     fruitless = max(0, chunk.fruitless - unclaimed)
-    reason = chunk.reason or reason
-    return _move(chunk, ChunkTrigger.RELEASE, state, limit=limit, ask_at=None, reason=reason, fruitless=fruitless)
+    return _move(
+        chunk,
+        ChunkTrigger.RELEASE,
+        state,
+        limit=limit,
+        ask_at=None,
+        reason=chunk.reason or reason,
+        failed_by=_failed_by(chunk) if too_slow and fruitless else chunk.failed_by,
+        fruitless=fruitless,
+    )
 
 
 def expire(chunk: Chunk, reason: str, now: datetime) -> Chunk:

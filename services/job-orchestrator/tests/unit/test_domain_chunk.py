@@ -285,8 +285,16 @@ def test_attempt_that_is_too_slow_is_halved_at_no_cost() -> None:
     held = in_state(ChunkState.RUNNING, outcomes="." * 9, reach=9)
     changed = after(held, report(ChunkReleased, "a" + "." * 8, too_slow=True))
     assert (changed.state, changed.limit, changed.failures, changed.not_before) == (ChunkState.QUEUED, 4, 0, None)
+    assert changed.failed_by == ()
     one = in_state(ChunkState.RUNNING, reach=1)
     assert after(one, report(ChunkReleased, "....", too_slow=True)).limit == 1
+
+
+def test_attempt_that_is_too_slow_without_progress_goes_to_another_worker() -> None:
+    """A worker that finished no address of the chunk in time does not get it again while another lives."""
+    held = dispatch(chunk(), "w-1-00000001", NOW, size=4, share=1.0, estimate=1.5)
+    changed = after(held, report(ChunkReleased, "....", too_slow=True, attempt=1, worker_id="w-1-00000001"))
+    assert (changed.failed_by, changed.failures) == (("w-1",), 0)
 
 
 def test_limit_doubles_after_each_success_and_is_then_removed() -> None:

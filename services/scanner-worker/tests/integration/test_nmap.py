@@ -40,6 +40,7 @@ from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner import guard, process
 from scanner_worker.scanner.process import Limits, Nmap
 from scanner_worker.scanner.raw import may_send_raw, privileges
+from scanner_worker.settings import Settings
 
 pytestmark = pytest.mark.integration
 
@@ -132,11 +133,11 @@ def stand_in(tmp_path: Path) -> Callable[[str], Path]:
 class Rig:
     """A worker with real processes on an in-memory bus."""
 
-    def __init__(self, nmap: Nmap, *, slots: int = 2) -> None:
+    def __init__(self, nmap: Nmap, *, slots: int = 2, attempt_seconds: float = 60) -> None:
         self.bus = MemoryBus()
         self.nmap = nmap
         rules = TargetRules((ip_network("127.0.0.0/8"), ip_network("::1/128")))
-        abilities = Abilities(slots, RAW, rules, attempt_seconds=60)
+        abilities = Abilities(slots, RAW, rules, attempt_seconds)
         self.worker = Worker("worker", abilities, nmap, self.bus, Refusals("scanner-worker").add_denied_chunk)
         self.tasks = self.bus.tail(SCAN_TASKS, self.worker)
 
@@ -157,8 +158,8 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def rigged(nmap: Nmap, slots: int = 2) -> AsyncIterator[Rig]:
-    rig = Rig(nmap, slots=slots)
+async def rigged(nmap: Nmap, slots: int = 2, attempt_seconds: float = 60) -> AsyncIterator[Rig]:
+    rig = Rig(nmap, slots=slots, attempt_seconds=attempt_seconds)
     await rig.tasks.start()
     await rig.worker.start()
     try:
@@ -462,6 +463,20 @@ async def test_scan_faulty_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 
         assert len(failed.reason) <= 500
         await until(lambda: not marked(rig.nmap), 2)
         assert rig.worker.alive
+
+
+@pytest.mark.proves("F20")
+async def test_scan_standing_nmap_is_a_stall_with_the_default_timeouts(
+    make_chunk: MakeChunk, make_nmap: MakeNmap, stand_in: Callable[[str], Path]
+) -> None:
+    """An nmap that hangs on several addresses fails before the timeout of the attempt, so the chunk goes to another worker."""
+    scale = 40  # of the default timeouts, to save time
+    stall, attempt = (Settings.model_fields[name].default / scale for name in ("stall_seconds", "attempt_seconds"))
+    nmap = await make_nmap(stand_in("write(HEAD); time.sleep(600)"), replace(LIMITS, stall_seconds=stall))
+    async with rigged(nmap, attempt_seconds=attempt) as rig:
+        await rig.send(make_chunk())
+        await until(rig.end, 60)
+        assert isinstance(rig.end(), ChunkFailed)
 
 
 PROGRESS = """
