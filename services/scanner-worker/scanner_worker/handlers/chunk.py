@@ -185,7 +185,12 @@ class ChunkScan:
                 codes[index] = code
                 if code is not Outcome.DOWN:
                     messages.append(self._host(host, code, ports))
-        await self._publish(SCAN_RESULTS, messages)
+        try:
+            async with asyncio.timeout(self.chunk.lease_seconds * FENCE):
+                await self._publish(SCAN_RESULTS, messages)
+        except TimeoutError:
+            self.stop("Kafka did not acknowledge hosts within two thirds of the lease")
+            return
         for index, code in codes.items():
             self._map[index] = code
             ADDRESSES.labels(code.name.lower()).inc()
@@ -227,7 +232,7 @@ class ChunkScan:
 
     async def _publish(self, topic: Topic, messages: Sequence[Message]) -> None:
         # Retry indefinitely: all of these messages are idempotent, and a chunk without a final report would wait until its
-        # lease expires. While nmap runs, the fence bounds the retries.
+        # lease expires. While nmap runs, the lease bounds the retries.
         while messages:
             try:
                 await self._publisher.publish(topic, messages)

@@ -164,25 +164,31 @@ class Worker:
         members = (scan.run(share) for scan, share in zip(scans.values(), batch.shares, strict=True))
         try:
             # An error of one chunk does not end the others.
-            fault, *ends = await asyncio.gather(batch.run(), *members, return_exceptions=True)
+            fault, *ends = await asyncio.gather(self._occupy(batch), *members, return_exceptions=True)
             self._judge(batch, [end for end in ends if isinstance(end, Message)])
         finally:
             for token in scans:
                 del self._running[token]
-            self._busy -= 1
             self._hold()
-            self._fill()
             self._announcing.wake()
         for end in (fault, *ends):
             if isinstance(end, BaseException):
                 raise end
 
+    async def _occupy(self, batch: Batch) -> None:
+        """Run nmap in a slot, which does not wait for the chunks' final reports: their partition may have no leader."""
+        try:
+            await batch.run()
+            if isinstance(batch.fault, CannotStartError):
+                self.exclusion.exclude(str(batch.fault))
+        finally:
+            self._busy -= 1
+            self._fill()
+
     def _judge(self, batch: Batch, ends: Sequence[Message]) -> None:
         """Record whether a run of nmap succeeded or failed on this machine."""
         failed = [end for end in ends if isinstance(end, ChunkFailed)]
-        if isinstance(batch.fault, CannotStartError):
-            self.exclusion.exclude(str(batch.fault))
-        elif failed and len(failed) == len(ends) and batch.arguments:  # nmap was started, so the failure may be its own
+        if failed and len(failed) == len(ends) and batch.arguments:  # nmap was started, so the failure may be its own
             self.exclusion.failed(batch.shares[0].chunk, failed[0].reason)
         elif batch.finished:
             self.exclusion.succeeded()
