@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 from result_store.domain.ports import Store
-from result_store.domain.results import Batch, ClosedChunk, Report, Scanned, close, fold, parts
+from result_store.domain.results import Batch, ClosedChunk, Report, Scanned, close, fault_of, fold, parts
 from result_store.metrics import (
     CHUNKS_CLOSED,
     CHUNKS_INCOMPLETE,
@@ -39,6 +39,7 @@ from scanfleet.security.audit import Refusals
 from scanfleet.security.chunk_grants import Grants
 
 _ADDRESSES: Final = 4 * MAX_ADDRESSES  # whose hosts are in memory at once, a kilobyte each
+_RECORDS: Final = 20  # between two pauses; a host with long lists of ports takes a millisecond
 _STEP_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 60.0  # before a deletion with an error is retried
 _AT_ONCE: Final = 100  # maximum number of deletions per step
@@ -63,9 +64,16 @@ class ResultsHandler:
         self._refusals = refusals
 
     async def handle(self, records: Sequence[Record[Scanned]]) -> None:
-        records = [record for record in records if self._covered(record)]
-        if not records:
-            return
+        covered: list[Record[Scanned]] = []
+        for number, record in enumerate(records):
+            if number % _RECORDS == 0:
+                await asyncio.sleep(0)
+            if self._is_covered(record):
+                covered.append(record)
+        if covered:
+            await self._handle_covered(covered)
+
+    async def _handle_covered(self, records: Sequence[Record[Scanned]]) -> None:
         batch = fold(records)
         with tracing.spans("store results", _traces(records), "consumer", "scanfleet.chunk.id"):
             await self._store_and_answer(records, batch)
@@ -82,8 +90,8 @@ class ResultsHandler:
         HOSTS_STORED.inc(new)
         DUPLICATES.inc(len(records) - len(batch.scanned) - new)
 
-    def _covered(self, record: Record[Scanned]) -> bool:
-        if fault := self._grants.fault(record.message):
+    def _is_covered(self, record: Record[Scanned]) -> bool:
+        if fault := self._grants.fault(record.message) or fault_of(record.message):
             UNCOVERED.inc()
             self._refusals.add_uncovered(record, fault)
         return not fault

@@ -26,4 +26,6 @@ DELETED_DOCUMENTS: Final = Counter(
 DELETIONS_FAILED: Final = Counter(
     "scanfleet_results_deletions_failed", "Errors of the deletion of a job's results; it is retried after a minute."
 )
-UNCOVERED: Final = Counter("scanfleet_results_uncovered", "Records dropped because no valid signature covers them.")
+UNCOVERED: Final = Counter(
+    "scanfleet_results_uncovered", "Records dropped because no valid signature covers them, or their ports are invalid."
+)

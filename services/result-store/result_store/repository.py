@@ -15,6 +15,7 @@ chunks all of their ports.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from hashlib import sha256
@@ -38,6 +39,7 @@ from scanfleet.scanning.targets import Network
 PAGE: Final = 100
 
 _FEW: Final = 256  # addresses whose hosts each page sorts anew; the hosts of more addresses are found faster in order
+_RECORDS: Final = 20  # hosts between two pauses, as in the handler
 _SLICE: Final = 1_000  # documents deleted at once
 _KEEP_MARKS: Final = timedelta(days=30)  # longer than a dead letter can be replayed: 14 days
 
@@ -95,7 +97,9 @@ class MongoStore:
         results = sum(host.result_count for host in hosts)
         next_id = (await self._ids.take(results)).start if results else 0
         documents: list[Document] = []
-        for host in hosts:
+        for number, host in enumerate(hosts):
+            if number % _RECORDS == 0:
+                await asyncio.sleep(0)
             document = _host_document(host)
             if host.result_count:
                 document["first_id"] = next_id

@@ -67,6 +67,7 @@ def _ports(text: str) -> str:
     return str(ports)
 
 
+@lru_cache(maxsize=64)  # every report about a chunk has its ports
 def _chunk_ports(text: str) -> str:
     return str(PortSet.parse(text))
 

@@ -9,6 +9,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 MAX_PORT = 65_535
 MAX_TEXT = 10_000  # characters: longer than any list written by hand, short enough to reject cheaply
@@ -129,6 +130,7 @@ class PortSet:
         return ",".join(parts)
 
 
+@lru_cache(maxsize=8)  # the hosts of a chunk often have the same; the longest text takes 4 MB as ranges
 def parse_ranges(text: str) -> tuple[Range, ...]:
     """Parse "1-52,54" into sorted, disjoint, inclusive ranges; an empty text has none.
 

@@ -18,7 +18,6 @@ from typing import Final, NamedTuple
 
 from scanfleet.contracts.messages import ChunkIncomplete, ChunkScanned, ChunkStored, HostScanned, PortFound
 from scanfleet.contracts.rest import Result
-from scanfleet.errors import MessageError
 from scanfleet.runtime.bus import Record
 from scanfleet.scanning.outcomes import Outcome, address_at, address_key, index_of
 from scanfleet.scanning.ports import PortSet, Range, overlap, parse_ranges, port_count, ranges_text
@@ -224,21 +223,33 @@ class Batch:
         return {host.scanned.chunk_id for host in self.hosts.values()} | {chunk.chunk_id for chunk, _ in self.scanned}
 
 
-def fold(records: Iterable[Record[Scanned]]) -> Batch:
-    """Collect the hosts and ChunkScanned messages of some records into a batch.
+def fault_of(message: Scanned) -> str:
+    """Return why the ports of a message are invalid; empty if they are valid."""
+    try:
+        if isinstance(message, ChunkScanned):
+            parse_ranges(message.common_ports)
+            return ""
+        silent = parse_ranges(message.open_filtered)
+    except ValueError as error:
+        return str(error)
+    listed: set[tuple[str, int]] = set()
+    for found in message.ports:
+        port = (found.protocol, found.port)
+        if port in listed or (found.protocol == "udp" and overlap(silent, ((found.port, found.port),))):
+            return f"it has the {found.protocol.upper()} port {found.port} twice"
+        listed.add(port)
+    return ""
 
-    Raises:
-        MessageError: a message contains invalid or duplicate ports.
-    """
+
+def fold(records: Iterable[Record[Scanned]]) -> Batch:
+    """Collect the hosts and ChunkScanned messages of some records, which have no fault, into a batch."""
     batch = Batch()
     for record in records:
         place = Place(record.timestamp, record.offset)
         match record.message:
             case HostScanned() as host:
-                _check_ports(host)
                 batch.hosts.setdefault(host.event_id, Host(host, place))
             case ChunkScanned() as chunk:
-                _check_common_ports(chunk)
                 batch.scanned.append((chunk, place))
     return batch
 
@@ -316,23 +327,3 @@ def _index(first: str, address: str) -> int:
         return index_of(first, address)
     except ValueError:  # the other address family: not in this chunk's map
         return -1
-
-
-def _check_common_ports(chunk: ChunkScanned) -> None:
-    try:
-        parse_ranges(chunk.common_ports)
-    except ValueError as error:
-        raise MessageError(f"common_ports of {chunk.chunk_id}: {error}") from error
-
-
-def _check_ports(host: HostScanned) -> None:
-    try:
-        silent = parse_ranges(host.open_filtered)
-    except ValueError as error:
-        raise MessageError(f"open_filtered of {host.address}: {error}") from error
-    listed: set[tuple[str, int]] = set()
-    for found in host.ports:
-        port = (found.protocol, found.port)
-        if port in listed or (found.protocol == "udp" and overlap(silent, ((found.port, found.port),))):
-            raise MessageError(f"{host.address} has the {found.protocol.upper()} port {found.port} twice")
-        listed.add(port)

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from result_store.domain.results import ClosedChunk, Host, Place, StoredHost, close, fold, key_of
+from result_store.domain.results import ClosedChunk, Host, Place, StoredHost, close, fault_of, fold, key_of
 from result_store_testing import EPOCH, Log, host, scanned
 from scanfleet.contracts.messages import ChunkIncomplete, PortFound
-from scanfleet.errors import MessageError
 from scanfleet.scanning.outcomes import Outcome
 from scanfleet.scanning.ports import PortSet
 from scanfleet_testing.chunk_grants import ALL_PORTS, signed
@@ -46,23 +45,18 @@ def test_batch_chunk_ids_cover_hosts_and_ends() -> None:
 
 @pytest.mark.proves("G9")
 @pytest.mark.parametrize("ranges", ["x", "1-", "5-4", "65536", "1,,2", "53", "50-60"])
-def test_fold_invalid_open_filtered_raises_message_error(ranges: str) -> None:
-    """Malformed ranges, or ranges with a port that is also listed, raise a MessageError before anything is stored."""
-    with pytest.raises(MessageError):
-        fold(Log().append(host("127.9.8.1", PortFound(port=53, protocol="udp"), open_filtered=ranges)))
+def test_fault_of_invalid_open_filtered_is_named(ranges: str) -> None:
+    """Malformed ranges, or ranges with a port that is also listed, are a fault, known before anything is stored."""
+    assert fault_of(host("127.9.8.1", PortFound(port=53, protocol="udp"), open_filtered=ranges))
 
 
 @pytest.mark.proves("A25", "G19")
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
-def test_fold_port_listed_twice_raises_message_error(protocol: Any) -> None:
+def test_fault_of_port_listed_twice_is_named(protocol: Any) -> None:
     """A port can be listed once per protocol, so that the ports of a chunk bound the results of each of its hosts."""
     once = PortFound(port=80, protocol=protocol)
-    with pytest.raises(MessageError, match=f"127.9.8.1 has the {protocol.upper()} port 80 twice"):
-        fold(
-            Log().append(
-                host("127.9.8.1", PortFound(port=79), once, once.model_copy(update={"status": "open|filtered"}))
-            )
-        )
+    twice = host("127.9.8.1", PortFound(port=79), once, once.model_copy(update={"status": "open|filtered"}))
+    assert fault_of(twice) == f"it has the {protocol.upper()} port 80 twice"
 
 
 def test_fold_port_of_both_protocols_is_valid() -> None:

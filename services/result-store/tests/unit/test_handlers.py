@@ -18,10 +18,11 @@ from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Record
 from scanfleet.runtime.consumer import ConsumerLoop
 from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome, address_at
+from scanfleet.scanning.ports import parse_ranges
 from scanfleet.security.audit import SINGLES, Refusals
 from scanfleet.services import RESULT_STORE
 from scanfleet_testing.bus import MemoryBus
-from scanfleet_testing.chunk_grants import grants
+from scanfleet_testing.chunk_grants import grants, signed
 from scanfleet_testing.consumers import Running
 from scanfleet_testing.tracing import ids, recording
 from scanfleet_testing.turns import counting_turns
@@ -320,7 +321,7 @@ async def test_consumer_crash_before_its_commit_repeats_without_effect() -> None
 
 
 async def test_consumer_invalid_message_affects_no_other() -> None:
-    """A host with a duplicate port is dead-lettered, its chunk is reported incomplete, and other chunks close."""
+    """A host with a duplicate port is dropped, its chunk is reported incomplete, and other chunks close."""
 
     async def story(bus: MemoryBus) -> None:
         bad = host("127.9.8.1", PortFound(port=53, protocol="udp"), open_filtered="53")
@@ -334,12 +335,31 @@ async def test_consumer_invalid_message_affects_no_other() -> None:
         await bus.publish(SCAN_RESULTS, messages)
         await until(lambda: len(bus.messages(SCAN_STORED)) == 2)
 
+    before = metric("uncovered")
     bus = await run(MemoryStore(), story)
-    assert len(bus.broker.records(SCAN_RESULTS.dead_letter)) == 1
+    assert metric("uncovered") - before == 1
     incomplete, whole = bus.messages(SCAN_STORED)
     assert isinstance(incomplete, ChunkIncomplete)
     assert incomplete.addresses == ("127.9.8.1",)
     assert whole == stored("a", "1-1")
+
+
+async def test_handle_invalid_message_leaves_its_batch_whole(handler: ResultsHandler, store: MemoryStore) -> None:
+    """One signed host with a duplicate port does not fail its batch, whose records would then be handled one by one."""
+    await handler.handle(Log().append(host("127.9.8.1", 80, 80), *(host(f"127.9.8.{n}", 80) for n in range(2, 5))))
+    assert [each.scanned.address for each, _ in store.hosts.values()] == ["127.9.8.2", "127.9.8.3", "127.9.8.4"]
+
+
+async def test_handle_long_lists_of_ports_are_parsed_once_and_leave_turns_to_others(handler: ResultsHandler) -> None:
+    """The hosts of a chunk with the longest list of ports cost one parse together, and do not block the event loop."""
+    ports = ",".join(str(10_001 + 2 * number) for number in range(1_660))
+    silent = [host(f"127.9.8.{number}", outcome="s", open_filtered=ports) for number in range(100)]
+    records = Log().append(*(signed(each, ports=f"U:{ports}") for each in silent))
+    before = parse_ranges.cache_info().misses
+    async with counting_turns() as turns:
+        await handler.handle(records)
+    assert parse_ranges.cache_info().misses - before <= 2
+    assert turns.longest < 0.1
 
 
 async def test_handle_span_belongs_to_the_chunks_trace(handler: ResultsHandler) -> None:
