@@ -24,7 +24,8 @@ _SECONDS: Final = (0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400, 86_400) 
 _Part = TypeVar("_Part")
 
 LEASES_EXPIRED: Final = Counter(
-    "scanfleet_leases_expired_total", "Running chunks requeued because their worker sent no report within the lease."
+    "scanfleet_leases_expired_total",
+    "Attempts that ended because their worker sent no report within the lease, or was replaced by another process.",
 )
 STALE_REPORTS: Final = Counter(
     "scanfleet_stale_reports_total", "Worker reports rejected because their token was not current."

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+import structlog
+
 from job_orchestrator.domain.chunk import (
     HELD,
     OPEN,
@@ -30,6 +32,8 @@ from scanfleet.contracts.messages import ChunkClaimed, ChunkProgressed, StopChun
 from scanfleet.contracts.messages.topics import SCAN_TASKS
 from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import PartitionListener, Publisher, Record
+
+_log = structlog.stdlib.get_logger(__name__)
 
 
 @dataclass
@@ -167,6 +171,8 @@ class Progress(PartitionListener):
         ids = {token.chunk_id for token in tokens}
         changed = [each for each in await self._changer.change(ids, lose, now, charge=False) if each.moved]
         LEASES_EXPIRED.inc(len(changed))
+        for each in changed:
+            _log.warning("lease_expired", **each.before.token._asdict(), state=each.before.state, cause=reason)
         self._wake()
         await self._reconciler.follow(changed)
         lost = stops((each.before.token, "lease expired") for each in changed)

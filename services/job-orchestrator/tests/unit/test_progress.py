@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
+from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState, Token
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Effort, Totals
 from job_orchestrator_testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
@@ -317,6 +318,17 @@ async def test_new_or_frozen_replica_expires_no_lease(world: World, task: ScanCh
     world.now += 3_600.0
     await world.catch_up()
     assert (await chunk_of(world)).state is ChunkState.RUNNING
+
+
+async def test_lost_lease_is_logged_with_its_attempt(world: World, task: ScanChunk) -> None:
+    """An operator finds the worker, the job and the attempt of a lost lease in the log."""
+    await claimed(world, task)
+    with capture_logs() as logs:
+        await world.wait(LEASE + 2)
+    (lost,) = [each for each in logs if each["event"] == "lease_expired"]
+    expected = Token(1, "1-0", 1, task.worker_id)._asdict()
+    assert {key: lost[key] for key in expected} == expected
+    assert lost["cause"] == "sent no report for a whole lease"
 
 
 @pytest.mark.proves("F29", "G4")
