@@ -48,6 +48,23 @@ MAX_PAGE = 1_000_000_000  # keeps the number of skipped documents within MongoDB
 Id = Annotated[StrictInt, Field(ge=1, le=MAX_ID)]
 
 
+PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
+
+
+def worded(pattern: str, sentence: str) -> BeforeValidator:
+    """Return a validator that reports text which does not match the pattern of its field by a sentence."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value and not re.fullmatch(pattern, value):
+            raise PydanticCustomError("pattern", sentence)
+        return value
+
+    return BeforeValidator(check)
+
+
+_WITHOUT_CONTROLS: Final = worded(PRINTABLE, "must be text without control characters")
+
+
 def _rfc3339(value: Any) -> Any:
     # pydantic also accepts numbers as seconds since 1970, which are undocumented.
     if not isinstance(value, datetime) and not (isinstance(value, str) and _DATE_AND_TIME.match(value)):
@@ -56,6 +73,8 @@ def _rfc3339(value: Any) -> Any:
 
 
 def _utc(value: datetime) -> datetime:
+    if value.tzinfo is None:
+        raise PydanticCustomError("time", "must be a time with a time zone, such as 2026-01-01T12:00:00Z")
     # In UTC it may lie outside the years 1 to 9999, which neither datetime nor MongoDB can express.
     try:
         return value.astimezone(UTC)
@@ -65,8 +84,8 @@ def _utc(value: datetime) -> datetime:
 
 _DATE_AND_TIME: Final = re.compile(r"\d{4}-\d{2}-\d{2}[Tt]")
 
-InputTime = Annotated[AwareDatetime, BeforeValidator(_rfc3339), AfterValidator(_utc)]
-Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+InputTime = Annotated[datetime, BeforeValidator(_rfc3339), AfterValidator(_utc)]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=PRINTABLE), _WITHOUT_CONTROLS]
 
 
 class _Body(BaseModel):
@@ -830,7 +849,7 @@ class AuditList(_Answer):
 
 # Access
 
-Text = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Text = Annotated[str, Field(min_length=1, max_length=255, pattern=PRINTABLE), _WITHOUT_CONTROLS]
 
 
 class RevocationBody(_Body):
@@ -996,6 +1015,8 @@ MAX_RESULTS = 1_000_000  # maximum value of `limit`; without `limit` a response 
 ALL_USERS = "all"
 WHOSE = r"^(all|[1-9][0-9]{0,15})$"
 """A user's id, or all users."""
+
+WORDED_WHOSE: Final = worded(WHOSE, f'must be the id of a user, or "{ALL_USERS}"')
 
 QueryId = Annotated[int, Field(ge=1, le=MAX_ID)]
 Page = Annotated[int, Field(ge=1, le=MAX_PAGE)]

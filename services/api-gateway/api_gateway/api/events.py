@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from api_gateway.api.state import Handed, State
 from api_gateway.handlers.events import ALL_JOBS, JobsWatched, Watch
 from api_gateway.upstream import in_time
-from scanfleet.contracts.rest import ALL_USERS, WHOSE, Snapshot, Snapshots
+from scanfleet.contracts.rest import ALL_USERS, WHOSE, WORDED_WHOSE, Snapshot, Snapshots
 from scanfleet.errors import DependencyError, NotFoundError, PublicError, UnavailableError
 from scanfleet.runtime.service import PathId, ascii_json
 from scanfleet.security.auth import Caller, authenticate
@@ -50,6 +50,7 @@ Whose = Annotated[
         pattern=WHOSE,
         description="For administrators: the jobs of this user, or of `all` users; without it the caller's own.",
     ),
+    WORDED_WHOSE,
 ]
 
 

@@ -33,16 +33,19 @@ cancels = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=CancelRout
 streams = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=StreamRoute)
 all_streams = APIRouter(prefix="/api/v1", tags=["task"], route_class=StreamRoute)
 
+_KEY: Final = r"^[\x21-\x7e]+$"
+
 IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
         min_length=1,
         max_length=255,
-        pattern=r"^[\x21-\x7e]+$",
+        pattern=_KEY,
         description="Visible ASCII, sent once and compared character by character, quotation marks included. A request with "
         "the same key and the same body within 7 days gets the same response and creates nothing.",
     ),
+    rest.worded(_KEY, "must be visible ASCII without spaces"),
 ]
 
 LastEventId = Annotated[

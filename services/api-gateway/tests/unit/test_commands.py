@@ -307,6 +307,12 @@ async def test_invalid_idempotency_key_is_refused(gateway: Running, key: str | b
     assert not gateway.broker.records("scan-commands")
 
 
+async def test_idempotency_key_of_a_wrong_form_is_refused_in_words(gateway: Running) -> None:
+    """The error describes what the key must be, not the pattern that it does not match."""
+    answer = await gateway.client.post("/api/v1/task", json=BODY, headers={"Idempotency-Key": "a b"})
+    assert answer.json()["error"] == "header.Idempotency-Key: must be visible ASCII without spaces"
+
+
 async def test_repeated_idempotency_key_is_refused(gateway: Running) -> None:
     """Of two keys neither is chosen: the request is a 400, and no command is published."""
     headers = [("Idempotency-Key", "one"), ("Idempotency-Key", "two")]

@@ -20,7 +20,7 @@ from scanfleet.security.auth import Caller, Guarded, Principal
 
 router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 
-Whose = Annotated[str | None, Query(pattern=rest.WHOSE)]
+Whose = Annotated[str | None, Query(pattern=rest.WHOSE), rest.WORDED_WHOSE]
 """Of which user, or of all; without it the caller."""
 
 

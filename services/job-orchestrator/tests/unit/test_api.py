@@ -780,6 +780,27 @@ async def test_invalid_filter_is_a_400(api: Api, query: str) -> None:
     assert query.split("=", maxsplit=1)[0] in (await api(f"GET /api/v1/task?{query}", status=400))["error"]
 
 
+@pytest.mark.parametrize(
+    ("operation", "body", "error"),
+    [
+        ("GET /api/v1/task?user_id=abc", None, 'query.user_id: must be the id of a user, or "all"'),
+        (
+            "GET /api/v1/task?since=2026-01-01T00:00:00",
+            None,
+            "query.since: must be a time with a time zone, such as 2026-01-01T12:00:00Z",
+        ),
+        (
+            "POST /api/v1/subnet",
+            {"name": "a\nb", "cidr": "127.9.8.0/24"},
+            "name: must be text without control characters",
+        ),
+    ],
+)
+async def test_value_of_a_wrong_form_is_a_400_in_words(api: Api, operation: str, body: object, error: str) -> None:
+    """The error describes what the value must be, not the pattern that it does not match."""
+    assert (await api(operation, body, status=400))["error"] == error
+
+
 @pytest.mark.parametrize("query", ["status=done", "status=", "status=running,", "status[]=PENDING", "status=running,x"])
 async def test_unknown_status_is_a_400(api: Api, query: str) -> None:
     """A value that is not a job status is refused by name."""
