@@ -31,7 +31,7 @@ from scanfleet.contracts.messages import (
 from scanfleet.contracts.messages.topics import SCAN_DELETIONS, SCAN_STORED
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
-from scanfleet.runtime.best_effort import try_publish
+from scanfleet.runtime.best_effort import best_effort, try_publish
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.runtime.loop import Loop
 from scanfleet.scanning.outcomes import MAX_ADDRESSES
@@ -40,6 +40,7 @@ from scanfleet.security.chunk_grants import Grants
 
 _ADDRESSES: Final = 4 * MAX_ADDRESSES  # whose hosts are in memory at once, a kilobyte each
 _RECORDS: Final = 20  # between two pauses; a host with long lists of ports takes a millisecond
+_ANSWER_SECONDS: Final = 10.0  # as long as the bus waits: a lost answer delays its chunk by a minute or longer
 _STEP_SECONDS: Final = 1.0
 _PAUSE_SECONDS: Final = 60.0  # before a deletion with an error is retried
 _AT_ONCE: Final = 100  # maximum number of deletions per step
@@ -86,7 +87,10 @@ class ResultsHandler:
             OF_DELETED_JOBS.inc()
             await self._store.begin_deletions(deleted)
         if answers:
-            await try_publish(self._publisher, SCAN_STORED, answers, "the orchestrator asks again after a minute")
+            async with best_effort(
+                SCAN_STORED, len(answers), "the orchestrator asks again within minutes", _ANSWER_SECONDS
+            ):
+                await self._publisher.publish(SCAN_STORED, answers)
         HOSTS_STORED.inc(new)
         DUPLICATES.inc(len(records) - len(batch.scanned) - new)
 

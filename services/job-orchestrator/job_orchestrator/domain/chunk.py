@@ -88,6 +88,7 @@ TABLE: Final[dict[ChunkState, dict[ChunkTrigger, frozenset[ChunkState]]]] = {
 }
 
 OPEN: Final = frozenset(state for state, ways in TABLE.items() if ways)
+_LONGEST_PAUSE: Final = timedelta(minutes=5)  # between two requests of a verdict; the sweep limits how many it sends
 HELD: Final = frozenset({ChunkState.DISPATCHED, ChunkState.RUNNING})  # by a worker
 
 Ended = ChunkReleased | ChunkScanned | ChunkFailed
@@ -408,10 +409,10 @@ def store(chunk: Chunk, outcomes: str, now: datetime) -> Chunk:
 
 
 def request_check(chunk: Chunk, now: datetime, patience: timedelta) -> Chunk:
-    """Return a scanned chunk for which result-store is asked now, and again after a delay that doubles each time."""
+    """Return a scanned chunk for which result-store is asked now, and again after a delay that doubles each time, to 5 minutes at most."""
     if chunk.state is not ChunkState.SCANNED:
         return chunk
-    pause = min(patience * 2**chunk.asked, timedelta(hours=1))
+    pause = min(patience * 2**chunk.asked, _LONGEST_PAUSE)
     return replace(chunk, ask_at=now + pause, asked=min(chunk.asked + 1, MAX_FRUITLESS))
 
 

@@ -448,16 +448,16 @@ def test_elapsed_since_a_time_is_without_what_was_before() -> None:
     assert elapsed(held, NOW, THEN - timedelta(hours=1)) == 5.0
 
 
-def test_questions_to_result_store_double_their_pause_up_to_an_hour() -> None:
-    """Each repeated question waits twice as long as the one before, an hour at most, however often it is repeated."""
+def test_questions_to_result_store_double_their_pause_up_to_five_minutes() -> None:
+    """Each repeated question waits twice as long as the one before, five minutes at most, however often it is repeated."""
     asked = in_state(ChunkState.SCANNED, outcomes="asdt")
     pauses = []
     for _ in range(100):
         asked = request_check(asked, NOW, PATIENCE)
         assert asked.ask_at is not None
         pauses.append((asked.ask_at - NOW).total_seconds())
-    assert pauses[:7] == [60, 120, 240, 480, 960, 1_920, 3_600]
-    assert set(pauses[7:]) == {3_600}
+    assert pauses[:4] == [60, 120, 240, 300]
+    assert set(pauses[4:]) == {300}
 
 
 @pytest.mark.parametrize("state", sorted(set(ChunkState) - {ChunkState.SCANNED}))

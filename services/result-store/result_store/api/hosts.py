@@ -176,7 +176,7 @@ async def merged(hosts: AsyncIterator[Host], begin: Callable[[Host], _Merged]) -
 
 
 async def _selected(hosts: AsyncIterator[Host], selection: Selection) -> AsyncIterator[Iterable[rest.Host]]:
-    """Yield the selected hosts, one at a time, at most `limit`."""
+    """Yield the selected hosts, one at a time, at most `limit`, and nothing for each of the others."""
     left = selection.limit
     async for machine in merged(hosts, lambda first: Machine(first, selection)):
         if machine.selected:
@@ -184,6 +184,8 @@ async def _selected(hosts: AsyncIterator[Host], selection: Selection) -> AsyncIt
             left = None if left is None else left - 1
             if left == 0:
                 return
+        else:
+            yield ()
 
 
 async def _store(request: Request) -> Hosts:  # without async the framework would use a thread

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import zip_longest
 from typing import Annotated, Final, Literal, NamedTuple, cast
@@ -23,7 +23,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 
 from result_store.api.elements import attribute
-from result_store.api.formats import PIECE, stream
+from result_store.api.formats import BEGIN_SECONDS, PIECE, SILENT_SECONDS, stream
 from result_store.api.host_xml import NO_NAMES, UNKNOWN, Reported, address, extra_ports, status
 from result_store.api.hosts import UNSORTED, merged
 from result_store.api.port_xml import ports
@@ -35,7 +35,7 @@ from scanfleet.contracts.rest import ExportedJob
 from scanfleet.errors import ConflictError
 from scanfleet.runtime.service import PathId
 from scanfleet.scanning.outcomes import Outcome, address_key, index_of
-from scanfleet.scanning.ports import PortSet, disjoint, parse_ranges, ranges_text
+from scanfleet.scanning.ports import PortSet, disjoint, parse_ranges, port_count, ranges_text
 from scanfleet.security.auth import Caller, Guarded
 
 _PRECEDENCE: Final = "atsd"
@@ -44,6 +44,12 @@ _PRECEDENCE: Final = "atsd"
 _PORTS_PER_TURN: Final = 50  # about 10 ms: each element is parsed
 
 _RANKS: Final = {each.value: (_PRECEDENCE + each.value).index(each.value) for each in Outcome}
+
+
+@lru_cache(maxsize=64)  # the chunks of a job share a list, which may take a millisecond
+def _tcp_count(text: str) -> int:
+    """Return the number of TCP ports of a chunk, which has ports of one protocol."""
+    return 0 if text.startswith("U:") else port_count(parse_ranges(text))
 
 
 @dataclass(slots=True)
@@ -80,10 +86,10 @@ class Block:
         self.discovery = self.discovery or chunk.discovery
         if chunk.ports:
             self.ports.add(chunk.ports)
-            tcp = PortSet.parse(chunk.ports).tcp_count
-            self.filtered.update(
-                {index: tcp for index, letter in enumerate(chunk.outcomes) if letter == Outcome.SILENT}
-            )
+            if Outcome.SILENT in chunk.outcomes and (tcp := _tcp_count(chunk.ports)):
+                self.filtered.update(
+                    {index: tcp for index, letter in enumerate(chunk.outcomes) if letter == Outcome.SILENT}
+                )
 
 
 async def blocks(chunks: AsyncIterator[ClosedChunk]) -> AsyncGenerator[Block]:
@@ -283,15 +289,16 @@ def _written(moment: datetime) -> str:
 
 
 async def _pieces(parts: AsyncIterator[str]) -> AsyncIterator[bytes]:
-    """Join small parts to pieces of about `PIECE` bytes."""
+    """Join small parts to pieces of about `PIECE` bytes; smaller ones keep the connection while little is found."""
     held: list[str] = []
     size = 0
+    due = time.monotonic() + BEGIN_SECONDS
     async for part in parts:
         held.append(part)
         size += len(part)
-        if size >= PIECE:
-            yield "".join(held).encode("ascii")
-            held, size = [], 0
+        if size >= PIECE or time.monotonic() >= due:
+            yield ("".join(held) or "\n").encode("ascii")
+            held, size, due = [], 0, time.monotonic() + SILENT_SECONDS
     yield "".join(held).encode("ascii")
 
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from result_store.api import nmap_xml
 from result_store.api.elements import text
 from result_store.api.host_xml import Reported
 from result_store.api.hosts import merged
@@ -267,6 +268,28 @@ async def test_document_silent_addresses_have_sums_of_their_tcp_ports() -> None:
         "reset",
         "user-set",
     ]
+
+
+async def test_document_long_list_of_ports_is_summed_up() -> None:
+    """A list that is longer than a policy's text may be, as of the 3,000 most common ports, is counted."""
+    store = MemoryStore()
+    ports = ",".join(str(number) for number in range(1, 60_000, 20))
+    await store.close([ClosedChunk(1, "1-0", "127.9.8.0", "sd", 7, "syn", "7.93", ports, discovery="none")])
+    root = await written(store)
+    assert [(each.get("state"), each.get("count")) for each in root.iter("extraports")] == [("filtered", "3000")]
+
+
+async def test_pieces_of_a_document_with_few_hosts_keep_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While addresses are left out, white space between elements is written in time."""
+    monkeypatch.setattr(nmap_xml, "BEGIN_SECONDS", 0.0)
+    monkeypatch.setattr(nmap_xml, "SILENT_SECONDS", 0.0)
+
+    async def parts() -> AsyncIterator[str]:
+        for part in ("<nmaprun>", "", "", "<host/>", "</nmaprun>"):
+            yield part
+
+    pieces = [piece async for piece in nmap_xml._pieces(parts())]
+    assert pieces == [b"<nmaprun>", b"\n", b"\n", b"<host/>", b"</nmaprun>", b""]
 
 
 async def test_document_is_read_by_python_nmap() -> None:
