@@ -54,6 +54,13 @@ def test_containers_have_read_only_root_filesystems(service: str) -> None:
     assert SERVICES[service]["read_only"] is True
 
 
+@pytest.mark.parametrize("service", sorted(SERVICES.keys() - ONCE))
+def test_logs_of_containers_that_stay_have_a_limit(service: str) -> None:
+    """Its log is rotated at a size, and few files are kept: without options Docker keeps every line for ever."""
+    logging = SERVICES[service]["logging"]
+    assert (logging["driver"], logging["options"]) == ("json-file", {"max-size": "20m", "max-file": "3"})
+
+
 @pytest.mark.parametrize("service", sorted(OURS - {"topics"}))
 def test_secrets_are_separate_per_service(service: str) -> None:
     """Secrets are files in a separate volume per service, shared only with the containers that create and need them."""
