@@ -200,9 +200,9 @@ def chunk_id(job: ScanJob, index: int) -> str:
     return f"{job.id}-{index}"
 
 
-def needs_raw(job: ScanJob, lowest: int | None) -> bool:
-    """Return whether all chunks from index `lowest` on need raw packets: TCP ports come before UDP ports."""
-    first = min(job.made if lowest is None else lowest, job.plan.chunk_count - 1)
+def needs_raw(job: ScanJob) -> bool:
+    """Return whether all chunks from the first that has not ended need raw packets: TCP ports come before UDP ports."""
+    first = min(job.totals.done, job.plan.chunk_count - 1)
     return job.policy.needs_raw_for(job.policy.port_set.block(block_of(job, first), job.plan.chunk_ports))
 
 

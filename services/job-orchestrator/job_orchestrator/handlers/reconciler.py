@@ -55,6 +55,11 @@ class _Step:
         """The version of the job to store."""
         return self.stages[-1] if self.stages else self.before
 
+    @property
+    def stored(self) -> ScanJob:
+        """The job as it is stored after this step."""
+        return replace(self.after, rev=self.before.rev + bool(self.stages))
+
 
 class Reconciler:
     """Drives jobs. Safe to call for any job at any time, on any replica.
@@ -108,25 +113,36 @@ class Reconciler:
         Raises:
             DependencyError: some steps may be missing; a retry performs them.
         """
-        left = set(job_ids)
+        if job_ids:
+            await self.update(await self._jobs.get(job_ids), known)
+
+    async def update(self, jobs: Mapping[int, ScanJob], known: Known = _NOTHING) -> dict[int, ScanJob]:
+        """Do the same for jobs that were just read; return them as they are stored then.
+
+        Raises:
+            DependencyError: some steps may be missing; a retry performs them.
+        """
+        updated: dict[int, ScanJob] = {}
         for _ in range(_ROUNDS):
-            if not left:
-                return
-            jobs = await self._jobs.get(left)
+            if not jobs:
+                return updated
             if await self._stop_scans({job.id: _ended(job) for job in jobs.values() if job.final and not job.settled}):
                 known = {}
             standings = await self._standings(jobs.values(), known)
             turns = await self._first_turns(jobs.values())
-            left = set()
+            left: set[int] = set()
             steps: list[_Step] = []
             window: list[Chunk] = []
             for job in jobs.values():
-                steps.append(await self._guarded(job, standings[job.id], known, turns, window))
+                step = await self._guarded(job, standings[job.id], known, turns, window)
+                updated[job.id] = step.stored
+                steps.append(step)
                 if len(window) >= _PAGE:
                     left |= await self._store(steps, window)
                     steps, window = [], []
             left |= await self._store(steps, window)
             known = {}  # chunks of jobs that lost a race may have changed
+            jobs = await self._jobs.get(left) if left else {}
         raise DependencyError(f"jobs were changed by other replicas each time: {sorted(left)[:5]}")
 
     async def start(self, jobs: Collection[ScanJob]) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from datetime import datetime, timedelta
 from itertools import chain
 from typing import Final, TypeVar
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import request_check
-from job_orchestrator.domain.fairness import LIVE
+from job_orchestrator.domain.fairness import LIVE, Credit
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import ChunkRepository, DeletionRepository, DispatchRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
@@ -143,21 +143,21 @@ class Sweeper:
         if now - self._reconciled <= _RECONCILE_SECONDS:
             return
         self._began = self._began or self._clock.now()
+        live = await self._dispatch.live_workers(LIVE)
+        held = {each.token.job_id for each in await self._dispatch.held()}
         after = 0
         while page := await self._jobs.unsettled(after, _PAGE, self._partitions()):
-            await self._reconciler.reconcile(page)
-            await self._look_for_workers(page)
+            jobs = await self._reconciler.update(await self._jobs.get(page))
+            await self._look_for_workers(jobs.values(), live, held)
             after = page[-1]
         self._reconciled = now
 
-    async def _look_for_workers(self, job_ids: Collection[int]) -> None:
+    async def _look_for_workers(
+        self, found: Iterable[ScanJob], live: Collection[Credit], held: Collection[int]
+    ) -> None:
         """Report why jobs without a held chunk are waiting, and fail those that have waited too long."""
-        found = await self._jobs.get(job_ids)
-        jobs = {id_: job for id_, job in found.items() if not job.final and not self._faults.has(job)}
-        live = await self._dispatch.live_workers(LIVE)
-        held = {each.token.job_id for each in await self._dispatch.held()}
+        jobs = {job.id: job for job in found if not job.final and not self._faults.has(job)}
         raw = any(worker.raw for worker in live)
-        standings = {} if raw else await self._chunks.standings(jobs)
         now = self._clock.now()
 
         def reason(job: ScanJob) -> str:
@@ -167,7 +167,7 @@ class Sweeper:
                 return "window"
             if not live:
                 return "no_worker"
-            return "no_raw_worker" if not raw and plan.needs_raw(job, standings[job.id].lowest) else ""
+            return "no_raw_worker" if not raw and plan.needs_raw(job) else ""
 
         reasons: dict[int, str] = {}
         for job in jobs.values():

@@ -361,6 +361,32 @@ async def test_changed_jobs_are_found_without_reading_the_unchanged(
     assert found == list(range(501, 506))
 
 
+async def test_sweep_reads_each_waiting_job_and_each_of_its_open_chunks_once(
+    mongo_store: MongoStore, database: Database
+) -> None:
+    """Of two pages of jobs that wait for a worker with raw packets; held chunks and workers are read once for all pages."""
+    jobs = [scan_job(n, policy=scan_policy(technique="syn"), chunk_count=1, made=1, outbox=()) for n in range(1, 701)]
+    jobs = [replace(each, waiting="no_worker", waiting_since=THEN) for each in jobs]
+    await mongo_store.jobs.insert(jobs)
+    await mongo_store.chunks.insert([next(iter(plan.chunks(job, 0, 1))) for job in jobs])
+    world = World(mongo_store)
+    await world.start()
+    sweep = world.only.sweeper._reconcile_all
+    await database.command("profile", 2)
+    await sweep()
+    await database.command("profile", 0)
+    profile = database["system.profile"]
+    read: dict[str, int] = {}
+    held = 0
+    async for each in profile.find({"op": {"$in": ["query", "getmore", "command"]}, "keysExamined": {"$exists": True}}):
+        collection = each["ns"].rpartition(".")[2]
+        read[collection] = read.get(collection, 0) + each["keysExamined"] + each["docsExamined"]
+        held += "held" in each["command"].get("filter", {})
+    assert held == 1
+    assert read["chunks"] <= 1.1 * len(jobs)
+    assert read["jobs"] <= 3.2 * len(jobs)  # two keys of two indexes and the document
+
+
 async def test_due_deletions_are_read_of_their_stages_only(mongo_store: MongoStore, database: Database) -> None:
     """Deletions in the stage of chunks, which can be many, cost the query of the others nothing."""
     jobs = [change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True) for n in range(1, 301)]

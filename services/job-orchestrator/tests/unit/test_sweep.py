@@ -559,21 +559,3 @@ async def test_repeated_request_for_a_check_has_what_the_worker_reported(world: 
         exclude={"slot_seconds", "traceparent"}
     )
     assert {name: getattr(repeated, name) for name in facts} == facts
-
-
-async def test_first_open_chunks_are_queried_only_without_a_raw_worker() -> None:
-    """While a worker may send raw packets, no job waits for one: a sweep reads the standings of jobs once."""
-    store = MemoryStore()
-    store.chunks = counting = UnreadableChunks(store.data)
-    world = World(store)
-    world.worker.raw, world.worker.hold = True, True
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.8.0/24")
-    await world.settle()
-    counting.rounds = 0
-    world.now += 60.0
-    await world.worker.announce()
-    await world.deliver()
-    await world.only.sweeper.sweep()
-    assert counting.rounds == 1
