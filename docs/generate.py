@@ -47,7 +47,7 @@ def settings() -> str:
     } | {"create-topics": TopicSettings}
     bases = dict.fromkeys(base for cls in by_service.values() for base in cls.__mro__ if issubclass(base, BaseSettings))
     defining_classes = [cls for cls in bases if cls is not BaseSettings and cls.__annotations__]
-    for defining in sorted(defining_classes, key=lambda cls: cls in by_service.values()):  # what is shared comes first
+    for defining in sorted(defining_classes, key=lambda cls: cls in by_service.values()):  # shared settings come first
         services = [name for name, cls in by_service.items() if issubclass(cls, defining)]
         if defining in by_service.values():
             lines += ["", f"## {services[0]}", ""]

@@ -32,7 +32,7 @@ class ScanfleetError(Exception):
 
 
 class PublicError(ScanfleetError):
-    """An answer to the caller: rendered as `{"error": message}` with `status`."""
+    """An error response to the caller, rendered as `{"error": message}` with `status`."""
 
     status = 500
     rule: Rule | None = None
@@ -123,7 +123,7 @@ class UnavailableError(PublicError):
 
 
 class MessageError(ScanfleetError):
-    """The message can never be handled; the bus runtime dead-letters it."""
+    """The message is invalid, so that a retry cannot succeed; the bus runtime dead-letters it."""
 
 
 class DependencyError(ScanfleetError):

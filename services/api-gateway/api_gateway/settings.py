@@ -40,8 +40,8 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
     writes_per_minute: int = Field(
         600,  # ten jobs a second, from one user, without a pause
         ge=1,
-        description="Maximum number of modifying requests per user and minute, except cancels; further ones are answered "
-        "429. Each replica of the gateway counts separately.",
+        description="Maximum number of modifying requests per user and minute, except cancels; further ones are "
+        "rejected with 429. Each replica counts separately.",
     )
     reads_per_minute: int = Field(
         60_000,  # enough for many programs that poll in a tight loop
@@ -56,39 +56,39 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
     sign_ins_per_minute: int = Field(
         60,  # an office may share one address
         ge=1,
-        description="Maximum number of redemptions of a sign-in code at the issuer per IPv4 address or IPv6 /64 network and "
-        "minute; further ones return to the page, which asks to try again. Each replica counts separately.",
+        description="Maximum number of sign-ins per minute and IPv4 address or IPv6 /64 network; above it the page "
+        "asks the user to try again. Each replica counts separately.",
     )
     requests_at_once_per_user: int = Field(
         64,  # below `upstream_connections`, so that one user cannot use all of them
         ge=1,
         description="Maximum number of concurrent requests per user, except cancels and event streams; further ones are "
-        "answered 429. A request ends when its response is sent completely. Each replica counts separately.",
+        "rejected with 429. A request ends when its response is sent completely. Each replica counts separately.",
     )
     requests_at_once: int = Field(
         1_000,  # with bodies of the maximum size 128 MiB; ordinary use is a thousandth of that
         ge=1,
-        description="Maximum number of such requests of all users; further ones are answered 503.",
+        description="Maximum number of such requests of all users; further ones are rejected with 503.",
     )
     cancels_at_once_per_user: int = Field(
         16,
         ge=1,
-        description="Maximum number of concurrent cancels per user; further ones are answered 429. Each replica counts separately.",
+        description="Maximum number of concurrent cancels per user; further ones are rejected with 429. Each replica counts separately.",
     )
     cancels_at_once: int = Field(
         500,
         ge=1,
-        description="Maximum number of concurrent cancels of all users; further ones are answered 503.",
+        description="Maximum number of concurrent cancels of all users; further ones are rejected with 503.",
     )
     streams_at_once_per_user: int = Field(
         64,
         ge=1,
-        description="Maximum number of open event streams per user; further ones are answered 429. Each replica counts separately.",
+        description="Maximum number of open event streams per user; further ones are rejected with 429. Each replica counts separately.",
     )
     streams_at_once: int = Field(
         1_000,  # each stream queries the orchestrator once per heartbeat: 70 small queries per second
         ge=1,
-        description="Maximum number of open event streams of all users; further ones are answered 503.",
+        description="Maximum number of open event streams of all users; further ones are rejected with 503.",
     )
     upstream_seconds: float = Field(
         15.0,  # longer than the 10 s timeout of the services for their database
@@ -126,7 +126,7 @@ class Settings(CommonSettings, ApiSettings, TlsSettings, KafkaSettings, AuthSett
     session_keys_file: Path | None = Field(
         None,
         description="File with the Fernet keys that encrypt browser sessions, one per line, the newest first, read once at start; "
-        "the same for every replica. Without it sign-in to the page is off.",
+        "the same for every replica. Without it, sign-in to the page is disabled.",
     )
     public_url: Annotated[HttpUrl, AfterValidator(_origin)] | None = Field(
         None,

@@ -31,7 +31,7 @@ STALE_REPORTS: Final = Counter(
     "scanfleet_stale_reports_total", "Worker reports rejected because their token was not current."
 )
 UNKNOWN_CHUNKS: Final = Counter(
-    "scanfleet_unknown_chunks_total", "Messages about unknown chunks: forged, or older than the database."
+    "scanfleet_unknown_chunks_total", "Messages about unknown chunks: forged, or older than a restored database."
 )
 UNREADABLE: Final = Counter(
     "scanfleet_unreadable_documents_total",
@@ -45,13 +45,13 @@ SKIPPED_JOBS: Final = Counter(
 CHUNK_TRANSITIONS: Final = Counter(
     "scanfleet_chunk_transitions_total", "Chunks stored in a new state; queued counts requeued ones.", ["state"]
 )
-DELETIONS: Final = Counter("scanfleet_deletions_total", "Deletions of jobs that were accepted.", ["reason"])
+DELETIONS: Final = Counter("scanfleet_deletions_total", "Accepted deletions of jobs.", ["reason"])
 DELETED_JOBS: Final = Counter(
     "scanfleet_deleted_jobs_total",
-    "Deletions that are done: only a receipt and the attempts of the job are stored.",
+    "Completed deletions: only the receipt and the attempts of the job remain.",
     ["reason"],
 )
-DELETED_CHUNKS: Final = Counter("scanfleet_deleted_chunks_total", "Chunks of deleted jobs that were deleted.")
+DELETED_CHUNKS: Final = Counter("scanfleet_deleted_chunks_total", "Deleted chunks of deleted jobs.")
 RETENTION_HALTED: Final = Gauge(
     "scanfleet_retention_halted",
     "1 while deletion by age is halted: the database's clock has jumped, or no orchestrator was running for longer than the "

@@ -60,60 +60,61 @@ class Settings(
     stored_seconds: float = Field(
         60.0,
         gt=0,
-        description="Timeout in seconds for result-store to check a scanned chunk before it is asked again.",
+        description="Timeout in seconds of a check of a scanned chunk by result-store; then the orchestrator requests "
+        "it again.",
     )
     raw_worker_seconds: float = Field(
         600.0,  # longer than it takes to start a pod on a new node
         gt=0,
-        description="Timeout in seconds of a job that waits for a worker with raw packets, if none is available; then it fails. "
-        "It begins again with a restart of the orchestrator that owns the job.",
+        description="Seconds that a job waits for a raw-packet worker when none is available; then the job fails. A "
+        "restart of the orchestrator that owns the job restarts the timeout.",
     )
     keep_results_days: int = Field(
         365,
         ge=0,
         le=MAX_DAYS,
         description="How many days after its end a job is kept with its results, its chunks and its ledger; then it is deleted "
-        "as by `DELETE /api/v1/task/{id}`. 0 keeps all until they are deleted by hand. A subnet may have its own number of days. "
+        "as by `DELETE /api/v1/task/{id}`. 0 disables deletion by age. A subnet may have its own number of days. "
         "The two newest completed jobs of each existing subnet are kept.",
     )
     keep_receipts_days: int = Field(
         KEEP_RECEIPTS.days,
         ge=LEAST_RECEIPT_DAYS,
         le=MAX_DAYS,
-        description="How many days after its completion a deletion is listed by `GET /api/v1/deletion`. Applies to deletions that "
-        "are completed from then on.",
+        description="Retention time in days of the receipts of completed deletions, which `GET /api/v1/deletion` "
+        "lists. Applies to deletions that are completed from then on.",
     )
     probes_per_job: int = Field(
         _LIMITS.probes_per_job,  # a /16 with every TCP and UDP port has 8.6e9
         ge=1,
-        description="Maximum number of probes (addresses × ports) of one job; a larger one is answered 400.",
+        description="Maximum number of probes (addresses × ports) per job; larger jobs are rejected with 400.",
     )
     chunks_per_job: int = Field(
         _LIMITS.chunks_per_job,  # a /16 with every TCP port has 65,536; slow timings make chunks of one port
         ge=1,
-        description="Maximum number of chunks that one job may be cut into; a larger one is answered 400.",
+        description="Maximum number of chunks per job; larger jobs are rejected with 400.",
     )
     unfinished_jobs_per_user: int = Field(
         _LIMITS.unfinished_jobs_per_user,  # ten requests of the largest size
         ge=1,
-        description="Maximum number of pending and running jobs of one user. A request for more is answered 429, and 400 "
-        "if it alone asks for more.",
+        description="Maximum number of pending and running jobs per user. A request that would exceed it is rejected with "
+        "429, or with 400 if it alone exceeds the limit.",
     )
     queued_seconds_per_user: float = Field(
         _LIMITS.queued_seconds_per_user,  # a thousand jobs of a /16 with every TCP port
         gt=0,
-        description="Maximum number of slot seconds that the pending and running jobs of one user may be expected to take. "
-        "A request for more is answered 429, and 400 if it alone asks for more.",
+        description="Maximum total of the expected slot seconds of a user's pending and running jobs. "
+        "A request that would exceed it is rejected with 429, or with 400 if it alone exceeds the limit.",
     )
     subnets_per_user: int = Field(
         _LIMITS.subnets_per_user,
         ge=1,
-        description="Maximum number of subnets of one user; one more is answered 400.",
+        description="Maximum number of subnets per user; a request for more is rejected with 400.",
     )
     policies_per_user: int = Field(
         _LIMITS.policies_per_user,
         ge=1,
-        description="Maximum number of policies of one user; one more is answered 400.",
+        description="Maximum number of policies per user; a request for more is rejected with 400.",
     )
 
     @property

@@ -20,8 +20,8 @@ class Settings(CommonSettings, KafkaSettings, TargetSettings, GrantSettings):
     attempt_seconds: float = Field(
         120.0,  # twice the planned duration of a chunk; the next attempt gets half of the addresses
         gt=0,
-        description="Timeout in seconds of one nmap with more than one address; then the remaining addresses are released. A "
-        "single address is limited by the policy's host timeout.",
+        description="Timeout in seconds of an nmap process that scans more than one address; then the remaining "
+        "addresses are released. A single address is limited by the policy's host timeout.",
     )
     stall_seconds: float = Field(
         60.0,  # nmap pauses for seconds at most, unless its options require more; half of the timeout of an attempt
@@ -37,7 +37,7 @@ class Settings(CommonSettings, KafkaSettings, TargetSettings, GrantSettings):
     max_host_bytes: int = Field(
         32 << 20,  # 8,192 open ports with 4 KB of service and script output each
         ge=1 << 16,
-        description="Maximum bytes of output about one host; then nmap is stopped and the attempt fails.",
+        description="Maximum size in bytes of nmap's output per host; above it nmap is stopped and the attempt fails.",
     )
     egress_address: IPvAnyAddress | None = Field(
         None,

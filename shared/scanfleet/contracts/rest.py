@@ -43,7 +43,7 @@ BODY_LIMITS = {
 
 MAX_NAME_CHARS = 50  # of an unknown field in an error
 MAX_UNKNOWN = 5  # fields reported per error; enough to correct a request in a few attempts
-MAX_PAGE = 1_000_000_000  # keeps the number of skipped documents within MongoDB's integers
+MAX_PAGE = 1_000_000_000  # limits the number of skipped documents to MongoDB's integer range
 
 Id = Annotated[StrictInt, Field(ge=1, le=MAX_ID)]
 
@@ -496,7 +496,7 @@ class SubnetRetentionBody(_Body):
     keep_results_days: Annotated[
         Annotated[StrictInt, Field(ge=1, le=MAX_DAYS)] | None,
         Field(
-            description="Days after its end at which a job of the subnet is deleted; null for the platform's setting. "
+            description="Days after which ended jobs of the subnet are deleted; null for the platform's setting. "
             "The two newest completed jobs are kept."
         ),
     ]

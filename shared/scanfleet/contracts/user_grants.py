@@ -80,7 +80,7 @@ class _Part(BaseModel):
 
 
 class Limits(_Part):
-    """Limits of a scan; None is no limit."""
+    """Limits of a scan; None means unlimited."""
 
     networks: Annotated[list[ParsedNetwork], Field(max_length=MAX_GRANTS)] | None = None
     max_rate: Annotated[int, Field(ge=1)] | None = None

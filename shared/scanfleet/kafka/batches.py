@@ -1,4 +1,4 @@
-"""Parse fetched batches of records, which any client with write access may have composed.
+"""Parse fetched batches of records, which any client with write access may have produced.
 
 The client raises whatever its parsers raise, at the same offset again after every fetch, and expands a compressed batch
 in memory before it yields the first record. A header takes up to 40 times its size in memory. `Batches` therefore

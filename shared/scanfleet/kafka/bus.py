@@ -40,14 +40,14 @@ from scanfleet.runtime.settings import KafkaSettings
 
 START_SECONDS: Final = 30.0  # for a broker that starts at the same time; it takes 3 to 10 s
 SEND_SECONDS: Final = 10.0  # timeout of an acknowledgement; long enough for a broker's restart
-POLL_SECONDS: Final = 1.0  # between two checks of a silent broker
+POLL_SECONDS: Final = 1.0  # interval of checks while the broker does not respond
 STOP_SECONDS: Final = 5.0  # for flushing at shutdown: well below a supervisor's stop timeout
 
 # The producer drops a silent connection after this; the restart of a broker takes less.
 PRODUCER_REQUEST_MS: Final = 60_000
 CLUSTER_MS: Final = 1_000  # between two checks of the cluster id and of the partitions' leaders
 ENDS_REQUEST_MS: Final = 5_000  # timeout of a query for end offsets, after which the broker counts as unavailable
-DEAD_LETTER_ROOM: Final = 64 * 1024  # for a dead letter's origin headers and framing
+DEAD_LETTER_OVERHEAD_BYTES: Final = 64 * 1024  # for a dead letter's origin headers and framing
 NO_LEADER: Final = -1  # in the client's metadata
 BATCH_BYTES: Final = 256 * 1024  # sent per partition and round trip; one second of a busy worker's hosts
 
@@ -214,10 +214,10 @@ class KafkaBus:
             size = 0
             for record, reason in rejected:
                 kept, headers = record, dead_letter_headers(record, group=group, reason=reason)
-                if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_ROOM or len(headers) > MOST_HEADERS:
+                if weight(record) > DEAD_LETTER_BYTES - DEAD_LETTER_OVERHEAD_BYTES or len(headers) > MOST_HEADERS:
                     kept = replace(record, key=None, value=None, headers=())  # too large; see its origin
                     headers = dead_letter_headers(kept, group=group, reason=reason)
-                if letters and size + weight(kept) > DEAD_LETTER_BYTES:  # as much as one letter, which must fit
+                if letters and size + weight(kept) > DEAD_LETTER_BYTES:  # also the limit of a single dead letter
                     await self.send(topic.dead_letter, letters)
                     letters, size = [], 0
                 # The client sends no record without key and value; a hostile one may have neither.
@@ -324,4 +324,4 @@ class KafkaBus:
 
     def _check(self) -> None:
         if self._fault is not None:
-            raise DependencyError(f"the order of messages is lost, the process must be restarted: {self._fault!r}")
+            raise DependencyError(f"the bus has failed, restart the process: {self._fault!r}")

@@ -173,7 +173,7 @@ async def _verify(broker: Broker, letter: DeadLetter) -> None:
     async with aclosing(broker.past(letter.topic, offset, partition=partition)) as records:
         record = await anext(records, None)
     if record is None or record.offset != offset:
-        raise CannotReplayError(f"{origin} does not exist (any more), so the dead letter cannot be verified")
+        raise CannotReplayError(f"{origin} no longer exists, or never existed, so the dead letter cannot be verified")
     if not letter.is_copy_of(record):
         raise CannotReplayError(f"{origin} holds another record: the dead letter is forged")
 

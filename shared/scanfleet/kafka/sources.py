@@ -17,7 +17,7 @@ from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import batches
 from scanfleet.kafka.broker import BACKOFF_MS, connect, depending
-from scanfleet.runtime.consumer import HURRY_SECONDS, BatchDroppedError, Listener
+from scanfleet.runtime.consumer import REBALANCE_BATCH_SECONDS, BatchDroppedError, Listener
 
 EndOffsets = Callable[[Collection[TopicPartition]], Awaitable[Mapping[TopicPartition, int]]]
 
@@ -31,7 +31,7 @@ ASSIGN_SECONDS: Final = 1.0  # between two checks of a rebalance for an error
 COMMIT_SECONDS: Final = 5.0  # the client would look for a lost coordinator indefinitely
 SESSION_MS: Final = 10_000  # after which a killed member's partitions are reassigned; a restart takes less
 HEARTBEAT_MS: Final = 1_000  # maximum delay until a member notices a rebalance
-REBALANCE_MS: Final = int(HURRY_SECONDS * 1500)  # 1.5 times the limit of the current batch
+REBALANCE_MS: Final = int(REBALANCE_BATCH_SECONDS * 1500)  # 1.5 times the limit of the current batch
 REQUEST_MS: Final = REBALANCE_MS + 5_000  # a join is answered when the rebalance ends
 METADATA_MS: Final = 5_000  # between two metadata refreshes: a member without partitions sends no other request
 MAX_POLL_MS: Final = (
@@ -81,7 +81,8 @@ class Tail:
             fetcher._fetch_max_wait_ms = BUSY_POLL_MS  # noqa: SLF001 # as above
         waiting = fetcher._records  # noqa: SLF001 # as above
         for partition in waiting.keys() & fetched.keys():
-            waiting.move_to_end(partition)  # the client would empty one partition before it turns to the next one
+            # Otherwise the client would return all records of one partition before any of the next one.
+            waiting.move_to_end(partition)
         return [self._raw(record) for records in fetched.values() for record in records]
 
     @contextlib.contextmanager

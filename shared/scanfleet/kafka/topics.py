@@ -127,6 +127,6 @@ def _configs(retention: timedelta, retention_bytes: int, replication: int) -> di
         "segment.bytes": str(SEGMENT_BYTES),
         "segment.ms": milliseconds,  # only whole segments are deleted: records live at most twice the retention
         "message.timestamp.type": "LogAppendTime",  # the only clock that all readers share
-        "compression.type": "producer",  # a broker that compresses would have consumers refuse every record
+        "compression.type": "producer",  # consumers reject batches that the broker has compressed
         "min.insync.replicas": str(max(1, replication - 1)),
     }

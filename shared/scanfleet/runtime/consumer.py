@@ -7,7 +7,7 @@ The offsets of handled batches are committed together, `COMMIT_SECONDS` after th
 handled then, after that batch. A crash redelivers all batches since the last commit.
 
 Rebalances and stops take effect between two batches, and commit what is handled. They bound the current batch and that
-commit: a batch ends at once if it waits for a dependency, else both end within `HURRY_SECONDS`. An unfinished batch is
+commit: a batch ends at once if it waits for a dependency, else both end within `REBALANCE_BATCH_SECONDS`. An unfinished batch is
 dropped without a commit and is redelivered.
 """
 
@@ -31,7 +31,7 @@ from scanfleet.errors import DependencyError, MessageError, ScanfleetError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Handler, M, PartitionListener, Record
 
-HURRY_SECONDS: Final = 10.0  # for the current batch at a rebalance: a few slow writes
+REBALANCE_BATCH_SECONDS: Final = 10.0  # timeout of the current batch at a rebalance; enough for a few slow writes
 FIRST_PAUSE: Final = 0.1  # seconds before the first retry: short, for a brief interruption
 LONGEST_PAUSE: Final = 5.0  # maximum retry delay in seconds: notices recovery soon without overloading the dependency
 COMMIT_SECONDS: Final = 0.25  # delay of a commit between batches: short, since a crash redelivers what is not committed
@@ -49,13 +49,13 @@ _log = structlog.stdlib.get_logger(__name__)
 
 _LABELS: Final = ("topic", "group")
 _CONSUMED: Final = Counter("scanfleet_bus_consumed", "Records handled", _LABELS)
-_FAILED: Final = Counter("scanfleet_bus_failed", "Batches or records whose handling raised", _LABELS)
+_FAILED: Final = Counter("scanfleet_bus_failed", "Batches or records whose handler raised an exception", _LABELS)
 _RETRIED: Final = Counter("scanfleet_bus_retried", "Attempts that failed because a dependency was unavailable", _LABELS)
 _DEAD_LETTERED: Final = Counter("scanfleet_bus_dead_lettered", "Records sent to the dead-letter topic", _LABELS)
 _SKIPPED: Final = Counter("scanfleet_bus_skipped", "Records that a reader without a group cannot handle", _LABELS)
 _LAG: Final = Gauge("scanfleet_bus_lag", "Records not yet handled; absent while unknown", _LABELS)
-_IN_HAND: Final = Gauge(
-    "scanfleet_bus_in_hand_seconds", "Age of the current batch or commit in seconds, 0 without one", _LABELS
+_BATCH_AGE: Final = Gauge(
+    "scanfleet_bus_batch_age_seconds", "Age of the current batch or commit in seconds; 0 if there is none", _LABELS
 )
 _HANDLING: Final = Histogram("scanfleet_bus_handling_seconds", "Time to handle one batch, retries included", _LABELS)
 
@@ -177,7 +177,7 @@ class ConsumerLoop(Generic[M]):
         except BaseException:
             await self._source.close()
             raise
-        _IN_HAND.labels(*self._labels).set_function(self._batch_age_seconds)
+        _BATCH_AGE.labels(*self._labels).set_function(self._batch_age_seconds)
         self._task = asyncio.create_task(self._run(), name=f"consumer of {self._name}")
 
     async def stop(self) -> None:
@@ -194,7 +194,7 @@ class ConsumerLoop(Generic[M]):
                 each.cancel()
         await asyncio.wait(tasks)
         await self._source.close()
-        for gauge in (_LAG, _IN_HAND):
+        for gauge in (_LAG, _BATCH_AGE):
             gauge.remove(*self._labels)
 
     @property
@@ -225,7 +225,7 @@ class ConsumerLoop(Generic[M]):
     def _hurry_up(self) -> float:
         """Bound the current batch, and return its deadline on the event loop's clock."""
         self._hurry.set()
-        deadline = asyncio.get_running_loop().time() + HURRY_SECONDS
+        deadline = asyncio.get_running_loop().time() + REBALANCE_BATCH_SECONDS
         if self._deadline is not None:
             self._deadline.reschedule(deadline)
         return deadline

@@ -1,4 +1,4 @@
-"""Limits on what a client may send and hold before a service has examined its request.
+"""Limit what a client may send and hold open before a service has examined its request.
 
 uvicorn and its parser limit neither the size of a request line or of headers, nor the time in which they arrive, nor the number
 of connections. `scanfleet.runtime.server` therefore runs every service with this protocol; `service.create_app` provides its `Front` in the
@@ -35,9 +35,9 @@ MAX_URL_BYTES: Final = 8_192  # a list filter with a hundred ids takes a tenth o
 MAX_HEADER_BYTES: Final = 16_384  # the largest tokens have 8 kB, and proxies add a few headers
 MAX_HEADER_LINES: Final = 100
 MAX_PIPELINED: Final = 4  # requests of one connection waiting behind an earlier one; common clients do not pipeline
-MAX_WAITING_BYTES: Final = 32_768  # of such requests together
+MAX_WAITING_BYTES: Final = 32_768  # maximum total size of these requests
 MAX_UNREAD: Final = 128  # connections whose clients do not read their answers at the moment; each takes up to 300 kB
-UNREAD_BYTES: Final = 4_096  # written beyond the kernel's buffer before an answer counts as unread
+UNREAD_BYTES: Final = 4_096  # bytes beyond the kernel's buffer after which an answer counts as unread
 UNSENT_BYTES: Final = 32_768  # in the kernel's buffer behind those in flight; without a limit it grows to 4 MB
 LINGER_SECONDS: Final = 3.0  # read on after an early answer, so that a client that is still sending can read the answer
 LINGER_BYTES: Final = 16 << 20  # discarded in that time, which takes about 10 ms
@@ -250,7 +250,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         try:
             self._feed(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the latter of a CONNECT
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # the second one after a CONNECT request
             self._receiving = True  # everything that follows belongs to it
             self._refuse(*(self._refusal or (400, "the request is not valid HTTP/1.1")))
         if not self._owes and (self._in_head or not self._receiving):
@@ -344,7 +344,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._postponed = cycle, app  # a second answer would wait in memory until the client has read the first one
         else:
             self._running = cycle
-            self._waiting_bytes -= self._waiting_bytes // (len(self.pipeline) + 1)  # its share, which is near enough
+            self._waiting_bytes -= self._waiting_bytes // (len(self.pipeline) + 1)  # approximately its share
             super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:

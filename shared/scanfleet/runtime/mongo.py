@@ -92,7 +92,7 @@ def connect(uri: str, database: str) -> Database:
 
 @asynccontextmanager
 async def dependency_errors() -> AsyncIterator[None]:
-    """Raise the driver's errors as `DependencyError`, except those caused by a document or a query.
+    """Raise MongoDB driver errors as `DependencyError`, except errors caused by a document or a query.
 
     Decorates a coroutine function (`@dependency_errors()`) or wraps a part of one (`async with dependency_errors():`).
 

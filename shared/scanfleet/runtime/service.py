@@ -54,7 +54,7 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Probed every few seconds, so their access lines are omitted.
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics", "/internal/ready", "/internal/revocations"})
-_MAX_ERROR_CHARS: Final = 500  # of an error: limits quoted input of the caller
+_MAX_ERROR_CHARS: Final = 500  # maximum length of an error message, which may quote the caller's input
 _MAX_TARGET_CHARS: Final = 200  # of an audit entry: a path invented by a caller may be long
 _DISCONNECTED: Final = 499  # in logs and metrics, as proxies record it: the client has disconnected
 _MAX_ERRORS: Final = 5  # reported per invalid request; enough to correct it in a few attempts
@@ -519,7 +519,7 @@ class _Outermost:
         return {"request_id": uuid4().hex} | ({"client_request_id": named} if known else {})
 
     def _limited(self, receive: Receive, headers: Mapping[bytes, bytes], most: int) -> Receive:
-        # The framework's own limit answers in plain text and bypasses the error handlers.
+        # The framework's own limit responds in plain text and bypasses the error handlers.
         announced = int(headers.get(b"content-length", b"0"))
         left = most
         until: float | None = None

@@ -85,9 +85,9 @@ class FrontSettings(_Settings):
     max_connections: int = Field(
         3_000,  # more than a gateway's requests, cancels and streams together; an idle connection costs about 15 kB
         ge=1,
-        description="Maximum number of connections, TLS handshakes in progress included. Beyond it, an idle connection "
-        "of the client with the most connections is closed, or else the one whose answer is unread for longest; if there is "
-        "neither, the new connection is answered 503.",
+        description="Maximum number of connections, TLS handshakes in progress included. At the limit the server "
+        "closes an idle connection of the client with the most connections, else that client's longest-unread "
+        "connection; if there is neither, it rejects the new connection with 503.",
     )
     max_connections_per_address: int = Field(
         600,  # more than the 500 connections of a gateway to each internal service
@@ -104,8 +104,8 @@ class FrontSettings(_Settings):
     stalled_seconds: float = Field(
         60.0,  # proxies and mobile clients that lose their network reconnect or disappear sooner
         gt=0,
-        description="Write timeout in seconds: the connection of a client that reads nothing of a response for so "
-        "long is closed.",
+        description="Write timeout in seconds: the server closes a connection whose client reads no part of a "
+        "response for this time.",
     )
     trusted_proxies: Networks = Field(
         (),
@@ -126,14 +126,17 @@ class ServerSettings(FrontSettings):
         8081,
         ge=0,
         le=65_535,
-        description="Port for `/healthz`, `/readyz` and `/metrics`, without TLS and without tokens. With 0 the system chooses one.",
+        description="Port for `/healthz`, `/readyz` and `/metrics`, without TLS and without tokens. With 0 the "
+        "operating system chooses a free port.",
     )
 
 
 class ApiSettings(_Settings):
     """Port of a service's routes."""
 
-    api_port: int = Field(8080, ge=0, le=65_535, description="Port for requests. With 0 the system chooses one.")
+    api_port: int = Field(
+        8080, ge=0, le=65_535, description="Port for requests. With 0 the operating system chooses a free port."
+    )
 
 
 class TlsSettings(_Settings):
@@ -177,8 +180,8 @@ class CommonSettings(ServerSettings):
     )
     otlp_endpoint: HttpUrl | None = Field(
         None,
-        description="OpenTelemetry collector for traces, by OTLP over HTTP (usually port 4318). Without it tracing is "
-        "off.",
+        description="OpenTelemetry collector for traces, by OTLP over HTTP (usually port 4318). Without it, tracing "
+        "is disabled.",
     )
     otlp_ratio: float = Field(
         1.0,
@@ -273,7 +276,9 @@ class AuthSettings(_Settings):
         min_length=1,
         description="The only accepted `iss`; for sign-in to the page an https URL, or one on this machine.",
     )
-    jwt_audience: str = Field(min_length=1, description="Required value of the audience claim, or one of its values.")
+    jwt_audience: str = Field(
+        min_length=1, description="Required audience: the value, or one of the values, of the audience claim."
+    )
     jwt_audience_claim: Claim = Field(
         "aud", description="Claim with the audience; Cognito's access tokens use `client_id`."
     )
@@ -348,8 +353,8 @@ class AuthSettings(_Settings):
     jwt_jwks_max_stale_seconds: int = Field(
         14_400,  # bridges an outage of hours; bounds an attacker who blocks the fetch to keep a stolen key valid
         ge=1,
-        description="Maximum age in seconds of keys that cannot be refetched. Afterwards every request is answered "
-        "503.",
+        description="Maximum age in seconds of keys that cannot be refetched. After that, every request is rejected "
+        "with 503.",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Start-up without Kafka or MongoDB: the process is up but unready, and keeps retrying."""
+"""Start-up without Kafka or MongoDB: the process runs but is unready, and keeps retrying."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scanfleet.errors import DependencyError
 
 PATIENCE_S: Final = 10.0  # with available dependencies: joining a consumer group takes up to a few seconds
 FIRST_PAUSE_S: Final = 1.0
-LONGEST_PAUSE_S: Final = 10.0  # a recovered dependency is noticed within it
+LONGEST_PAUSE_S: Final = 10.0  # maximum delay until a recovered dependency is detected
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -48,7 +48,7 @@ class Startup:
 
         Args:
             dependency: name of the dependency, for `/readyz` and the log.
-            open_it: must leave nothing open when it raises.
+            open_it: must release everything that it has opened if it raises.
         """
         self.missing, pause = dependency, FIRST_PAUSE_S
         while True:

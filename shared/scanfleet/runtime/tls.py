@@ -15,7 +15,7 @@ from scanfleet.runtime.settings import TlsSettings
 
 _EXPIRY: Final = Gauge(
     "scanfleet_certificate_expiry_timestamp_seconds",
-    "Time of the first expiry of a certificate in this file as it was read at start, in seconds since 1970",
+    "Earliest expiry of the certificates that were read from this file at start, in seconds since 1970",
     ["file"],
 )
 

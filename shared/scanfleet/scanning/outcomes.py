@@ -14,7 +14,7 @@ from typing import Annotated, Final
 
 from pydantic import StringConstraints
 
-MAX_ADDRESSES = 1024  # per chunk: a map stays a small part of a message, and a retry repeats little work
+MAX_ADDRESSES = 1024  # per chunk; keeps the map a small part of a message and limits the work that a retry repeats
 
 
 class Outcome(StrEnum):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 MAX_PORT = 65_535
-MAX_TEXT = 10_000  # characters: longer than any list written by hand, short enough to reject cheaply
+MAX_TEXT = 10_000  # characters: longer than any realistic list, and short enough to reject cheaply
 MAX_RANGES_TEXT = 200_000  # characters: room for every other port
 MAX_TOP = 8_192  # nmap has frequencies for about this many
 

@@ -24,7 +24,7 @@ from scanfleet.runtime.bus import Bus, Publisher, Record
 from scanfleet.runtime.loop import Loop
 
 PUBLISH_INTERVAL_S: Final = 1.0
-WINDOW_S: Final = 60.0  # in which equal refusals are counted together
+WINDOW_S: Final = 60.0  # window in which equal refusals are aggregated
 SINGLES: Final = 100  # individual entries per subject and window; all anonymous callers are one subject
 MERGED: Final = 1_000  # kinds of further refusals per window; above that only the rule is recorded
 WAITING: Final = 10_000  # entries kept while the bus is unavailable: a few megabytes

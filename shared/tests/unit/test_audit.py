@@ -138,4 +138,4 @@ async def test_dead_letter_is_recorded_as_a_refusal(refusals: Refusals, bus: Mem
         await consumer.stop()
     (entry,) = published(bus)
     assert (entry.rule, entry.source, entry.action) == ("message", "scan-workers/3/0", "consume scan-workers")
-    assert entry.target.startswith("worker/w-1: no CloudEvents")
+    assert entry.target.startswith("worker/w-1: not a CloudEvents")

@@ -199,11 +199,11 @@ async def test_commit_dependency_error_is_retried() -> None:
     async with Running(consumer):
         await until(lambda: tries)
         assert not consumer.ready
-        assert (metric("in_hand_seconds", group) or 0.0) > 0
+        assert (metric("batch_age_seconds", group) or 0.0) > 0
         assert len(recorder.handled) == 1
         await until(lambda: len(recorder.handled) == 2)
         assert consumer.ready
-        await until(lambda: metric("in_hand_seconds", group) == 0)
+        await until(lambda: metric("batch_age_seconds", group) == 0)
     assert tries == [{0: 1}] * 3 + [{0: 2}]
 
 
@@ -347,7 +347,7 @@ async def test_caught_up_dependency_error_is_retried() -> None:
 
 async def test_caught_up_is_cancelled_after_a_revocation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rebalance or a stop waits no longer for `caught_up` than for a batch."""
-    monkeypatch.setattr("scanfleet.runtime.consumer.HURRY_SECONDS", 0.05)
+    monkeypatch.setattr("scanfleet.runtime.consumer.REBALANCE_BATCH_SECONDS", 0.05)
     called = asyncio.Event()
 
     class Hanging(Recorder):
@@ -451,7 +451,7 @@ async def test_lag_is_absent_while_unknown() -> None:
 
     async def polls() -> AsyncIterator[Sequence[RawRecord]]:
         yield []  # and there is a look
-        assert (metric("lag", group), metric("in_hand_seconds", group)) == (7, 0)
+        assert (metric("lag", group), metric("batch_age_seconds", group)) == (7, 0)
         away.set()
         yield [record(0)]
         while metric("lag", group) is None:
@@ -464,11 +464,11 @@ async def test_lag_is_absent_while_unknown() -> None:
         await until(away.is_set)
         await until(lambda: metric("retried_total", group))
         assert metric("lag", group) is None
-        assert (metric("in_hand_seconds", group) or 0.0) > 0
+        assert (metric("batch_age_seconds", group) or 0.0) > 0
         away.clear()
         await until(broker_away.is_set)
         await until(lambda: metric("lag", group) is None)
-    assert metric("lag", group) is metric("in_hand_seconds", group) is None
+    assert metric("lag", group) is metric("batch_age_seconds", group) is None
 
 
 async def test_lag_with_a_leaderless_partition_is_absent() -> None:

@@ -10,7 +10,7 @@ from scanfleet.contracts.messages.base import Message
 from scanfleet.contracts.messages.fields import MAX_ADDRESS_CHARS, MAX_ERROR_CHARS, MAX_ID, Id, Word
 from scanfleet.contracts.messages.jobs import Job
 
-MAX_SUBNETS = 1_000  # per SubmitJobs: more is a bulk job for several requests
+MAX_SUBNETS = 1_000  # per SubmitJobs; larger submissions need several requests
 MAX_ROLES = 1_000  # named by all user grants of a platform together
 MAX_ROLE_CHARS = 255
 
@@ -45,7 +45,7 @@ class SubmitJobs(_Command):
     roles: Annotated[
         tuple[Annotated[str, Field(max_length=MAX_ROLE_CHARS)], ...], Field(max_length=MAX_ROLES), FailFast()
     ] = ()
-    """Of the roles in the caller's token those that user grants name."""
+    """The roles in the caller's token that user grants name."""
 
 
 class CancelJob(_Command):

@@ -19,7 +19,7 @@ class _OfJob(Message):
 
 
 class DeleteResults(_OfJob):
-    """Delete all results of the job. It is repeated until ResultsDeleted answers it."""
+    """Delete all results of the job. The orchestrator repeats it until it receives ResultsDeleted."""
 
     reason: Literal["request", "retention"] = "request"
     requested_by: Id | None = None
@@ -30,7 +30,7 @@ class DeleteResults(_OfJob):
 
 
 class ResultsDeleted(_OfJob):
-    """No result of the job is stored any more, and those that arrive late will be deleted too."""
+    """All results of the job have been deleted; late results will be deleted too."""
 
     hosts: Count | None = None
     """Number of deleted host documents: one per address and block of ports; null if unknown."""

@@ -103,14 +103,14 @@ def decode(topic: Topic[M], record: RawRecord) -> M:
     headers = {name: _text(name, value) for name, value in record.headers if name in _READ}
     kinds = {kind.type_name(): kind for kind in topic.messages}
     if headers.get("ce_specversion") != "1.0":
-        raise MessageError("no CloudEvents 1.0 record")
+        raise MessageError("not a CloudEvents 1.0 record")
     kind = kinds.get(headers.get("ce_type", ""))
     if kind is None:
         raise MessageError(f"no message of {topic.name}: ce_type is {headers.get('ce_type', '')[:_REASON_LENGTH]!r}")
     if headers.get("content-type", "").split(";")[0].strip() != CONTENT_TYPE:
         raise MessageError(f"content-type is not {CONTENT_TYPE}")
     if record.value is None:
-        raise MessageError("no value")
+        raise MessageError("the record has no value")
     if len(record.value) > MAX_BYTES:
         raise MessageError(f"{len(record.value)} bytes; {MAX_BYTES} is the limit")
     try:

@@ -12,8 +12,8 @@ MAX_ID: Final = 2**53 - 1  # the largest exact integer of JavaScript
 MAX_COUNT: Final = 2**63 - 1  # the largest integer of MongoDB
 MAX_NUMBER: Final = 2**31 - 1
 MAX_SECONDS: Final = 1e15  # above any possible plan: all ports of all addresses of a job at the slowest timing
-MAX_REASON_CHARS: Final = 1_000  # of a reason, for a reader
-MAX_ERROR_CHARS: Final = 10_000  # of an error for a caller
+MAX_REASON_CHARS: Final = 1_000
+MAX_ERROR_CHARS: Final = 10_000  # of an error message for a caller
 MAX_ADDRESS_CHARS: Final = 45  # an IPv6 address with an embedded IPv4 address
 MAX_EVENT_ID_CHARS: Final = 200  # a chunk's id, a slash and an address are 110
 

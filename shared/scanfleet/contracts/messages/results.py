@@ -16,7 +16,7 @@ MAX_TEXT_CHARS: Final = MAX_BYTES  # a longer text does not fit into a message
 MAX_HOSTNAMES: Final = 32  # per host
 MAX_SYSTEMS: Final = 16  # per host; nmap lists at most ten perfect matches
 MAX_OUTPUTS: Final = 64  # per host; as many as a policy has scripts
-MAX_OUTPUT_CHARS: Final = 65_536  # of the scripts of a host together; the worker cuts what exceeds it
+MAX_OUTPUT_CHARS: Final = 65_536  # for all scripts of a host together; the worker truncates longer output
 MAX_NAME_CHARS: Final = 255  # of a host; longer than any in DNS
 MAX_ELEMENT_CHARS: Final = 65_536  # of a host; its longest part is the output of scripts
 

@@ -100,7 +100,7 @@ _KEYS: Final[dict[str, Callable[[Any], str]]] = {
     "entry's id": lambda m: m.entry.id,
 }
 
-DEAD_LETTER_RETENTION: Final = timedelta(days=14)  # covers an operator's absence of a week
+DEAD_LETTER_RETENTION: Final = timedelta(days=14)  # an operator may be absent for a week
 DEAD_LETTER_RETENTION_BYTES: Final = 256 * MIB
 
 SCAN_COMMANDS: Final[Topic[SubmitJobs | CancelJob]] = Topic(

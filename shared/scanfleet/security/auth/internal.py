@@ -33,7 +33,7 @@ LIFE_S: Final = 60
 REUSE_S: Final = 20  # reuse of a token for requests of the same caller; most of its lifetime remains for the last one
 LEEWAY_S: Final = 10
 MAX_ROLES_CHARS: Final = 9_000  # of the claim with roles: what the largest token of a user can have in ASCII
-MAX_CHARS: Final = 13_000  # with that claim; other tokens have 500, and the headers of a request at most 16,384
+MAX_CHARS: Final = 13_000  # of a token with that claim; others have 500, and the headers of a request at most 16,384
 MAX_SIGNED: Final = 1_000  # callers with a cached token
 MAX_OFFSET_S: Final = 86_400  # maximum clock difference; beyond it the clock of a machine must be corrected first
 
@@ -102,7 +102,8 @@ class InternalTokens:
         named = {"grant_roles": sorted(roles)} if roles else {}
         if (chars := len(json.dumps(named))) > MAX_ROLES_CHARS:
             raise BadRequestError(
-                f"the roles of your token that the user grants name have {chars} characters, and the limit is {MAX_ROLES_CHARS}"
+                f"your token's roles that user grants refer to have {chars} characters, and the limit is "
+                f"{MAX_ROLES_CHARS}"
             )
         return jwt.encode(
             {

@@ -35,10 +35,10 @@ class Guarded(APIRoute):
         if scope["method"] in (self.methods or ()):
             scope["caller"] = caller = await self.authenticate(Request(scope))
             if caller.token_hash:
-                structlog.contextvars.bind_contextvars(token_hash=caller.token_hash)  # for the access line
+                structlog.contextvars.bind_contextvars(token_hash=caller.token_hash)  # for the access log line
             await self.serve(scope, receive, send)
         else:
-            await super().handle(scope, receive, send)  # answered 405, with or without a token
+            await super().handle(scope, receive, send)  # the response is 405, with or without a token
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle the request of `scope["caller"]` until the response ends; a subclass may refuse it."""
