@@ -36,16 +36,16 @@ _INTRO: Final = """\
 
 `scanfleet` scans networks through the API of a gateway. In a checkout `make cli` installs it into `.venv/bin`. For other machines
 `make wheel` builds a wheel that needs Python 3.11 or newer and no part of the services: `pipx install scanfleet_cli-….whl`; with
-the extra `keyring` tokens are stored in the keyring of the system. `make images` builds an image of it, which takes URL and token
-from the environment: `docker run --rm -e SCANFLEET_URL -e SCANFLEET_TOKEN scanfleet/cli:dev job list`.
+the extra `keyring` tokens are stored in the keyring of the system. `make images` builds an image of the command, which
+reads URL and token from the environment: `docker run --rm -e SCANFLEET_URL -e SCANFLEET_TOKEN scanfleet/cli:dev job list`.
 
 The command prints data on stdout and everything else on stderr. On a terminal lists are tables; elsewhere they are tab-separated
 lines without a header or colours, with times in RFC 3339. Non-printing characters in text from the network are escaped.
 
 ## URL and token
 
-The URL of the gateway is that of `--url`, else of `SCANFLEET_URL`, else of the context: `--context`, else `SCANFLEET_CONTEXT`, else
-the current one. The token is that of `--token-file`, else of `SCANFLEET_TOKEN`, else of the file in `SCANFLEET_TOKEN_FILE`, else of
+The command takes the URL of the gateway from the first of these that is set: `--url`, `SCANFLEET_URL`, the context (`--context`,
+`SCANFLEET_CONTEXT`, or the current one). The token is that of `--token-file`, else of `SCANFLEET_TOKEN`, else of the file in `SCANFLEET_TOKEN_FILE`, else of
 the context: its `token_command`, or the sign-in by `scanfleet login`. The token of a context is sent only to the gateway of that
 context, and with `--context` the tokens of the environment are not sent. `scanfleet whoami` shows URL, user and their sources;
 `scanfleet doctor` checks the connection.
@@ -90,8 +90,8 @@ with Client("https://scanfleet.example.com", token) as client:
 ```
 
 The client retries a call that is safe to repeat while the service is unavailable or busy; a POST of jobs has an Idempotency-Key, so
-that a retry creates no other jobs. `watch` reconnects after a cut, and polls if streams keep failing. A cut stream of results raises
-`UnavailableError` instead of ending a partial list.
+that a retry creates no other jobs. `watch` reconnects after an interruption, and polls if streams keep failing. If a
+stream of results is interrupted, the client raises `UnavailableError` instead of returning a partial list.
 """
 
 _EXAMPLES: Final = (

@@ -22,23 +22,23 @@ PROMISES: Final[Mapping[str, str]] = {
     "G2": "Job creation is idempotent: at most one job per user, idempotency key and subnet",
     "G3": "At-least-once execution, exactly-once results: one record per job, address, protocol and port",
     "G4": "The work of a dead or frozen worker is requeued within one lease timeout plus one sweep interval",
-    "G5": "A worker whose lease has expired changes no state: it may be the first to report a host, never the second, and never after its chunk is stored",
+    "G5": "A worker whose lease has expired changes no state: result-store accepts a host from it only if no other attempt has reported that host and the chunk is not closed",
     "G6": "States change only along the published state machine, and terminal states never change",
     "G7": "A job's life-cycle events first appear in the order of `seq` without gaps; a duplicate has the same id",
-    "G8": "Cancellation stops packets (≤ 2 s local, ≤ 10 s guaranteed) unless the job completed first; it has limits of its own, so no limit of other requests delays it",
+    "G8": "A cancellation stops all packets (within 2 s locally, 10 s guaranteed) unless the job completes first; it has limits of its own, so no limit of other requests delays it",
     "G9": "A malformed message never blocks a partition",
     "G10": "Deployments and scale-downs lose no work and do not rescan finished hosts",
     "G11": "Under overload the API refuses requests with 429 or 503 and Retry-After; memory and queues stay bounded and reads keep working",
     "G12": "nmap, NSE scripts included, sends packets only to addresses that the target rules allow",
     "G13": "Callers read and change only their own objects, on every route; administrators' access to others' objects is audited",
     "G14": "Only tokens with the configured issuer, audience, type and algorithms are accepted; key rotation and token revocation need no restart",
-    "G15": "Every change is in a tamper-evident audit log with subject, source, target, rule and request id; so is every refusal, repeated ones as a count",
+    "G15": "Every change is in a tamper-evident audit log with subject, source, target, rule and request id; so is every refusal; repeated refusals are aggregated into one entry with a count",
     "G16": "`completed` means that the ledger has an outcome for every requested probe and that every result is readable",
     "G17": "A faulty worker, host, document or job affects only itself",
     "G18": "A job's probe rate in discovery and port scan never exceeds its `max_rate`, whatever the number of workers; service detection and scripts are not limited",
     "G19": "A job's results and ledger come only from chunks that the orchestrator dispatched",
     "G20": "The cost of a step is independent of the size of the job and the backlog; no user can exhaust the platform",
-    "G24": "Once the delete of a job is acknowledged the job cannot be read; its results and its ledger are removed from the databases, and no redelivery or replay within 30 days restores them",
+    "G24": "Once the deletion of a job is acknowledged, the job cannot be read; its results and its ledger are removed from the databases, and no redelivery or replay within 30 days restores them",
 }
 
 
@@ -75,7 +75,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
     "F7": Trial("the connection of a write is cut, a primary steps down", "the write is applied once"),
     "F8": Trial(
         "a worker is frozen past its lease, then resumed",
-        "its late reports change nothing and are counted, and its nmap is killed at once",
+        "its late reports are ignored and counted, and its nmap is killed at once",
     ),
     "F9": Trial("every message is redelivered three times, interleaved across jobs", "the database is unchanged"),
     "F10": Trial("a worker joins and leaves repeatedly", "each chunk runs once per dispatch"),
@@ -108,7 +108,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
     "F18": Trial("the broker restarts without its data", "every unfinished job finishes"),
     "F19": Trial("a worker's and a gateway's clocks are two hours off", "leases and timestamps are unaffected"),
     "F20": Trial(
-        "nmap hangs, exits with 1, writes half a document or without end, ignores SIGTERM, forks",
+        "nmap hangs, exits with 1, writes a truncated or an endless document, ignores SIGTERM, forks",
         "it is stopped, complete hosts count, `error` names the cause, no process is left running",
     ),
     "F21": Trial(
@@ -122,7 +122,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
     ),
     "F24": Trial(
         "mixed load while a random process is killed every 10 s: `make soak MINUTES=10`, and a minute in `make test-long`",
-        "every promise holds; memory and descriptors stay flat",
+        "every promise holds; memory and the number of open descriptors do not grow",
     ),
     "F25": Trial(
         "a worker whose nmap cannot start, whose temporary folder is full or whose fork fails, beside healthy ones",
@@ -209,7 +209,7 @@ ABUSE: Final[Mapping[str, Trial]] = {
         "dead-lettered or accepted in bounded time; the next record is handled",
     ),
     "A22": Trial(
-        "one user who submits large requests without end, repeats them, and opens every allowed stream",
+        "one user who continuously submits large requests, repeats them, and opens every allowed stream",
         "requests above the quota are refused without being planned; cancels are carried out first, and others' requests pass",
     ),
     "A23": Trial(
@@ -244,8 +244,9 @@ ABUSE: Final[Mapping[str, Trial]] = {
         "the true source in the audit log",
     ),
     "A31": Trial(
-        "the session cookie sent by another site or frame, stolen, changed, of another key or 9 kB large; markup in what was found",
-        "401, and the page runs nothing of it",
+        "the session cookie sent by another site or frame, stolen, changed, of another key or 9 kB large; markup in "
+        "scan results",
+        "401, and the page executes none of it",
     ),
 }
 
