@@ -31,7 +31,7 @@ for (const name of ["theme.js", "icon.svg"]) {
   names.push(hashed);
 }
 
-// The licences of what is bundled ask to go with it.
+// The licences of the bundled packages require their inclusion.
 const packages = new Set(Object.keys(metafile.inputs).flatMap((path) => path.match(/node_modules\/(?:@[^/]+\/)?[^/]+/) ?? []));
 const licences = await Promise.all(
   [...packages].sort().map(async (path) => `${path.slice("node_modules/".length)}\n\n${await readFile(join(path, "LICENSE"), "utf-8")}`),

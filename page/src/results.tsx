@@ -41,8 +41,8 @@ const COUNTED = 1_000; // results at most, for the number beside the tab
 const ROW = 32; // px
 const CARD = 56; // px of a row of two lines on a narrow screen
 const OVERSCAN = 10;
-const HAND_ON = 1_000; // ms for which rows that have arrived may wait
-const FOLLOW = 2_000; // ms between two looks for new results
+const HAND_ON = 1_000; // maximum delay in ms before received rows are shown
+const FOLLOW = 2_000; // polling interval of new results in ms
 
 const portText = (row: Result) => `${row.port}/${row.protocol}`;
 

@@ -1,4 +1,4 @@
-// What several pages show: the caller's subnets and policies by id.
+// Data shared by several pages: the caller's subnets and policies by id.
 import { signal } from "@preact/signals";
 import { ApiError, change, get, send, type Info, type Policy, type Subnet } from "./api";
 
@@ -7,7 +7,7 @@ export const subnets = signal<Map<number, Subnet>>(new Map());
 export const policies = signal<Map<number, Policy>>(new Map());
 
 const PAGE = 100;
-const MOST = 2_000; // that the page keeps; beyond them an id stands for a name
+const MOST = 2_000; // cached objects; others are shown by id
 
 /** The newest objects by id, at most `MOST`, and how many there are. */
 async function all<T extends { id: number }>(path: string, name: string, signal?: AbortSignal): Promise<[Map<number, T>, number]> {
@@ -40,7 +40,7 @@ export async function loadInfo(signal?: AbortSignal): Promise<void> {
   info.value = await get<Info>("/api/v1/info", signal);
 }
 
-// What was typed into a form stays while the page is open, whichever page is looked at in between.
+// Unsaved form input is kept while the page is open, even if the user visits other pages.
 const drafts = new Map<string, unknown>();
 export const draft = <T>(name: string): T | undefined => drafts.get(name) as T | undefined;
 export const keepDraft = (name: string, value: unknown): void => void drafts.set(name, value);

@@ -1,4 +1,4 @@
-// Words, numbers and times for people.
+// Words, numbers and times for display.
 
 /** Text from the network with unprintable characters, and spaces other than U+0020, as the escapes that the API's CSV has. */
 export const visible = (text: string): string => text.replace(/(?! )[\p{C}\p{Z}]/gu, escaped);

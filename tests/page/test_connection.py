@@ -397,7 +397,7 @@ def test_page_scan_whose_subnet_was_not_answered_leaves_it_to_no_other_scan(
 
 
 def test_page_text_typed_during_a_failing_save_stays(page: Page, stack: Stack, user: Client) -> None:
-    """What is typed between a save and its error is still in the form, and is what the next save sends."""
+    """Input that is typed while a save fails stays in the form, and the next save sends it."""
     policy_id = user.policy(name="typed meanwhile", preset="quick")
     saves: list[Route] = []
     page.goto(f"{stack.url}/app/policies/{policy_id}")

@@ -90,7 +90,7 @@ def test_page_story_from_sign_in_to_results(browser: Browser, stack: Stack, serv
         expect(page.get_by_text(f"{len(servers)} of {len(servers)} results")).to_be_visible()
         assert rows(page) == servers == open_ports("-sT", "-T4", "-p", PORTS, f"{NET}.0/24")
         page.get_by_role("link", name="Not probed 0").click()
-        expect(page.get_by_text("Every address was probed to the end.")).to_be_visible()
+        expect(page.get_by_text("Every address was fully probed.")).to_be_visible()
         page.get_by_role("link", name="Jobs").click()
         expect(page.get_by_role("row", name="completed").first).to_contain_text(f"{NET}.0/24")
 
@@ -180,7 +180,7 @@ def test_page_keyboard_alone_scans_reads_and_cancels(browser: Browser, stack: St
         expect(heading).to_be_visible()
 
         page.keyboard.press("x")
-        expect(page.get_by_role("dialog")).to_contain_text("No further packet is sent for it.")
+        expect(page.get_by_role("dialog")).to_contain_text("No further packets are sent for this job.")
         page.keyboard.press("Escape")
         expect(page.get_by_role("dialog")).to_have_count(0)
         expect(heading).to_be_visible()
@@ -558,7 +558,7 @@ def test_page_without_ledger_does_not_claim_that_nothing_answered(page: Page, st
     page.route("**/results?fields=*", lambda route: route.fulfill(body=""))
     page.route("**/ledger?*", refuse)
     page.goto(f"{stack.url}/app/jobs/{finished}/results")
-    expect(page.get_by_text("Which addresses were probed is not loaded yet.")).to_be_visible()
+    expect(page.get_by_text("The ledger is not loaded yet.")).to_be_visible()
     expect(page.get_by_role("alert")).to_contain_text("the service is unavailable")
     page.unroute("**/ledger?*")
     page.get_by_role("button", name="Try again").click()
@@ -628,7 +628,7 @@ def test_page_counts_addresses_that_were_not_probed_as_the_command(
         expect(page.get_by_text("64 of 256 addresses were NOT probed.")).to_have_count(1 if number else 0)
     expect(page.locator(".problem")).to_have_count(0)
     page.get_by_role("link", name="Not probed 0").click()
-    expect(page.get_by_text("Every address was probed to the end.")).to_be_visible()
+    expect(page.get_by_text("Every address was fully probed.")).to_be_visible()
 
 
 def test_page_long_ledger_names_the_lost_addresses_behind_others(

@@ -120,7 +120,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
       {status.error && <p class="problem">{visible(status.error)}</p>}
       {!!missing && isFinal(status.status) && (
         <p class="problem">
-          {count(missing)} of {plural(ledger.data!.request.addresses, "address", "addresses")} {missing === 1 ? "was" : "were"} NOT probed. <a href={`/app/jobs/${id}/not-probed`}>Which, and why</a>
+          {count(missing)} of {plural(ledger.data!.request.addresses, "address", "addresses")} {missing === 1 ? "was" : "were"} NOT probed. <a href={`/app/jobs/${id}/not-probed`}>Addresses and reasons</a>
         </p>
       )}
       <nav class="tabs" aria-label="parts of the job">
@@ -145,7 +145,7 @@ export function JobPage({ id, tab }: { id: string; tab: string }) {
           act={() => change("POST", `/api/v1/task/${id}/cancel`)}
           close={() => void (cancelling.value = false)}
         >
-          <p>No further packet is sent for it. What was found until then stays.</p>
+          <p>No further packets are sent for this job. The results so far are kept.</p>
         </Confirm>
       )}
     </>
@@ -161,7 +161,7 @@ function notProbed({ counts, request }: Ledger): number {
 /** The message of an empty list of results, which distinguishes "nothing found" from "not probed". */
 function whyEmpty(task: TaskStatus, ledger: Ledger | undefined): string {
   if (!isFinal(task.status.status)) return "None yet.";
-  if (!ledger) return "None. Which addresses were probed is not loaded yet.";
+  if (!ledger) return "None. The ledger is not loaded yet.";
   const { counts } = ledger;
   const missing = counts.lost + counts.cancelled + counts.refused + counts.timed_out + counts.waiting;
   if (!counts.answered && !counts.silent && !counts.down) return "Not probed: no address of this job was scanned.";
@@ -305,12 +305,12 @@ function NotProbed({ id, settled, final, any }: { id: string; settled: number; f
   return (
     <>
       <Problem error={found.error} again={found.reload} />
-      {found.data && !found.data.more && !groups.length && <p class="empty">{final ? "Every address was probed to the end." : "None so far."}</p>}
+      {found.data && !found.data.more && !groups.length && <p class="empty">{final ? "Every address was fully probed." : "None so far."}</p>}
       {found.data?.more && <p>{final ? `The first ${count(found.data.entries.length)} entries; there may be more.` : "The list is complete when the job has ended."}</p>}
       {!!groups.length && (
         <>
           <table class="cards">
-            <caption class="hidden">Addresses that were not probed to the end</caption>
+            <caption class="hidden">Addresses that were not fully probed</caption>
             <thead>
               <tr>
                 <th scope="col">Addresses</th>

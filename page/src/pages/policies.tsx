@@ -22,7 +22,7 @@ export function Policies() {
         </a>
       </div>
       <Problem error={list.error} again={list.reload} />
-      {!all.length && list.data === 0 && <p class="empty">There are no policies yet: ways to scan.</p>}
+      {!all.length && list.data === 0 && <p class="empty">There are no policies yet. A policy defines how to scan.</p>}
       <Kept shown={all.length} total={list.data} />
       {!!all.length && (
         <table class="cards">
@@ -77,7 +77,7 @@ export function Policies() {
           }}
           close={() => void (deleting.value = undefined)}
         >
-          <p>Jobs that were made from it keep it as it was.</p>
+          <p>Existing jobs keep their copy of the policy.</p>
         </Confirm>
       )}
     </>
@@ -111,7 +111,7 @@ function PolicyFields({ schema, fields, enter, wrong }: { schema: Record<string,
   const set = (name: string, value: unknown) => enter({ ...fields, [name]: value === "" ? undefined : value });
   return (
     <>
-      <Field label="Preset" hint="fills in whatever is left empty below" error={wrong.preset}>
+      <Field label="Preset" hint="provides the values of empty fields" error={wrong.preset}>
         {(attributes) => (
           <select {...attributes} value={preset} onChange={(event) => set("preset", event.currentTarget.value)}>
             {Object.keys(presets).map((each) => (

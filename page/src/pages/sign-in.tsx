@@ -34,7 +34,7 @@ function TokenForm({ above = false }: { above?: boolean }) {
         void action.run();
       }}
     >
-      {above && <p>Your session has ended: {ended.value}. What you have entered is still here.</p>}
+      {above && <p>Your session has ended: {ended.value}. Your unsaved input is kept.</p>}
       {failed && (
         <p class="problem" role="alert">
           {failed}

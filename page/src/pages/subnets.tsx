@@ -29,7 +29,7 @@ export function Subnets() {
         </a>
       </div>
       <Problem error={list.error} again={list.reload} />
-      {!all.length && list.data === 0 && <p class="empty">There are no subnets yet: networks that you may scan.</p>}
+      {!all.length && list.data === 0 && <p class="empty">There are no subnets yet. Add a network to scan.</p>}
       <Kept shown={all.length} total={list.data} />
       {!!all.length && (
         <>
