@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from bench.figures import Figure
 from local.paths import SCANFLEET
 
-ROUNDS = 7  # the best of so many: other processes only slow it down
+ROUNDS = 7  # number of runs, of which the fastest counts: other processes only slow it down
 
 
 def measure() -> Iterator[Figure]:

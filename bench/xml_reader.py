@@ -15,7 +15,7 @@ from bench.figures import Figure
 from scanner_worker.scanner import view
 from scanner_worker.scanner.xml import Reader
 
-PIECE = 1 << 16  # what a pipe holds
+PIECE = 1 << 16  # capacity of a pipe
 ROUNDS = 7  # the best of so many, in turns: other processes affect all sides equally
 
 HEAD = """<?xml version="1.0" encoding="UTF-8"?>

@@ -17,7 +17,7 @@ from local.credentials import make_service_certificates
 from local.tokens import Issuer, make_signing_keys
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WITH_DATABASE
 
-CERTIFICATE_LIFE: Final = timedelta(days=3650)  # as private and as long-lived as the volumes
+CERTIFICATE_LIFE: Final = timedelta(days=3650)  # as long as the volumes that contain them
 DATABASES: Final = {service: f"scanfleet_{SERVICES[service].package}" for service in WITH_DATABASE}
 
 

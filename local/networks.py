@@ -1,4 +1,4 @@
-"""Two network namespaces joined by a veth pair, one to scan from and one to be scanned.
+"""Two network namespaces connected by a veth pair: one for the scanner, one for the targets.
 
 The scanning side has a route to the scanned side only, so nothing that runs there can reach any other address.
 """

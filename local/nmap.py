@@ -27,7 +27,7 @@ def open_ports(*arguments: str) -> OpenPorts:
 
 
 def running_under(pids: Collection[int]) -> list[int]:
-    """The pids of the nmaps that descend from any of these processes."""
+    """Return the pids of the nmap processes that descend from any of these processes."""
     return [pid for pid in _named("nmap") if not set(pids).isdisjoint(_ancestors(pid))]
 
 

@@ -42,7 +42,7 @@ WRITES: Final = 60_000  # per minute: tests and benchmarks are one user with man
 READY_LIMIT: Final = 120.0  # seconds until every service is ready; usually about five, on a busy machine many more
 ANSWER_LIMIT: Final = 5.0  # timeout in seconds of /readyz, longer than that of its checks
 LOG_TAIL: Final = 10  # lines of a log in an error
-LOG_LINE: Final = 600  # characters of such a line: the end, which has the error of a traceback
+LOG_LINE: Final = 600  # characters of such a line that are kept: the last ones, with the error of a traceback
 
 
 class StackError(Exception):

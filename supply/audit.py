@@ -121,7 +121,7 @@ def _of_osv(pinned: Iterable[Package]) -> Collection[_Document]:
                 asked = {"name": package.name, "ecosystem": package.ecosystem}
                 answer = client.post(url, json={"package": asked, "version": package.version}).raise_for_status().json()
                 if "next_page_token" in answer:
-                    raise NotAuditedError(f"OSV has more advisories of {package.name} than it sends at once")
+                    raise NotAuditedError(f"OSV returned only the first page of the advisories for {package.name}")
                 documents |= {document["id"]: document for document in answer.get("vulns", ())}
     except (httpx2.HTTPError, ValueError) as error:
         raise NotAuditedError(

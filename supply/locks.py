@@ -20,7 +20,7 @@ PAGE_LOCK: Final = ROOT / "page" / "package-lock.json"
 
 Ecosystem = Literal["PyPI", "npm"]  # as in OSV's format
 
-_IMAGE: Final = {  # what an image runs on; other packages of the lock are for other machines
+_IMAGE: Final = {  # the environment of the images; other packages of the lock are for other environments
     "python_version": "3.13",
     "python_full_version": "3.13.0",
     "sys_platform": "linux",

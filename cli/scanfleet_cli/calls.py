@@ -1,7 +1,7 @@
 """The operations of the API as values, which `Client.send` and `AsyncClient.send` send.
 
-A call has a method, a path, the type of its response, and whether it is safe to repeat. Each operation of the API has one
-function, named after its `operationId` where that reads well.
+A call has a method, a path, the type of its response, and whether it is safe to repeat. Each operation of the API has
+one function, which usually has the name of its `operationId`.
 """
 
 from __future__ import annotations

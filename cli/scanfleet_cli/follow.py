@@ -50,7 +50,7 @@ def seconds(text: str | None) -> float | None:
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        raise CommandError(f"--timeout: {text} is not a duration above 0", hint="for example 90, 90s, 30m or 2h")
+        raise CommandError(f"--timeout: {text} is not a positive duration", hint="for example 90, 90s, 30m or 2h")
     return value
 
 
@@ -147,7 +147,7 @@ class _Following:
         self._tasks: list[asyncio.Task[None]]
 
     async def run(self, limit: float | None, found: Callable[[Row], None] | None) -> list[Followed]:
-        """Follow the jobs until none is open, for up to `limit` seconds; another call goes on with those that are open.
+        """Follow the jobs until none is open, for up to `limit` seconds; another call continues with the others.
 
         Raises:
             ApiError: a job may not be watched.

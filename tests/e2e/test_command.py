@@ -76,7 +76,7 @@ def done(start: Start) -> Done:
 
 
 def test_scan_prints_the_ports_that_nmap_finds(start: Start, servers: OpenPorts) -> None:
-    """Without a terminal the table is tab-separated, has no escape codes, and stderr ends with the proof."""
+    """Without a terminal the table is tab-separated, has no escape codes, and stderr ends with the coverage summary."""
     scan = start("scan", SUBNET, *FAST)
     out, err = scan.communicate(timeout=LIMIT)
     assert scan.returncode == 0, err

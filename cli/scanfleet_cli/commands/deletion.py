@@ -16,8 +16,10 @@ def deletion() -> None:
 
 
 @deletion.command("list")
-@click.option("--state", type=click.Choice(["open", "done"]), help="Only deletions that continue, or complete ones.")
-@click.option("--user", metavar="ID|all", help="For administrators: jobs of this user, or of all.")
+@click.option(
+    "--state", type=click.Choice(["open", "done"]), help="Only deletions in progress (open), or completed ones (done)."
+)
+@click.option("--user", metavar="ID|all", help="Administrators only: jobs of this user, or of all users.")
 @lists(rest.Deletion)
 @with_session
 def list_(session: Session, /, *, state: str | None, user: str | None) -> None:

@@ -75,7 +75,7 @@ def submit(session: Session, /, *, subnets: Sequence[str], policy: str, key: str
 @click.option("--subnet", metavar="NAME|ID", shell_complete=complete_subnet, help="Only jobs of this subnet.")
 @click.option("--policy", metavar="NAME|ID", shell_complete=complete_policy, help="Only jobs of this policy.")
 @click.option("--since", metavar="TIME", help="Only jobs created since this time (RFC 3339).")
-@click.option("--user", metavar="ID|all", help="For administrators: jobs of this user, or of all.")
+@click.option("--user", metavar="ID|all", help="Administrators only: jobs of this user, or of all users.")
 @click.option("--watch", is_flag=True, help="Update the list until Ctrl-C.")
 @lists(Job)
 @with_session

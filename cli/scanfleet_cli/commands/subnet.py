@@ -131,9 +131,13 @@ def delete(session: Session, /, *, which: Sequence[str], yes: bool) -> None:
 @subnet.command()
 @click.argument("which", metavar="NAME|ID", shell_complete=complete_subnet)
 @click.option(
-    "--set", "days", type=click.IntRange(1, 36_500), metavar="DAYS", help="Delete jobs so many days after their end."
+    "--set",
+    "days",
+    type=click.IntRange(1, 36_500),
+    metavar="DAYS",
+    help="Delete jobs this number of days after their end.",
 )
-@click.option("--unset", is_flag=True, help="Delete jobs by the setting of the platform.")
+@click.option("--unset", is_flag=True, help="Use the setting of the platform.")
 @formats(rest.SubnetRetention)
 @with_session
 def retention(session: Session, /, *, which: str, days: int | None, unset: bool) -> None:

@@ -126,7 +126,7 @@ def test_pause_after_many_failures_is_the_longest_one(failures: int) -> None:
 
 
 class Open(httpx2.SyncByteStream, httpx2.AsyncByteStream):
-    """A body that knows whether it was closed."""
+    """A body that records whether it was closed."""
 
     closed = False
 
@@ -377,7 +377,7 @@ def test_post_of_jobs_with_a_cut_body_is_repeated_with_its_key(
 
 
 def test_post_without_a_key_with_a_cut_body_is_not_repeated(api: FakeApi, client: Client) -> None:
-    """A call that may have been carried out is not repeated, and the error has this fact."""
+    """A call that may have been executed is not repeated, and the error states this."""
     api.fault_of = carried_out_then_cut(api, "POST")
     with pytest.raises(UnavailableError) as raised:
         client.send(calls.create_subnet(BODY))

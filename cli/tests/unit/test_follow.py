@@ -148,7 +148,7 @@ def test_interrupt_between_submit_and_watch_names_or_cancels_the_jobs(
 
 
 def test_interrupt_after_the_end_of_some_jobs_cancels_the_others(running: FakeApi, run: Any) -> None:
-    """A job that has ended is no error; the exit code says that the others were interrupted."""
+    """An ended job is no error; the exit code shows that the other jobs were interrupted."""
     running.jobs[41].states = [(JobStatus.COMPLETED, 100)]
     running.fault_of = interrupt
     ended = run("job", "watch", "41", "42", "--cancel-on-interrupt")
@@ -439,7 +439,7 @@ def test_time_limit_of_zero_is_refused(api: FakeApi, run: Any, command: list[str
     """A limit of no time would never show a state, so it is an error instead of no limit."""
     ended = run(*command, "--timeout", "0")
     assert ended.code == 2
-    assert "--timeout: 0 is not a duration above 0" in ended.err
+    assert "--timeout: 0 is not a positive duration" in ended.err
     assert not api.jobs
 
 

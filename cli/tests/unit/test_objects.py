@@ -573,7 +573,7 @@ def test_doctor_with_a_failed_check_exits_1(api: FakeApi, run: Any) -> None:
 
 
 def test_doctor_on_a_narrow_terminal_shows_the_end_of_the_token(run: Any) -> None:
-    """What a narrow table cuts is the source of the token, which whoami prints."""
+    """A narrow table truncates the source of the token, which `whoami` prints in full."""
     claims = base64.urlsafe_b64encode(json.dumps({"exp": time.time() + 3_600}).encode()).decode().rstrip("=")
     environment = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": f"x.{claims}.x"}
     lines = run("doctor", width=60, environment=environment).out.splitlines()

@@ -63,7 +63,7 @@ def create_app(
     Args:
         settings: from the environment unless given.
         bus: Kafka unless given.
-        transport: carries every HTTP call, over the network unless given.
+        transport: for all HTTP calls; the network unless given.
         issuer: carries the calls that sign a user in at the issuer; likewise.
     """
     settings = settings or Settings()

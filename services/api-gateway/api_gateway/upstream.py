@@ -58,7 +58,7 @@ _RETURNED: Final = (
     "vary",
     "x-content-type-options",
 )
-_QUERY_SAFE: Final = "!$&'()*+,;=:@/?%-._~"  # allowed in a query by RFC 3986, and `%` of existing escapes
+_QUERY_SAFE: Final = "!$&'()*+,;=:@/?%-._~"  # characters that RFC 3986 allows in a query, and `%` for existing escapes
 
 
 class Upstream:
@@ -174,7 +174,7 @@ class Upstream:
         self._tokens.learn(answer.headers.get("date"))
         if answer.status_code == httpx.codes.UNAUTHORIZED:  # the service rejects the gateway's token, not the caller's
             await answer.aclose()
-            raise DependencyError(f"{self._url} refuses the gateway's token: compare the internal keys")
+            raise DependencyError(f"{self._url} rejected the gateway's token; check that the internal keys match")
         return answer
 
 

@@ -310,7 +310,7 @@ class World:
             busy = any(replica.reconciler.busy for replica in self.replicas)
             if not delivered and not busy and not self._waiting():
                 return
-        raise AssertionError("this world does not come to rest")
+        raise AssertionError("the world did not reach a stable state")
 
     async def deliver(self) -> bool:
         """Deliver the messages sent since the last call; return whether there were any."""

@@ -386,7 +386,7 @@ class Life(RuleBasedStateMachine):
             assert not self.expired & {each.command_id for each in replies if isinstance(each, CommandAccepted)}
 
     def teardown(self) -> None:
-        """With all parts back and nothing in the way, every job ends, although the clock was set back."""
+        """After all dependencies have recovered, every job ends, even if the clock was set back."""
 
         async def heal() -> None:
             self.world.step_clock(-timedelta(hours=5))
@@ -470,8 +470,8 @@ class Life(RuleBasedStateMachine):
 
 
 @pytest.mark.proves("G1", "G2", "G4", "G5", "G6", "G7")
-def test_any_life_in_memory() -> None:
-    """No history of submits, reports, losses, restarts and cancels breaks a rule, and all jobs end when it is over."""
+def test_any_history_in_memory_keeps_the_invariants() -> None:
+    """Any sequence of submits, reports, losses, restarts and cancels keeps every invariant, and all jobs end."""
     run_state_machine_as_test(
         Life,
         settings=settings(
@@ -485,7 +485,7 @@ def test_any_life_in_memory() -> None:
 
 @pytest.mark.proves("G1", "G2", "G4", "G5", "G6", "G7")
 @pytest.mark.integration
-def test_any_life_on_mongodb(mongodb: str) -> None:
+def test_any_history_on_mongodb_keeps_the_invariants(mongodb: str) -> None:
     """The same rules hold on real documents."""
 
     class LifeOnMongo(Life):

@@ -82,7 +82,7 @@ class ResultsHandler:
     async def _store_and_answer(self, records: Sequence[Record[Scanned]], batch: Batch) -> None:
         new = await self._store.add(list(batch.hosts.values()))
         answers = await self._answers(batch)
-        # Written first and read after: either this batch sees the mark, or the deletion sees what the batch has stored.
+        # Write first, then read the marks: either this batch sees the mark, or the deletion sees the batch's documents.
         if deleted := await self._store.deleted({message.job_id for message in batch.messages}):
             OF_DELETED_JOBS.inc()
             await self._store.begin_deletions(deleted)
@@ -174,7 +174,7 @@ class DeletionsHandler:
                 return
 
     async def _delete(self, job_id: int, begun: int, limit: int) -> int:
-        """Delete up to so many documents of the job, publish if none is left, and return how many were deleted."""
+        """Delete up to `limit` documents of the job, publish if none is left, and return how many were deleted."""
         erased = await self._store.erase(job_id, limit)
         for kind, number in erased._asdict().items():
             DELETED_DOCUMENTS.labels(kind).inc(number)

@@ -47,7 +47,7 @@ _LONG: Final = 64  # characters of ports from which on a chunk has only their id
 
 SEQUENCE: Final = "results"
 
-_ZONE: Final = ""  # of every host and chunk: there is only one, without a name
+_ZONE: Final = ""  # zone of every host and chunk: the default one, which has no name
 
 _WITH_RESULTS: Final = {"first_id": {"$exists": True}}
 _WITH_KEY: Final = {"key": {"$exists": True}}
@@ -246,7 +246,7 @@ class MongoStore:
         return {document["_id"]: document["text"] for document in found}
 
     async def begin_deletions(self, job_ids: Collection[int]) -> None:
-        """Mark these jobs as deleted, so that `erase` is called for them, again if it was before."""
+        """Mark these jobs as deleted, so that `erase` is called for them, even if it was called before."""
         async with dependency_errors():
             forget_at = {"$add": ["$$NOW", int(_KEEP_MARKS.total_seconds() * 1_000)]}
             begun = {"$add": [{"$ifNull": ["$begun", 0]}, 1]}

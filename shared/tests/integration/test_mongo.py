@@ -209,7 +209,7 @@ async def through_proxy(mongodb: str, database: Database) -> AsyncIterator[tuple
     async with proxy(host, port) as between:
         detour = mongo.connect(f"mongodb://127.0.0.1:{between.port}/?directConnection=true", database.name)
         yield between, detour
-        await asyncio.to_thread(detour.client.close)  # says goodbye through the proxy, which lives on this loop
+        await asyncio.to_thread(detour.client.close)  # closes its sessions through the proxy, which runs on this loop
 
 
 @pytest.mark.parametrize("trouble", ["refuse", "swallow"])

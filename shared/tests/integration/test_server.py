@@ -134,7 +134,7 @@ async def test_service_without_an_api_listens_only_for_probes(parts: Parts) -> N
         assert (await asking.get("/readyz")).status_code == 200
 
 
-async def test_readiness_without_a_dependency_names_it_and_turns_green(parts: Parts) -> None:
+async def test_readiness_without_a_dependency_names_it_and_recovers(parts: Parts) -> None:
     """While a dependency is missing the probe port answers; once it is there the process is ready."""
     parts.there.clear()
     async with running(parts, with_api(), patience=0.05) as server, probes(server) as asking:

@@ -158,7 +158,7 @@ async def test_verifier_refuses_a_user_id_of_another_type(issuer: Issuer, sub: o
 
 @pytest.mark.proves("A7", "G14")
 async def test_expired_token_is_refused_with_that_reason(issuer: Issuer) -> None:
-    """An expired token is refused with an error that tells its owner to renew it."""
+    """An expired token is rejected with an error that asks the caller to renew it."""
     with pytest.raises(UnauthorizedError, match="expired") as caught:
         await issuer.verifier.verify(issuer.token(iat=1_000_000, exp=1_000_300))
     assert caught.value.headers == {"WWW-Authenticate": "Bearer"}

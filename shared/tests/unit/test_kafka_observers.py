@@ -26,7 +26,7 @@ async def test_observer_of_a_broker_that_hangs_up_closes_its_clients(
     """A client whose start fails is closed, so that no later test reports its connections."""
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1")
     port = server.sockets[0].getsockname()[1]
-    gc.collect()  # what earlier tests left is not reported here
+    gc.collect()  # garbage of earlier tests is not reported here
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)
         with pytest.raises(KafkaError):

@@ -383,7 +383,7 @@ async def test_request_id_of_a_trusted_proxy_is_kept(client: httpx.AsyncClient) 
 async def test_request_id_of_a_caller_is_kept_apart(
     proxies: list[Network], *, public: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The id that a stranger chose, or anybody at the public service, is only logged beside the one that names the request."""
+    """A request id from an untrusted caller, or at the public service, is only logged; the service assigns its own."""
     async with calling(make_app(proxies, public=public)) as client:
         answer = await client.get("/thing", headers={"X-Request-ID": "theirs"})
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())

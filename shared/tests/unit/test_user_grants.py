@@ -81,7 +81,7 @@ def test_admit_scan_beyond_a_limit_names_grant_and_limit(asked: dict[str, object
 
 
 def test_admit_user_without_a_grant_is_refused() -> None:
-    """Whom no grant names by id or role, and no grant is for every user, may scan nothing."""
+    """A user whom no grant covers by id, by role or as every user may scan nothing."""
     with pytest.raises(GrantError, match=r"^user 8 has no grant to scan$"):
         admit(policy(), user_id=8, roles=("day-shift",))
 
@@ -162,7 +162,7 @@ def test_window_left_agrees_with_a_walk_over_the_day(begin: str, end: str, after
     "text", ["22-06", "24:00-06:00", "1:00-2:00", "22:60-23:00", "22:00..06:00", "", "00:00-24:00 "]
 )
 def test_window_in_any_other_spelling_is_refused(text: str) -> None:
-    """Hours are written in one way."""
+    """Hours in any other format are rejected."""
     with pytest.raises(ValueError, match="is not a window"):
         Window.parse(text)
 

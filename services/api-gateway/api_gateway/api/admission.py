@@ -31,7 +31,7 @@ from scanfleet.security.auth import Guarded, Principal
 _WITH_BODY: Final = frozenset({"POST", "PUT"})
 _MAX_ERROR_CHARS: Final = 200  # an error may contain a part of the request
 _JSON: Final = "application/json"
-_WINDOW_S: Final = 60  # of every rate
+_WINDOW_S: Final = 60  # window of every rate limit
 
 
 class Places:
@@ -57,12 +57,12 @@ class Places:
         """
         if self._taken[user_id] >= self._per_user:
             raise TooManyRequestsError(
-                f"{self._per_user} of your {self._kind} are under way, which is the limit; let one end first",
+                f"{self._per_user} of your {self._kind} are in progress, which is the limit; wait until one has ended",
                 rule=Rule.CONCURRENCY,
             )
         if self._taken.total() >= self._total:
             raise UnavailableError(
-                f"{self._total} {self._kind} are under way, which is the limit of this replica; try again"
+                f"{self._total} {self._kind} are in progress, which is the limit of this replica; try again"
             )
         self._taken[user_id] += 1
         try:
@@ -194,7 +194,7 @@ class Route(Guarded):
         if not scope["query_string"]:
             return
         if unknown := Request(scope).query_params.keys() - self._queries:
-            raise BadRequestError(f"unknown in a query: {', '.join(sorted(unknown))}"[:_MAX_ERROR_CHARS])
+            raise BadRequestError(f"unknown query parameters: {', '.join(sorted(unknown))}"[:_MAX_ERROR_CHARS])
 
     @cached_property
     def _queries(self) -> frozenset[str]:

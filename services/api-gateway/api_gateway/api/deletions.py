@@ -22,7 +22,7 @@ router = APIRouter(prefix="/api/v1/deletion", tags=["task"], route_class=Route)
             query(
                 "state",
                 {"type": "string", "enum": ["open", "done"]},
-                "Only deletions that continue, or those that are complete.",
+                "Only deletions in progress (open), or completed ones (done).",
             ),
             query(
                 "user_id",

@@ -25,7 +25,7 @@ from scanfleet.errors import DependencyError, NotFoundError, PublicError, Unavai
 from scanfleet.runtime.service import PathId, ascii_json
 from scanfleet.security.auth import Caller, authenticate
 
-_RETRY_MS: Final = 3_000  # until a client reconnects; a gateway restarts in less
+_RETRY_MS: Final = 3_000  # reconnection delay of clients; a gateway restarts faster
 _OVERLAP: Final = timedelta(minutes=1)  # of two queries: finds changes that were stored late or with another clock
 _OF_JOB: Final = re.compile(r"[0-9]{1,16}")
 _OF_JOBS: Final = re.compile(
@@ -67,7 +67,7 @@ WatchedJobs = Annotated[Watch, Depends(_watched_jobs)]
 @contextmanager
 def _watch(watched: JobsWatched, state: State) -> Iterator[Watch]:
     if not state.events.ready:
-        raise UnavailableError("job events cannot be read now; try again")
+        raise UnavailableError("job events are temporarily unavailable; try again")
     with state.watches.watch(watched) as watch:
         yield watch
 
@@ -243,7 +243,7 @@ class JobsStream(_EventStream):
 
 
 def _refused(answer: Response) -> PublicError | DependencyError:
-    """Return the error of a look to which the orchestrator sent this error answer."""
+    """Return the error for this error response of the orchestrator."""
     message = f"the orchestrator answered {answer.status_code}"
     return DependencyError(message) if answer.status_code >= codes.INTERNAL_SERVER_ERROR else NotFoundError(message)
 

@@ -176,7 +176,7 @@ async def refresh_session(request: Request, caller: Caller, state: Handed) -> Re
 def _sessions(request: Request) -> Sessions:
     sessions: Sessions | None = request.app.state.sessions
     if sessions is None:
-        raise NotFoundError("browser sessions are off: an operator must set SCANFLEET_SESSION_KEYS_FILE")
+        raise NotFoundError("browser sessions are disabled; an operator must set SCANFLEET_SESSION_KEYS_FILE")
     return sessions
 
 

@@ -1,4 +1,4 @@
-"""Signing in to the page at the issuer: OpenID Connect's code flow with PKCE, of which the gateway is the client.
+"""Signing in to the page at the issuer: OpenID Connect's code flow with PKCE, with the gateway as the client.
 
 The state of a sign-in is in an encrypted cookie for ten minutes. Errors redirect to the page with a code; the
 issuer's text is not shown, because any link to the callback can contain text.
@@ -97,7 +97,7 @@ def _kept(request: Request, sessions: Sessions) -> dict[str, Any]:
     """
     kept = sessions.unseal(request.cookies.get(LOGIN_COOKIE, ""))
     if kept is None or kept.get("until", 0) < time.time():
-        raise RefusedSignInError("there is no sign-in under way in this browser")
+        raise RefusedSignInError("this browser has no sign-in in progress")
     if not hmac.compare_digest(request.query_params.get("state", "").encode(), kept["state"].encode()):
         raise RefusedSignInError("state is not of this sign-in")
     return kept

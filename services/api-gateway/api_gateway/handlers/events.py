@@ -106,10 +106,10 @@ class Watches:
         """Receive every event of these jobs that is read from now on.
 
         Raises:
-            UnavailableError: this process is about to end.
+            UnavailableError: this process is shutting down.
         """
         if self._ended:
-            raise UnavailableError("this replica is about to end; try again")
+            raise UnavailableError("this replica is shutting down; try again")
         watch = Watch()
         self._watches[watched].add(watch)
         STREAMS.inc()

@@ -92,7 +92,7 @@ async def test_concurrent_requests_are_limited_per_user() -> None:
             await gateway.broker.news(1)
         answer = await post(gateway)
         assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
-        assert answer.json()["error"].startswith("2 of your requests are under way, which is the limit")
+        assert answer.json()["error"].startswith("2 of your requests are in progress, which is the limit")
         assert (await gateway.client.get("/api/v1/task", headers=gateway.issuer.bearer(8))).status_code == 404
         go.set()
         assert [(await each).status_code for each in waiting] == [201, 201]
@@ -114,7 +114,7 @@ async def test_concurrent_requests_are_limited_in_total() -> None:
             await gateway.broker.news(1)
         answer = await post(gateway, 8)
         assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
-        assert answer.json()["error"].startswith("1 requests are under way, which is the limit of this replica")
+        assert answer.json()["error"].startswith("1 requests are in progress, which is the limit of this replica")
         go.set()
         assert (await waiting).status_code == 201
 
@@ -164,8 +164,8 @@ async def test_cancels_have_separate_limits() -> None:
         go.set()
         assert (await waiting).status_code == 200
         assert (same.status_code, other.status_code) == (429, 503)
-        assert same.json()["error"].startswith("1 of your cancels are under way, which is the limit")
-        assert other.json()["error"].startswith("1 cancels are under way, which is the limit of this replica")
+        assert same.json()["error"].startswith("1 of your cancels are in progress, which is the limit")
+        assert other.json()["error"].startswith("1 cancels are in progress, which is the limit of this replica")
         passed, answer = await refused(gateway, "POST", "/api/v1/task/3/cancel")
         assert passed <= 5
         assert answer.json()["error"].startswith("more than 3 cancels a minute")

@@ -409,7 +409,7 @@ async def test_streams_of_a_user_have_a_separate_limit() -> None:
         assert streams() == 2
         refused = await asyncio.wait_for(gateway.client.get(EVENTS), LIMIT)
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
-        assert refused.json()["error"].startswith("2 of your event streams are under way, which is the limit")
+        assert refused.json()["error"].startswith("2 of your event streams are in progress, which is the limit")
         assert (await gateway.client.get("/api/v1/task")).status_code == 404  # not 429
         watchers[0].client.leaves.set()
         await asyncio.wait_for(watchers[0].running, LIMIT)
@@ -430,7 +430,7 @@ async def test_streams_are_bounded_overall() -> None:
         other = gateway.issuer.bearer(8)
         refused = await asyncio.wait_for(gateway.client.get(EVENTS, headers=other), LIMIT)
         assert (refused.status_code, "Retry-After" in refused.headers) == (503, True)
-        assert refused.json()["error"].startswith("1 event streams are under way, which is the limit of this replica")
+        assert refused.json()["error"].startswith("1 event streams are in progress, which is the limit of this replica")
         assert (await gateway.client.get("/api/v1/task", headers=other)).status_code == 404
         watcher.client.leaves.set()
         await asyncio.wait_for(watcher.running, LIMIT)

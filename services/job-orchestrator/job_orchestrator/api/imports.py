@@ -27,7 +27,7 @@ router = APIRouter(prefix=rest.SUBNETS.path, route_class=Guarded)
 
 _COLUMNS: Final = {"name", "cidr", "exclude"}
 _MAX_IDS: Final = 5  # of subnets with one name, in an error
-_MAX_PROBLEM_CHARS: Final = 1_000  # of an error; enough to correct a file in a few attempts
+_MAX_PROBLEM_CHARS: Final = 1_000  # maximum length of the listed problems; enough to correct a file in a few attempts
 
 _Wanted = tuple[str, ScanTarget]
 """Name, and network with exclusions, of a line."""
@@ -185,7 +185,7 @@ def _rows(content: bytes) -> Iterator[tuple[int, dict[str, object]]]:
             if count > rest.MAX_IMPORT_LINES:
                 raise BadRequestError(f"more than {rest.MAX_IMPORT_LINES} lines; import them in parts")
             if len(values) != len(columns):
-                raise BadRequestError(f"line {lines.line_num}: {len(values)} cells where {len(columns)} belong")
+                raise BadRequestError(f"line {lines.line_num}: {len(values)} cells, but {len(columns)} columns")
             row: dict[str, object] = dict(zip(columns, (value.strip() for value in values), strict=True))
             row["exclude"] = [each.strip() for each in str(row.get("exclude", "")).split(";") if each.strip()]
             yield lines.line_num, row

@@ -21,7 +21,7 @@ from scanfleet.security.auth import Caller, Guarded, Principal
 router = APIRouter(prefix="/internal", route_class=Guarded)
 
 _LATEST_PAGE: Final = 200  # jobs with all their fields: a megabyte of the database
-_ENDED_WITHIN: Final = timedelta(days=1)  # a client that was disconnected for longer reads the list
+_ENDED_WITHIN: Final = timedelta(days=1)  # clients that were disconnected for longer read the list
 _CANCEL_PAGE: Final = 1_000  # jobs cancelled per request: about a second of work, well below every timeout
 
 

@@ -132,7 +132,7 @@ def repeated(changed: Owned[Content], name: str, content: Content) -> Owned[Cont
     """Return the changed object if it has this content: the request is a repeat after a lost response (RFC 9110, 13.1.1).
 
     Raises:
-        PreconditionFailedError: it has other content.
+        PreconditionFailedError: the object has different content.
     """
     if (changed.name, changed.content) != (name, content):
         raise _changed()

@@ -12,7 +12,7 @@ from scanfleet.contracts.messages.chunks import Run
 
 _FIRST: Final = 10
 _LAST: Final = 40
-MAX_ATTEMPTS: Final = _FIRST + _LAST  # recorded per chunk: the cause of many is in the first or the last of them
+MAX_ATTEMPTS: Final = _FIRST + _LAST  # recorded per chunk; the first and the last ones usually show the cause
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probed:
-    """What the last report says about the probes of a chunk; result-store keeps it when it closes the chunk."""
+    """The probes of a chunk by its last report; result-store stores them when it closes the chunk."""
 
     common_ports: str = ""
     """The TCP ports of a `top` set by number."""

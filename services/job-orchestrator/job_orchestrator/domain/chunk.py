@@ -27,9 +27,9 @@ from scanfleet.errors import ScanfleetError
 from scanfleet.scanning.outcomes import Outcome, index_of, merge
 from scanfleet.scanning.ports import PortSet, parse_ranges, port_count
 
-MAX_FAILURES = 3  # one failure can be the network and two a coincidence; the third is attributed to the target
-MAX_DELAY = timedelta(minutes=1)  # of the next attempt: a longer one is due to a clock that was ahead
-MAX_FRUITLESS = 20  # dispatches without progress after which the chunk itself is assumed to end them
+MAX_FAILURES = 3  # one failure may be due to the network, two to coincidence; a third is attributed to the target
+MAX_DELAY = timedelta(minutes=1)  # of the next attempt; a longer one results from a clock that was ahead
+MAX_FRUITLESS = 20  # dispatches without progress after which the chunk itself is assumed to be the cause
 
 
 class ChunkState(StrEnum):

@@ -19,7 +19,7 @@ from job_orchestrator.domain.chunk import Chunk, Token
 from scanfleet.contracts.messages import instance_of
 
 LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
-AHEAD_SECONDS: Final = 2.0  # of work beyond a worker's slots, so that tiny chunks do not wait for the round trip
+AHEAD_SECONDS: Final = 2.0  # work prefetched beyond a worker's slots, so that tiny chunks do not wait for a round trip
 
 
 @dataclass(frozen=True, slots=True)

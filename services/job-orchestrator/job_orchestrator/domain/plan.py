@@ -46,7 +46,7 @@ _OS: Final = 0.1
 
 _LEAST: Final = 0.1  # fraction of the estimate that a chunk is expected to take at least: hosts of one job differ
 
-ATTEMPT_SECONDS: Final = 65.0  # of an attempt on several addresses, even if all are silent
+ATTEMPT_SECONDS: Final = 65.0  # maximum duration of an attempt on several addresses, even if all are silent
 _OF_HOST_TIMEOUT: Final = 0.7  # maximum planned fraction of the host timeout for an attempt on one address
 _SHORTEST: Final = 5.0  # minimum expected duration of a chunk: below it, the start of nmap dominates
 _LONGEST: Final = 30.0  # maximum expected duration of a chunk: limits the loss with a failed worker
@@ -99,7 +99,8 @@ def nmap_rate(policy: ScanPolicy) -> int | None:
 def min_rate(policy: ScanPolicy, ports: PortSet, slices: int = WINDOW) -> int | None:
     """Return the minimum probes per second of each nmap of a job with `slices`, kept even if nothing answers.
 
-    Of the policy's it is a share, but never so low that a silent chunk would not end in time: a minimum may be exceeded.
+    It is the nmap's share of the policy's `min_rate`, but high enough that a silent chunk ends in time: a minimum may
+    be exceeded.
     """
     floor = None if ports.udp_count else FLOORS[policy.timing]
     if policy.min_rate:

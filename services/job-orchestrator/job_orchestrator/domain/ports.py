@@ -2,9 +2,9 @@
 
 Documents change by compare-and-set on their `rev`. `job_orchestrator.repository` has the MongoDB repositories,
 `job_orchestrator_testing` the in-memory ones; both pass the same suite. Every method raises `DependencyError` if the database is
-unavailable; its writes may then be done or not. A document that cannot be read is logged, counted and omitted from the
-result, so that it affects no other. Commands are the exception: without them a submit would be repeated, so that the query
-fails.
+unavailable; its writes may or may not have been applied. A document that cannot be read is logged, counted and omitted
+from the result, so that it affects no other. Commands are the exception: the query fails, because omitting a command
+would let its submission be repeated.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class CommandRepository(Protocol):
         """Return the commands with these users and idempotency keys, without their jobs, which may be a thousand each."""
 
     async def reject(self, commands: Sequence[Command]) -> None:
-        """Store these rejections of accepted cancels that came too late; the first one of a command stands."""
+        """Store rejections of accepted cancels that arrived too late; the first rejection of a command is kept."""
 
 
 class JobRepository(Protocol):

@@ -20,7 +20,7 @@ class Usage:
 
 
 class QuotaError(Exception):
-    """A request exceeds a quota; the text names the limit and what to do.
+    """A request exceeds a quota; the message names the limit and the remedy.
 
     Attributes:
         temporary: the same request fits once other jobs of the user have ended.
@@ -57,7 +57,7 @@ class Quotas:
             )
         if plan.chunk_count > self.chunks_per_job:
             raise QuotaError(
-                f"the job would be cut into {plan.chunk_count} chunks, and the limit is {self.chunks_per_job} "
+                f"the job would be split into {plan.chunk_count} chunks, and the limit is {self.chunks_per_job} "
                 "(SCANFLEET_CHUNKS_PER_JOB); use a smaller subnet, fewer ports or a higher timing"
             )
 
@@ -74,7 +74,7 @@ class Quotas:
             )
         if usage.jobs + jobs > self.unfinished_jobs_per_user:
             raise QuotaError(
-                f"you have {usage.jobs} unfinished jobs and ask for {jobs} more, and the limit is "
+                f"you have {usage.jobs} unfinished jobs and requested {jobs} more, and the limit is "
                 f"{self.unfinished_jobs_per_user} (SCANFLEET_UNFINISHED_JOBS_PER_USER); wait until some have ended, or cancel some",
                 temporary=True,
             )
@@ -118,7 +118,7 @@ class Quotas:
         """
         if owned + wanted <= limit:
             return
-        asked, first = (f" and ask for {wanted} more", "some") if wanted > 1 else ("", "one")
+        asked, first = (f" and requested {wanted} more", "some") if wanted > 1 else ("", "one")
         raise QuotaError(
             f"you have {owned} {kind}{asked}, and the limit is {limit} (SCANFLEET_{kind.upper()}_PER_USER); "
             f"delete {first} first"

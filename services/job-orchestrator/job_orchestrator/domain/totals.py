@@ -38,7 +38,7 @@ class Effort:
         return self.probed_seconds / self.probed if self.probed >= _ENOUGH and self.probed_seconds else None
 
     def plus(self, probes: int, probed: int, seconds: float) -> Effort:
-        """Return the effort with another chunk, of whose `probes` so many were `probed`."""
+        """Return the effort including another chunk, `probed` of whose `probes` went to addresses that are up."""
         return Effort(
             self.probes + probes,
             self.seconds + seconds,

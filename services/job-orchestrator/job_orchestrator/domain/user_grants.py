@@ -31,7 +31,7 @@ class JobGrants:
         return self.grants.open_for(job.granted_by, job.user_id, now) if self.grants else None
 
     def closed(self, job: ScanJob, now: datetime) -> str | None:
-        """Return a sentence that the grant's hours are closed; None while they are open."""
+        """Return an error message while the grant's hours are closed, else None."""
         return self.grants.closed(job.granted_by, job.user_id, now) if self.grants else None
 
     def opens_at(self, job: ScanJob, now: datetime) -> datetime | None:

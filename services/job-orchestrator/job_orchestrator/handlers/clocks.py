@@ -15,9 +15,7 @@ from job_orchestrator.domain.time import PlatformTime
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.loop import Loop
 
-_SECONDS: Final = (
-    1.0  # of which a killed replica loses the charges; it is also how old the global virtual time of others may be
-)
+_SECONDS: Final = 1.0  # interval of writes, whose charges a killed replica loses; other replicas see a global virtual time of this age
 
 
 class UserClocks:

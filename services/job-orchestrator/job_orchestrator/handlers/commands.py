@@ -43,7 +43,7 @@ _Key = tuple[int, str]
 # The caller has timed out and may have sent another request. This check is only an optimisation: a late command is harmless
 # because the gateway's `expired` was inserted first.
 _TOO_OLD: Final = timedelta(seconds=60)
-_SWEPT: Final = timedelta(minutes=1)  # within which sweeps publish the events of each job, and reconcile it
+_SWEPT: Final = timedelta(minutes=1)  # maximum time until a sweep publishes the events of each job and reconciles it
 _MAX_NAMED_CHARS: Final = 200  # characters that an audit entry copies from a command
 _ROUNDS: Final = 50  # each lost race is a change of the job, which has few changes
 
@@ -95,11 +95,11 @@ class Commands(PartitionListener):
         """
         messages = {each.message.command_id: each.message for each in records}
         too_old = {each.message.command_id for each in records if self._too_old(each)}
-        stands = await self._known({id_: each for id_, each in messages.items() if id_ not in too_old}, finished)
+        stored = await self._known({id_: each for id_, each in messages.items() if id_ not in too_old}, finished)
         new: list[Command] = []
         submits: list[SubmitJobs] = []
         for id_, message in messages.items():
-            if id_ in stands:
+            if id_ in stored:
                 continue
             if id_ in too_old:
                 new.append(Command(id=id_, user_id=message.user_id, state="expired"))
@@ -116,9 +116,9 @@ class Commands(PartitionListener):
         fresh = [job for command in new if decided[command.id] is command for job in command.jobs]
         for job in fresh:
             count_transition(job)
-        stands |= decided
-        mismatched = {id_ for id_, command in stands.items() if _is_mismatched(command, messages[id_])}
-        matching = {id_: command for id_, command in stands.items() if id_ not in mismatched}
+        stored |= decided
+        mismatched = {id_ for id_, command in stored.items() if _is_mismatched(command, messages[id_])}
+        matching = {id_: command for id_, command in stored.items() if id_ not in mismatched}
         ids = {command.id for command in finished.values()}
         await self._finish(matching, messages, mismatched=mismatched, fresh=fresh, finished=ids)
         keyed = ((command.idempotency_key, command) for command in matching.values())
@@ -141,11 +141,11 @@ class Commands(PartitionListener):
             DependencyError: the outcome is unknown.
         """
         expired = Command(id=command_id, user_id=user_id, state="expired")
-        stands = (await self._commands.insert([expired]))[command_id]
-        if stands.state == "expired" or stands.user_id != user_id:
+        stored = (await self._commands.insert([expired]))[command_id]
+        if stored.state == "expired" or stored.user_id != user_id:
             return None
-        others = await self._restore([stands])
-        answer = (await self._answers({command_id: stands}))[command_id]
+        others = await self._restore([stored])
+        answer = (await self._answers({command_id: stored}))[command_id]
         await self._outbox.relay(others)
         await self._reconciler.reconcile(others)
         return answer
@@ -197,7 +197,7 @@ class Commands(PartitionListener):
 
     async def _finish(
         self,
-        stands: Mapping[str, Command],
+        stored: Mapping[str, Command],
         messages: Mapping[str, _Message],
         *,
         mismatched: Collection[str],
@@ -207,7 +207,7 @@ class Commands(PartitionListener):
         """Finish these commands, and answer their messages.
 
         Args:
-            stands: the commands by the id of the message.
+            stored: the stored commands by message id.
             messages: the messages by their ids.
             mismatched: ids of further messages, which are refused.
             fresh: the jobs that this replica has just accepted.
@@ -215,8 +215,8 @@ class Commands(PartitionListener):
         """
         await self._jobs.insert(fresh)
         done = {*finished, *(job.command_id for job in fresh)}
-        others = await self._restore([command for command in stands.values() if command.id not in done])
-        answers = await self._answers({id_: command for id_, command in stands.items() if command.state != "expired"})
+        others = await self._restore([command for command in stored.values() if command.id not in done])
+        answers = await self._answers({id_: command for id_, command in stored.items() if command.state != "expired"})
         for id_ in mismatched:
             answers[id_] = _rejected(id_, 400, "Idempotency-Key was used for another request", Rule.REQUEST)
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]

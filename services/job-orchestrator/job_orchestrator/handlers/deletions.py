@@ -1,4 +1,4 @@
-"""Deletes jobs that have ended: first from view, then, once no worker scans for them, their results, then their chunks."""
+"""Delete ended jobs: first from every query, then, once no worker scans for them, their results, then their chunks."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from scanfleet.runtime.loop import Loop
 
 _STEP_SECONDS: Final = 1.0
 _AT_ONCE: Final = 100  # maximum number of deletions per step
-_ASK_AGAIN: Final = timedelta(seconds=60)  # for result-store to delete the results of a large job
+_ASK_AGAIN: Final = timedelta(seconds=60)  # interval of repeated requests: deleting a large job may take this long
 _EXPIRE_SECONDS: Final = 600.0  # between two walks over the ended jobs
-_LOOK: Final = 500  # ended jobs that one step of a walk looks at, most of which may have to stay
+_LOOK: Final = 500  # number of ended jobs read per step of a walk; most of them may not be due
 _ROUNDS: Final = 20  # each lost race is a job whose outbox was emptied
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -245,7 +245,7 @@ class Deletions:
         return min(ages, default=None)
 
     async def _due(self, now: datetime, shortest: timedelta | None) -> tuple[list[EndedJob], EndedJob | None]:
-        """Return the next jobs to delete by age, and the job behind which the walk continues; None at its end."""
+        """Return the next jobs to delete by age, and the job after which the walk continues; None at its end."""
         page: list[EndedJob] = []
         due: list[EndedJob] = []
         if shortest is not None:

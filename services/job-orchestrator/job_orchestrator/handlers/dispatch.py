@@ -25,13 +25,13 @@ _LEAST_SECONDS: Final = (
     0.025  # minimum interval of rounds: workers have prefetched work, and finished chunks are batched
 )
 _STOP_SECONDS: Final = (
-    3.0  # for a round that has stored its dispatches, to publish their tasks before the process stops
+    3.0  # time for a round that has stored its dispatches to publish their tasks before the process stops
 )
 _EXTRA: Final = 20  # approximate number of prefetched chunks for 2 seconds; more are picked in the next round
 _USERS: Final = 64  # users whose chunks are queried at once, those with the lowest virtual time first
-_PAGES: Final = 4  # of so many users each: maximum number of pages per round
-_LATER_SECONDS: Final = 1.0  # for which users are not queried whose chunks may only start later
-_LATER_PER_SECOND: Final = 1_000  # and longer if there are more: rounds reach the last of them before the first again
+_PAGES: Final = 4  # maximum number of pages of users per round
+_LATER_SECONDS: Final = 1.0  # interval of queries for users whose chunks cannot start yet
+_LATER_PER_SECOND: Final = 1_000  # with more such users the interval is longer, so that rounds reach all of them
 _REST_SECONDS: Final = 1.0  # interval of checks for idle users and live workers
 _AHEAD_SECONDS: Final = 1.0  # interval of checks for small chunks while every slot is taken, unless chunks were created
 _PICKS: Final = 128  # maximum chunks per round, so that a round reads some thousands at most
@@ -113,7 +113,8 @@ class Dispatcher:
         free = [credit for credit in credits_ if fairness.has_room(credit)]
         if not free_slot and now < self._ahead_due:
             return False  # a moment ago no chunk was small enough to be prefetched
-        # Workers with raw packets choose first among all chunks, so that the others leave them the chunks that need raw packets.
+        # Workers with raw packets are served first, from all chunks; the others get only chunks that need no raw
+        # packets.
         more = False
         for raw in (True, False):
             if workers := [credit for credit in free if credit.raw is raw]:
@@ -163,7 +164,7 @@ class Dispatcher:
     async def _queues(
         self, users: Sequence[int], room: int, now: datetime, *, raw: bool
     ) -> Mapping[int, Sequence[Candidate]]:
-        """Return the first chunks that may start of the first of these users, who are in the order of their need."""
+        """Return the first chunks that may start of the first `users`, which are sorted by virtual time."""
         found: dict[int, Sequence[Candidate]] = {}
         later = self._skips.later
         until = self._clock.monotonic() + max(_LATER_SECONDS, len(users) / _LATER_PER_SECOND)
@@ -172,7 +173,8 @@ class Dispatcher:
             queues = await asyncio.gather(*(self._queue(user, room, now, raw=raw) for user in neediest))
             found |= {user: queue for user, queue in zip(neediest, queues, strict=True) if queue}
             without = [user for user in neediest if user not in found]
-            later.update(dict.fromkeys(((user, raw) for user in without), until))  # they would fill the next lists
+            # Otherwise these users would fill the next pages.
+            later.update(dict.fromkeys(((user, raw) for user in without), until))
             # A user without candidates may only have chunks that start later; other users' chunks can use the slots.
             if not without or sum(map(len, found.values())) >= room:
                 break

@@ -15,7 +15,7 @@ from job_orchestrator.domain.time import PlatformTime
 # Maximum age on the only replica with partitions; `Fleet` reads once a second. It misses only cancels that a replica carried out
 # for a request; their slots are filled at the worker's next announcement.
 _ALONE_SECONDS: Final = 2.0
-_SHARED_SECONDS: Final = 0.1  # and beside others, which may have ended chunks whose slots are free
+_SHARED_SECONDS: Final = 0.1  # maximum age beside other replicas, which may have ended chunks and so freed slots
 _READ_SECONDS: Final = 0.000_1  # per chunk: reading one takes 10 µs, so that reads take at most a tenth of the time
 
 

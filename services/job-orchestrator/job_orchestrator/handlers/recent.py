@@ -13,7 +13,7 @@ _Value = TypeVar("_Value")
 
 
 class Recent(Generic[_Value]):
-    """A value by user: read at most once a second, plus what this replica has noted since.
+    """A value per user, read at most once a second; includes this replica's own changes since the read.
 
     The changes by other replicas within that second are missing: users may exceed a quota by the jobs that these admit.
 

@@ -161,7 +161,7 @@ class Reconciler:
         self.begin(job for job in jobs if not job.made)
 
     def begin(self, jobs: Iterable[ScanJob]) -> None:
-        """Soon create the first chunks of new jobs, and cancel those of ended ones; `reconcile` would do it too, but later."""
+        """Schedule the first chunks of new jobs and the cancellation of those of ended ones before the next `reconcile`."""
         for job in jobs:
             if job.final:
                 self._ended[job.id] = _ended(job)

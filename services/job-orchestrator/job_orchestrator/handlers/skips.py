@@ -14,11 +14,11 @@ from job_orchestrator.domain.ports import JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.metrics import SKIPPED_JOBS
 
-_SKIP_SECONDS: Final = 60.0  # for which a job whose documents cannot be read is skipped
-_CLOSED_SECONDS: Final = 600.0  # for which jobs outside their hours are: the clock stops while a machine is suspended
+_SKIP_SECONDS: Final = 60.0  # time to skip a job whose documents cannot be read
+_CLOSED_SECONDS: Final = 600.0  # maximum time to skip a job outside its hours: the clock stops while a machine sleeps
 # A job that another replica created may wait as long as its user is left out, or the user's other jobs are cached.
-_LEFT_OUT_SECONDS: Final = 10.0  # for which a user with only such jobs is
-_RECHECK_SECONDS: Final = 1.0  # for which a user's other jobs are cached
+_LEFT_OUT_SECONDS: Final = 10.0  # time to skip a user who has only such jobs
+_RECHECK_SECONDS: Final = 1.0  # time to cache the ids of a user's other jobs
 _FEW: Final = 10  # skipped jobs of a user: a query passes by their chunks, at most 256 each, and names no others
 _JOBS: Final = 100_000  # unfinished jobs of a user: far above the quota
 
@@ -45,7 +45,7 @@ class Skips:
         new chunks which the query missed are not delayed."""
 
     def expire(self) -> None:
-        """Remove what has lasted its time."""
+        """Remove expired entries."""
         now = self._clock.monotonic()
         skipped = {user: _after(now, jobs) for user, jobs in self._skipped.items()}
         self._skipped = {user: jobs for user, jobs in skipped.items() if jobs}
@@ -63,7 +63,7 @@ class Skips:
         return user in self._resting or (user, raw) in self.later
 
     def resting(self, looks: Collection[bool]) -> Collection[int]:
-        """Return the users with skipped jobs of whose other jobs no chunk can be dispatched now.
+        """Return the users with skipped jobs whose other jobs have no dispatchable chunk.
 
         Args:
             looks: whether there are workers with raw packets, and without; a kind that this replica does not serve keeps users active.
@@ -74,7 +74,7 @@ class Skips:
     async def jobs(self, user: int) -> tuple[Collection[int] | None, Collection[int]]:
         """Return the ids of the user's jobs whose chunks may be dispatched, None for all, and of those of which none may be.
 
-        A user without any job of the first kind rests.
+        A user without any job of the first kind is skipped.
 
         Raises:
             DependencyError: the database is unavailable.

@@ -264,8 +264,8 @@ def _planned(submit: SubmitJobs, subnet: Subnet, proposal: Proposal, now: dateti
 def _numbered(job: ScanJob, id_: int, turn: int, most: int) -> ScanJob:
     """Return the job with its id, and its first chunks counted as created unless there are more than `most`.
 
-    Nor if a second window would matter, which a replica of release 0.2 creates if it reads the job before its chunks exist: if
-    the window keeps the job to its `max_rate`, or blocks of an address apart.
+    They are not counted either if a second window would do harm, which a replica of release 0.2 creates if it reads the
+    job before its chunks exist: if the window keeps the job to its `max_rate`, or blocks of an address apart.
     """
     partition, window = SCAN_PROGRESS.partition_of(str(id_)), plan.made_up_to(job, 0, None)
     may_grow = job.policy.max_rate is None and job.plan.blocks == 1

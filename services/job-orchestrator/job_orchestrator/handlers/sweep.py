@@ -28,7 +28,8 @@ from scanfleet.runtime.bus import Publisher
 from scanfleet.security.chunk_grants import Signer
 
 _OLD_EVENT: Final = timedelta(seconds=5)  # a running replica publishes its events within milliseconds
-# As long as the bus waits: with less, each sweep would repeat the events that a slow broker acknowledges later.
+# The send timeout of the bus; with a shorter one, each sweep would publish events again that a slow broker acknowledges
+# later.
 _RELAY_SECONDS: Final = 10.0
 _RECONCILE_SECONDS: Final = 10.0
 _CENSUS_SECONDS: Final = 10.0  # interval: a census reads an index of all unfinished jobs
@@ -90,7 +91,7 @@ class Sweeper:
         self._counted = float("-inf")
 
     async def sweep(self) -> None:
-        """One pass; called about once a second.
+        """Run one pass; called about once a second.
 
         Raises:
             DependencyError: the next pass does the rest.
@@ -99,7 +100,7 @@ class Sweeper:
         for part in (self._request_checks, self._take_census, self._reconcile_all, self._relay):
             try:
                 await part()
-            except DependencyError as error:  # the other parts may not need what is unavailable
+            except DependencyError as error:  # the other parts may not need the unavailable dependency
                 failures.append(error)
         if failures:
             raise failures[0]

@@ -33,7 +33,7 @@ from scanfleet.runtime.mongo import (
 
 MAX_COUNTED: Final = 10_000  # matching entries: counting millions would take longer than the query's timeout
 MAX_BLOCK: Final = 1_000  # maximum entries per block, which then has 250 kB
-MAX_FINDINGS: Final = 1_000  # findings that a verification lists; further ones are only counted
+MAX_FINDINGS: Final = 1_000  # maximum number of listed findings; further ones are only counted
 
 UNSEALED: Final = 0
 REJECTED: Final = -1

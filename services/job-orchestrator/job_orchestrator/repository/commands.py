@@ -35,7 +35,7 @@ class MongoCommands:
     async def insert(self, commands: Sequence[Command]) -> dict[str, Command]:
         now = self._now()
         taken = await insert_missing(self._commands, [documents.write_command(command, now) for command in commands])
-        stands = {command.id: command for command in commands}
+        stored = {command.id: command for command in commands}
         if taken:
             losers = [commands[index] for index in taken]
             first = await self.get([command.id for command in losers])
@@ -43,8 +43,8 @@ class MongoCommands:
             ids = {key: command.id for key, command in (await self.by_key(keys)).items()}
             by_id = await self.get(ids.values())
             for loser in losers:
-                stands[loser.id] = first.get(loser.id) or by_id[ids[loser.user_id, loser.idempotency_key or ""]]
-        return stands
+                stored[loser.id] = first.get(loser.id) or by_id[ids[loser.user_id, loser.idempotency_key or ""]]
+        return stored
 
     @dependency_errors()
     async def get(self, ids: Collection[str]) -> dict[str, Command]:

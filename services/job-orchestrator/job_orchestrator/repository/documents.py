@@ -207,7 +207,7 @@ def read_chunk(document: Document) -> Chunk:
     return chunk
 
 
-_ports: Final = lru_cache(maxsize=1_000)(PortSet.parse)  # the chunks of a job have few different ones
+_ports: Final = lru_cache(maxsize=1_000)(PortSet.parse)  # the chunks of a job share few distinct values
 
 
 def read_candidate(document: Document) -> Candidate:

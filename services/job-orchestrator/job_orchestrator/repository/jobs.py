@@ -32,7 +32,7 @@ INDEXES: Final = {
         IndexModel([("user_id", 1), ("status", 1), ("sort_time", -1), ("_id", -1)]),
         IndexModel([("subnet_id", 1), ("sort_time", -1), ("_id", -1)]),
         IndexModel([("policy_id", 1), ("sort_time", -1), ("_id", -1)]),
-        IndexModel([("status", 1), ("sort_time", -1), ("_id", -1)]),  # for administrators, who list every user's
+        IndexModel([("status", 1), ("sort_time", -1), ("_id", -1)]),  # for administrators, who list all users' jobs
         # With status and age, unfinished jobs are counted from the index alone.
         IndexModel(
             [
@@ -119,7 +119,7 @@ class MongoJobs:
         wanted |= {name: value for name, value in asked.items() if value is not None}
         if since is not None:
             wanted["created_at"] = {"$gte": since}
-            wanted["sort_time"] = {"$gte": since}  # never before it was created: bounds what is read of an index
+            wanted["sort_time"] = {"$gte": since}  # no job ends before it is created; bounds the range of the index
         newest = self._jobs.find(wanted, documents.VIEW_FIELDS)
         page = newest.sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
         jobs = await documents.read_all(documents.read_view, page, "jobs")

@@ -13,13 +13,13 @@ class MemoryCommands(MemoryRepository):
     """A `CommandRepository`."""
 
     async def insert(self, commands: Sequence[Command]) -> dict[str, Command]:
-        stands: dict[str, Command] = {}
+        stored: dict[str, Command] = {}
         for command in commands:
             same_key = self._with_key((command.user_id, command.idempotency_key or ""))
-            stands[command.id] = self._data.commands.get(command.id) or same_key or command
-            if stands[command.id] is command:
+            stored[command.id] = self._data.commands.get(command.id) or same_key or command
+            if stored[command.id] is command:
                 self._data.commands[command.id] = command
-        return stands
+        return stored
 
     async def get(self, ids: Collection[str]) -> dict[str, Command]:
         return {id_: self._data.commands[id_] for id_ in ids if id_ in self._data.commands}

@@ -325,7 +325,7 @@ async def test_subnets_are_imported_from_csv(api: Api, store: MemoryStore) -> No
         ("cidr\n127.9.8.0/24\n", "the first line must be"),
         ("name,cidr,owner\nx,127.9.8.0/24,8\n", "the first line must be"),
         ("name,cidr,name\n", "the first line must be"),
-        ("name,cidr\nx\n", "line 2: 1 cells where 2 belong"),
+        ("name,cidr\nx\n", "line 2: 1 cells, but 2 columns"),
         (
             "name,cidr\ngood,127.9.8.0/24\nx,127.9.8.1/24\n,127.9.8.0/24\n",
             "line 3: cidr: 127.9.8.1/24 has host bits set",
@@ -591,7 +591,7 @@ async def test_concurrent_change_is_a_412_unless_it_is_the_same(
         await api(f"PUT {path}/1", body | {"name": name})
         await add_audit(entries)
 
-    store.audit.add = change_meanwhile  # type: ignore[method-assign] # what lies between look and write
+    store.audit.add = change_meanwhile  # type: ignore[method-assign] # runs between the check and the write
     headers = ISSUER.bearer() | {"If-Match": made.headers["ETag"]}
     answer = await api.raw("PUT", f"{path}/1", json=body | {"name": "same"}, headers=headers)
     now = await api.raw("GET", f"{path}/1", headers=ISSUER.bearer())
@@ -893,7 +893,7 @@ async def test_waiting_without_workers_has_the_reason(api: Api, store: MemorySto
 
 
 async def test_waiting_for_a_raw_worker_has_the_reason(api: Api, store: MemoryStore) -> None:
-    """Queued chunks that need raw packets wait for a raw worker while only others live; what any may do is queued."""
+    """Queued chunks that need raw packets have the reason `no_raw_worker` if only plain workers are live; others `queue`."""
     await store.jobs.insert([scan_job(1)])
     await store.chunks.insert([chunk(needs_raw=True)])
     await store.dispatch.seen_workers([Credit("plain", "plain", 2, raw=False, partition=0)])
@@ -1550,7 +1550,7 @@ async def test_import_above_the_quota_is_a_400_and_creates_nothing(api: Api) -> 
     two = "name,cidr\nlab,127.9.8.0/24\nlab,127.9.9.0/24\n"
     refused = await imported(api, two + "lab,127.9.7.0/24\n", status=400)
     assert refused["error"] == (
-        "you have 0 subnets and ask for 3 more, and the limit is 2 (SCANFLEET_SUBNETS_PER_USER); delete some first"
+        "you have 0 subnets and requested 3 more, and the limit is 2 (SCANFLEET_SUBNETS_PER_USER); delete some first"
     )
     assert (await api("GET /api/v1/subnet"))["total"] == 0
     assert (await imported(api, two))["created"] == 2

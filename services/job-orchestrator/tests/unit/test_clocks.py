@@ -1,4 +1,4 @@
-"""What a replica keeps of the clocks of users, and when it reads and stores them."""
+"""The cache of user clocks: its content, reads and writes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ async def test_charges_of_a_second_are_stored_in_one_write() -> None:
 
 
 async def test_clocks_are_read_with_the_held_chunks_or_for_a_new_user() -> None:
-    """What other replicas have added is seen once the held chunks were read, and for a user whose clock was not read."""
+    """Charges by other replicas are visible once the held chunks have been read, and for a user whose clock was not
+    read."""
     world = ClocksFixture()
     await world.times(7)
     await MemoryDispatch.charge(world.dispatch, {7: 1.0})

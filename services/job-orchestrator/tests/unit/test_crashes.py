@@ -121,7 +121,7 @@ class ImpatientChunks(MemoryChunks):
 
 
 class CrashingWorld(World):
-    """Its replica works on doubles; what breaks in its hands is done again, by another process if it died."""
+    """A world on test doubles that fail; failed work is repeated, by another process if the first one died."""
 
     def __init__(self, fuse: Fuse) -> None:
         store = MemoryStore()
@@ -145,7 +145,7 @@ class CrashingWorld(World):
             await self.step(lambda replica: replica.dispatcher.fill())
             if not heard and not self._waiting():
                 return
-        raise AssertionError("this world does not come to rest")
+        raise AssertionError("the world did not reach a stable state")
 
     async def start(self) -> None:
         await self._again(super().start)
@@ -157,7 +157,7 @@ class CrashingWorld(World):
         return [found[job.id] for job in listed]
 
     async def mend(self) -> None:
-        """If something broke, let pass the time in which it is mended: leases, dispatches, sweeps."""
+        """After a failure, advance the time until leases, dispatches and sweeps have repaired it."""
         if not self.fuse.is_used:
             return
         for _ in range(12):

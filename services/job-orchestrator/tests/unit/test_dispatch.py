@@ -466,7 +466,7 @@ async def test_user_is_charged_for_the_blanks_of_an_attempt(world: World) -> Non
 
 
 async def test_jobs_of_one_user_alternate(world: World) -> None:
-    """A small job after a large one of the same user is not last."""
+    """A small job that follows a large one of the same user is not dispatched last."""
     world.worker.slots = 6
     await world.start()
     await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))

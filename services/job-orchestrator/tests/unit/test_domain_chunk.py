@@ -101,7 +101,7 @@ def test_table_decides_every_change(state: ChunkState, trigger: ChunkTrigger) ->
 
 
 def test_states_are_open_held_or_final() -> None:
-    """Only final states have no way out, and workers hold what is dispatched or running."""
+    """Only final states have no transition, and held states are dispatched and running."""
     assert set(NOT_FINAL) == OPEN
     assert {ChunkState.DISPATCHED, ChunkState.RUNNING} == HELD
 
@@ -384,7 +384,7 @@ def test_lost_lease_counts_once_for_each_worker_instance() -> None:
     [("claimed", 1 + 2 * MAX_FRUITLESS), ("dispatched", MAX_FAILURES * MAX_FRUITLESS)],
 )
 def test_lost_leases_of_one_instance_are_bounded(begin: str, expected: int) -> None:
-    """A chunk that ends its only worker, before or after its first report, finally loses its addresses."""
+    """The addresses of a chunk that repeatedly kills its only worker are finally lost."""
     left, dispatches = chunk(), 0
     while left.state is not ChunkState.SCANNED:
         assert dispatches < 1_000

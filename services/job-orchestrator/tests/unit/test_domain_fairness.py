@@ -88,7 +88,7 @@ def test_user_after_idling_starts_at_the_global_time() -> None:
 
 
 def test_active_user_is_not_raised() -> None:
-    """A user who kept waiting behind the global time keeps what is due to them."""
+    """A waiting user whose virtual time is below the global time is not raised to it."""
     assert wake(Clocks({1: Clock(1, 10.0, active=True)}, virtual=50.0), [1])[1] == Clock(1, 10.0, active=True)
 
 

@@ -1,4 +1,4 @@
-"""What a replica keeps of the chunks that workers hold, and when it reads them again."""
+"""The cache of held chunks: its content and reads."""
 
 from __future__ import annotations
 

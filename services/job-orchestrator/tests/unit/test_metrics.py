@@ -81,7 +81,7 @@ async def test_sweep_takes_a_census_every_ten_seconds(world: World) -> None:
     assert 3_600 <= counted("oldest_job_age_seconds", status="pending") < 3_700
 
 
-async def test_jobs_chunks_and_probes_are_counted_as_they_go(world: World) -> None:
+async def test_transitions_and_probes_are_counted_once(world: World) -> None:
     """A scan is counted once at each status and state that it was stored in, with its probes by outcome and its times."""
 
     def numbers() -> Counter[str]:

@@ -113,7 +113,7 @@ async def _first(chunks: AsyncIterator[ClosedChunk]) -> Block | None:
             if block.nmap:
                 return block
             first = first or block
-            await asyncio.sleep(0)  # as in `_merged`
+            await asyncio.sleep(0)  # for other tasks, as in `_merged`
     return first
 
 

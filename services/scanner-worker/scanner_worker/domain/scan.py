@@ -68,7 +68,7 @@ class KilledByGuardError(Exception):
 
 
 class Host(NamedTuple):
-    """A finished `<host>` element."""
+    """A complete `<host>` element."""
 
     address: str
     up: bool
@@ -200,7 +200,7 @@ def _executable(chunk: ScanChunk, scripts: AbstractSet[str]) -> ExecutablePolicy
     try:
         return executable(chunk.policy, scripts)
     except PolicyError as error:
-        raise ScanError(f"this worker does not execute the policy, which must be changed: {error}") from error
+        raise ScanError(f"this worker cannot execute the policy; change the policy: {error}") from error
 
 
 def scripts_of(policy: ScanPolicy) -> tuple[str, ...]:

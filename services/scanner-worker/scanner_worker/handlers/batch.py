@@ -59,7 +59,7 @@ class Batch:
     """Scans compatible chunks with one nmap; when a chunk leaves early, another nmap scans the remaining addresses.
 
     Attributes:
-        shares: one per chunk, in order. nmap starts once each share has either requested its addresses or left.
+        shares: one per chunk, in order. nmap starts once every share has requested its addresses or left.
         fault: the error that ended nmap; None if nmap finished, was not needed, or all shares left.
         finished: whether nmap finished successfully.
         common_ports: the ports of a `top` set by number; empty for another set.

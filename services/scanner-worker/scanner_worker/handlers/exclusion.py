@@ -1,4 +1,4 @@
-"""Exclude a worker that cannot run nmap: it gets no chunks until a trial run of nmap succeeds."""
+"""Exclude a worker that cannot run nmap: the worker gets no chunks until a trial run of nmap succeeds."""
 
 from __future__ import annotations
 

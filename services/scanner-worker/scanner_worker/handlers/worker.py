@@ -28,7 +28,7 @@ LEAST_S: Final = 0.1
 START_S: Final = 2.0  # timeout for a chunk to get a slot; then it is released, since another worker may have a free one
 LATE_S: Final = 1.0  # time for tasks that were dispatched before the orchestrators handled the last announcement
 FLUSH_S: Final = 5.0  # timeout for the final reports of a worker that shuts down
-SEEN: Final = 4_096  # chunks whose attempt is remembered for deduplication: minutes of the shortest chunks
+SEEN: Final = 4_096  # cached attempts for deduplication: minutes of the shortest chunks
 
 _LEAVING: Final = "the worker is shutting down"
 

@@ -34,7 +34,7 @@ PIECE: Final = 1 << 16  # bytes per read: the capacity of a pipe
 LOOK_S: Final = 1.0  # interval of checks whether a silent nmap is still running
 BEAT_S: Final = 1.0  # interval of writes to the guard
 END_S: Final = 5.0  # timeout for nmap to exit after its output has ended, and for a killed process to disappear
-KILLS: Final = 20  # maximum rounds of killing, for processes that fork meanwhile; a killed one may be visible for a few
+KILLS: Final = 20  # maximum kill rounds: processes may fork in between, and killed ones stay visible for a few
 STDERR_BYTES: Final = 2_000  # bytes of standard error that are kept, the last ones: nmap writes its fatal error last
 _DISCARD: Final = 9  # any port: connecting a UDP socket sends nothing
 CHECK_S: Final = 30.0  # timeout of a run without targets: nmap starts in 0.1 s, and in some seconds on a loaded machine
@@ -265,7 +265,7 @@ class Nmap:
         """Run nmap in a temporary folder, and remove both on exit."""
         self._runs += 1
         NMAP_STARTS.inc()
-        mark = f"{self._mark}-{self._runs}."  # the dot prevents that one mark is a prefix of another
+        mark = f"{self._mark}-{self._runs}."  # the dot prevents one mark from being a prefix of another
         try:
             folder = tempfile.TemporaryDirectory(prefix="scanfleet-", ignore_cleanup_errors=True)
         except OSError as error:

@@ -1,8 +1,8 @@
 """Parse nmap's XML incrementally.
 
 nmap writes the document, but its content depends on the scanned hosts, so it is untrusted input. expat checks every byte,
-without callbacks for elements, which would be slow. Hosts are then cut out of the same bytes by their tags. This is exact: in
-well-formed XML without comments, CDATA and processing instructions every `<` begins a tag.
+without callbacks for elements, which would be slow. Hosts are then cut out of the same bytes by their tags. This is
+exact because in well-formed XML without comments, CDATA sections and processing instructions every `<` begins a tag.
 
 The parser keeps one unfinished host and one unfinished token in memory, both bounded.
 """
