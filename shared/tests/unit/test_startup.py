@@ -80,8 +80,7 @@ async def asking(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.mark.proves("F33")
 async def test_startup_without_a_dependency_serves_probes_and_answers_503() -> None:
-    """The process is alive but unready, reports the missing dependency, answers requests with 503, and recovers
-    automatically."""
+    """The unready process reports the missing dependency, answers requests with 503, and recovers automatically."""
     first, second = Part(), Part()
     first.there.set()
     async with running(first, second) as app, asking(app) as client, asking(create_probes(app)) as probes:

@@ -70,8 +70,7 @@ async def test_charges_of_a_second_are_stored_in_one_write() -> None:
 
 
 async def test_clocks_are_read_with_the_held_chunks_or_for_a_new_user() -> None:
-    """Charges by other replicas are visible once the held chunks have been read, and for a user whose clock was not
-    read."""
+    """Charges by other replicas are visible after a read of the held chunks, and for a user whose clock was not read."""
     world = ClocksFixture()
     await world.times(7)
     await MemoryDispatch.charge(world.dispatch, {7: 1.0})

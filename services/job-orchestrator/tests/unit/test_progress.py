@@ -516,8 +516,7 @@ async def test_messages_about_unknown_chunks_are_dropped_and_counted(world: Worl
 
 
 async def test_message_with_another_job_id_is_ignored(world: World, task: ScanChunk) -> None:
-    """A chunk is changed only under its own job's id: a message with another job id would be in another partition, out
-    of order."""
+    """A chunk is changed only under its own job's id: with another id it would be in another partition, out of order."""
     before = await chunk_of(world)
     forged = {"job_id": 2, "chunk_id": "1-0", "attempt": task.attempt, "worker_id": task.worker_id}
     await world.bus.publish(SCAN_PROGRESS, [ChunkProgressed(**forged, outcomes="aaaa")])
