@@ -29,7 +29,7 @@ from tests.client import FINAL, Client
 
 ONE_PORT: Final = {"ports": "8080", "service_detection": False, "timing": 4}
 CLIENTS: Final = 64
-SECONDS: Final = 10  # of a load
+SECONDS: Final = 10  # duration of a load
 POSTS: Final = 50
 HOPS: Final = 200
 CALM: Final = 5  # seconds after a change until the load is measured, and of that measurement

@@ -44,7 +44,7 @@ _SO_TIMESTAMPNS: Final = 35
 _ETH_P_IP: Final = 0x0800
 _ETH_P_ALL: Final = 0x0003
 _HEADERS: Final = 14 + 60 + 4  # bytes that a packet's addresses and ports are in: Ethernet, the longest IPv4, ports
-_CHECK_S: Final = 0.2  # between two checks of a thread whether it must end
+_CHECK_S: Final = 0.2  # interval at which a thread checks whether it must end
 
 _T = TypeVar("_T")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from scanfleet_cli.output import Row
     from scanfleet_cli.session import Session
 
-LATEST: Final = 30  # jobs
+LATEST: Final = 30  # number of suggested jobs
 OBJECTS: Final = 100  # subnets and policies: one page
 
 Read = Callable[["Session", str], Iterator[list[CompletionItem]]]

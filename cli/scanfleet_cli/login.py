@@ -27,8 +27,8 @@ from scanfleet_cli.tokens import Tokens
 BROWSER_SECONDS: Final = 300.0  # timeout of a sign-in by the user
 DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
 DEVICE_SECONDS: Final = 5.0  # polling interval, unless the issuer states another (RFC 8628)
-SLOWER_SECONDS: Final = 5.0  # by which `slow_down` of the issuer lengthens it
-LONGEST_SECONDS: Final = 30.0  # up to which failed connections lengthen it
+SLOWER_SECONDS: Final = 5.0  # increase of the interval for `slow_down` of the issuer
+LONGEST_SECONDS: Final = 30.0  # maximum interval after failed connections
 _PUBLIC: Final = {"token_endpoint_auth_method": "none"}  # a command on a user's machine cannot keep a client secret
 IDLE_SECONDS: Final = 5.0  # timeout of a connection that sends nothing
 

@@ -18,7 +18,7 @@ from scanfleet_cli.config import locked, same_url, write_private
 from scanfleet_cli.errors import CommandError, Exit, UnavailableError
 
 SERVICE: Final = "scanfleet"  # name of the entries in a keyring
-EARLY_SECONDS: Final = 60.0  # before a token expires that it is renewed
+EARLY_SECONDS: Final = 60.0  # time before its expiry at which a token is renewed
 COMMAND_LIMIT: Final = 60.0  # timeout of a token command, which may prompt the user
 _TOKEN: Final = re.compile("[\x21-\x7e]+")
 

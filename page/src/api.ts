@@ -151,7 +151,7 @@ export async function signIn(token: string): Promise<void> {
 }
 
 const EARLY = 60_000; // ms before the end of a token in which it is replaced
-const APART = 30_000; // ms at least between two replacements, however short the tokens of an issuer are
+const APART = 30_000; // minimum ms between two replacements, however short the tokens of an issuer are
 let refreshed = -Infinity;
 
 /** Replace the session's token before it ends, in one tab at a time: a refresh token may be good only once. */

@@ -100,7 +100,7 @@ export function Problem({ error, again }: { error: ApiError | undefined; again?:
   );
 }
 
-const SPOKEN = 10_000; // ms between two announcements to a screen reader
+const SPOKEN = 10_000; // minimum ms between two announcements to a screen reader
 
 /** A live region that speaks at most once in `SPOKEN`, and of the end at once. */
 export function Spoken({ text, final }: { text: string; final: boolean }) {

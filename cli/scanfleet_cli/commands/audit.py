@@ -16,7 +16,7 @@ from scanfleet_cli.output import Column, Format, Row, column
 from scanfleet_cli.session import LIMIT, Session, lists, with_session
 
 TAIL_SECONDS: Final = 2.0  # polling interval of the log
-OVERLAP: Final = timedelta(seconds=10)  # within which entries may be recorded out of order
+OVERLAP: Final = timedelta(seconds=10)  # time within which entries may be recorded out of order
 
 _FILTERS: Final = (
     ("subject", "Only entries of this user."),

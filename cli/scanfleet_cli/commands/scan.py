@@ -26,7 +26,7 @@ from scanfleet_cli.session import Session, formats, read_text, with_session
 
 T = TypeVar("T")
 
-ATTEMPTS: Final = 3  # to create an object; after an unknown outcome the objects are read first
+ATTEMPTS: Final = 3  # attempts to create an object; after an unknown outcome the objects are read first
 
 
 _Watched = Callable[[Row], bool]

@@ -10,12 +10,12 @@ import { countResults, Results } from "../results";
 import { count, duration, exact, plural, visible } from "../text";
 import { LiveDot } from "./jobs";
 
-const SETTLE = 2_000; // ms between two looks at map and ledger, however often the job reports
-const CELLS = 65_536; // of one map
+const SETTLE = 2_000; // minimum ms between two loads of map and ledger, however often the job reports
+const CELLS = 65_536; // maximum cells of one map
 const CHUNK = 1_024; // addresses of the largest chunk
 const PORTS = 1_000; // of a host at most
 const PORTS_NAMED = 5;
-const NAMED = 10_000; // addresses that were not probed; more are counted
+const NAMED = 10_000; // listed addresses that were not probed; more are counted
 const PAGES = 10; // of the ledger of a running job
 const LISTED: (keyof Ledger["counts"])[] = ["refused", "cancelled", "lost", "timed_out"]; // outcomes of addresses that were not probed to the end
 

@@ -9,7 +9,7 @@ import { count, duration, visible } from "../text";
 
 const SIZE = 50;
 const AT_ONCE = 4; // requests for the states of jobs: the browser has six connections
-const SETTLE = 1_000; // ms between two loads of the list, however many jobs change
+const SETTLE = 1_000; // minimum ms between two loads of the list, however many jobs change
 
 interface List {
   jobs: Job[];

@@ -9,7 +9,7 @@ import { count, duration, plural, visible } from "../text";
 
 const DRAFT = "scan";
 const ESTIMATED = 10; // networks, each by a request
-const PAUSE = 400; // ms without a change, after which the estimate is asked for
+const PAUSE = 400; // ms without a change before the estimate is requested
 
 interface Entered {
   cidr: string;

@@ -15,7 +15,7 @@ from api_gateway.settings import Settings
 from scanfleet.runtime.tls import client_context
 
 CONNECT_SECONDS: Final = 1.0  # the services are in the same network
-POOL_SECONDS: Final = 1.0  # to wait for a connection while all are in use
+POOL_SECONDS: Final = 1.0  # timeout for a connection while all are in use
 KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that no server closes a connection that is reused
 
 

@@ -36,7 +36,7 @@ from scanfleet.runtime import mongo, operator_command
 from scanfleet.runtime.operator_command import command_entry
 from scanfleet.services import ORCHESTRATOR
 
-_PAGE: Final = 100  # jobs at once
+_PAGE: Final = 100  # jobs per query
 
 
 async def restored(settings: Settings) -> str:

@@ -42,7 +42,7 @@ _ADDRESSES: Final = 4 * MAX_ADDRESSES  # whose hosts are in memory at once, a ki
 _RECORDS: Final = 20  # between two pauses; a host with long lists of ports takes a millisecond
 _ANSWER_SECONDS: Final = 10.0  # as long as the bus waits: a lost answer delays its chunk by a minute or longer
 _STEP_SECONDS: Final = 1.0
-_PAUSE_SECONDS: Final = 60.0  # before a deletion with an error is retried
+_PAUSE_SECONDS: Final = 60.0  # delay before a failed deletion is retried
 _AT_ONCE: Final = 100  # maximum number of deletions per step
 
 _log = structlog.stdlib.get_logger(__name__)

@@ -41,7 +41,7 @@ BODY_LIMITS = {
 }
 """Larger body limits, by path prefix."""
 
-MAX_NAME_CHARS = 50  # of an unknown field in an error
+MAX_NAME_CHARS = 50  # of an unknown field's name in an error
 MAX_UNKNOWN = 5  # fields reported per error; enough to correct a request in a few attempts
 MAX_PAGE = 1_000_000_000  # limits the number of skipped documents to MongoDB's integer range
 

@@ -19,7 +19,7 @@ from aiokafka.structs import ConsumerRecord
 UNREADABLE: Final = "unreadable"
 """Header of a record that replaces the unreadable rest of a batch: the first and last offset, and the error."""
 
-MOST_HEADERS: Final = 100  # of a record, or of a dead letter including its origin; the platform's own have about 16
+MOST_HEADERS: Final = 100  # per record, or per dead letter including its origin; the platform's own have about 16
 _ERROR_LENGTH: Final = 500  # of that header: an error's text may repeat the bytes that caused it
 
 

@@ -38,14 +38,14 @@ from scanfleet.runtime.bus import Consumer, DeadLetterCallback, Handler, M
 from scanfleet.runtime.consumer import ConsumerLoop, Rejected, Source
 from scanfleet.runtime.settings import KafkaSettings
 
-START_SECONDS: Final = 30.0  # for a broker that starts at the same time; it takes 3 to 10 s
+START_SECONDS: Final = 30.0  # timeout for a broker that starts at the same time; it takes 3 to 10 s
 SEND_SECONDS: Final = 10.0  # timeout of an acknowledgement; long enough for a broker's restart
 POLL_SECONDS: Final = 1.0  # interval of checks while the broker does not respond
 STOP_SECONDS: Final = 5.0  # for flushing at shutdown: well below a supervisor's stop timeout
 
 # The producer drops a silent connection after this; the restart of a broker takes less.
 PRODUCER_REQUEST_MS: Final = 60_000
-CLUSTER_MS: Final = 1_000  # between two checks of the cluster id and of the partitions' leaders
+CLUSTER_MS: Final = 1_000  # interval of checks of the cluster id and of the partitions' leaders
 ENDS_REQUEST_MS: Final = 5_000  # timeout of a query for end offsets, after which the broker counts as unavailable
 DEAD_LETTER_OVERHEAD_BYTES: Final = 64 * 1024  # for a dead letter's origin headers and framing
 NO_LEADER: Final = -1  # in the client's metadata

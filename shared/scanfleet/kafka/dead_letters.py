@@ -23,7 +23,7 @@ REPLAY: Final = "dlq_replay_of"
 # A topic's default limit is 1 MiB including the record's framing; a reader would reject a larger record for its size
 # anyway.
 MOST_BYTES: Final = 1024 * 1024 - 1024
-_REASON_LENGTH: Final = 120  # of a line in the list
+_REASON_LENGTH: Final = 120  # characters of a reason in the list
 _MAX_DIGITS: Final = 18  # of an offset, which has 64 bits
 
 

@@ -23,17 +23,17 @@ EndOffsets = Callable[[Collection[TopicPartition]], Awaitable[Mapping[TopicParti
 
 BATCH: Final = 500  # records per poll: enough to share a round of writes, few enough to finish within a second
 BATCH_BYTES: Final = 16 * 1024 * 1024  # per fetch: held in memory by a consumer in addition to the current batch
-POLL_MS: Final = 1_000  # of a fetch without records: an idle consumer sends one a second
+POLL_MS: Final = 1_000  # maximum wait of a fetch for records: an idle consumer sends one a second
 # The same during a batch: a fetch that is already waiting delays the first one after a rebalance by as much.
 BUSY_POLL_MS: Final = 250
-OPEN_SECONDS: Final = 30.0  # for joining a group, whose members may finish their batches first
+OPEN_SECONDS: Final = 30.0  # timeout for joining a group, whose members may finish their batches first
 ASSIGN_SECONDS: Final = 1.0  # between two checks of a rebalance for an error
-COMMIT_SECONDS: Final = 5.0  # the client would look for a lost coordinator indefinitely
-SESSION_MS: Final = 10_000  # after which a killed member's partitions are reassigned; a restart takes less
+COMMIT_SECONDS: Final = 5.0  # timeout of a commit: the client looks for a lost coordinator indefinitely
+SESSION_MS: Final = 10_000  # timeout after which a killed member's partitions are reassigned; a restart takes less
 HEARTBEAT_MS: Final = 1_000  # maximum delay until a member notices a rebalance
 REBALANCE_MS: Final = int(REBALANCE_BATCH_SECONDS * 1500)  # 1.5 times the limit of the current batch
 REQUEST_MS: Final = REBALANCE_MS + 5_000  # a join is answered when the rebalance ends
-METADATA_MS: Final = 5_000  # between two metadata refreshes: a member without partitions sends no other request
+METADATA_MS: Final = 5_000  # interval of metadata refreshes: a member without partitions sends no other request
 MAX_POLL_MS: Final = (
     2**31 - 1
 )  # a batch is retried indefinitely: leaving the group would only move the failure to another member

@@ -22,7 +22,7 @@ DEAD_LETTER_BYTES: Final = 16 * 1024 * 1024
 SEGMENT_BYTES: Final = (
     64 * 1024 * 1024
 )  # a partition may exceed its limit by this much: only whole segments are deleted
-LOOK_S: Final = 0.1  # between two checks of a broker that is catching up
+LOOK_S: Final = 0.1  # interval of checks while a broker catches up
 
 
 class TopicSettings(KafkaSettings):

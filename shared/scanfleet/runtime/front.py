@@ -39,8 +39,8 @@ MAX_WAITING_BYTES: Final = 32_768  # maximum total size of these requests
 MAX_UNREAD: Final = 128  # connections whose clients do not read their answers at the moment; each takes up to 300 kB
 UNREAD_BYTES: Final = 4_096  # bytes beyond the kernel's buffer after which an answer counts as unread
 UNSENT_BYTES: Final = 32_768  # in the kernel's buffer behind those in flight; without a limit it grows to 4 MB
-LINGER_SECONDS: Final = 3.0  # read on after an early answer, so that a client that is still sending can read the answer
-LINGER_BYTES: Final = 16 << 20  # discarded in that time, which takes about 10 ms
+LINGER_SECONDS: Final = 3.0  # time to read on after an early answer, so that a client that still sends can read it
+LINGER_BYTES: Final = 16 << 20  # maximum discarded in that time, which takes about 10 ms
 OWN_DESCRIPTORS: Final = (
     2_048  # not for clients: both services behind a gateway, brokers, the database, files, nmap's pipes
 )

@@ -37,7 +37,7 @@ TIMEOUT_MS: Final = 5_000
 _BY_ID: Final = [("_id", 1)]
 _PAGE: Final = 100  # documents, whose conversion does not block the event loop
 
-BUILD_SECONDS: Final = 3_600  # for building an index over a large collection; usually there is nothing to build
+BUILD_SECONDS: Final = 3_600  # timeout for building an index over a large collection; usually there is nothing to build
 
 DUPLICATE_KEY: Final = 11_000
 _NO_SUCH_COLLECTION: Final = 26

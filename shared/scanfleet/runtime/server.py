@@ -29,8 +29,8 @@ from scanfleet.runtime.service import Probes, create_probes
 from scanfleet.runtime.settings import ApiSettings, InternalApiSettings, ServerSettings
 from scanfleet.runtime.tls import server_context
 
-DRAIN_SECONDS: Final = 5  # for responses in progress; the rest of the supervisor's grace period is for work in progress
-ACCEPT_RETRY_SECONDS: Final = 1.0  # while no descriptor is free
+DRAIN_SECONDS: Final = 5  # timeout for responses in progress; the rest of the grace period is for work in progress
+ACCEPT_RETRY_SECONDS: Final = 1.0  # delay while no descriptor is free
 PROBE_CONNECTIONS: Final = 64  # enough for a kubelet, Prometheus and an autoscaler with one each
 
 _SHARED: Final[dict[str, Any]] = {

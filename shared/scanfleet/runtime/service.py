@@ -45,8 +45,8 @@ from scanfleet.runtime.startup import Startup
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Check = Callable[[], Awaitable[None]]
 
-MAX_BODY_S: Final = 10.0  # from the first byte of a body to its last: 50 kbit/s for the largest one
-HEALTH_PERIOD_S: Final = 1.0  # between two checks of the loops; `/healthz` reports at once
+MAX_BODY_S: Final = 10.0  # timeout from the first byte of a body to its last: 50 kbit/s for the largest one
+HEALTH_PERIOD_S: Final = 1.0  # interval of checks of the loops; `/healthz` reports at once
 CHECK_TIMEOUT_S: Final = 2.0  # timeout of one readiness check: container orchestrators probe every few seconds
 
 _DECIMAL: Final = re.compile(r"[1-9][0-9]{0,15}")
@@ -55,7 +55,7 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "O
 # Probed every few seconds, so their access lines are omitted.
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics", "/internal/ready", "/internal/revocations"})
 _MAX_ERROR_CHARS: Final = 500  # maximum length of an error message, which may quote the caller's input
-_MAX_TARGET_CHARS: Final = 200  # of an audit entry: a path invented by a caller may be long
+_MAX_TARGET_CHARS: Final = 200  # of an audit entry's target: a caller may invent a long path
 _DISCONNECTED: Final = 499  # in logs and metrics, as proxies record it: the client has disconnected
 _MAX_ERRORS: Final = 5  # reported per invalid request; enough to correct it in a few attempts
 

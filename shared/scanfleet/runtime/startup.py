@@ -12,7 +12,7 @@ import structlog
 
 from scanfleet.errors import DependencyError
 
-PATIENCE_S: Final = 10.0  # with available dependencies: joining a consumer group takes up to a few seconds
+PATIENCE_S: Final = 10.0  # time to start with available dependencies: joining a group takes up to a few seconds
 FIRST_PAUSE_S: Final = 1.0
 LONGEST_PAUSE_S: Final = 10.0  # maximum delay until a recovered dependency is detected
 

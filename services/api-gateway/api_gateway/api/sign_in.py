@@ -34,7 +34,7 @@ from scanfleet.runtime.service import record_refusal, source
 from scanfleet.security.auth import Verifier
 
 LOGIN_COOKIE: Final = "__Host-login"
-LOGIN_SECONDS: Final = 600  # to enter a password and a second factor
+LOGIN_SECONDS: Final = 600  # time to enter a password and a second factor
 
 _HOME: Final = "/app/"
 _NEXT: Final = re.compile(r"/app/[A-Za-z0-9/_.,:?&=%+~*-]*")

@@ -19,8 +19,8 @@ from scanfleet.scanning.outcomes import address_at, index_of
 from scanfleet.scanning.ports import MAX_TEXT, PortSet
 from scanfleet.security.auth import Caller, Guarded
 
-_MAX_CHUNKS = 65_536  # read for one answer: a /16 of one address each
-_MAX_RANGES = 256  # of these, one query or more each
+_MAX_CHUNKS = 65_536  # chunks read per response: a /16 of one address each
+_MAX_RANGES = 256  # ranges of chunks, with one query or more each
 
 router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 

@@ -33,7 +33,7 @@ from scanfleet.runtime.loop import Loop
 _STEP_SECONDS: Final = 1.0
 _AT_ONCE: Final = 100  # maximum number of deletions per step
 _ASK_AGAIN: Final = timedelta(seconds=60)  # interval of repeated requests: deleting a large job may take this long
-_EXPIRE_SECONDS: Final = 600.0  # between two walks over the ended jobs
+_EXPIRE_SECONDS: Final = 600.0  # interval of walks over the ended jobs
 _LOOK: Final = 500  # number of ended jobs read per step of a walk; most of them may not be due
 _ROUNDS: Final = 20  # each lost race is a job whose outbox was emptied
 

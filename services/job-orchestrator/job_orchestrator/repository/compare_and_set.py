@@ -16,7 +16,7 @@ from scanfleet.runtime.mongo import Collection, Document, dependency_errors
 
 _Revised = TypeVar("_Revised", ScanJob, Chunk)
 
-NO_RECEIPT: Final = {"deletion": {"$exists": False}}  # of a deleted job
+NO_RECEIPT: Final = {"deletion": {"$exists": False}}  # filter of jobs that are not deleted
 RECEIPT: Final = {"deletion.stage": {"$exists": True}}  # the partial indexes of receipts have the same filter
 
 

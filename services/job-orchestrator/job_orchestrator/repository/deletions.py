@@ -26,7 +26,7 @@ INDEXES: Final = {
     ],
 }
 
-_UNREADABLE_PAUSE: Final = timedelta(hours=1)  # between two attempts to read a receipt, which an operator has to repair
+_UNREADABLE_PAUSE: Final = timedelta(hours=1)  # interval of attempts to read a receipt, which an operator has to repair
 
 
 class MongoDeletions:

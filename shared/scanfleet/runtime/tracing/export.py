@@ -12,8 +12,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
 BATCH_MS: Final = 1_000.0  # a span is visible about a second after its end
-EXPORT_S: Final = 10.0  # per batch, including retries
-STOP_S: Final = 2.0  # for the remaining spans at shutdown: below a supervisor's stop timeout
+EXPORT_S: Final = 10.0  # timeout per batch, including retries
+STOP_S: Final = 2.0  # timeout for the remaining spans at shutdown: below a supervisor's stop timeout
 
 
 class SdkExporting:

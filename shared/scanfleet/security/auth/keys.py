@@ -29,7 +29,7 @@ from scanfleet.security.auth.principal import RefusedError
 JWKS_TIMEOUT_S: Final = 1.5  # per fetch: callers wait for it, and so does a readiness check, which has 2 s
 MAX_JWKS_BYTES: Final = 1 << 20  # far above the size of any issuer's key set
 MIN_RSA_BITS: Final = 2_048  # RFC 7518, 3.3
-EMPTY_COOLDOWN_S: Final = 1.0  # between fetches while no key is available and every caller gets a 503
+EMPTY_COOLDOWN_S: Final = 1.0  # interval of fetches while no key is available and every caller gets a 503
 
 _MAX_KID_CHARS: Final = 32  # of an escaped id in a key's name
 
@@ -43,7 +43,7 @@ _UNUSABLE: Final = (
     ArithmeticError,
     UnsupportedAlgorithm,
 )
-_BUSY: Final = frozenset({408, 429})  # the transient ones among the client errors
+_BUSY: Final = frozenset({408, 429})  # client errors that are transient
 
 _log = structlog.stdlib.get_logger(__name__)
 
