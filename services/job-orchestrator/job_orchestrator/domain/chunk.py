@@ -29,6 +29,7 @@ from scanfleet.scanning.ports import PortSet, parse_ranges, port_count
 
 MAX_FAILURES = 3  # one failure may be due to the network, two to coincidence; a third is attributed to the target
 MAX_DELAY = timedelta(minutes=1)  # of the next attempt; a longer one results from a clock that was ahead
+_PATIENT = 3  # dispatches without progress from which on the next one is delayed
 MAX_FRUITLESS = 20  # dispatches without progress after which the chunk itself is assumed to be the cause
 
 
@@ -304,7 +305,8 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
 
     After an attempt that was too slow the next one gets half as many addresses; if nothing was finished, on another worker,
     since its nmap may hang. A chunk that is dispatched repeatedly without progress counts as failed, because it may be the
-    cause; but not for attempts that never began, as without a free slot.
+    cause; but not for attempts that never began, as without a free slot. From the third such dispatch on the next one is delayed,
+    because the cause may be an outage, as of the partition that takes the chunk's results.
     """
     unclaimed = chunk.state is ChunkState.DISPATCHED and not too_slow
     if chunk.fruitless >= MAX_FRUITLESS and not unclaimed:
@@ -316,6 +318,9 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
         limit = limit * 2 if limit * 2 < len(chunk.outcomes) else 0
     state = ChunkState.QUEUED if chunk.blank else ChunkState.SCANNED
     fruitless = max(0, chunk.fruitless - unclaimed)
+    pause = (
+        timedelta(seconds=2 ** min(fruitless, 10)) if fruitless >= _PATIENT and not (unclaimed or too_slow) else None
+    )
     return _move(
         chunk,
         ChunkTrigger.RELEASE,
@@ -325,6 +330,7 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
         reason=chunk.reason or reason,
         failed_by=_failed_by(chunk) if too_slow and fruitless else chunk.failed_by,
         fruitless=fruitless,
+        not_before=chunk.not_before if pause is None else now + min(pause, MAX_DELAY),
     )
 
 

@@ -342,6 +342,19 @@ def test_attempts_without_progress_count_as_failures() -> None:
     assert "no progress" in left.reason
 
 
+def test_release_without_progress_is_delayed_from_the_third_on() -> None:
+    """While hosts cannot be stored, a chunk is not scanned again without a pause, and its addresses last for forty minutes."""
+    left, now, pauses = in_state(ChunkState.QUEUED), NOW, []
+    while left.failures == 0:
+        held = replace(dispatch(left, "w-1", now, size=4, share=1.0, estimate=1.0), state=ChunkState.RUNNING)
+        left = release(held, now)
+        pauses.append((left.not_before - now).total_seconds() if left.not_before else 0.0)
+        now = left.not_before or now
+    assert pauses[:6] == [0, 0, 8, 16, 32, 60]
+    assert set(pauses[6:-1]) == {60}
+    assert MAX_FAILURES * sum(pauses) > 2_500
+
+
 @pytest.mark.parametrize("fruitless", [0, 7, MAX_FRUITLESS])
 def test_release_of_an_unclaimed_chunk_costs_nothing(fruitless: int) -> None:
     """A chunk that is released before it was begun counts neither a failure nor a dispatch without progress, however often."""
