@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, aclosing
+from contextlib import AbstractContextManager, aclosing, suppress
 from typing import Any, Final
 
 import structlog
@@ -169,7 +169,8 @@ class ChunkScan:
             async with aclosing(share.scan(wanted)) as found:
                 async for hosts in found:
                     await self._publish_hosts(hosts)
-        if blank := sum(self._map[index] == Outcome.BLANK for index in asked):
+        # A scan that was stopped may end here before its cancellation takes effect.
+        if not self._stopped and (blank := sum(self._map[index] == Outcome.BLANK for index in asked)):
             raise ScanError(self._mismatch or f"{blank} addresses are missing from nmap's output")
 
     async def _publish_hosts(self, hosts: Found) -> None:
@@ -225,7 +226,10 @@ class ChunkScan:
 
     async def _report_end(self, end: Message) -> None:
         if isinstance(end, ChunkScanned):
-            await self._publish(SCAN_RESULTS, [end])
+            # Without it the orchestrator requests the verdict from result-store; but without a report in time the lease expires.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.chunk.lease_seconds * FENCE):
+                    await self._publish(SCAN_RESULTS, [end])
         await self._publish(SCAN_PROGRESS, [end])
         CHUNKS.labels(type(end).__name__.removeprefix("Chunk").lower()).inc()
         _log.info("chunk_ended", how=type(end).__name__, reason=getattr(end, "reason", ""))
