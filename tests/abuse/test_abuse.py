@@ -594,7 +594,7 @@ def test_cancel_is_exempt_from_limits(strict_gateway: str, stack: Stack, caller:
     with httpx.Client(base_url=strict_gateway, headers=headers, timeout=30) as http, ExitStack() as opened:
         streams = [opened.enter_context(http.stream("GET", f"/api/v1/task/{job}/events")) for job in jobs]
         assert [stream.status_code for stream in streams] == [200, 200, 429]
-        assert json.loads(streams[-1].read())["error"].startswith("2 of your event streams are under way")
+        assert json.loads(streams[-1].read())["error"].startswith("2 of your event streams are in progress")
         answers = [http.post("/api/v1/subnet", json=subnet()) for _ in range(30)]
         assert answers[-1].json()["error"].startswith("more than 20 writes a minute")
         assert http.post(f"/api/v1/task/{jobs[0]}/cancel").json() == {"message": "Job cancelled successfully"}

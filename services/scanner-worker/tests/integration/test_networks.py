@@ -148,7 +148,8 @@ async def test_outcome_rejecting_firewall_is_silent(
     router = networks[1]
     router.run("sysctl", "-qw", "net.ipv4.icmp_ratelimit=0")
     router.run("ip", "route", "add", NETWORK, "dev", "lo")
-    router.run("iptables", "-A", "FORWARD", "-d", NETWORK, "-j", "REJECT")
+    router.run("nft", "add table ip filter; add chain ip filter forward { type filter hook forward priority 0; }")
+    router.run("nft", f"add rule ip filter forward ip daddr {NETWORK} reject")
     assert codes(await scan(chunk_of(make_chunk, policy))) == "ssss"
 
 
