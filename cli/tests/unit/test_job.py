@@ -500,7 +500,7 @@ def test_ledger_with_not_probed_lists_addresses(jobs: FakeApi, run: Any) -> None
 
 
 def test_ledger_of_a_service_without_positions_notes_what_is_missing(jobs: FakeApi, run: Any) -> None:
-    """An older service answers each request with its first page, which must not be taken for the whole list."""
+    """An answer without a next position, as of an orchestrator of release 0.2, must not be taken for the whole list."""
     partly(jobs.jobs[41])
     old = jobs.jobs[41].ledger().model_dump(mode="json", exclude={"not_probed": {"next"}})
     old["not_probed"] |= {"addresses": old["not_probed"]["addresses"][:1], "page_size": 1}

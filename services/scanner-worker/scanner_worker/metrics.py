@@ -12,6 +12,7 @@ SLOTS: Final = Gauge(
 EXCLUDED: Final = Gauge(
     "scanfleet_worker_excluded", "1 if the worker gets no chunks because it cannot run nmap, else 0."
 )
+EXCLUSIONS: Final = Counter("scanfleet_worker_exclusions", "Times that the worker was excluded because nmap failed.")
 NMAP_STARTS: Final = Counter(
     "scanfleet_worker_nmap_starts", "nmap processes started; one process can scan several small chunks."
 )

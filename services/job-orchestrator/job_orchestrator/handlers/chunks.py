@@ -99,7 +99,7 @@ class ChunkChanger:
             decide: returns the new version of a chunk.
             now: platform time.
             charge: whether users are charged for attempts that end; not for those of lost workers.
-            enough: whether a cached chunk suffices if `decide` does not change it..
+            enough: whether a cached chunk suffices if `decide` does not change it.
             prepare: called with the changes before they are saved.
 
         Raises:

@@ -177,13 +177,20 @@ class Sweeper:
         await self._reporter.publish_waiting(
             (jobs[id_], why) for id_, why in reasons.items() if why != jobs[id_].waiting
         )
-        for id_, why in reasons.items():
-            if why == jobs[id_].waiting == "no_raw_worker" and self._waited(jobs[id_], now) > self._raw_patience:
-                await self._reconciler.give_up(
-                    id_,
-                    f"no worker that may send raw packets was available for {self._raw_patience.total_seconds():.0f} s: "
-                    "start one, or use a policy without SYN scans, UDP ports and OS detection",
-                )
+        late = [
+            id_
+            for id_, why in reasons.items()
+            if why == jobs[id_].waiting == "no_raw_worker" and self._waited(jobs[id_], now) > self._raw_patience
+        ]
+        # A worker may have come since the sweep began, which takes long if there are many jobs.
+        if not late or any(worker.raw for worker in await self._dispatch.live_workers(LIVE)):
+            return
+        for id_ in late:
+            await self._reconciler.give_up(
+                id_,
+                f"no worker that may send raw packets was available for {self._raw_patience.total_seconds():.0f} s: "
+                "start one, or use a policy without SYN scans, UDP ports and OS detection",
+            )
 
     def _waited(self, job: ScanJob, now: datetime) -> timedelta:
         """Return for how long the job has been waiting since this process began and since a step of the clock.

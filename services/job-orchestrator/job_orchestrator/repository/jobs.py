@@ -119,7 +119,7 @@ class MongoJobs:
         wanted |= {name: value for name, value in asked.items() if value is not None}
         if since is not None:
             wanted["created_at"] = {"$gte": since}
-            wanted["sort_time"] = {"$gte": since}  # no job ends before it is created; bounds the range of the index
+            wanted["sort_time"] = {"$gte": since}  # never before `created_at`; bounds the range of the index
         newest = self._jobs.find(wanted, documents.VIEW_FIELDS)
         page = newest.sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
         jobs = await documents.read_all(documents.read_view, page, "jobs")

@@ -11,7 +11,7 @@ import structlog
 from scanfleet.contracts.messages import ScanChunk
 from scanfleet.errors import DependencyError
 from scanner_worker.domain.scan import CannotStartError
-from scanner_worker.metrics import EXCLUDED
+from scanner_worker.metrics import EXCLUDED, EXCLUSIONS
 
 FAILURES: Final = 3  # consecutive failed runs on different chunks: one bad chunk does not exclude a worker
 SHORTEST_S: Final = 1.0  # delay before the first trial run; doubled after each further one until a scan succeeds
@@ -75,6 +75,7 @@ class Exclusion:
         )
         self.reason = reason
         EXCLUDED.set(1)
+        EXCLUSIONS.inc()
         self._begun.set()
         self._changed()
 
@@ -84,8 +85,8 @@ class Exclusion:
         self._pause = SHORTEST_S
 
     def failed(self, chunk: ScanChunk, reason: str) -> None:
-        """Record a run of nmap that failed on this chunk; one that failed before may itself be the cause."""
-        if chunk.failures or chunk.limit:
+        """Record a run of nmap that failed on this chunk; one that was dispatched before may itself be the cause."""
+        if chunk.attempt > 1:
             return
         self._failed.add(chunk.chunk_id)
         if len(self._failed) == FAILURES:
