@@ -99,15 +99,15 @@ def nmap_rate(policy: ScanPolicy) -> int | None:
 def min_rate(policy: ScanPolicy, ports: PortSet, slices: int = WINDOW) -> int | None:
     """Return the minimum probes per second of each nmap of a job with `slices`, kept even if nothing answers.
 
-    It is the nmap's share of the policy's `min_rate`, but high enough that a silent chunk ends in time: a minimum may
-    be exceeded.
+    It is the nmap's share of the policy's `min_rate`, but no less than without one, unless that is all of it: fewer nmap processes
+    than expected may run, and a minimum may be exceeded.
     """
     floor = None if ports.udp_count else FLOORS[policy.timing]
     if policy.min_rate:
         share = policy.min_rate // min(
             width(policy), slices
         )  # port blocks of one slice are scanned one after the other
-        floor = max(share, min(policy.min_rate, _RATE_OF_NMAP))
+        floor = max(share, min(policy.min_rate, max(_RATE_OF_NMAP, floor or 0)))
     limit = nmap_rate(policy)
     return min(floor, limit) if floor and limit else floor
 

@@ -187,8 +187,8 @@ def test_udp_has_no_rate_floor_of_its_timing(timing: int) -> None:
 
 
 def test_min_rate_is_shared_by_the_nmaps_of_a_job() -> None:
-    """Concurrent nmap processes share the job's min_rate; a share is 500 at least, or all of it; no width is limited."""
-    expected = {100: (100, 100), 1_999: (1_999, 500), 200_000: (200_000, 781)}
+    """Concurrent nmap processes share the job's min_rate; a share is at least the floor of its timing, or all of it."""
+    expected = {100: (100, 100), 1_999: (1_999, 1_999), 200_000: (200_000, 2_000), 1_024_000: (1_024_000, 4_000)}
     for rate, (of_one, of_many) in expected.items():
         policy = scan_policy(min_rate=rate)
         assert plan.width(policy) == plan.WINDOW
