@@ -122,8 +122,10 @@ class MongoJobs:
             wanted["sort_time"] = {"$gte": since}  # never before `created_at`; bounds the range of the index
         newest = self._jobs.find(wanted, documents.VIEW_FIELDS)
         page = newest.sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
-        jobs = await documents.read_all(documents.read_view, page, "jobs")
-        return jobs, await self._jobs.count_documents(wanted)
+        jobs, total = await asyncio.gather(
+            documents.read_all(documents.read_view, page, "jobs"), self._jobs.count_documents(wanted)
+        )
+        return jobs, total
 
     @dependency_errors()
     async def latest(
