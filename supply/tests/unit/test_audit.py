@@ -211,5 +211,5 @@ def test_audit_of_an_incomplete_answer_is_no_audit(monkeypatch: pytest.MonkeyPat
     """An answer of OSV's that continues on another page is never 'nothing found'."""
     with osv({"preact": {"next_page_token": "2"}}) as url:
         monkeypatch.setenv("PIP_AUDIT_OSV_URL", url)
-        with pytest.raises(NotAuditedError, match="more advisories of preact"):
+        with pytest.raises(NotAuditedError, match="first page of the advisories for preact"):
             audit("npm", None)
