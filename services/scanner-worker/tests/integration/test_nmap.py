@@ -801,6 +801,7 @@ async def test_worker_without_guard_is_not_alive(make_nmap: MakeNmap) -> None:
     """A worker whose guard has died is not alive."""
     nmap = await make_nmap()
     assert nmap.alive
+    await until(lambda: guards(nmap))  # until it runs its program
     for pid in guards(nmap):
         os.kill(pid, signal.SIGKILL)
     await until(lambda: not nmap.alive)
