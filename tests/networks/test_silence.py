@@ -109,6 +109,7 @@ def test_scan_finds_all_open_ports_where_answers_are_limited(user: Client, netwo
     assert len(found(user, job_id) & servers) >= RECALL * len(servers)
 
 
+@pytest.mark.long  # beside the other tests nmap's timing decides, and one port of thirty may be missed
 @pytest.mark.proves("F31")
 def test_scan_finds_all_open_ports_of_host_that_limits_connections(user: Client, network: Network) -> None:
     """A host that drops more than 100 SYNs a second hides no open port."""
