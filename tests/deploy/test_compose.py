@@ -56,7 +56,7 @@ def test_containers_have_read_only_root_filesystems(service: str) -> None:
 
 @pytest.mark.parametrize("service", sorted(SERVICES.keys() - ONCE))
 def test_logs_of_containers_that_stay_have_a_limit(service: str) -> None:
-    """Its log is rotated at a size, and few files are kept: without options Docker keeps every line for ever."""
+    """Its log is rotated at a maximum size and number of files: without these options Docker never deletes a line."""
     logging = SERVICES[service]["logging"]
     assert (logging["driver"], logging["options"]) == ("json-file", {"max-size": "20m", "max-file": "3"})
 

@@ -38,7 +38,7 @@ from scanfleet.scanning.targets import Network
 # Hosts fetched at once for one reader of results. They are held undecoded, usually a kilobyte each and at most 16 MB together.
 PAGE: Final = 100
 
-_FEW: Final = 256  # addresses whose hosts each page sorts anew; the hosts of more addresses are found faster in order
+_FEW: Final = 256  # maximum number of addresses queried by key: each page sorts their hosts, which is slow for more
 _RECORDS: Final = 20  # hosts between two pauses, as in the handler
 _SLICE: Final = 1_000  # documents deleted at once
 _KEEP_MARKS: Final = timedelta(days=30)  # longer than a dead letter can be replayed: 14 days

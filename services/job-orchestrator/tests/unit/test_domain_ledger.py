@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 
@@ -127,6 +129,18 @@ def test_pages_of_addresses_are_slices_of_one_list(given_: tuple[ScanJob, list[C
     assert page.total == whole.total == len(whole.page)
 
 
+@contextmanager
+def small_steps(slices: int, gap: int, reads: int | None = None) -> Iterator[None]:
+    """Reduce the limits of the ledger's pages, so that a small job reaches them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "_SLICES", slices)
+        patch.setattr(ledger, "_GAP", gap)
+        patch.setattr(ledger, "_STEP", 1)
+        if reads is not None:
+            patch.setattr(ledger, "_READS", reads)
+        yield
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     given_=jobs(),
@@ -140,10 +154,7 @@ def test_pages_from_totals_are_those_of_all_chunks(
     *, given_: tuple[ScanJob, list[Chunk]], done: int, skip: int, size: int, slices: int, gap: int
 ) -> None:
     """A page that leaves out chunks by their totals is that of all chunks, and has the same total."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "_SLICES", slices)
-        patch.setattr(ledger, "_GAP", gap)
-        patch.setattr(ledger, "_STEP", 1)
+    with small_steps(slices, gap):
         job, chunks = counted(*given_, done)
         page = UnprobedPage(job, size, skip=skip)
         for first, end in page.ranges():
@@ -169,11 +180,7 @@ def test_pages_after_positions_are_the_whole_list(
     *, given_: tuple[ScanJob, list[Chunk]], done: int, unmade: int, size: int, slices: int, gap: int, reads: int
 ) -> None:
     """Each page names the position of the next one, has the same total, and takes a bounded number of chunks of the totals."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "_SLICES", slices)
-        patch.setattr(ledger, "_GAP", gap)
-        patch.setattr(ledger, "_STEP", 1)
-        patch.setattr(ledger, "_READS", reads)
+    with small_steps(slices, gap, reads):
         job, chunks = counted(*given_, done)
         made = max(job.totals.done, len(chunks) - unmade)
         job, chunks = replace(job, made=made), chunks[:made]
