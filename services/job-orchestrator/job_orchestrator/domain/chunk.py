@@ -318,9 +318,7 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
         limit = limit * 2 if limit * 2 < len(chunk.outcomes) else 0
     state = ChunkState.QUEUED if chunk.blank else ChunkState.SCANNED
     fruitless = max(0, chunk.fruitless - unclaimed)
-    pause = (
-        timedelta(seconds=2 ** min(fruitless, 10)) if fruitless >= _PATIENT and not (unclaimed or too_slow) else None
-    )
+    delayed = fruitless >= _PATIENT and not (unclaimed or too_slow)
     return _move(
         chunk,
         ChunkTrigger.RELEASE,
@@ -330,7 +328,7 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
         reason=chunk.reason or reason,
         failed_by=_failed_by(chunk) if too_slow and fruitless else chunk.failed_by,
         fruitless=fruitless,
-        not_before=chunk.not_before if pause is None else now + min(pause, MAX_DELAY),
+        not_before=now + min(timedelta(seconds=2**fruitless), MAX_DELAY) if delayed else chunk.not_before,
     )
 
 
