@@ -102,6 +102,8 @@ class Nmap:
         """Start the guard; no nmap may be started before."""
         self._kills, kills = os.pipe()
         os.set_blocking(self._kills, False)
+        # The guard inherits the mask. A signal handler of its own would not protect it while its interpreter starts.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, guard.BLOCKED)
         try:
             self._guard = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", guard.__file__, self._mark),
@@ -112,6 +114,7 @@ class Nmap:
                 cwd="/",
             )
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(kills)
         self._beating = asyncio.create_task(self._beat(), name="beat")
 

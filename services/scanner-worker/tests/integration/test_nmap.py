@@ -757,6 +757,17 @@ async def test_guard_ignores_signals_of_the_process_group() -> None:
     await until(lambda: not marked(theirs), 3)
 
 
+async def test_guard_signalled_during_its_start_keeps_running() -> None:
+    """Signals that stop a worker do not end its guard, even before the guard's program runs."""
+    nmap = Nmap(NMAP, LIMITS)
+    await nmap.start()
+    assert nmap._guard is not None
+    for number in guard.BLOCKED:
+        nmap._guard.send_signal(number)
+    await nmap.stop()
+    assert nmap._guard.returncode == 0
+
+
 @pytest.mark.proves("F2", "F20")
 async def test_guard_killed_worker_leaves_no_forked_process(stand_in: Callable[[str], Path]) -> None:
     """Processes that nmap forked, even into new sessions, are killed with the worker."""
