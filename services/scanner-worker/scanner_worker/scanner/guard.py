@@ -4,8 +4,7 @@ The worker runs it as a script. The worker's event loop writes a limit in second
 second. If the next write does not arrive within that limit, because the worker is stopped, its event loop is blocked or
 the machine swaps, the guard kills every process with the worker's mark in its environment or command line. When the worker
 ends for any reason, the kernel closes the input; the guard then kills the same processes and exits. Before the first limit
-it kills nothing. The worker starts it with the signals of `BLOCKED` blocked: they are for the worker, which may still need
-the guard.
+it kills nothing.
 
 Simpler mechanisms do not suffice. The kernel clears a parent-death signal when nmap gains capabilities from its file, which
 is how an unprivileged worker gets raw sockets, and the signal does not reach processes that nmap forks. A list of process
@@ -30,7 +29,7 @@ from pathlib import Path
 
 NUMBER = struct.Struct("d")  # read and written atomically: far smaller than a pipe's atomic write size
 
-BLOCKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they are for the worker, which may still need the guard
 QUIET_S = 1.0  # seconds without a marked process after which none is left: longer than from fork to exec of nmap
 LOOK_S = 0.05
 
@@ -71,6 +70,9 @@ def _kill_all(mark: str, unless: Callable[[], bool] = lambda: False) -> None:
 
 
 def _main(mark: str) -> None:
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    os.write(1, NUMBER.pack(0))  # the worker starts no nmap before
     limit: float | None = None
     while True:
         if _input_within(limit):

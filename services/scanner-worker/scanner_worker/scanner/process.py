@@ -102,8 +102,6 @@ class Nmap:
         """Start the guard; no nmap may be started before."""
         self._kills, kills = os.pipe()
         os.set_blocking(self._kills, False)
-        # The guard inherits the mask. A signal handler of its own would not protect it while its interpreter starts.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, guard.BLOCKED)
         try:
             self._guard = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", guard.__file__, self._mark),
@@ -114,9 +112,18 @@ class Nmap:
                 cwd="/",
             )
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(kills)
+        await self._guard_writes()
         self._beating = asyncio.create_task(self._beat(), name="beat")
+
+    async def _guard_writes(self) -> None:
+        """Wait until the guard ignores signals, or has ended."""
+        loop, written = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._kills, written.set)
+        try:
+            await written.wait()
+        finally:
+            loop.remove_reader(self._kills)
 
     async def stop(self) -> None:
         """Let the guard kill remaining processes and exit."""
