@@ -272,7 +272,7 @@ class Commands(PartitionListener):
         }
         # The first of several commands for one job cancels it.
         ended = await self._end({job_id: id_ for id_, job_id in reversed(allowed.items())})
-        # Before the reply: a caller who has it can rely on the end of packets even if every orchestrator stops then.
+        # Before the reply, so that packets usually end even if every orchestrator stops then; the reconciler repeats what failed.
         await self._reconciler.stop_scans(ended.values())
         answers: dict[str, Reply] = {}
         rejected: list[Command] = []

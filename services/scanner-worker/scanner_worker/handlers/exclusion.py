@@ -73,9 +73,10 @@ class Exclusion:
             next_step="free the disk of the temporary folder, raise the process or memory limit, or install nmap; without a restart, "
             "the worker gets chunks again when a trial run of nmap succeeds",
         )
+        if not self.reason:
+            EXCLUSIONS.inc()
         self.reason = reason
         EXCLUDED.set(1)
-        EXCLUSIONS.inc()
         self._begun.set()
         self._changed()
 

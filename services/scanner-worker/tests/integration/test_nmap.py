@@ -470,7 +470,7 @@ async def test_scan_standing_nmap_is_a_stall_with_the_default_timeouts(
     make_chunk: MakeChunk, make_nmap: MakeNmap, stand_in: Callable[[str], Path]
 ) -> None:
     """An nmap that hangs on several addresses fails before the timeout of the attempt, so the chunk goes to another worker."""
-    scale = 40  # of the default timeouts, to save time
+    scale = 10  # of the default timeouts, to save time
     stall, attempt = (Settings.model_fields[name].default / scale for name in ("stall_seconds", "attempt_seconds"))
     nmap = await make_nmap(stand_in("write(HEAD); time.sleep(600)"), replace(LIMITS, stall_seconds=stall))
     async with rigged(nmap, attempt_seconds=attempt) as rig:

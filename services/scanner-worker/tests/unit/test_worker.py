@@ -41,6 +41,7 @@ from scanner_worker.domain.scan import CannotStartError, Host, ScanError
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.exclusion import FAILURES, SHORTEST_S
 from scanner_worker.handlers.worker import LEAST_S, Worker
+from scanner_worker.metrics import EXCLUSIONS
 
 MakeChunk = Callable[..., ScanChunk]
 
@@ -653,6 +654,19 @@ async def test_worker_cannot_start_nmap_is_excluded_until_check_succeeds(make_ch
         await rig.worker.exclusion.probe()
         await rig.send(make_chunk(chunk_id="1-3"))
         await until(lambda: "ChunkScanned" in rig.progress())
+
+
+async def test_worker_excluded_by_several_runs_counts_one_exclusion(make_chunk: MakeChunk) -> None:
+    """Runs in several slots that cannot start at the same time are one exclusion."""
+    fault = CannotStartError("Resource temporarily unavailable")
+    async with rigged("until the gate opens", fault, slots=2) as rig:
+        before = EXCLUSIONS._value.get()
+        await rig.send(make_chunk(), make_chunk(chunk_id="1-1", first_address="127.9.2.0"))
+        await until(lambda: rig.scanner.running == 2)
+        rig.scanner.broken = str(fault)
+        rig.scanner.gate.set()
+        await until(lambda: len(rig.messages(SCAN_PROGRESS, ChunkReleased)) == 2)
+        assert EXCLUSIONS._value.get() - before == 1
 
 
 @pytest.mark.proves("F25", "G17")
