@@ -40,7 +40,7 @@ PARTS = {
     "lasting faults": (
         "tests/faults/test_soak.py",
         "tests/faults/test_startup.py",
-        "tests/faults/test_surroundings.py",
+        "tests/faults/test_environment.py",
         "tests/faults/test_upgrade.py",
     ),
     "servers": (

@@ -12,7 +12,7 @@ from ipaddress import ip_address
 import nmap
 
 from bench.figures import Figure
-from scanner_worker.scanner import view
+from scanner_worker.scanner import python_nmap
 from scanner_worker.scanner.xml import Reader
 
 PIECE = 1 << 16  # capacity of a pipe
@@ -88,7 +88,7 @@ def read(parts: Iterator[bytes], *, views: bool) -> int:
     for piece in parts:
         for host in reader.feed(piece):
             if views:
-                ports += len(view.read(host)[1])
+                ports += len(python_nmap.read(host)[1])
     reader.close()
     return ports
 

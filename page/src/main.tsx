@@ -9,7 +9,7 @@ import { NewScan } from "./pages/new";
 import { Policies, PolicyForm } from "./pages/policies";
 import { SignIn, SignInAgain } from "./pages/sign-in";
 import { SubnetForm, SubnetImport, Subnets } from "./pages/subnets";
-import { Dialog, loading, moveRow, Problem, streaming, Title, useAction, useLoad } from "./parts";
+import { Dialog, loading, moveRow, Problem, streaming, Title, useAction, useLoad } from "./components";
 import { go, url } from "./router";
 import { info, loadInfo } from "./store";
 

@@ -3,7 +3,7 @@ import { useComputed, useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import { ApiError, isFinal, received, recovered, send, type Status } from "./api";
 import { bitsOf, toNumber } from "./addresses";
-import { Problem, Spoken, streaming, useAction } from "./parts";
+import { Problem, Spoken, streaming, useAction } from "./components";
 import { go, query, withQuery } from "./router";
 import { count, csvLine, save, visible } from "./text";
 

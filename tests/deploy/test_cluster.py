@@ -26,7 +26,7 @@ from local.paths import ROOT
 from local.wait import until
 from scanfleet.services import SERVICES, WITH_API, WITH_DATABASE
 from tests.client import Client
-from tests.deploy.inside import REACHED
+from tests.deploy.container_programs import REACHED
 
 pytestmark = pytest.mark.k8s
 

@@ -18,7 +18,7 @@ from local.paths import ROOT
 from local.wait import until
 from scanfleet.services import IMAGES, SERVICES, WITH_API
 from tests.client import Client
-from tests.deploy.inside import REACHED
+from tests.deploy.container_programs import REACHED
 
 pytestmark = pytest.mark.compose
 

@@ -42,7 +42,7 @@ from scanfleet.services import SERVICES, WITH_DATABASE
 from scanfleet_testing.kafka import behind, read
 from scanfleet_testing.tokens import Issuer
 from tests.client import Client
-from tests.faults.lines import Line, Lines
+from tests.faults.proxies import FaultProxies, FaultProxy
 from tests.faults.releases import write_next_release
 
 LEASE: Final = 5  # seconds: longer than a busy machine delays a heartbeat, and short to wait for
@@ -164,10 +164,10 @@ class Platform:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._supervisor = Supervisor(folder / "servers")
-        self._lines = Lines()
+        self._proxies = FaultProxies()
         self._numbers = {name: ports.choose() for name in ("kafka", "controller", "mongod", *SERVICES)}
-        self._to_kafka = {name: self._lines.open("127.0.0.1", self._numbers[name]) for name in SERVICES}
-        self._to_mongod = {name: self._lines.open("127.0.0.1", self._numbers["mongod"]) for name in WITH_DATABASE}
+        self._to_kafka = {name: self._proxies.open("127.0.0.1", self._numbers[name]) for name in SERVICES}
+        self._to_mongod = {name: self._proxies.open("127.0.0.1", self._numbers["mongod"]) for name in WITH_DATABASE}
         self._users = iter(range(100, 1_000_000))
         self.kafka = f"127.0.0.1:{self._numbers['kafka']}"
         # Each worker of a run has its own network; process ids of two workers may be equal modulo 64.
@@ -229,7 +229,7 @@ class Platform:
         self._close()
 
     def _close(self) -> None:
-        self._lines.close()
+        self._proxies.close()
         self.keys.close()
 
     # Users
@@ -262,11 +262,11 @@ class Platform:
 
     # Faults
 
-    def line(self, service: str, to: str) -> Line:
+    def proxy(self, service: str, to: str) -> FaultProxy:
         """Return the proxy between every process of `service` and `kafka` or `mongod`."""
         return (self._to_kafka if to == "kafka" else self._to_mongod)[service]
 
-    def lines(self, to: str) -> list[Line]:
+    def proxies(self, to: str) -> list[FaultProxy]:
         """Return the proxies of all services."""
         return list((self._to_kafka if to == "kafka" else self._to_mongod).values())
 
@@ -519,11 +519,11 @@ class Platform:
         }
         for service in SERVICES:
             found.setdefault(f"{service}-2", {})["PYTHONPATH"] = str(self._releases / "next")
-        for name, line in self._to_kafka.items():
-            found[name] = {"SCANFLEET_KAFKA": f"127.0.0.1:{line.port}", "SCANFLEET_JWT_PUBLIC_KEY_FILE": None}
+        for name, proxy in self._to_kafka.items():
+            found[name] = {"SCANFLEET_KAFKA": f"127.0.0.1:{proxy.port}", "SCANFLEET_JWT_PUBLIC_KEY_FILE": None}
             found[name]["SCANFLEET_JWT_ISSUER"] = self.keys.issuer.settings.jwt_issuer
-        for name, line in self._to_mongod.items():
-            found[name]["SCANFLEET_MONGODB"] = mongod.uri(f"127.0.0.1:{line.port}")
+        for name, proxy in self._to_mongod.items():
+            found[name]["SCANFLEET_MONGODB"] = mongod.uri(f"127.0.0.1:{proxy.port}")
         return found
 
     def _kafka_command(self) -> list[str]:

@@ -187,21 +187,21 @@ def test_broker_unavailable_for_long_delays_jobs_only(platform: Platform, user: 
             assert user.task(job_id)["job"]["id"] == job_id
 
     body = {"subnet_ids": [user.subnet(platform.network(30))], "policy_id": user.policy(**TINY)}
-    lines = platform.lines("kafka")
+    proxies = platform.proxies("kafka")
     try:
-        for line in lines:
-            line.refuse()
+        for proxy in proxies:
+            proxy.refuse()
         away(20)
-        for line in lines:
-            line.heal()
-            line.swallow()
+        for proxy in proxies:
+            proxy.heal()
+            proxy.swallow()
         away(45)
         after = platform.memory()
         for name in before.keys() & after.keys():
             assert after[name][0] < before[name][0] + 64 * 1024, name
     finally:
-        for line in lines:
-            line.heal()
+        for proxy in proxies:
+            proxy.heal()
     platform.stack.wait_until_ready()
     assert user.finished(job_id)["status"]["status"] == "completed"
     assert user.finished(user.scan(platform.network(30), **TINY))["status"]["status"] == "completed"
@@ -215,12 +215,12 @@ def test_orchestrator_without_broker_expires_no_lease(platform: Platform, user: 
     with platform.servers() as servers:
         job_id = user.scan(platform.network(23), **STEADY)
         until(lambda: bool(platform.nmaps()), LIMIT, "the scan to run")
-        line = platform.line("job-orchestrator", "kafka")
-        line.swallow()
+        proxy = platform.proxy("job-orchestrator", "kafka")
+        proxy.swallow()
         try:
             platform.wait(1.5 * LEASE)
         finally:
-            line.heal()
+            proxy.heal()
         platform.stack.wait_until_ready()
         assert user.finished(job_id)["status"]["status"] == "completed"
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers

@@ -98,8 +98,8 @@ def test_writes_with_cut_connections_are_applied_once(platform: Platform, user: 
             until(lambda: len(jobs) > before + 2, LIMIT, "jobs to be accepted all the same")
         for _ in range(5):
             before = len(jobs)
-            for line in platform.lines("mongod"):
-                line.cut()  # commands and responses in flight are lost
+            for proxy in platform.proxies("mongod"):
+                proxy.cut()  # commands and responses in flight are lost
             until(lambda before=before: len(jobs) > before, LIMIT, "jobs to be accepted again")  # type: ignore[misc] # mypy infers no type for a lambda with a default
     for job_id in jobs:
         assert user.finished(job_id)["status"]["status"] == "completed"
@@ -127,8 +127,8 @@ def test_slow_database_expires_no_lease(platform: Platform, user: Caller, invari
     expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
     memory = platform.memory()
     try:
-        for line in platform.lines("mongod"):
-            line.delay(0.25)
+        for proxy in platform.proxies("mongod"):
+            proxy.delay(0.25)
         with platform.servers() as servers:
             job_id = user.scan(platform.network(24), **STEADY)
             task = f"/api/v1/task/{job_id}"
@@ -139,8 +139,8 @@ def test_slow_database_expires_no_lease(platform: Platform, user: Caller, invari
             assert user.finished(job_id)["status"]["status"] == "completed"
             assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
     finally:
-        for line in platform.lines("mongod"):
-            line.heal()
+        for proxy in platform.proxies("mongod"):
+            proxy.heal()
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
     after = platform.memory()
     for name in memory.keys() & after.keys():

@@ -67,11 +67,11 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
     """If all orchestrators die with an event in an outbox, it is published at least once with the same id, and the job continues."""
     subnet, policy, key = user.subnet(platform.network(30)), user.policy(**TINY), uuid4().hex
     body = {"subnet_ids": [subnet], "policy_id": policy}
-    line = platform.line("job-orchestrator", "kafka")
+    proxy = platform.proxy("job-orchestrator", "kafka")
     killed = Event()
 
     def ask() -> None:
-        """Repeat the POST while the gateway times out: over the slow line, a fetch may take longer than its five seconds."""
+        """Repeat the POST while the gateway times out: over the slow connection, a fetch may take longer than its five seconds."""
         while user.http.post("/api/v1/task", json=body, headers={"Idempotency-Key": key}).status_code == 503:
             if killed.is_set():
                 return
@@ -84,15 +84,15 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
         events = platform.messages(SCAN_EVENTS, JobCreated)
         return [each.headers["ce_id"] for each in events if each.record.key == str(job["_id"]).encode()]
 
-    line.delay(0.5)  # leaves time between the write and the publish
+    proxy.delay(0.5)  # leaves time between the write and the publish
     try:
         with ThreadPoolExecutor() as threads:
             asked = threads.submit(ask)
             job = caught(unpublished, LIMIT, "a job to be written")
             if published:
-                line.delay(5)  # the event arrives, but the broker's acknowledgement does not
+                proxy.delay(5)  # the event arrives, but the broker's acknowledgement does not
                 until(lambda: bool(created_ids()), LIMIT, "its creation to be published")
-            line.swallow()
+            proxy.swallow()
             killed.set()
             for name in platform.names("job-orchestrator"):
                 platform.kill(name)
@@ -103,8 +103,8 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
             assert bool(before) is published
             asked.result()
     finally:
-        line.cut()  # drops data that the killed processes had sent
-        line.heal()
+        proxy.cut()  # drops data that the killed processes had sent
+        proxy.heal()
     platform.stack.wait_until_ready()
     until(lambda: len(created_ids()) > before, LIMIT, "its creation to be published again")
     assert len(set(created_ids())) == 1
@@ -184,7 +184,7 @@ def test_result_store_killed_before_commit_stores_hosts_once(
 ) -> None:
     """A result-store killed between storing and committing hosts reads them again and stores each once."""
     with platform.servers() as servers:
-        platform.line("result-store", "kafka").delay(0.5)  # delays its commits
+        platform.proxy("result-store", "kafka").delay(0.5)  # delays its commits
         try:
             job_id = user.scan(platform.network(25), **TINY)
             until(lambda: bool(platform.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
@@ -193,7 +193,7 @@ def test_result_store_killed_before_commit_stores_hosts_once(
             assert platform.behind("result-store", SCAN_RESULTS) > 0
             stored = platform.hosts(job_id=job_id)
         finally:
-            platform.line("result-store", "kafka").heal()
+            platform.proxy("result-store", "kafka").heal()
         platform.stack.wait_until_ready()
         assert user.finished(job_id)["status"]["status"] == "completed"
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers

@@ -20,7 +20,7 @@ from result_store_testing.dtd import Dtd
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.rest import ExportedJob
 from scanner_worker.domain.scan import outcome
-from scanner_worker.scanner.view import read
+from scanner_worker.scanner.python_nmap import read
 from scanner_worker.scanner.xml import Reader
 
 RECORDINGS: Final = Path(__file__).parents[2] / "services/scanner-worker/tests/recordings"

@@ -1,6 +1,6 @@
 import { useSignal } from "@preact/signals";
 import { get, me, type AuditEntry } from "../api";
-import { Filter, Pager, Problem, Title, useLoad } from "../parts";
+import { Filter, Pager, Problem, Title, useLoad } from "../components";
 import { go, pageNumber, query, withQuery } from "../router";
 import { exact, visible } from "../text";
 

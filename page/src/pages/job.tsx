@@ -4,7 +4,7 @@ import { change, get, isFinal, me, received, send, type Host, type Ledger, type 
 import { collapse, parseNetwork, toNumber, toText } from "../addresses";
 import { watch } from "../events";
 import { Coverage, together } from "../map";
-import { Confirm, Field, Problem, Spoken, StatusWord, Title, useLoad, useSettled, type Loaded } from "../parts";
+import { Confirm, Field, Problem, Spoken, StatusWord, Title, useLoad, useSettled, type Loaded } from "../components";
 import { go, query, withQuery } from "../router";
 import { countResults, Results } from "../results";
 import { count, duration, exact, plural, visible } from "../text";

@@ -2,7 +2,7 @@ import { signal, useComputed, useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import { get, isFinal, me, STATUSES, type Job, type TaskStatus } from "../api";
 import { live, watch } from "../events";
-import { Pager, Problem, StatusWord, Title, took, useLoad, useSettled, When } from "../parts";
+import { Pager, Problem, StatusWord, Title, took, useLoad, useSettled, When } from "../components";
 import { go, pageNumber, query, url, withQuery } from "../router";
 import { loadPolicies, loadSubnets, policies, subnets } from "../store";
 import { count, duration, visible } from "../text";

@@ -1,5 +1,5 @@
 import { get, type Job } from "../api";
-import { StatusWord, useLoad, When } from "../parts";
+import { StatusWord, useLoad, When } from "../components";
 
 /** The latest job of a subnet or policy that has started. */
 export function LastScan({ filter }: { filter: string }) {

@@ -2,7 +2,7 @@ import { useSignal } from "@preact/signals";
 import { useRef } from "preact/hooks";
 import { ApiError, change, get, type Estimate, type Job, type Policy } from "../api";
 import { parseNetwork } from "../addresses";
-import { Field, Kept, Problem, Title, took, useAction, useLoad } from "../parts";
+import { Field, Kept, Problem, Title, took, useAction, useLoad } from "../components";
 import { go, query, withQuery } from "../router";
 import { create, draft, dropDraft, info, keepDraft, loadPolicies, loadSubnets, policies, subnets } from "../store";
 import { count, duration, plural, visible } from "../text";

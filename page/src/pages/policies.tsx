@@ -1,6 +1,6 @@
 import { useSignal } from "@preact/signals";
 import { change, get, type Policy } from "../api";
-import { Confirm, EditForm, Field, Kept, Pager, Problem, Title, useEdited, useLoad } from "../parts";
+import { Confirm, EditForm, Field, Kept, Pager, Problem, Title, useEdited, useLoad } from "../components";
 import { pageNumber } from "../router";
 import { info, loadPolicies, policies } from "../store";
 import { visible } from "../text";

@@ -2,7 +2,7 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import { ended, me, signIn, whoAmI } from "../api";
-import { Dialog, Field, Problem, Title, useAction } from "../parts";
+import { Dialog, Field, Problem, Title, useAction } from "../components";
 import { query, url, withQuery } from "../router";
 import { info } from "../store";
 

@@ -1,7 +1,7 @@
 import { useSignal } from "@preact/signals";
 import { change, type Subnet, type Verdict } from "../api";
 import { sizeOf } from "../addresses";
-import { Confirm, EditForm, Field, Kept, Pager, Problem, Title, useAction, useEdited, useLoad } from "../parts";
+import { Confirm, EditForm, Field, Kept, Pager, Problem, Title, useAction, useEdited, useLoad } from "../components";
 import { go, pageNumber, query, withQuery } from "../router";
 import { draft, dropDraft, keepDraft, loadSubnets, subnets } from "../store";
 import { count, plural, visible } from "../text";

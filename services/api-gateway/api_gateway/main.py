@@ -24,7 +24,7 @@ from api_gateway.api.state import State
 from api_gateway.auth import REFRESH_S, KeyReports, Revocations, SignIn, UserIds
 from api_gateway.connections import connect
 from api_gateway.handlers.commands import Commands
-from api_gateway.handlers.events import Watches
+from api_gateway.handlers.events import Subscriptions
 from api_gateway.settings import Settings
 from api_gateway.upstream import Orchestrator, ScanLimits, Upstream
 from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_REPLIES
@@ -95,11 +95,11 @@ def create_app(
             replies = bus.tail(SCAN_REPLIES, commands, wants=commands.awaits)
             await startup.until_available("kafka", replies.start)
             stack.push_async_callback(replies.stop)
-            watches = Watches()
-            events = bus.tail(SCAN_EVENTS, watches, wants=watches.wants)
+            subscriptions = Subscriptions()
+            events = bus.tail(SCAN_EVENTS, subscriptions, wants=subscriptions.wants)
             await startup.until_available("kafka", events.start)
             stack.push_async_callback(events.stop)
-            stack.enter_context(service.on_sigterm(watches.end))
+            stack.enter_context(service.on_sigterm(subscriptions.end))
             app.state.probes.depend("job-orchestrator", orchestrator.reached)
             app.state.probes.depend("result-store", result_store.reached)
             app.state.probes.watch(bus)
@@ -112,7 +112,7 @@ def create_app(
                 canceller,
                 result_store,
                 ScanLimits(orchestrator.scan_limits),
-                watches,
+                subscriptions,
                 events,
                 settings,
             )

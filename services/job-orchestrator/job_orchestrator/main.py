@@ -26,9 +26,9 @@ from job_orchestrator.handlers.clocks import UserClocks
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
 from job_orchestrator.handlers.dispatch import Dispatcher
-from job_orchestrator.handlers.faults import Faults
 from job_orchestrator.handlers.fleet import Fleet
 from job_orchestrator.handlers.held import HeldChunks
+from job_orchestrator.handlers.isolation import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.progress import Progress
 from job_orchestrator.handlers.reconciler import Reconciler

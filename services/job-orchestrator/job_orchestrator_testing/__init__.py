@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from job_orchestrator_testing.builders import KEYS, chunk, replanned, scan_job, scan_policy
 from job_orchestrator_testing.repository import MemoryStore
-from job_orchestrator_testing.things import KEYS, chunk, replanned, scan_job, scan_policy
 from job_orchestrator_testing.world import RULES, ResultStore, Worker, World
 
 __all__ = [

@@ -13,7 +13,7 @@ from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.repository import documents
-from job_orchestrator_testing.things import THEN, chunk, scan_job, scan_policy
+from job_orchestrator_testing.builders import THEN, chunk, scan_job, scan_policy
 from scanfleet.contracts.messages import AuditEntry, ChunkClaimed, ChunkFailed, ChunkProgressed, ChunkScanned
 
 _SOON: Final = THEN + timedelta(seconds=2)

@@ -17,7 +17,7 @@ from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
-from job_orchestrator_testing.things import scan_policy
+from job_orchestrator_testing.builders import scan_policy
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     CancelJob,

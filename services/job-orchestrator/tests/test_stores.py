@@ -30,7 +30,7 @@ from job_orchestrator.domain.totals import Effort, Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
 from job_orchestrator_testing import KEYS, chunk, replanned, scan_job, scan_policy
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry, JobStatus, Run

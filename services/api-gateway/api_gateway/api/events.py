@@ -18,7 +18,7 @@ from httpx import codes
 from starlette.types import Receive, Scope, Send
 
 from api_gateway.api.state import Handed, State
-from api_gateway.handlers.events import ALL_JOBS, JobsWatched, Watch
+from api_gateway.handlers.events import ALL_JOBS, Subscribed, Subscription
 from api_gateway.upstream import in_time
 from scanfleet.contracts.rest import ALL_USERS, WHOSE, WORDED_WHOSE, Snapshot, Snapshots
 from scanfleet.errors import DependencyError, NotFoundError, PublicError, UnavailableError
@@ -35,12 +35,12 @@ _OF_JOBS: Final = re.compile(
 _log = structlog.stdlib.get_logger(__name__)
 
 
-async def _watched(job_id: PathId, state: Handed) -> AsyncIterator[Watch]:
-    with _watch(("job", job_id), state) as watch:
-        yield watch  # to the end of the answer
+async def _job_subscription(job_id: PathId, state: Handed) -> AsyncIterator[Subscription]:
+    with _subscription(("job", job_id), state) as subscription:
+        yield subscription  # to the end of the answer
 
 
-Watched = Annotated[Watch, Depends(_watched)]
+JobSubscription = Annotated[Subscription, Depends(_job_subscription)]
 """Receives the events of the job in the path, from before the route is called to the end of its response."""
 
 Whose = Annotated[
@@ -54,22 +54,22 @@ Whose = Annotated[
 ]
 
 
-async def _watched_jobs(caller: Caller, state: Handed, whose: Whose = None) -> AsyncIterator[Watch]:
-    watched = ALL_JOBS if whose == ALL_USERS else ("user", int(whose or caller.user_id))
-    with _watch(watched, state) as watch:
-        yield watch
+async def _jobs_subscription(caller: Caller, state: Handed, whose: Whose = None) -> AsyncIterator[Subscription]:
+    subscribed = ALL_JOBS if whose == ALL_USERS else ("user", int(whose or caller.user_id))
+    with _subscription(subscribed, state) as subscription:
+        yield subscription
 
 
-WatchedJobs = Annotated[Watch, Depends(_watched_jobs)]
+JobsSubscription = Annotated[Subscription, Depends(_jobs_subscription)]
 """The same for all jobs of the caller, of another user, or of all users."""
 
 
 @contextmanager
-def _watch(watched: JobsWatched, state: State) -> Iterator[Watch]:
+def _subscription(subscribed: Subscribed, state: State) -> Iterator[Subscription]:
     if not state.events.ready:
         raise UnavailableError("job events are temporarily unavailable; try again")
-    with state.watches.watch(watched) as watch:
-        yield watch
+    with state.subscriptions.open(subscribed) as subscription:
+        yield subscription
 
 
 class _EventStream(StreamingResponse):
@@ -80,7 +80,7 @@ class _EventStream(StreamingResponse):
     If the query fails, or events are unavailable, the stream ends, and the client's next request gets the error.
 
     Args:
-        watch: of the jobs.
+        subscription: of the jobs.
         request: the request for the stream.
         state: of the gateway.
         job_id: of the one job, for the log.
@@ -88,9 +88,11 @@ class _EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, watch: Watch, request: Request, state: State, *, job_id: int | None = None) -> None:
+    def __init__(
+        self, subscription: Subscription, request: Request, state: State, *, job_id: int | None = None
+    ) -> None:
         super().__init__(self._pieces(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._watch = watch
+        self._subscription = subscription
         self._request = request
         self._state = state
         self._log = _log.bind(job_id=job_id)
@@ -104,7 +106,7 @@ class _EventStream(StreamingResponse):
 
     @abstractmethod
     def _look(self) -> AsyncIterator[None]:
-        """Query the orchestrator page by page, and pass its answers to the watch.
+        """Query the orchestrator page by page, and pass its answers to the subscription.
 
         Raises:
             PublicError: the caller may no longer watch.
@@ -122,15 +124,15 @@ class _EventStream(StreamingResponse):
         """
         time = asyncio.get_running_loop().time
         until = time() + first_look
-        while not self._watch.ended:
+        while not self._subscription.ended:
             if time() < until:
-                if (snapshot := await self._watch.next(until)) is not None:
+                if (snapshot := await self._subscription.next(until)) is not None:
                     yield self._event(snapshot), snapshot
                 continue
             try:
                 async for _ in self._look():
                     authenticated = time()
-                    for snapshot in self._watch.take_waiting():
+                    for snapshot in self._subscription.take_waiting():
                         if time() - authenticated > self._state.settings.heartbeat_seconds:  # the client reads slowly
                             await self._caller()
                             authenticated = time()
@@ -161,10 +163,10 @@ class _EventStream(StreamingResponse):
 
 
 class JobStream(_EventStream):
-    """Streams one job, from the first state of its watch to its final state."""
+    """Streams one job, from the first state of its subscription to its final state."""
 
-    def __init__(self, watch: Watch, job_id: int, request: Request, state: State) -> None:
-        super().__init__(watch, request, state, job_id=job_id)
+    def __init__(self, subscription: Subscription, job_id: int, request: Request, state: State) -> None:
+        super().__init__(subscription, request, state, job_id=job_id)
         self._job_id = job_id
 
     async def _pieces(self) -> AsyncIterator[bytes]:
@@ -177,7 +179,7 @@ class JobStream(_EventStream):
         answer = await self._state.orchestrator.latest(await self._caller(), self._job_id)
         if isinstance(answer, Response):
             raise _refused(answer)
-        self._watch.add(answer)
+        self._subscription.add(answer)
         yield
 
     def _id(self, snapshot: Snapshot) -> str:
@@ -191,15 +193,17 @@ class JobsStream(_EventStream):
     client has received every change, which advances once all states of a look are sent.
 
     Args:
-        watch: of the jobs.
+        subscription: of the jobs.
         first: the first page of them.
         whose: the requested user.
         request: the request for the stream.
         state: of the gateway.
     """
 
-    def __init__(self, watch: Watch, first: Snapshots, whose: str | None, request: Request, state: State) -> None:
-        super().__init__(watch, request, state)
+    def __init__(
+        self, subscription: Subscription, first: Snapshots, whose: str | None, request: Request, state: State
+    ) -> None:
+        super().__init__(subscription, request, state)
         resumed = last_received(request.headers.get("last-event-id"))
         self._page: Snapshots | None = first
         self._whose = whose
@@ -217,7 +221,7 @@ class JobsStream(_EventStream):
         self._page, looked_at = None, page.time
         while True:
             for snapshot in page.snapshots:
-                self._watch.add(snapshot)
+                self._subscription.add(snapshot)
             yield
             if page.next is None and page.next_ended is None:
                 break

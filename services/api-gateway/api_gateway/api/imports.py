@@ -7,7 +7,7 @@ from typing import Final
 from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
-from api_gateway.api.document import errors, query
+from api_gateway.api.openapi import errors, query
 from api_gateway.api.state import Handed
 from scanfleet.contracts import rest
 from scanfleet.security.auth import Caller

@@ -8,7 +8,7 @@ from typing import Literal, cast
 from fastapi import APIRouter, Request
 
 from api_gateway.api.admission import Admission, Route
-from api_gateway.api.document import errors
+from api_gateway.api.openapi import errors
 from api_gateway.api.state import Handed
 from scanfleet import VERSION
 from scanfleet.contracts import rest

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel
 
 from api_gateway.api.admission import Route
-from api_gateway.api.document import IF_MATCH, TAGGED, body, errors, paging
+from api_gateway.api.openapi import IF_MATCH, TAGGED, body, errors, paging
 from api_gateway.api.state import Handed
 from scanfleet.contracts import rest
 from scanfleet.runtime.service import PathId, typed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
-from api_gateway.api.document import body, errors
+from api_gateway.api.openapi import body, errors
 from api_gateway.api.state import Handed
 from scanfleet.contracts import rest
 from scanfleet.runtime.service import PathId

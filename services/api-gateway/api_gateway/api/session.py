@@ -17,7 +17,7 @@ from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
-from api_gateway.api.document import errors
+from api_gateway.api.openapi import errors
 from api_gateway.api.state import Handed
 from api_gateway.auth import RefusedSignInError, SignIn
 from api_gateway.settings import Settings

@@ -8,7 +8,7 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from api_gateway.handlers.commands import Commands
-from api_gateway.handlers.events import Watches
+from api_gateway.handlers.events import Subscriptions
 from api_gateway.settings import Settings
 from api_gateway.upstream import Orchestrator, ScanLimits, Upstream
 from scanfleet.runtime.bus import Consumer
@@ -22,9 +22,9 @@ class State:
     """The same service over a pool of connections for cancels, and for identifying callers."""
     result_store: Upstream
     scan_limits: ScanLimits
-    watches: Watches
+    subscriptions: Subscriptions
     events: Consumer
-    """Reads the job events for `watches`."""
+    """Reads the job events for `subscriptions`."""
     settings: Settings
 
 

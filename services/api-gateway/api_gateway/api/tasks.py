@@ -8,17 +8,17 @@ from uuid import uuid4
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from api_gateway.api.admission import CancelRoute, Route, StreamRoute
-from api_gateway.api.document import ETAG, ID, IF_NONE_MATCH, TIME, errors, paging, query, server_sent
 from api_gateway.api.events import (
     JobsStream,
+    JobsSubscription,
     JobStream,
-    Watched,
-    WatchedJobs,
+    JobSubscription,
     Whose,
     last_received,
     last_seq,
     overlapping,
 )
+from api_gateway.api.openapi import ETAG, ID, IF_NONE_MATCH, TIME, errors, paging, query, server_sent
 from api_gateway.api.state import Handed
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import CancelJob, JobStatus, SubmitJobs
@@ -278,7 +278,7 @@ async def watch_task(
     request: Request,
     _caller: Caller,
     state: Handed,
-    watch: Watched,
+    subscription: JobSubscription,
     last_event_id: LastEventId = None,
 ) -> Response:
     """Stream states and progress of a scan job as Server-Sent Events."""
@@ -287,8 +287,8 @@ async def watch_task(
         return now
     if now.task.status.status.final and last_seq(last_event_id) >= now.seq:
         return Response(status_code=204)
-    watch.begin(now)
-    return JobStream(watch, job_id, request, state)
+    subscription.begin(now)
+    return JobStream(subscription, job_id, request, state)
 
 
 @all_streams.get("/events", response_class=Response, responses=_ALL_EVENTS | errors(400, 403))
@@ -297,14 +297,14 @@ async def watch_tasks(
     request: Request,
     _caller: Caller,
     state: Handed,
-    watch: WatchedJobs,
+    subscription: JobsSubscription,
     whose: Whose = None,
     last_event_id: LastEventId = None,
 ) -> Response:
     """Stream states and progress of all scan jobs of the caller as Server-Sent Events, without an end."""
     caller = state.orchestrator.identity(request)
     first = await state.orchestrator.latest_of(caller, whose, ended_since=overlapping(last_received(last_event_id)))
-    return first if isinstance(first, Response) else JobsStream(watch, first, whose, request, state)
+    return first if isinstance(first, Response) else JobsStream(subscription, first, whose, request, state)
 
 
 @cancels.post("/cancel", responses=errors(400, 413))

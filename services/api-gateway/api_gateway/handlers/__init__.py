@@ -1,1 +1,1 @@
-"""Use the bus: publish commands and receive their replies, and receive job events for watches."""
+"""Use the bus: publish commands and receive their replies, and receive job events for subscriptions."""

@@ -1,4 +1,4 @@
-"""Distribute job events to watches: each state once, in order, and in bounded memory."""
+"""Distribute job events to subscriptions: each state once, in order, and in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from scanfleet.errors import UnavailableError
 from scanfleet.runtime.bus import Record
 
 MAX_WAITING: Final = 10_000  # states not sent to the client yet: 20 MB
-MAX_JOBS: Final = 100_000  # maximum jobs per watch: 10 MB
+MAX_JOBS: Final = 100_000  # maximum jobs per subscription: 10 MB
 
-JobsWatched = tuple[Literal["job", "user", "all"], int]
+Subscribed = tuple[Literal["job", "user", "all"], int]
 """Which jobs: one, those of a user, or all."""
 
-ALL_JOBS: Final[JobsWatched] = ("all", 0)
+ALL_JOBS: Final[Subscribed] = ("all", 0)
 
 
-class Watch:
-    """A watch of one job or many. It keeps at most one unsent state per job and status: the latest."""
+class Subscription:
+    """A subscription of one job or many. It keeps at most one unsent state per job and status: the latest."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -67,11 +67,11 @@ class Watch:
     def take_waiting(self) -> Iterator[Snapshot]:
         """Remove and yield the states that are queued now; those that arrive meanwhile stay for later calls."""
         for _ in range(len(self._waiting)):
-            if (snapshot := self.take()) is not None:  # None once the watch has ended
+            if (snapshot := self.take()) is not None:  # None once the subscription has ended
                 yield snapshot
 
     async def next(self, until: float) -> Snapshot | None:
-        """Wait for the next state; None after `until` on the loop's clock, or when the watch has ended."""
+        """Wait for the next state; None after `until` on the loop's clock, or when the subscription has ended."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 while not (self._waiting or self.ended):
@@ -80,29 +80,29 @@ class Watch:
         return self.take()
 
 
-class Watches:
-    """All watches of this process. It handles all partitions of scan-events, since a job may be in any of them."""
+class Subscriptions:
+    """All subscriptions of this process. It handles all partitions of scan-events, since a job may be in any of them."""
 
     def __init__(self) -> None:
-        self._watches: defaultdict[JobsWatched, set[Watch]] = defaultdict(set)
+        self._subscriptions: defaultdict[Subscribed, set[Subscription]] = defaultdict(set)
         self._ended = False
 
     def wants(self, _: str) -> bool:
-        """Return whether there is a watch that may receive an event, whatever its job."""
-        return bool(self._watches)
+        """Return whether there is a subscription that may receive an event, whatever its job."""
+        return bool(self._subscriptions)
 
     async def handle(self, records: Sequence[Record[JobEvent]]) -> None:
         for record in records:
             event = record.message
-            of: tuple[JobsWatched, ...] = (("job", event.job.id), ("user", event.user_id), ALL_JOBS)
-            watches = [watch for each in of for watch in self._watches.get(each, ())]
-            if watches:
+            of: tuple[Subscribed, ...] = (("job", event.job.id), ("user", event.user_id), ALL_JOBS)
+            subscriptions = [subscription for each in of for subscription in self._subscriptions.get(each, ())]
+            if subscriptions:
                 snapshot = _snapshot(event)
-                for watch in watches:
-                    watch.add(snapshot)
+                for subscription in subscriptions:
+                    subscription.add(snapshot)
 
     @contextmanager
-    def watch(self, watched: JobsWatched) -> Iterator[Watch]:
+    def open(self, subscribed: Subscribed) -> Iterator[Subscription]:
         """Receive every event of these jobs that is read from now on.
 
         Raises:
@@ -110,23 +110,23 @@ class Watches:
         """
         if self._ended:
             raise UnavailableError("this replica is shutting down; try again")
-        watch = Watch()
-        self._watches[watched].add(watch)
+        subscription = Subscription()
+        self._subscriptions[subscribed].add(subscription)
         STREAMS.inc()
         try:
-            yield watch
+            yield subscription
         finally:
             STREAMS.dec()
-            self._watches[watched].remove(watch)
-            if not self._watches[watched]:
-                del self._watches[watched]
+            self._subscriptions[subscribed].remove(subscription)
+            if not self._subscriptions[subscribed]:
+                del self._subscriptions[subscribed]
 
     def end(self) -> None:
-        """End every watch, and refuse new ones."""
+        """End every subscription, and refuse new ones."""
         self._ended = True
-        for watches in self._watches.values():
-            for watch in watches:
-                watch.end()
+        for subscriptions in self._subscriptions.values():
+            for subscription in subscriptions:
+                subscription.end()
 
 
 def _snapshot(event: JobEvent) -> Snapshot:

@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import REGISTRY
 from starlette.types import Message
 
-from api_gateway.handlers.events import MAX_WAITING, Watch, Watches
+from api_gateway.handlers.events import MAX_WAITING, Subscription, Subscriptions
 from api_gateway_testing import Client, Gateway, Running, Stream, job
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
@@ -130,13 +130,13 @@ def streams() -> float | None:
 
 @pytest.fixture(autouse=True)
 def _none_is_left() -> Iterator[None]:
-    """No watch remains after a stream, however it ended."""
+    """No subscription remains after a stream, however it ended."""
     yield
     assert streams() == 0
 
 
 @asynccontextmanager
-async def watched(**settings: Any) -> AsyncIterator[tuple[Running, MemoryBus]]:
+async def streaming(**settings: Any) -> AsyncIterator[tuple[Running, MemoryBus]]:
     """A gateway, and the bus on which an orchestrator publishes job events."""
     async with Gateway().run(**settings) as gateway:
         yield gateway, MemoryBus(gateway.broker, source=ORCHESTRATOR)
@@ -144,7 +144,7 @@ async def watched(**settings: Any) -> AsyncIterator[tuple[Running, MemoryBus]]:
 
 @pytest.fixture
 async def running() -> AsyncIterator[tuple[Running, MemoryBus]]:
-    async with watched() as both:
+    async with streaming() as both:
         yield both
 
 
@@ -276,7 +276,7 @@ async def test_slow_client_gets_every_status_and_the_latest_progress(running: tu
 
 async def test_client_that_reads_nothing_is_disconnected() -> None:
     """A stream whose client stalls for too long is closed."""
-    async with watched(stalled_seconds=0.02) as (gateway, bus):
+    async with streaming(stalled_seconds=0.02) as (gateway, bus):
         gateway.services.on("GET", LATEST, latest(1, PENDING))
         watcher = Watcher(gateway)
         assert await watcher.status() == 200
@@ -339,7 +339,7 @@ async def test_stream_without_the_broker_is_503(running: tuple[Running, MemoryBu
 @pytest.mark.parametrize("loss", ["broker", "orchestrator", "token"])
 async def test_stream_that_loses_a_dependency_or_its_token_ends(loss: str) -> None:
     """Without the broker or the orchestrator, or after a revocation of the token, a stream ends within a heartbeat."""
-    async with watched(heartbeat_seconds=0.02) as (gateway, _):
+    async with streaming(heartbeat_seconds=0.02) as (gateway, _):
         gateway.services.on("GET", LATEST, latest(2, RUNNING))
         watcher = Watcher(gateway)
         assert await watcher.status() == 200
@@ -367,7 +367,7 @@ async def test_stream_ended_by_an_error_of_the_orchestrator_logs_refusal_or_outa
     path: str, status: int, level: str, cause: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A 503 is an outage of the orchestrator and not a refusal of the caller."""
-    async with watched(heartbeat_seconds=0.02) as (gateway, _):
+    async with streaming(heartbeat_seconds=0.02) as (gateway, _):
         gateway.services.on("GET", LATEST, latest(2, RUNNING))
         gateway.services.on("GET", PAGE, page((1, 1, RUNNING)))
         client = Client(gateway, f"/api/v1/{path}")
@@ -385,7 +385,7 @@ async def test_stream_ended_by_an_error_of_the_orchestrator_logs_refusal_or_outa
 
 async def test_state_of_a_lost_event_is_sent_within_a_heartbeat() -> None:
     """A state whose event was lost is sent within a heartbeat, once; so no stream stays open after its job's end."""
-    async with watched(heartbeat_seconds=0.02) as (gateway, bus):
+    async with streaming(heartbeat_seconds=0.02) as (gateway, bus):
         gateway.services.on("GET", LATEST, latest(2, RUNNING))
         watcher = Watcher(gateway)
         assert await watcher.status() == 200
@@ -400,7 +400,7 @@ async def test_state_of_a_lost_event_is_sent_within_a_heartbeat() -> None:
 @pytest.mark.proves("G11")
 async def test_streams_of_a_user_have_a_separate_limit() -> None:
     """A user's streams have a separate limit, which the error names, and do not count as requests."""
-    async with watched(streams_at_once_per_user=2, requests_at_once_per_user=1, requests_at_once=1) as (gateway, _):
+    async with streaming(streams_at_once_per_user=2, requests_at_once_per_user=1, requests_at_once=1) as (gateway, _):
         gateway.services.on("GET", LATEST, latest(1, PENDING))
         watchers = [Watcher(gateway), Watcher(gateway)]
         for watcher in watchers:
@@ -423,7 +423,7 @@ async def test_streams_of_a_user_have_a_separate_limit() -> None:
 
 async def test_streams_are_bounded_overall() -> None:
     """Above the limit of all streams the next one of any user is a 503 that names the limit; requests are still answered."""
-    async with watched(streams_at_once=1) as (gateway, _):
+    async with streaming(streams_at_once=1) as (gateway, _):
         gateway.services.on("GET", LATEST, latest(1, PENDING))
         watcher = Watcher(gateway)
         assert await watcher.status() == 200
@@ -584,7 +584,7 @@ async def test_stream_of_all_jobs_cut_during_its_first_look_resumes_from_the_sam
 
 async def test_stream_of_all_jobs_after_a_complete_look_has_its_time_in_ids() -> None:
     """The time in an `id` is that of the last look whose states are all sent, so a later resumption repeats little."""
-    async with watched(heartbeat_seconds=0.02) as (gateway, _):
+    async with streaming(heartbeat_seconds=0.02) as (gateway, _):
         later = THEN + timedelta(hours=1)
         pages = iter([page((1, 1, RUNNING)), page((1, 2, RUNNING), time=later)])
         gateway.services.on("GET", PAGE, lambda _request: next(pages, page((1, 3, COMPLETED), time=later)))
@@ -598,7 +598,7 @@ async def test_stream_of_all_jobs_after_a_complete_look_has_its_time_in_ids() ->
 
 async def test_stream_of_all_jobs_sends_the_state_of_a_lost_event() -> None:
     """At each heartbeat the gateway queries the changes since the last one, and sends missed states once."""
-    async with watched(heartbeat_seconds=0.02) as (gateway, _):
+    async with streaming(heartbeat_seconds=0.02) as (gateway, _):
         gateway.services.on("GET", PAGE, page((1, 1, RUNNING)))
         watcher = JobsWatcher(gateway)
         await watcher.begin()
@@ -617,7 +617,7 @@ async def test_stream_of_all_jobs_sends_the_state_of_a_lost_event() -> None:
 @pytest.mark.proves("A28", "G14")
 async def test_stream_of_a_slow_client_ends_once_its_token_is_revoked() -> None:
     """A client that reads each state later than a heartbeat gets no further page of states after the token is revoked."""
-    async with watched(heartbeat_seconds=1e-6) as (gateway, _):
+    async with streaming(heartbeat_seconds=1e-6) as (gateway, _):
         gateway.services.on("GET", PAGE, page(*((job_id, 1, RUNNING) for job_id in range(1, 11))))
         client = SlowClient(gateway, ALL)
         watcher = JobsWatcher(gateway, client=client)
@@ -656,38 +656,38 @@ async def test_stream_of_other_users_jobs_is_for_administrators(running: tuple[R
 
 
 def test_events_are_wanted_only_while_there_is_a_watch() -> None:
-    """Events are decoded from the first watch of any job to the end of the last one."""
-    watches = Watches()
-    assert not watches.wants("41")
-    with watches.watch(("user", 7)):
-        with watches.watch(("job", 42)):
-            assert watches.wants("41")
-        assert watches.wants("41")
-    assert not watches.wants("41")
+    """Events are decoded from the first subscription of any job to the end of the last one."""
+    subscriptions = Subscriptions()
+    assert not subscriptions.wants("41")
+    with subscriptions.open(("user", 7)):
+        with subscriptions.open(("job", 42)):
+            assert subscriptions.wants("41")
+        assert subscriptions.wants("41")
+    assert not subscriptions.wants("41")
 
 
 @pytest.mark.proves("G11")
 def test_watch_with_too_many_waiting_states_ends() -> None:
-    """The watch of a client that reads nothing ends at a maximum number of states; the client reconnects."""
-    watch = Watch()
+    """The subscription of a client that reads nothing ends at a maximum number of states; the client reconnects."""
+    subscription = Subscription()
     for job_id in range(1, MAX_WAITING + 1):
-        watch.add(snapshot(job_id))
-    assert not watch.ended
-    watch.add(snapshot(MAX_WAITING + 1))
-    assert (watch.ended, watch.take()) == (True, None)
+        subscription.add(snapshot(job_id))
+    assert not subscription.ended
+    subscription.add(snapshot(MAX_WAITING + 1))
+    assert (subscription.ended, subscription.take()) == (True, None)
 
 
 def test_take_waiting_with_states_that_arrive_meanwhile_leaves_those() -> None:
     """A query's states are sent completely before states that arrive meanwhile, however many those are."""
-    watch = Watch()
+    subscription = Subscription()
     for job_id in (1, 2):
-        watch.add(snapshot(job_id))
+        subscription.add(snapshot(job_id))
     taken = []
-    for each in watch.take_waiting():
+    for each in subscription.take_waiting():
         taken.append(each.task.job.id)
-        watch.add(snapshot(each.task.job.id + 10))
+        subscription.add(snapshot(each.task.job.id + 10))
     assert taken == [1, 2]
-    assert [each.task.job.id for each in watch.take_waiting()] == [11, 12]
+    assert [each.task.job.id for each in subscription.take_waiting()] == [11, 12]
 
 
 def snapshot(job_id: int) -> Snapshot:
@@ -735,7 +735,7 @@ async def test_streams_end_on_sigterm() -> None:
 
     before = signal.signal(signal.SIGTERM, server)
     try:
-        async with watched() as (gateway, _):
+        async with streaming() as (gateway, _):
             gateway.services.on("GET", LATEST, latest(1, PENDING))
             watcher = Watcher(gateway)
             assert await watcher.status() == 200

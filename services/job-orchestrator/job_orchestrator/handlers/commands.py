@@ -19,7 +19,7 @@ from job_orchestrator.domain.ports import (
 )
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.faults import Faults
+from job_orchestrator.handlers.isolation import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.submits import Submits, body_hash

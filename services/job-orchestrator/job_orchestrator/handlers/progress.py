@@ -22,9 +22,9 @@ from job_orchestrator.domain.chunk import (
     late_report,
 )
 from job_orchestrator.domain.fairness import Held
+from job_orchestrator.domain.leases import LeaseTimers
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.domain.watch import Watch
 from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stop, stops
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
@@ -75,8 +75,8 @@ class Progress(PartitionListener):
         self._lease_seconds = lease_seconds
         self._patience = timedelta(seconds=stored_seconds)
         self._clock = clock
-        self._leases: dict[int, Watch] = {}
-        self._revoked: dict[int, Watch] = {}
+        self._leases: dict[int, LeaseTimers] = {}
+        self._revoked: dict[int, LeaseTimers] = {}
         """Kept until the next assignment: a partition that is reassigned to this replica keeps its leases."""
 
     @property
@@ -125,13 +125,13 @@ class Progress(PartitionListener):
     async def assigned(self, partitions: Collection[int]) -> None:
         for partition in partitions:
             if partition not in self._leases:
-                self._leases[partition] = self._revoked.get(partition) or Watch(self._lease_seconds)
+                self._leases[partition] = self._revoked.get(partition) or LeaseTimers(self._lease_seconds)
         self._revoked.clear()
 
     async def revoked(self, partitions: Collection[int]) -> None:
         for partition in partitions:
-            if watch := self._leases.pop(partition, None):
-                self._revoked[partition] = watch
+            if timers := self._leases.pop(partition, None):
+                self._revoked[partition] = timers
         self._changer.forget(partitions)
 
     async def caught_up(self, partitions: Collection[int]) -> None:
@@ -187,9 +187,9 @@ class Progress(PartitionListener):
 
     def _renew(self, changed: Sequence[Changed], effects: dict[str, _Effects]) -> None:
         for each in changed:
-            watch = self._leases.get(each.after.partition)
-            if watch and effects[each.after.id].alive and each.after.state is ChunkState.RUNNING:
-                watch.renew(each.after.token)
+            timers = self._leases.get(each.after.partition)
+            if timers and effects[each.after.id].alive and each.after.state is ChunkState.RUNNING:
+                timers.renew(each.after.token)
 
 
 def _scans(report: WorkerReport) -> bool:

@@ -18,7 +18,7 @@ from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository, J
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stops
-from job_orchestrator.handlers.faults import Faults
+from job_orchestrator.handlers.isolation import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.metrics import PROBES, count_transition

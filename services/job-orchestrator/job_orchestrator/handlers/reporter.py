@@ -12,7 +12,7 @@ from job_orchestrator.domain.job import ScanJob, observe, wait
 from job_orchestrator.domain.ledger import RunningCount
 from job_orchestrator.domain.ports import ChunkRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.faults import Faults
+from job_orchestrator.handlers.isolation import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from scanfleet.contracts.messages import JobProgressed, JobStatus
 from scanfleet.contracts.messages.topics import SCAN_EVENTS

@@ -19,7 +19,7 @@ from job_orchestrator.domain.proposal import Checks, Proposal, Refusal
 from job_orchestrator.domain.quotas import QuotaError, Request, Usage
 from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.recent import Recent
+from job_orchestrator.handlers.user_cache import UserCache
 from scanfleet.contracts.messages import SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.contracts.rest import MAX_EXCLUDES
@@ -54,8 +54,8 @@ class Submits:
         self._policies = policies
         self._subnets = subnets
         self._checks = checks
-        self._usages = Recent(jobs.usage, Usage(), clock)
-        self._first_turns = Recent(dispatch.first_turns, 0, clock)  # they order only the jobs of one user
+        self._usages = UserCache(jobs.usage, Usage(), clock)
+        self._first_turns = UserCache(dispatch.first_turns, 0, clock)  # they order only the jobs of one user
         self._clock = clock
 
     async def decide(self, submits: Sequence[SubmitJobs]) -> list[Command]:

@@ -16,7 +16,7 @@ from job_orchestrator.domain.ports import ChunkRepository, DeletionRepository, D
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.chunks import ChunkChanger, scanned_again
-from job_orchestrator.handlers.faults import Faults
+from job_orchestrator.handlers.isolation import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.reporter import Reporter

@@ -22,7 +22,7 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import World, chunk, scan_job, scan_policy
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry, JobStatus
 from scanfleet.runtime.mongo import Database

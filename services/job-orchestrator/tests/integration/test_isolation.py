@@ -15,7 +15,7 @@ from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import World, chunk, scan_job
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS

@@ -25,7 +25,7 @@ from job_orchestrator.main import create_app
 from job_orchestrator.repository import MongoStore
 from job_orchestrator.settings import Settings
 from job_orchestrator_testing import KEYS, ResultStore, Worker, scan_policy
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     CancelJob,

@@ -25,7 +25,7 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.resources import Owned, Subnet
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus

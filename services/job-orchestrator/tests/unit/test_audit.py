@@ -20,7 +20,7 @@ from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.handlers.audit import record
 from job_orchestrator_testing import World, scan_job
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts.messages import Audited, AuditEntry, CancelJob, OperatorActed
 from scanfleet.contracts.messages.acls import acls_of
 from scanfleet.contracts.messages.envelope import encode

@@ -10,8 +10,8 @@ from job_orchestrator.handlers.chunks import ChunkChanger
 from job_orchestrator.handlers.clocks import UserClocks
 from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator_testing import MemoryStore, chunk
+from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryChunks
-from job_orchestrator_testing.things import THEN
 
 
 class ReadChunks(MemoryChunks):

@@ -19,9 +19,9 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
 from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
+from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryJobs, MemorySubnets
 from job_orchestrator_testing.repository.data import Data
-from job_orchestrator_testing.things import THEN
 from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobEvent, JobStatus, Message
 from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_TASKS, Topic

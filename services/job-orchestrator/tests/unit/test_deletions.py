@@ -21,8 +21,8 @@ from job_orchestrator.domain.chunk import OPEN, ChunkState
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator_testing import MemoryStore, ResultStore, World, chunk, scan_job
+from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
-from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import CommandAccepted, DeleteResults, StopChunk
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS, SCAN_TASKS

@@ -18,12 +18,12 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import UnprobedPage
 from job_orchestrator.repository import documents
 from job_orchestrator_testing import scan_job
+from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.golden import golden
-from job_orchestrator_testing.things import THEN
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobCreated, JobStatus
 from scanfleet_testing.contracts import with_unknown_fields
-from scanfleet_testing.turns import counting_turns
+from scanfleet_testing.event_loop import counting_turns
 
 FOLDER: Final = Path(__file__).parents[1] / "documents"
 READERS: Final[dict[str, Callable[[Any], Any]]] = {

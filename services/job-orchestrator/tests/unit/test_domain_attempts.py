@@ -24,7 +24,7 @@ from job_orchestrator.domain.chunk import (
 )
 from job_orchestrator.repository import documents
 from job_orchestrator_testing import chunk
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts.messages import ChunkClaimed, ChunkFailed, ChunkProgressed, ChunkReleased, ChunkScanned, Run
 from scanfleet.contracts.messages.chunks import MAX_DETECTION_CHARS
 from scanfleet.scanning.outcomes import MAX_ADDRESSES

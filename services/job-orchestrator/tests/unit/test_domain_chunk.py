@@ -38,7 +38,7 @@ from job_orchestrator.domain.chunk import (
     store,
 )
 from job_orchestrator_testing import chunk
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts.messages import ChunkClaimed, ChunkFailed, ChunkProgressed, ChunkReleased, ChunkScanned
 
 FINAL = (ChunkState.STORED, ChunkState.FAILED, ChunkState.CANCELLED)

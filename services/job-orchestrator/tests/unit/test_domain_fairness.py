@@ -31,7 +31,7 @@ from job_orchestrator.domain.fairness import (
     wake,
 )
 from job_orchestrator_testing import scan_job, scan_policy
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 
 
 def candidate(id_: str = "1-0", user: int = 1, estimate: float = 5.0, **changed: Any) -> Candidate:

@@ -19,7 +19,7 @@ from job_orchestrator.domain.job import (
     wait,
 )
 from job_orchestrator_testing import scan_job
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts.messages import JobCancelled, JobCompleted, JobFailed, JobProgressed, JobStarted, JobStatus
 
 LATER = THEN + timedelta(seconds=5)

@@ -18,7 +18,7 @@ from job_orchestrator.domain.ledger import ACCOUNTED, NAMES, NotProbed, RunningC
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import documents
 from job_orchestrator_testing import chunk, replanned, scan_job, scan_policy
-from job_orchestrator_testing.things import THEN
+from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.scanning.outcomes import Outcome
 from scanfleet.scanning.ports import PortSet

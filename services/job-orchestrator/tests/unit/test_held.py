@@ -14,8 +14,8 @@ from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator_testing import MemoryStore, chunk
+from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryDispatch
-from job_orchestrator_testing.things import THEN
 from scanfleet.errors import DependencyError
 
 

@@ -16,10 +16,10 @@ from job_orchestrator.domain.chunk import OPEN, Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository.chunks import MemoryChunks
 from job_orchestrator_testing.repository.data import Data
 from job_orchestrator_testing.repository.jobs import MemoryJobs
-from job_orchestrator_testing.things import THEN
 from scanfleet.contracts.messages import JobStatus, Message, ScanChunk, StopChunk
 from scanfleet.contracts.messages.topics import SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError

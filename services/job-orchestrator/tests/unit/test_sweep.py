@@ -19,8 +19,8 @@ from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.metrics import SKIPPED_JOBS
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import Data, MemoryChunks
-from job_orchestrator_testing.things import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     ChunkScanned,

@@ -20,7 +20,7 @@ from scanfleet.contracts.messages import PortFound
 from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
 from scanfleet.scanning.targets import Network
-from scanfleet_testing.turns import counting_turns
+from scanfleet_testing.event_loop import counting_turns
 
 FIELDS = [
     *("id", "job_id", "ip_address", "port", "protocol", "service", "version"),

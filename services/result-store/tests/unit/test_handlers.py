@@ -24,8 +24,8 @@ from scanfleet.services import RESULT_STORE
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.chunk_grants import grants, signed
 from scanfleet_testing.consumers import Running
+from scanfleet_testing.event_loop import counting_turns
 from scanfleet_testing.tracing import ids, recording
-from scanfleet_testing.turns import counting_turns
 from scanfleet_testing.waiting import until
 
 GROUP = "result-store"

@@ -29,7 +29,7 @@ from result_store_testing.http import ISSUER, client, store_of
 from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScriptOutput, SystemMatch
 from scanfleet.contracts.messages.results import MAX_ELEMENT_CHARS
 from scanfleet.contracts.rest import ExportedJob
-from scanfleet_testing.turns import counting_turns
+from scanfleet_testing.event_loop import counting_turns
 
 JOB: dict[str, Any] = {
     "job_id": 1,

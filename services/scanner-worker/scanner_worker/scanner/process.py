@@ -27,7 +27,7 @@ from scanfleet.scanning.ports import PortSet, parse_ranges
 from scanner_worker.domain.ports import Found
 from scanner_worker.domain.scan import CannotStartError, KilledByGuardError, ScanError, printable
 from scanner_worker.metrics import NMAP_RUNNING, NMAP_STARTS
-from scanner_worker.scanner import datadir, guard, view
+from scanner_worker.scanner import datadir, guard, python_nmap
 from scanner_worker.scanner.xml import BadXmlError, Reader
 
 PIECE: Final = 1 << 16  # bytes per read: the capacity of a pipe
@@ -371,7 +371,7 @@ def _whole(reader: Reader, data: bytes) -> tuple[Found, str]:
     hosts: Found = []
     try:
         for host in reader.feed(data):
-            details, ports = view.read(host)
+            details, ports = python_nmap.read(host)
             hosts.append((host._replace(details=details), ports))  # hosts before an error are valid
     except BadXmlError as error:
         return hosts, str(error)

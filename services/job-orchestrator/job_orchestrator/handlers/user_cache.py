@@ -12,7 +12,7 @@ _FRESH_SECONDS: Final = 1.0  # reading 10,000 unfinished jobs of a user takes 10
 _Value = TypeVar("_Value")
 
 
-class Recent(Generic[_Value]):
+class UserCache(Generic[_Value]):
     """A value per user, read at most once a second; includes this replica's own changes since the read.
 
     The changes by other replicas within that second are missing: users may exceed a quota by the jobs that these admit.

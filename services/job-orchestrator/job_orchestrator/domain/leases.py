@@ -11,7 +11,7 @@ from job_orchestrator.domain.fairness import Held
 _LONGEST_LOOK: Final = 3.0  # maximum seconds that one check adds; checks are about a second apart
 
 
-class Watch:
+class LeaseTimers:
     """Seconds without a report for each chunk's current attempt, while this process was reading reports.
 
     If this process was slow, stopped or disconnected, a late check adds at most `_LONGEST_LOOK`, and a chunk that is watched

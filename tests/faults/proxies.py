@@ -13,53 +13,53 @@ from scanfleet_testing.proxy import Proxy
 LIMIT: Final = 10.0  # timeout in seconds for a command to a proxy
 
 
-class Line:
+class FaultProxy:
     """A proxy from a service to a dependency, in which faults can be injected."""
 
-    def __init__(self, lines: Lines, host: str, port: int) -> None:
-        self._lines = lines
+    def __init__(self, proxies: FaultProxies, host: str, port: int) -> None:
+        self._proxies = proxies
         self._proxy = Proxy(host, port)
         self.heal()
         self.port = self._proxy.port
 
     def refuse(self) -> None:
         """Cut every connection and refuse new ones."""
-        self._lines.run(self._proxy.refuse())
+        self._proxies.run(self._proxy.refuse())
 
     def swallow(self) -> None:
         """Accept all data and answer nothing."""
-        self._lines.call(self._proxy.swallow)
+        self._proxies.call(self._proxy.swallow)
 
     def delay(self, seconds: float) -> None:
         """Delay data in both directions."""
-        self._lines.call(self._proxy.delay, seconds)
+        self._proxies.call(self._proxy.delay, seconds)
 
     def cut(self) -> None:
         """Close the existing connections."""
-        self._lines.run(self._proxy.cut())
+        self._proxies.run(self._proxy.cut())
 
     def heal(self) -> None:
         """Remove all faults."""
-        self._lines.run(self._proxy.heal())
+        self._proxies.run(self._proxy.heal())
 
 
-class Lines:
+class FaultProxies:
     """Runs the proxies."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="lines", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxies", daemon=True)
         self._thread.start()
-        self._open: list[Line] = []
+        self._open: list[FaultProxy] = []
 
-    def open(self, host: str, port: int) -> Line:
-        line = Line(self, host, port)
-        self._open.append(line)
-        return line
+    def open(self, host: str, port: int) -> FaultProxy:
+        proxy = FaultProxy(self, host, port)
+        self._open.append(proxy)
+        return proxy
 
     def close(self) -> None:
-        for line in self._open:
-            line.refuse()
+        for proxy in self._open:
+            proxy.refuse()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(LIMIT)
         self._loop.close()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import Held
-from job_orchestrator.domain.watch import Watch
-from job_orchestrator_testing.things import THEN
+from job_orchestrator.domain.leases import LeaseTimers
+from job_orchestrator_testing.builders import THEN
 
 LEASE = 10.0
 
@@ -24,61 +24,61 @@ def held(id_: str, attempt: int = 1) -> Held:
 FIRST, SECOND = held("1-0"), held("1-1")
 
 
-def look_on(watch: Watch, start: float, seconds: int, *, reporting: bool = False) -> list[str]:
+def look_on(timers: LeaseTimers, start: float, seconds: int, *, reporting: bool = False) -> list[str]:
     """Look each second, and stop at the first that is overdue."""
     for second in range(1, seconds + 1):
         if reporting:
-            watch.renew(FIRST.token)
-        if late := watch.overdue([FIRST], start + second):
+            timers.renew(FIRST.token)
+        if late := timers.overdue([FIRST], start + second):
             return [each.token.chunk_id for each in late]
     return []
 
 
 def test_silence_for_longer_than_the_lease_is_overdue() -> None:
     """A chunk without a report is overdue after the lease, and not before it."""
-    watch = Watch(LEASE)
-    assert watch.overdue([FIRST], 100.0) == []
-    assert look_on(watch, 100.0, 10) == []
-    assert look_on(watch, 110.0, 1) == ["1-0"]
+    timers = LeaseTimers(LEASE)
+    assert timers.overdue([FIRST], 100.0) == []
+    assert look_on(timers, 100.0, 10) == []
+    assert look_on(timers, 110.0, 1) == ["1-0"]
 
 
 def test_report_renews_the_lease() -> None:
     """A chunk with reports between checks is never overdue, and after its last report it has a whole lease."""
-    watch = Watch(LEASE)
-    assert look_on(watch, 0.0, 60, reporting=True) == []
-    assert look_on(watch, 60.0, 10) == []
-    assert look_on(watch, 70.0, 1) == ["1-0"]
+    timers = LeaseTimers(LEASE)
+    assert look_on(timers, 0.0, 60, reporting=True) == []
+    assert look_on(timers, 60.0, 10) == []
+    assert look_on(timers, 70.0, 1) == ["1-0"]
 
 
 def test_frozen_observer_expires_no_lease() -> None:
     """An hour between two checks adds a few seconds to the silence, not an hour."""
-    watch = Watch(LEASE)
-    watch.overdue([FIRST], 0.0)
-    assert watch.overdue([FIRST], 3_600.0) == []
-    assert look_on(watch, 3_600.0, 7) == []
-    assert look_on(watch, 3_607.0, 1) == ["1-0"]
+    timers = LeaseTimers(LEASE)
+    timers.overdue([FIRST], 0.0)
+    assert timers.overdue([FIRST], 3_600.0) == []
+    assert look_on(timers, 3_600.0, 7) == []
+    assert look_on(timers, 3_607.0, 1) == ["1-0"]
 
 
 def test_lease_of_a_new_chunk_or_attempt_starts_at_zero() -> None:
     """A chunk that appears among silent ones, or under another attempt, has its whole lease."""
-    watch = Watch(LEASE)
-    look_on(watch, 0.0, 10)
+    timers = LeaseTimers(LEASE)
+    look_on(timers, 0.0, 10)
     again = held("1-0", attempt=2)
-    assert watch.overdue([again, SECOND], 12.0) == []
-    assert [each.token.chunk_id for each in watch.overdue([FIRST], 13.0)] == []
+    assert timers.overdue([again, SECOND], 12.0) == []
+    assert [each.token.chunk_id for each in timers.overdue([FIRST], 13.0)] == []
 
 
 def test_repeated_checks_at_one_time_add_no_silence() -> None:
     """Any number of checks at the same time count as one."""
-    watch = Watch(LEASE)
-    assert [watch.overdue([FIRST], 5.0) for _ in range(100)] == [[]] * 100
+    timers = LeaseTimers(LEASE)
+    assert [timers.overdue([FIRST], 5.0) for _ in range(100)] == [[]] * 100
 
 
 def test_chunks_are_overdue_independently() -> None:
     """The silence of each chunk is measured separately."""
-    watch = Watch(LEASE)
+    timers = LeaseTimers(LEASE)
     late: set[str] = set()
     for second in range(12):
-        watch.renew(SECOND.token)
-        late |= {each.token.chunk_id for each in watch.overdue([FIRST, SECOND], float(second))}
+        timers.renew(SECOND.token)
+        late |= {each.token.chunk_id for each in timers.overdue([FIRST, SECOND], float(second))}
     assert late == {"1-0"}

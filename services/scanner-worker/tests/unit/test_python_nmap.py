@@ -9,7 +9,7 @@ import pytest
 from scanfleet.contracts.messages import HostDetails, PortFound, ScriptOutput, SystemMatch
 from scanfleet.contracts.messages.results import MAX_ELEMENT_CHARS, MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
 from scanner_worker.domain.scan import Host
-from scanner_worker.scanner.view import read
+from scanner_worker.scanner.python_nmap import read
 from scanner_worker.scanner.xml import BadXmlError, Reader
 
 Recording = Callable[[str], bytes]
