@@ -44,7 +44,7 @@ _SO_TIMESTAMPNS: Final = 35
 _ETH_P_IP: Final = 0x0800
 _ETH_P_ALL: Final = 0x0003
 _HEADERS: Final = 14 + 60 + 4  # bytes that a packet's addresses and ports are in: Ethernet, the longest IPv4, ports
-_CHECK_S: Final = 0.2  # interval at which a thread checks whether it must end
+_CHECK_SECONDS: Final = 0.2  # interval at which a thread checks whether it must end
 
 _T = TypeVar("_T")
 
@@ -143,7 +143,7 @@ class Network:
             found = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
             found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 24)
             found.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-            found.settimeout(_CHECK_S)
+            found.settimeout(_CHECK_SECONDS)
             return found
 
         packets: list[Packet] = []
@@ -197,7 +197,7 @@ def _serve(listeners: Sequence[socket.socket], banner: bytes, ending: threading.
             stack.enter_context(listener)
             selector.register(listener, selectors.EVENT_READ, listener)
         while not ending.is_set():
-            for key, _ in selector.select(_CHECK_S):
+            for key, _ in selector.select(_CHECK_SECONDS):
                 connection, _ = key.data.accept()
                 if banner:
                     with connection, suppress(OSError):

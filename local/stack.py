@@ -37,10 +37,10 @@ USUAL_PORTS: Final = {
     **{f"{name}-probes": 8090 + number for number, name in enumerate((*WITH_API, f"{WORKER}-1", f"{WORKER}-2"))},
 }
 
-LEASE: Final = 10  # seconds: short for development, where workers get killed; loopback has no network delays
+LEASE_SECONDS: Final = 10  # short for development, where workers get killed; loopback has no network delays
 WRITES: Final = 60_000  # per minute: tests and benchmarks are one user with many requests
-READY_LIMIT: Final = 120.0  # seconds until every service is ready; usually about five, on a busy machine many more
-ANSWER_LIMIT: Final = 5.0  # timeout in seconds of /readyz, longer than that of its checks
+READY_TIMEOUT_SECONDS: Final = 120.0  # until every service is ready; usually about five, on a busy machine many more
+ANSWER_TIMEOUT_SECONDS: Final = 5.0  # of /readyz, longer than that of its checks
 LOG_TAIL: Final = 10  # lines of a log in an error
 LOG_LINE: Final = 600  # characters of such a line that are kept: the last ones, with the error of a traceback
 
@@ -207,7 +207,7 @@ class Stack:
     def start(self, name: str) -> None:
         self._supervisor.start([name])
 
-    def wait_until_ready(self, limit: float = READY_LIMIT) -> None:
+    def wait_until_ready(self, limit: float = READY_TIMEOUT_SECONDS) -> None:
         """Wait until every service is ready.
 
         Raises:
@@ -230,7 +230,7 @@ class Stack:
             return not unready
 
         try:
-            with httpx.Client(timeout=ANSWER_LIMIT) as client:
+            with httpx.Client(timeout=ANSWER_TIMEOUT_SECONDS) as client:
                 until(
                     all_ready, limit, "every service to be ready", pause=0.2
                 )  # each check costs the starting processes CPU
@@ -356,7 +356,7 @@ class Stack:
             **self._certificates(service),
             **self._way_to_the_bus(service),
             "SCANFLEET_ALLOWED_NETWORKS": "127.0.0.0/8,::1/128",
-            "SCANFLEET_LEASE_SECONDS": str(LEASE),
+            "SCANFLEET_LEASE_SECONDS": str(LEASE_SECONDS),
             "SCANFLEET_WRITES_PER_MINUTE": str(WRITES),
         }
         key, public_keys = self._signing_keys("internal")

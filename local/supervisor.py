@@ -22,8 +22,8 @@ from supervisor.xmlrpc import Faults, SupervisorTransport
 from local.wait import until
 
 MAX_SOCKET_PATH: Final = 90  # the kernel's limit is 107 bytes, and supervisord first creates it with its pid appended
-START_LIMIT: Final = 15.0  # seconds until supervisord answers; it takes half a second
-STOP_LIMIT: Final = 30  # seconds between SIGTERM and SIGKILL
+START_TIMEOUT_SECONDS: Final = 15.0  # until supervisord answers; it takes half a second
+STOP_TIMEOUT_SECONDS: Final = 30  # between SIGTERM and SIGKILL
 
 CONFIG: Final = """\
 [supervisord]
@@ -107,7 +107,7 @@ class Supervisor:
         self._config.write_text(text + "".join(self._program(program) for program in programs))
         argv = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(self._config)]
         subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
-        until(self.answers, START_LIMIT, "supervisord to answer")
+        until(self.answers, START_TIMEOUT_SECONDS, "supervisord to answer")
 
     def kill(self) -> None:
         """Kill a supervisord of this folder that does not answer, and its processes.
@@ -117,7 +117,7 @@ class Supervisor:
         Raises:
             TimeoutError: they are still running.
         """
-        until(self._nothing_left, START_LIMIT, "an earlier supervisord and its processes to end")
+        until(self._nothing_left, START_TIMEOUT_SECONDS, "an earlier supervisord and its processes to end")
 
     def shut_down(self) -> None:
         """Stop supervisord and its processes.
@@ -126,7 +126,7 @@ class Supervisor:
             TimeoutError: it is still running.
         """
         self._call("shutdown")
-        until(lambda: self._pid() is None, 2.0 * STOP_LIMIT, "supervisord to end")
+        until(lambda: self._pid() is None, 2.0 * STOP_TIMEOUT_SECONDS, "supervisord to end")
 
     def processes(self) -> list[Process]:
         return [
@@ -156,7 +156,7 @@ class Supervisor:
         def ended() -> bool:
             return not any(process.pid for process in self.processes() if process.name in names)
 
-        until(ended, 2.0 * STOP_LIMIT, f"{', '.join(names)} to end")
+        until(ended, 2.0 * STOP_TIMEOUT_SECONDS, f"{', '.join(names)} to end")
 
     def _call(self, method: str, *arguments: object, but: int | None = None) -> Any:
         """Call supervisord; ignore the fault `but`, which means that there is nothing to do."""
@@ -204,7 +204,7 @@ class Supervisor:
             name=program.name,
             command=_escape(shlex.join(argv)),
             autostart=str(program.autostart).lower(),
-            stop_limit=STOP_LIMIT,
+            stop_limit=STOP_TIMEOUT_SECONDS,
             folder=_escape(str(self._folder)),
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from typing import Final
 
-IDLE: Final = 30.0  # timeout in seconds of a silent client
+IDLE_TIMEOUT_SECONDS: Final = 30.0  # of a silent client
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -74,7 +74,7 @@ def _polite(talk: Talk) -> Talk:
     async def talk_to_anyone(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with closing(writer):
             try:
-                async with asyncio.timeout(IDLE):
+                async with asyncio.timeout(IDLE_TIMEOUT_SECONDS):
                     await talk(reader, writer)
             except (ConnectionError, TimeoutError, ValueError):  # an overlong line is a ValueError
                 return

@@ -6,10 +6,10 @@ import socket
 import time
 from collections.abc import Callable
 
-PAUSE = 0.05  # seconds between two checks: short compared with any start, and cheap
+PAUSE_SECONDS = 0.05  # between two checks: short compared with any start, and cheap
 
 
-def until(condition: Callable[[], bool], limit: float, what: str, pause: float = PAUSE) -> None:
+def until(condition: Callable[[], bool], limit: float, what: str, pause: float = PAUSE_SECONDS) -> None:
     """Wait until `condition()` holds.
 
     Args:

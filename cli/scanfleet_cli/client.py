@@ -43,11 +43,11 @@ Model = TypeVar("Model", bound=BaseModel)
 Token = str | Callable[[], str] | None
 """A bearer token, or a function that returns the current one; None for calls without authentication."""
 
-HEARTBEAT_LIMIT: Final = 45.0  # read timeout of a stream in seconds: three heartbeats of the service
+HEARTBEAT_TIMEOUT_SECONDS: Final = 45.0  # of a stream: three heartbeats of the service
 MAX_STREAM_FAILURES: Final = 3  # consecutive failures after which jobs are polled
 
 _TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0)
-_STREAM_TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0, read=HEARTBEAT_LIMIT)
+_STREAM_TIMEOUTS: Final = httpx2.Timeout(30.0, connect=5.0, read=HEARTBEAT_TIMEOUT_SECONDS)
 _BUSY: Final = frozenset({502, 503, 504})
 _UNSENT: Final = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, UnavailableError)
 _MAX_DOUBLINGS: Final = 30

@@ -19,7 +19,7 @@ from scanfleet_cli.errors import CommandError, Exit, UnavailableError
 
 SERVICE: Final = "scanfleet"  # name of the entries in a keyring
 EARLY_SECONDS: Final = 60.0  # time before its expiry at which a token is renewed
-COMMAND_LIMIT: Final = 60.0  # timeout of a token command, which may prompt the user
+COMMAND_TIMEOUT_SECONDS: Final = 60.0  # a token command may prompt the user
 _TOKEN: Final = re.compile("[\x21-\x7e]+")
 
 
@@ -83,7 +83,7 @@ class CommandToken:
         shown = " ".join(self._command)
         try:
             done = subprocess.run(  # noqa: S603 # the user's own configuration names it
-                self._command, stdout=subprocess.PIPE, text=True, timeout=COMMAND_LIMIT, check=True
+                self._command, stdout=subprocess.PIPE, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=True
             )
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise CommandError(f"the token command failed: {error}", Exit.NOT_ALLOWED, hint=shown) from error

@@ -32,6 +32,8 @@ _EXITS_EARLY: Final = re.compile(r"\|\s*(?:grep\s+(?:-\w*[qm]|--quiet|--max-coun
 _PRODUCTION: Final = re.compile(r"(?:services/[^/]+/(?!tests/)\w+(?<!_testing)|shared/scanfleet|local(?!/tests/))/")
 _LEVELS: Final = frozenset({"debug", "info", "warning", "error", "critical", "exception", "log"})
 _EVENT: Final = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*")
+_ABBREVIATED_SECONDS: Final = re.compile(r"\b_?[A-Z][A-Z_]*_S\b")
+_COUNTER: Final = re.compile(r"\bCounter\(\s*\"(\w+)\"")
 _SENTENCE_END: Final = re.compile(r"[.!?](?=\s|$)")
 
 
@@ -113,6 +115,29 @@ def test_loggers_have_the_name_of_their_module() -> None:
     ]
     assert len(loggers) > 20  # the search finds them
     assert [each for each in loggers if not each.endswith(" _log = structlog.stdlib.get_logger(__name__)")] == []
+
+
+def test_constants_of_time_end_with_seconds() -> None:
+    """A constant names its unit of time as `_SECONDS`, not abbreviated to `_S`."""
+    abbreviated = [
+        f"{path.relative_to(ROOT)}:{number} {line}"
+        for path in committed(".py")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if _ABBREVIATED_SECONDS.search(line)
+    ]
+    assert abbreviated == []
+
+
+def test_counters_are_declared_with_total() -> None:
+    """Production code declares a counter under the name that Prometheus reads, which ends with `_total`."""
+    counters = [
+        name
+        for path in committed(".py")
+        if _PRODUCTION.match(path.relative_to(ROOT).as_posix())
+        for name in _COUNTER.findall(path.read_text(encoding="utf-8"))
+    ]
+    assert len(counters) > 20  # the search finds them
+    assert [name for name in counters if not name.endswith("_total")] == []
 
 
 def claims(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -25,13 +25,15 @@ from scanfleet.contracts.rest import Revoked
 from scanfleet.errors import DependencyError, UnavailableError
 from scanfleet.runtime.settings import is_authentic, read_secret
 
-REFRESH_S: Final = 2.0
-ASK_LIMIT_S: Final = 1.5  # two queries and the interval between them are the 5 s in which a revocation takes effect
-REPORT_LIMIT_S: Final = 5.0
-MAX_STALE_S: Final = 60.0  # an older list is not used, because it lacks recent revocations
+REFRESH_SECONDS: Final = 2.0
+ASK_LIMIT_SECONDS: Final = (
+    1.5  # two queries and the interval between them are the 5 s in which a revocation takes effect
+)
+REPORT_LIMIT_SECONDS: Final = 5.0
+MAX_STALE_SECONDS: Final = 60.0  # an older list is not used, because it lacks recent revocations
 MAX_USERS: Final = 10_000  # maximum cached ids: two megabytes
-DISCOVERY_S: Final = 3_600.0  # age at which the issuer's endpoints are read again; they rarely change
-ISSUER_S: Final = 5.0
+DISCOVERY_SECONDS: Final = 3_600.0  # age at which the issuer's endpoints are read again; they rarely change
+ISSUER_SECONDS: Final = 5.0
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -79,7 +81,7 @@ class KeyReports:
         if set(names) == set(self._reported):
             return
         try:
-            async with asyncio.timeout(REPORT_LIMIT_S):
+            async with asyncio.timeout(REPORT_LIMIT_SECONDS):
                 await self._report(names)
         except (DependencyError, TimeoutError) as error:
             _log.warning(
@@ -108,10 +110,10 @@ class Revocations:
         self._by_user: dict[int, float] = {}
 
     async def refresh(self) -> None:
-        """Read the list; if that fails, the previous one stays valid for `MAX_STALE_S`."""
+        """Read the list; if that fails, the previous one stays valid for `MAX_STALE_SECONDS`."""
         asked_at = self._clock()
         try:
-            async with asyncio.timeout(ASK_LIMIT_S):
+            async with asyncio.timeout(ASK_LIMIT_SECONDS):
                 revoked = await self._ask()
         except (DependencyError, TimeoutError) as error:
             _log.warning("revocations_unavailable", error=repr(error))
@@ -138,7 +140,7 @@ class Revocations:
 
     def revokes(self, *, token_id: str, subject: str, user_id: int, issued_at: float) -> bool:
         """See `scanfleet.security.auth.Revoked`."""
-        if self._clock() - self._read_at > MAX_STALE_S:
+        if self._clock() - self._read_at > MAX_STALE_SECONDS:
             raise UnavailableError("the list of revoked tokens is unavailable; try again")
         return (
             (bool(token_id) and token_id in self._token_ids)
@@ -268,13 +270,15 @@ class SignIn:
         if self._reading is None or self._reading.done():  # callers share the request in progress
             self._reading = asyncio.create_task(self._read_discovery())
         self._found = await asyncio.shield(self._reading)
-        self._found_until = time.monotonic() + DISCOVERY_S
+        self._found_until = time.monotonic() + DISCOVERY_SECONDS
         return self._found
 
     async def _read_discovery(self) -> _Discovered:
         url = f"{self._issuer.rstrip('/')}/.well-known/openid-configuration"
         try:
-            async with httpx2.AsyncClient(verify=self._tls, transport=self._transport, timeout=ISSUER_S) as client:
+            async with httpx2.AsyncClient(
+                verify=self._tls, transport=self._transport, timeout=ISSUER_SECONDS
+            ) as client:
                 answer = await client.get(url)
             found = _Discovered.model_validate_json(answer.raise_for_status().content)
         except (httpx2.HTTPError, ValidationError) as error:
@@ -293,7 +297,7 @@ class SignIn:
             code_challenge_method="S256",
             verify=self._tls,
             transport=self._transport,
-            timeout=ISSUER_S,
+            timeout=ISSUER_SECONDS,
         )
 
 

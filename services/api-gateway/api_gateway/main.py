@@ -21,7 +21,7 @@ from api_gateway.api import ROUTERS, page
 from api_gateway.api.admission import Admission
 from api_gateway.api.session import Sessions
 from api_gateway.api.state import State
-from api_gateway.auth import REFRESH_S, KeyReports, Revocations, SignIn, UserIds
+from api_gateway.auth import REFRESH_SECONDS, KeyReports, Revocations, SignIn, UserIds
 from api_gateway.connections import connect
 from api_gateway.handlers.commands import Commands
 from api_gateway.handlers.events import Subscriptions
@@ -153,7 +153,7 @@ async def _open_verifier(
     users = UserIds(orchestrator.user_id)
     roles = grants.roles if (grants := settings.user_grants) else frozenset()
     await revocations.refresh()  # no request is accepted without the list
-    refreshing = Loop("revocations", REFRESH_S, revocations.refresh)
+    refreshing = Loop("revocations", REFRESH_SECONDS, revocations.refresh)
     await refreshing.start()
     try:
         async with open_verifier(
@@ -165,7 +165,7 @@ async def _open_verifier(
             reports = KeyReports(
                 lambda: verifier.key_names, lambda keys: orchestrator.report_keys(settings.jwt_issuer, keys)
             )
-            reporting = Loop("issuer's keys", REFRESH_S, reports.refresh)
+            reporting = Loop("issuer's keys", REFRESH_SECONDS, reports.refresh)
             app.state.probes.watch(reporting)
             await reporting.start()
             try:

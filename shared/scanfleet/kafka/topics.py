@@ -22,7 +22,7 @@ DEAD_LETTER_BYTES: Final = 16 * 1024 * 1024
 SEGMENT_BYTES: Final = (
     64 * 1024 * 1024
 )  # a partition may exceed its limit by this much: only whole segments are deleted
-LOOK_S: Final = 0.1  # interval of checks while a broker catches up
+LOOK_SECONDS: Final = 0.1  # interval of checks while a broker catches up
 
 
 class TopicSettings(KafkaSettings):
@@ -101,7 +101,7 @@ async def _conform(admin: AIOKafkaAdminClient, plans: list[Plan]) -> None:
     names = [plan.name for plan in plans]
     counts = await _counts(admin, names)
     while not all(counts.values()):  # the controller has these topics; a broker may not have received them yet
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(LOOK_SECONDS)
         counts = await _counts(admin, names)
     for plan in plans:
         if counts[plan.name] != plan.partitions:

@@ -14,7 +14,9 @@ from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
 
-SECONDS: Final = 1.0  # far below the 5 s after which the gateway expires a command that waits behind the messages
+TIMEOUT_SECONDS: Final = (
+    1.0  # far below the 5 s after which the gateway expires a command that waits behind the messages
+)
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -33,7 +35,9 @@ async def try_publish(publisher: Publisher, topic: Topic, messages: Sequence[Mes
 
 
 @asynccontextmanager
-async def best_effort(topic: Topic, messages: int, next_step: str, seconds: float = SECONDS) -> AsyncIterator[None]:
+async def best_effort(
+    topic: Topic, messages: int, next_step: str, seconds: float = TIMEOUT_SECONDS
+) -> AsyncIterator[None]:
     """Wait for the body, which publishes messages; log if some were not acknowledged.
 
     Some may arrive although they were not acknowledged.

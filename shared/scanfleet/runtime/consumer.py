@@ -32,8 +32,8 @@ from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Handler, M, PartitionListener, Record
 
 REBALANCE_BATCH_SECONDS: Final = 10.0  # timeout of the current batch at a rebalance; enough for a few slow writes
-FIRST_PAUSE: Final = 0.1  # seconds before the first retry: short, for a brief interruption
-LONGEST_PAUSE: Final = 5.0  # maximum retry delay in seconds: notices recovery soon without overloading the dependency
+FIRST_PAUSE_SECONDS: Final = 0.1  # before the first retry: short, for a brief interruption
+LONGEST_PAUSE_SECONDS: Final = 5.0  # maximum retry delay: notices recovery soon without overloading the dependency
 COMMIT_SECONDS: Final = 0.25  # delay of a commit between batches: short, since a crash redelivers what is not committed
 LOOK_SECONDS: Final = 1.0  # interval of queries of the partitions' end offsets
 LAG_SECONDS: Final = 5.0  # the same if only the lag and the broker's state depend on them
@@ -48,11 +48,13 @@ _UNAVAILABLE: Final = (DependencyError, OSError)  # OSError includes TimeoutErro
 _log = structlog.stdlib.get_logger(__name__)
 
 _LABELS: Final = ("topic", "group")
-_CONSUMED: Final = Counter("scanfleet_bus_consumed", "Records handled", _LABELS)
-_FAILED: Final = Counter("scanfleet_bus_failed", "Batches or records whose handler raised an exception", _LABELS)
-_RETRIED: Final = Counter("scanfleet_bus_retried", "Attempts that failed because a dependency was unavailable", _LABELS)
-_DEAD_LETTERED: Final = Counter("scanfleet_bus_dead_lettered", "Records sent to the dead-letter topic", _LABELS)
-_SKIPPED: Final = Counter("scanfleet_bus_skipped", "Records that a reader without a group cannot handle", _LABELS)
+_CONSUMED: Final = Counter("scanfleet_bus_consumed_total", "Records handled", _LABELS)
+_FAILED: Final = Counter("scanfleet_bus_failed_total", "Batches or records whose handler raised an exception", _LABELS)
+_RETRIED: Final = Counter(
+    "scanfleet_bus_retried_total", "Attempts that failed because a dependency was unavailable", _LABELS
+)
+_DEAD_LETTERED: Final = Counter("scanfleet_bus_dead_lettered_total", "Records sent to the dead-letter topic", _LABELS)
+_SKIPPED: Final = Counter("scanfleet_bus_skipped_total", "Records that a reader without a group cannot handle", _LABELS)
 _LAG: Final = Gauge("scanfleet_bus_lag", "Records not yet handled; absent while unknown", _LABELS)
 _BATCH_AGE: Final = Gauge(
     "scanfleet_bus_batch_age_seconds", "Age of the current batch or commit in seconds; 0 if there is none", _LABELS
@@ -245,7 +247,7 @@ class ConsumerLoop(Generic[M]):
             records = await self._source.poll(max(0.0, min(wake, self._commit_due) - time.monotonic()))
         except _UNAVAILABLE as error:
             self._set_broker_state(available=False, error=error)
-            await asyncio.sleep(FIRST_PAUSE)
+            await asyncio.sleep(FIRST_PAUSE_SECONDS)
             return
         epoch = self._epoch
         async with self._handler_lock:
@@ -477,7 +479,7 @@ class ConsumerLoop(Generic[M]):
                 self._blocked = False
                 return
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(attempt, 10))):
+                async with asyncio.timeout(min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(attempt, 10))):
                     await self._hurry.wait()
             if self._hurry.is_set():
                 raise BatchDroppedError("a rebalance or a stop ended the wait for a dependency")

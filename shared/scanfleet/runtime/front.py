@@ -47,7 +47,9 @@ OWN_DESCRIPTORS: Final = (
 
 _SLICE: Final = 16_384  # passed to the parser at once, so that it buffers at most twice that of a header
 
-_refused = Counter("scanfleet_front_refused", "Requests and connections refused before any route.", ["status"])
+_REFUSED: Final = Counter(
+    "scanfleet_front_refused_total", "Requests and connections refused before any route.", ["status"]
+)
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -154,7 +156,7 @@ class Handshake:
 
     def refuse(self) -> None:
         """Close a connection that was not admitted; without TLS it cannot be answered."""
-        _refused.labels(_UNAVAILABLE).inc()
+        _REFUSED.labels(_UNAVAILABLE).inc()
         _log.info("connection_refused", cause="too many connections", client=self.address)
         self._socket.close()
 
@@ -383,7 +385,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, status: int, error: str) -> None:
-        _refused.labels(status).inc()
+        _REFUSED.labels(status).inc()
         _log.info("request_refused", status=status, error=error, client=self.address)
         if self._owes:
             if self._in_head or self.pipeline or self.cycle.response_started:

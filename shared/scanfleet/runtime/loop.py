@@ -11,7 +11,7 @@ from scanfleet.errors import DependencyError
 
 _log = structlog.stdlib.get_logger(__name__)
 
-_BACKOFF = 1.0  # retry delay in seconds after a dependency failure
+_BACKOFF_SECONDS = 1.0  # retry delay after a dependency failure
 
 
 class Loop:
@@ -90,8 +90,8 @@ class Loop:
             self._ready = True
         except DependencyError as error:
             self._ready = False
-            _log.warning("step_failed", loop=self._name, error=str(error), retry_seconds=_BACKOFF)
-            await asyncio.sleep(_BACKOFF)
+            _log.warning("step_failed", loop=self._name, error=str(error), retry_seconds=_BACKOFF_SECONDS)
+            await asyncio.sleep(_BACKOFF_SECONDS)
             return
         await asyncio.sleep(self._least)
         try:

@@ -45,9 +45,9 @@ from scanfleet.runtime.startup import Startup
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 Check = Callable[[], Awaitable[None]]
 
-MAX_BODY_S: Final = 10.0  # timeout from the first byte of a body to its last: 50 kbit/s for the largest one
-HEALTH_PERIOD_S: Final = 1.0  # interval of checks of the loops; `/healthz` reports at once
-CHECK_TIMEOUT_S: Final = 2.0  # timeout of one readiness check: container orchestrators probe every few seconds
+MAX_BODY_SECONDS: Final = 10.0  # timeout from the first byte of a body to its last: 50 kbit/s for the largest one
+HEALTH_PERIOD_SECONDS: Final = 1.0  # interval of checks of the loops; `/healthz` reports at once
+CHECK_TIMEOUT_SECONDS: Final = 2.0  # timeout of one readiness check: container orchestrators probe every few seconds
 
 _DECIMAL: Final = re.compile(r"[1-9][0-9]{0,15}")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -93,8 +93,8 @@ def typed(**types: Any) -> Callable[[_Endpoint], _Endpoint]:
     return typing
 
 
-_requests = Counter("scanfleet_http_requests", "HTTP requests answered.", ["method", "route", "status"])
-_latency = Histogram("scanfleet_http_request_seconds", "Time to the end of the response.", ["method", "route"])
+_REQUESTS: Final = Counter("scanfleet_http_requests_total", "HTTP requests answered.", ["method", "route", "status"])
+_LATENCY: Final = Histogram("scanfleet_http_request_seconds", "Time to the end of the response.", ["method", "route"])
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -139,7 +139,7 @@ class Probes:
         self._watched.append(watched)
 
     def depend(self, name: str, check: Check) -> None:
-        """Add a dependency: the service is unready while `check` raises or takes longer than `CHECK_TIMEOUT_S`."""
+        """Add a dependency: the service is unready while `check` raises or takes longer than `CHECK_TIMEOUT_SECONDS`."""
         self._checks[name] = check
 
     @property
@@ -155,7 +155,7 @@ class Probes:
     @staticmethod
     async def _away(name: str, check: Check) -> str | None:
         try:
-            await asyncio.wait_for(check(), CHECK_TIMEOUT_S)
+            await asyncio.wait_for(check(), CHECK_TIMEOUT_SECONDS)
         except (DependencyError, TimeoutError, OSError) as error:
             _log.warning("dependency_unavailable", dependency=name, error=str(error))
             return f"{name} ({error})" if isinstance(error, ConfigurationError) else name
@@ -170,7 +170,7 @@ def create_app(
     refusals: Refusals,
     routers: Sequence[APIRouter] = (),
     public: bool = False,
-    max_body_seconds: float = MAX_BODY_S,
+    max_body_seconds: float = MAX_BODY_SECONDS,
     **documents: Any,
 ) -> FastAPI:
     """Create the ASGI application of a service.
@@ -220,7 +220,7 @@ def create_probes(app: FastAPI) -> FastAPI:
     """
     probes = FastAPI(
         **_BASICS,
-        middleware=[Middleware(_Outermost, proxies=Proxies(()), public=True, max_body_seconds=MAX_BODY_S)],
+        middleware=[Middleware(_Outermost, proxies=Proxies(()), public=True, max_body_seconds=MAX_BODY_SECONDS)],
     )
     probes.state = app.state
     probes.include_router(_probes)
@@ -247,7 +247,7 @@ def _watched(
 
 async def _end_when_unhealthy(probes: Probes) -> None:
     while probes.healthy:  # noqa: ASYNC110 # many parts are checked, and none of them signals its death
-        await asyncio.sleep(HEALTH_PERIOD_S)
+        await asyncio.sleep(HEALTH_PERIOD_SECONDS)
     _log.critical(
         "process_unhealthy",
         cause="a background loop died",
@@ -550,8 +550,8 @@ class _Outermost:
     def _account(scope: Scope, found: object, status: int, seconds: float, span: tracing.Span) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         route = getattr(found, "path", "none")
-        _requests.labels(method, route, status).inc()
-        _latency.labels(method, route).observe(seconds)
+        _REQUESTS.labels(method, route, status).inc()
+        _LATENCY.labels(method, route).observe(seconds)
         if span.is_recording():
             span.update_name(f"{method} {route}")
             span.set_attributes(

@@ -12,9 +12,9 @@ import structlog
 
 from scanfleet.errors import DependencyError
 
-PATIENCE_S: Final = 10.0  # time to start with available dependencies: joining a group takes up to a few seconds
-FIRST_PAUSE_S: Final = 1.0
-LONGEST_PAUSE_S: Final = 10.0  # maximum delay until a recovered dependency is detected
+PATIENCE_SECONDS: Final = 10.0  # time to start with available dependencies: joining a group takes up to a few seconds
+FIRST_PAUSE_SECONDS: Final = 1.0
+LONGEST_PAUSE_SECONDS: Final = 10.0  # maximum delay until a recovered dependency is detected
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -24,7 +24,7 @@ Opened = TypeVar("Opened")
 class Startup:
     """Opens the parts of a service in a background task; a `scanfleet.runtime.service.Watched`."""
 
-    def __init__(self, patience_seconds: float = PATIENCE_S) -> None:
+    def __init__(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.patience_seconds = patience_seconds
         self.missing = ""
         """The dependency that start-up waits for; empty once everything is open."""
@@ -50,14 +50,14 @@ class Startup:
             dependency: name of the dependency, for `/readyz` and the log.
             open_it: must release everything that it has opened if it raises.
         """
-        self.missing, pause = dependency, FIRST_PAUSE_S
+        self.missing, pause = dependency, FIRST_PAUSE_SECONDS
         while True:
             try:
                 return await open_it()
             except DependencyError as error:
                 _log.warning("dependency_unavailable", dependency=dependency, error=str(error), retry_seconds=pause)
             await asyncio.sleep(pause)
-            pause = min(LONGEST_PAUSE_S, 2 * pause)
+            pause = min(LONGEST_PAUSE_SECONDS, 2 * pause)
 
     @asynccontextmanager
     async def opening(self, parts: AbstractAsyncContextManager[None]) -> AsyncIterator[None]:

@@ -23,8 +23,8 @@ from scanfleet.errors import DependencyError, Rule
 from scanfleet.runtime.bus import Bus, Publisher, Record
 from scanfleet.runtime.loop import Loop
 
-PUBLISH_INTERVAL_S: Final = 1.0
-WINDOW_S: Final = 60.0  # window in which equal refusals are aggregated
+PUBLISH_INTERVAL_SECONDS: Final = 1.0
+WINDOW_SECONDS: Final = 60.0  # window in which equal refusals are aggregated
 SINGLES: Final = 100  # individual entries per subject and window; all anonymous callers are one subject
 MERGED: Final = 1_000  # kinds of further refusals per window; above that only the rule is recorded
 WAITING: Final = 10_000  # entries kept while the bus is unavailable: a few megabytes
@@ -52,7 +52,7 @@ class Refusals:
     def __init__(self, service: str, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.service = service
         self._monotonic = monotonic
-        self._window_end = monotonic() + WINDOW_S
+        self._window_end = monotonic() + WINDOW_SECONDS
         self._singles: Counter[str] = Counter()
         self._merged: dict[_Kind, AuditEntry] = {}
         self._waiting: list[AuditEntry] = []
@@ -101,7 +101,7 @@ class Refusals:
     async def publishing_to(self, bus: Bus) -> AsyncIterator[Loop]:
         """Publish refusals, including the bus's dead letters, in the background; publish the remaining ones at exit."""
         bus.on_dead_letter(self.add_dead_letter)
-        loop = Loop("audit", PUBLISH_INTERVAL_S, lambda: self.flush(bus))
+        loop = Loop("audit", PUBLISH_INTERVAL_SECONDS, lambda: self.flush(bus))
         await loop.start()
         try:
             yield loop
@@ -137,7 +137,7 @@ class Refusals:
             self._put(entry)
         self._merged.clear()
         self._singles.clear()
-        self._window_end = now + WINDOW_S
+        self._window_end = now + WINDOW_SECONDS
 
     def _put(self, entry: AuditEntry) -> None:
         write_line(entry)

@@ -11,7 +11,7 @@ from scanfleet.contracts.messages import Audited, AuditEntry
 from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.security import audit
-from scanfleet.security.audit import MERGED, SINGLES, WINDOW_S, Refusals
+from scanfleet.security.audit import MERGED, SINGLES, WINDOW_SECONDS, Refusals
 from scanfleet.services import GATEWAY
 from scanfleet_testing.bus import MemoryBus
 
@@ -76,7 +76,7 @@ async def test_refusals_above_the_limit_of_a_subject_are_counted(
     refusals.add(entry(9_999, subject="7"))
     await refusals.flush(bus)
     assert len(published(bus)) == SINGLES + 1
-    time.now += WINDOW_S
+    time.now += WINDOW_SECONDS
     await refusals.flush(bus)
     last = published(bus)[-1]
     assert (last.count, last.request_id, last.source) == (500, f"r-{SINGLES + 499}", "192.0.2.17")
@@ -93,7 +93,7 @@ async def test_refusals_from_many_addresses_are_bounded_and_counted(
     flood = SINGLES + 3 * MERGED
     for number in range(flood):
         refusals.add(entry(number, source=f"2001:db8::{number:x}"))
-    time.now += WINDOW_S
+    time.now += WINDOW_SECONDS
     await refusals.flush(bus)
     assert len(published(bus)) == SINGLES + MERGED + 1
     assert sum(each.count for each in published(bus)) == flood

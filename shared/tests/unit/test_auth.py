@@ -60,9 +60,9 @@ async def keys_of(endpoint: JwksEndpoint, time: Time) -> AsyncIterator[JwksKeys]
             client,
             "https://issuer.test/jwks",
             algorithms=("RS256", "PS256", "ES256", "EdDSA"),
-            cooldown_s=10,
-            max_age_s=300,
-            max_stale_s=14_400,
+            cooldown_seconds=10,
+            max_age_seconds=300,
+            max_stale_seconds=14_400,
             clock=time,
         )
 

@@ -25,12 +25,12 @@ from scanfleet.security.auth import (
 )
 from scanfleet.security.auth.internal import (
     ISSUER,
-    LEEWAY_S,
-    LIFE_S,
+    LEEWAY_SECONDS,
+    LIFE_SECONDS,
     MAX_CHARS,
     MAX_ROLES_CHARS,
     MAX_SIGNED,
-    REUSE_S,
+    REUSE_SECONDS,
     TYPE,
 )
 from scanfleet_testing.tokens import InternalKeys, Issuer
@@ -66,7 +66,7 @@ async def test_token_identifies_the_caller() -> None:
     assert (found, found.token_hash) == (CALLER, CALLER.token_hash)
     claims = jwt.decode(text(bearer), options={"verify_signature": False})
     assert claims.keys() == {"iss", "aud", "sub", "roles", "token_hash", "iat", "exp"}
-    assert claims["exp"] - claims["iat"] == LIFE_S
+    assert claims["exp"] - claims["iat"] == LIFE_SECONDS
     assert await verify(InternalTokens(KEY, "result-store").bearer(THE_GATEWAY)) == THE_GATEWAY
 
 
@@ -104,7 +104,11 @@ async def test_token_for_another_service_is_refused() -> None:
 async def test_token_expires_after_a_minute() -> None:
     """A token is refused a minute after its creation, plus the allowed clock difference."""
     clock = Time()
-    for age, good in ((LIFE_S + LEEWAY_S - 2, True), (LIFE_S + LEEWAY_S + 2, False), (-LEEWAY_S - 2, False)):
+    for age, good in (
+        (LIFE_SECONDS + LEEWAY_SECONDS - 2, True),
+        (LIFE_SECONDS + LEEWAY_SECONDS + 2, False),
+        (-LEEWAY_SECONDS - 2, False),
+    ):
         clock.now = time.time() - age
         bearer = InternalTokens(KEY, "result-store", clock=clock).bearer(CALLER)
         if good:
@@ -128,7 +132,7 @@ CLAIMS: dict[str, dict[str, Any]] = {
 async def test_verifier_refuses_other_claims(changed: dict[str, Any]) -> None:
     """A token signed with the gateway's key is refused if its claims are not those of the gateway."""
     now = int(time.time())
-    claims = {"iss": ISSUER, "aud": "result-store", "sub": "7", "token_hash": "", "iat": now, "exp": now + LIFE_S}
+    claims = {"iss": ISSUER, "aud": "result-store", "sub": "7", "token_hash": "", "iat": now, "exp": now + LIFE_SECONDS}
     good = jwt.encode(claims, KEY, "EdDSA", headers={"typ": TYPE})
     assert await verify(good) == Principal(7)
     wrong = {name: value for name, value in (claims | changed).items() if value is not None}
@@ -164,7 +168,7 @@ async def test_token_is_reused_for_requests_of_one_caller() -> None:
     clock = Time()
     tokens = InternalTokens(KEY, "result-store", clock=clock)
     first = tokens.bearer(CALLER)
-    clock.now += REUSE_S - 1
+    clock.now += REUSE_SECONDS - 1
     assert tokens.bearer(CALLER) == first
     others = {
         tokens.bearer(Principal(8, admin=True, token_hash=CALLER.token_hash)),

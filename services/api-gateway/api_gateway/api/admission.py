@@ -31,7 +31,7 @@ from scanfleet.security.auth import Guarded, Principal
 _WITH_BODY: Final = frozenset({"POST", "PUT"})
 _MAX_ERROR_CHARS: Final = 200  # an error may contain a part of the request
 _JSON: Final = "application/json"
-_WINDOW_S: Final = 60  # window of every rate limit
+_WINDOW_SECONDS: Final = 60  # window of every rate limit
 
 
 class Places:
@@ -116,7 +116,7 @@ class Admission:
         granted = await self._limiter.hit(self._rates[rate], str(user_id))
         quota = await self._quota(user_id, rate)
         headers += (
-            (b"ratelimit-policy", f'"{rate}";q={quota.limit};w={_WINDOW_S}'.encode()),
+            (b"ratelimit-policy", f'"{rate}";q={quota.limit};w={_WINDOW_SECONDS}'.encode()),
             (b"ratelimit", f'"{rate}";r={quota.left};t={quota.reset}'.encode()),
         )
         if not granted:

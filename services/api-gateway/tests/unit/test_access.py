@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from api_gateway.auth import MAX_STALE_S, MAX_USERS, REFRESH_S, KeyReports, Revocations, UserIds
+from api_gateway.auth import MAX_STALE_SECONDS, MAX_USERS, REFRESH_SECONDS, KeyReports, Revocations, UserIds
 from api_gateway.settings import Settings
 from api_gateway_testing import Gateway, Running
 from scanfleet.contracts.rest import Revoked
@@ -221,7 +221,7 @@ async def test_revocations_that_cannot_be_refreshed_expire() -> None:
     revocations = Revocations(ask_for, clock=lambda: now)
     await revocations.refresh()
     listed = None
-    now = MAX_STALE_S
+    now = MAX_STALE_SECONDS
     await revocations.refresh()
     one: dict[str, Any] = {"subject": "s", "user_id": 7, "issued_at": 1.0, "token_id": ""}
     assert revocations.revokes(**one | {"token_id": "t-1"})
@@ -253,7 +253,7 @@ class _SkippingLoop(asyncio.SelectorEventLoop):
 @pytest.mark.proves("A28")
 @pytest.mark.parametrize(
     ("seconds", "limit"),
-    [([1.4], 5), ([4.9, 0.1], 5), ([1.6], MAX_STALE_S)],
+    [([1.4], 5), ([4.9, 0.1], 5), ([1.6], MAX_STALE_SECONDS)],
     ids=["slow answers", "one answer that is too slow", "only answers that are too slow"],
 )
 def test_token_is_accepted_for_no_longer_than_documented_after_its_revocation(
@@ -275,11 +275,11 @@ def test_token_is_accepted_for_no_longer_than_documented_after_its_revocation(
 
         revocations = Revocations(ask_for, clock=clock)
         revocations._read_at = started = clock()
-        refreshing = Loop("revocations", REFRESH_S, revocations.refresh)
+        refreshing = Loop("revocations", REFRESH_SECONDS, revocations.refresh)
         await refreshing.start()
         token: dict[str, Any] = {"subject": "s", "user_id": 7, "issued_at": 1.0, "token_id": "t-1"}
         with suppress(UnavailableError):
-            await until(lambda: revocations.revokes(**token), 2 * MAX_STALE_S)
+            await until(lambda: revocations.revokes(**token), 2 * MAX_STALE_SECONDS)
         refused = clock()
         await refreshing.stop()
         return refused - started

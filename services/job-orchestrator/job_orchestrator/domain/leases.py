@@ -8,13 +8,13 @@ from typing import Final
 from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import Held
 
-_LONGEST_LOOK: Final = 3.0  # maximum seconds that one check adds; checks are about a second apart
+_LONGEST_CHECK_SECONDS: Final = 3.0  # maximum that one check adds; checks are about a second apart
 
 
 class LeaseTimers:
     """Seconds without a report for each chunk's current attempt, while this process was reading reports.
 
-    If this process was slow, stopped or disconnected, a late check adds at most `_LONGEST_LOOK`, and a chunk that is watched
+    If this process was slow, stopped or disconnected, a late check adds at most `_LONGEST_CHECK_SECONDS`, and a chunk that is watched
     for the first time starts at zero, so that no lease expires because of this process.
     """
 
@@ -34,7 +34,7 @@ class LeaseTimers:
             watched: chunks that workers hold, after all of their reports were read.
             now: seconds of a monotonic clock.
         """
-        listened = max(0.0, min(now - self._looked, _LONGEST_LOOK))
+        listened = max(0.0, min(now - self._looked, _LONGEST_CHECK_SECONDS))
         self._looked = now
         chunks = {held.token: held for held in watched}
         self._silence = {token: self._silence[token] + listened if token in self._silence else 0.0 for token in chunks}

@@ -11,7 +11,7 @@ from job_orchestrator.domain.job import ScanJob, published
 from job_orchestrator.domain.ports import JobRepository
 from scanfleet.contracts.messages.topics import SCAN_EVENTS
 from scanfleet.runtime import tracing
-from scanfleet.runtime.best_effort import SECONDS, best_effort
+from scanfleet.runtime.best_effort import TIMEOUT_SECONDS, best_effort
 from scanfleet.runtime.bus import Publisher
 from scanfleet.runtime.loop import Loop
 
@@ -40,7 +40,7 @@ class Outbox:
         """
         await self.try_publish((await self._jobs.get(job_ids)).values())
 
-    async def try_publish(self, jobs: Iterable[ScanJob], seconds: float = SECONDS) -> None:
+    async def try_publish(self, jobs: Iterable[ScanJob], seconds: float = TIMEOUT_SECONDS) -> None:
         """Publish the events in the outboxes of these jobs; those that are not acknowledged are left to the sweep.
 
         A partition without a leader delays neither the events of other partitions nor the caller's other work.

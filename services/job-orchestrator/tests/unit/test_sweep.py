@@ -34,7 +34,7 @@ from scanfleet.contracts.messages import (
 )
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_RESULTS, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
-from scanfleet.runtime.best_effort import SECONDS
+from scanfleet.runtime.best_effort import TIMEOUT_SECONDS
 from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_testing.chunk_grants import grants
 from scanfleet_testing.waiting import until
@@ -76,7 +76,7 @@ async def test_old_event_is_not_repeated_by_a_sweep_while_its_acknowledgement_is
 
     async def slowly(topic: Topic, messages: Iterable[Message]) -> None:
         await publish(topic, messages)
-        await asyncio.sleep(1.2 * SECONDS)
+        await asyncio.sleep(1.2 * TIMEOUT_SECONDS)
 
     await world.only.sweeper.sweep()  # reconciles all jobs, and again in ten seconds
     await world.store.jobs.insert([scan_job(9)])

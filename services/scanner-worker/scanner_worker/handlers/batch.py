@@ -21,7 +21,7 @@ from scanfleet.scanning.targets import Network, TargetRules
 from scanner_worker.domain.ports import Found, Scanner
 from scanner_worker.domain.scan import Host, ScanError, arguments, digest, services
 
-SLACK_S: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
+SLACK_SECONDS: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
 
 _FINISHED: Final = (
     Outcome.EXCLUDED
@@ -135,7 +135,7 @@ class Batch:
         several = sum(network.num_addresses for network in self._targets()) > 1
         if not several:
             # nmap applies its own host timeout, but without host discovery, which can take longer than that at timing 0.
-            limit = max(limit, self._chunk.policy.host_timeout + SLACK_S)
+            limit = max(limit, self._chunk.policy.host_timeout + SLACK_SECONDS)
         deadline = loop.time() + limit
         while targets := self._targets():
             self._nmap = asyncio.create_task(self._run_nmap(targets))

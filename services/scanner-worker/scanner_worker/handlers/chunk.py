@@ -44,9 +44,9 @@ from scanner_worker.domain.scan import (
 from scanner_worker.handlers.batch import Abilities, Share, TooSlowError
 from scanner_worker.metrics import ADDRESSES, CHUNKS
 
-CLAIM_S: Final = 0.25  # delay before a claim is published; a shorter scan publishes only its final report
-BEAT_S: Final = 1.0  # interval of ChunkProgressed: a third of the shortest lease
-RETRY_S: Final = 0.5  # delay between attempts to publish; each attempt already waits for the broker
+CLAIM_SECONDS: Final = 0.25  # delay before a claim is published; a shorter scan publishes only its final report
+BEAT_SECONDS: Final = 1.0  # interval of ChunkProgressed: a third of the shortest lease
+RETRY_SECONDS: Final = 0.5  # delay between attempts to publish; each attempt already waits for the broker
 FENCE: Final = (
     2 / 3
 )  # fraction of the lease without an acknowledged heartbeat after which nmap is stopped: before the chunk is reassigned
@@ -212,10 +212,10 @@ class ChunkScan:
         )
 
     async def _beat(self, share: Share) -> None:
-        await asyncio.sleep(CLAIM_S)
+        await asyncio.sleep(CLAIM_SECONDS)
         await self._heartbeat(ChunkClaimed(**self._token, run=share.nmap_run))
         while True:
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(BEAT_SECONDS)
             await self._heartbeat(ChunkProgressed(**self._state))
 
     async def _heartbeat(self, message: Message) -> None:
@@ -241,8 +241,8 @@ class ChunkScan:
             try:
                 await self._publisher.publish(topic, messages)
             except DependencyError as error:
-                _log.warning("publish_failed", topic=topic.name, error=str(error), retry_seconds=RETRY_S)
-                await asyncio.sleep(RETRY_S)
+                _log.warning("publish_failed", topic=topic.name, error=str(error), retry_seconds=RETRY_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
             else:
                 return
 

@@ -14,8 +14,8 @@ from scanner_worker.domain.scan import CannotStartError
 from scanner_worker.metrics import EXCLUDED, EXCLUSIONS
 
 FAILURES: Final = 3  # consecutive failed runs on different chunks: one bad chunk does not exclude a worker
-SHORTEST_S: Final = 1.0  # delay before the first trial run; doubled after each further one until a scan succeeds
-LONGEST_S: Final = 60.0
+SHORTEST_SECONDS: Final = 1.0  # delay before the first trial run; doubled after each further one until a scan succeeds
+LONGEST_SECONDS: Final = 60.0
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -37,7 +37,7 @@ class Exclusion:
         self.reason = "nmap has not been checked yet"
         self._check = check
         self._changed = changed
-        self._pause = SHORTEST_S
+        self._pause = SHORTEST_SECONDS
         self._failed: set[str] = set()
         self._begun = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -83,7 +83,7 @@ class Exclusion:
     def succeeded(self) -> None:
         """Record a successful run of nmap."""
         self._failed.clear()
-        self._pause = SHORTEST_S
+        self._pause = SHORTEST_SECONDS
 
     def failed(self, chunk: ScanChunk, reason: str) -> None:
         """Record a run of nmap that failed on this chunk; one that was dispatched before may itself be the cause."""
@@ -92,7 +92,7 @@ class Exclusion:
         self._failed.add(chunk.chunk_id)
         if len(self._failed) == FAILURES:
             self._failed.clear()
-            self._pause = SHORTEST_S  # targets may be the cause, and must not exclude the worker for long
+            self._pause = SHORTEST_SECONDS  # targets may be the cause, and must not exclude the worker for long
             self.exclude(f"nmap failed on {FAILURES} consecutive chunks, the last time because {reason}")
 
     async def _recover(self) -> None:
@@ -100,7 +100,7 @@ class Exclusion:
             await self._begun.wait()
             # The delay grows although a trial run succeeds: a scan may still be unable to start.
             await asyncio.sleep(self._pause)
-            self._pause = min(2 * self._pause, LONGEST_S)
+            self._pause = min(2 * self._pause, LONGEST_SECONDS)
             await self._try()
 
     async def _try(self) -> None:

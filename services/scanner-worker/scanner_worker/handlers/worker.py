@@ -22,12 +22,16 @@ from scanner_worker.handlers.chunk import FENCE, ChunkScan, Denied
 from scanner_worker.handlers.exclusion import Exclusion
 from scanner_worker.metrics import SLOTS
 
-READY_S: Final = 2.0  # interval of announcements: an orchestrator discovers its workers within this time of its start
+READY_SECONDS: Final = (
+    2.0  # interval of announcements: an orchestrator discovers its workers within this time of its start
+)
 # Minimum interval. Runs that end within it share an announcement; their reports already free the slots.
-LEAST_S: Final = 0.1
-START_S: Final = 2.0  # timeout for a chunk to get a slot; then it is released, since another worker may have a free one
-LATE_S: Final = 1.0  # time for tasks that were dispatched before the orchestrators handled the last announcement
-FLUSH_S: Final = 5.0  # timeout for the final reports of a worker that shuts down
+LEAST_SECONDS: Final = 0.1
+START_SECONDS: Final = (
+    2.0  # timeout for a chunk to get a slot; then it is released, since another worker may have a free one
+)
+LATE_SECONDS: Final = 1.0  # time for tasks that were dispatched before the orchestrators handled the last announcement
+FLUSH_SECONDS: Final = 5.0  # timeout for the final reports of a worker that shuts down
 SEEN: Final = 4_096  # cached attempts for deduplication: minutes of the shortest chunks
 
 _LEAVING: Final = "the worker is shutting down"
@@ -63,7 +67,7 @@ class Worker:
         self._seen: OrderedDict[str, int] = OrderedDict()  # the newest attempt by chunk id
         self._tasks: set[asyncio.Task[None]] = set()
         self._alive = True
-        self._announcing = Loop("announce", READY_S, self._announce, least=LEAST_S)
+        self._announcing = Loop("announce", READY_SECONDS, self._announce, least=LEAST_SECONDS)
         self.exclusion = Exclusion(scanner.check, self._announcing.wake)
 
     async def start(self) -> None:
@@ -81,10 +85,10 @@ class Worker:
             await self._announce()
         except DependencyError as error:
             _log.warning("shutdown_announcement_failed", error=str(error))
-        await asyncio.gather(self._finished(grace), asyncio.sleep(min(LATE_S, grace)))
+        await asyncio.gather(self._finished(grace), asyncio.sleep(min(LATE_SECONDS, grace)))
         for scan in self._running.values():
             scan.stop(_LEAVING)
-        await self._finished(FLUSH_S)
+        await self._finished(FLUSH_SECONDS)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -122,7 +126,9 @@ class Worker:
         for older in [each for each in (*self._waiting, *self._running) if each[0] == chunk.chunk_id]:
             self._end(older, f"superseded by attempt {chunk.attempt}")
         self._waiting[token] = ChunkScan(chunk, self._abilities, self._publisher, self._denied)
-        asyncio.get_running_loop().call_later(START_S, self._release, token, f"no slot was free within {START_S:g} s")
+        asyncio.get_running_loop().call_later(
+            START_SECONDS, self._release, token, f"no slot was free within {START_SECONDS:g} s"
+        )
 
     def _end(self, token: _Token, reason: str) -> None:
         if scan := self._running.get(token):

@@ -30,8 +30,8 @@ from pathlib import Path
 NUMBER = struct.Struct("d")  # read and written atomically: far smaller than a pipe's atomic write size
 
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they are for the worker, which may still need the guard
-QUIET_S = 1.0  # seconds without a marked process after which none is left: longer than from fork to exec of nmap
-LOOK_S = 0.05
+QUIET_SECONDS = 1.0  # seconds without a marked process after which none is left: longer than from fork to exec of nmap
+LOOK_SECONDS = 0.05
 
 
 def kill_marked(mark: str, unless: Callable[[], bool] = lambda: False) -> int:
@@ -63,10 +63,10 @@ def _input_within(seconds: float | None) -> bool:
 
 def _kill_all(mark: str, unless: Callable[[], bool] = lambda: False) -> None:
     last = time.monotonic()
-    while time.monotonic() - last < QUIET_S and not unless():
+    while time.monotonic() - last < QUIET_SECONDS and not unless():
         if kill_marked(mark, unless):
             last = time.monotonic()
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_SECONDS)
 
 
 def _main(mark: str) -> None:

@@ -31,13 +31,15 @@ from scanner_worker.scanner import datadir, guard, python_nmap
 from scanner_worker.scanner.xml import BadXmlError, Reader
 
 PIECE: Final = 1 << 16  # bytes per read: the capacity of a pipe
-LOOK_S: Final = 1.0  # interval of checks whether a silent nmap is still running
-BEAT_S: Final = 1.0  # interval of writes to the guard
-END_S: Final = 5.0  # timeout for nmap to exit after its output has ended, and for a killed process to disappear
+LOOK_SECONDS: Final = 1.0  # interval of checks whether a silent nmap is still running
+BEAT_SECONDS: Final = 1.0  # interval of writes to the guard
+END_SECONDS: Final = 5.0  # timeout for nmap to exit after its output has ended, and for a killed process to disappear
 KILLS: Final = 20  # maximum kill rounds: processes may fork in between, and killed ones stay visible for a few
 STDERR_BYTES: Final = 2_000  # bytes of standard error that are kept, the last ones: nmap writes its fatal error last
 _DISCARD: Final = 9  # any port: connecting a UDP socket sends nothing
-CHECK_S: Final = 30.0  # timeout of a run without targets: nmap starts in 0.1 s, and in some seconds on a loaded machine
+CHECK_SECONDS: Final = (
+    30.0  # timeout of a run without targets: nmap starts in 0.1 s, and in some seconds on a loaded machine
+)
 
 MIN_VERSION: Final = (7, 92)  # older versions spell reasons and timeouts differently, and omit ports from the XML
 _VERSION: Final = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
@@ -142,7 +144,7 @@ class Nmap:
     async def _beat(self) -> None:
         while True:
             self._write_limit()
-            await asyncio.sleep(BEAT_S)
+            await asyncio.sleep(BEAT_SECONDS)
 
     def _write_limit(self) -> None:
         if self._limit and self._guard is not None and self._guard.stdin is not None:
@@ -172,7 +174,7 @@ class Nmap:
         """
         reader = Reader(max_host_bytes=self._limits.host)
         try:
-            async with asyncio.timeout(CHECK_S), self._started(_TRIAL) as run:
+            async with asyncio.timeout(CHECK_SECONDS), self._started(_TRIAL) as run:
                 while data := await run.read():
                     if fault := _whole(reader, data)[1]:
                         raise CannotStartError(f"a trial run of {self._program} failed: {fault}")
@@ -180,7 +182,9 @@ class Nmap:
                     raise CannotStartError(f"{self._program} {_ended(code)}: {run.stderr_tail}")
                 reader.close()
         except TimeoutError:
-            raise CannotStartError(f"a trial run of {self._program} did not end within {CHECK_S:.0f} seconds") from None
+            raise CannotStartError(
+                f"a trial run of {self._program} did not end within {CHECK_SECONDS:.0f} seconds"
+            ) from None
         except (BadXmlError, ScanError) as error:
             raise CannotStartError(f"a trial run of {self._program} failed: {error}") from error
         found = _VERSION.match(reader.version)
@@ -239,13 +243,13 @@ class Nmap:
         """
         output, cause = b"", ""
         try:
-            async with asyncio.timeout(CHECK_S), self._started(arguments) as run:
+            async with asyncio.timeout(CHECK_SECONDS), self._started(arguments) as run:
                 while data := await run.read():
                     output += data
                 if code := await run.wait():
                     cause = f": it {_ended(code)}: {run.stderr_tail}"
         except TimeoutError:
-            cause = f" within {CHECK_S:.0f} seconds"
+            cause = f" within {CHECK_SECONDS:.0f} seconds"
         except ScanError as error:
             cause = f": {error}"
         if cause:
@@ -417,14 +421,14 @@ class _Run:
                 raise ScanError(f"nmap made no progress for {patience:.0f} seconds and was stopped")
             began = now()
             try:
-                async with asyncio.timeout(min(LOOK_S, patience)):
+                async with asyncio.timeout(min(LOOK_SECONDS, patience)):
                     return await self._out.read(PIECE)
             except TimeoutError:
                 if self._process.returncode is not None:
                     self._kill()  # it has exited, and a process that it forked keeps its output open
             finally:
                 self._waited += min(
-                    now() - began, LOOK_S
+                    now() - began, LOOK_SECONDS
                 )  # bounded, because the whole worker may have been stopped meanwhile
 
     def moved(self) -> None:
@@ -434,11 +438,11 @@ class _Run:
     async def wait(self) -> int:
         """Return nmap's exit code; called after its output has ended."""
         try:
-            async with asyncio.timeout(END_S):
+            async with asyncio.timeout(END_SECONDS):
                 code = await self._process.wait()
                 await self._listening
         except TimeoutError:
-            raise ScanError(f"nmap did not exit within {END_S:.0f} seconds after its output") from None
+            raise ScanError(f"nmap did not exit within {END_SECONDS:.0f} seconds after its output") from None
         return code
 
     async def end(self) -> None:
@@ -449,13 +453,15 @@ class _Run:
         if not clean:
             self._kill()
         try:
-            async with asyncio.timeout(END_S):
+            async with asyncio.timeout(END_SECONDS):
                 while await self._out.read(PIECE):
                     pass  # drain the pipe: one that is not read to its end is never closed
                 await self._listening
                 await self._process.wait()
         except TimeoutError:
-            _log.error("nmap_kill_failed", pid=self._process.pid, cause=f"it did not end within {END_S:g} seconds")
+            _log.error(
+                "nmap_kill_failed", pid=self._process.pid, cause=f"it did not end within {END_SECONDS:g} seconds"
+            )
             self._listening.cancel()
 
     def _kill(self) -> None:

@@ -588,7 +588,7 @@ async def test_check_unusable_nmap_raises_with_cause(
     make_nmap: MakeNmap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
 ) -> None:
     """An nmap that is too old, fails or hangs is rejected, and the message has the cause and the remedy."""
-    monkeypatch.setattr(process, "CHECK_S", 1.0)
+    monkeypatch.setattr(process, "CHECK_SECONDS", 1.0)
     program = tmp_path / "nmap"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
@@ -611,8 +611,8 @@ async def test_nmap_that_does_not_list_scripts_or_ports_raises_cannot_start(  # 
     make_nmap: MakeNmap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: str, script: str, reason: str
 ) -> None:
     """A run without targets that fails or hangs is a failure of the worker, with the cause."""
-    monkeypatch.setattr(process, "CHECK_S", 1.0)
-    monkeypatch.setattr(process, "END_S", 0.5)
+    monkeypatch.setattr(process, "CHECK_SECONDS", 1.0)
+    monkeypatch.setattr(process, "END_SECONDS", 0.5)
     program = tmp_path / "nmap"
     program.write_text(f'#!/bin/sh\ncase "$*" in *{listing}*) {script};; *) {trial("7.93")};; esac\n')
     program.chmod(0o755)

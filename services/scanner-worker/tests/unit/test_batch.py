@@ -35,7 +35,7 @@ from scanner_worker.domain.ports import Found
 from scanner_worker.domain.scan import CannotStartError, Host, KilledByGuardError, ScanError, arguments, permit
 from scanner_worker.handlers import batch
 from scanner_worker.handlers.batch import Abilities, Batch
-from scanner_worker.handlers.chunk import CLAIM_S, ChunkScan
+from scanner_worker.handlers.chunk import CLAIM_SECONDS, ChunkScan
 
 MakeChunk = Callable[..., ScanChunk]
 
@@ -364,7 +364,7 @@ async def test_scan_of_a_single_address_past_its_host_timeout_is_timed_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The worker ends a single address as timed out if nmap does not, since its host timeout excludes host discovery."""
-    monkeypatch.setattr(batch, "SLACK_S", 0.1)
+    monkeypatch.setattr(batch, "SLACK_SECONDS", 0.1)
     async with scanning(make(1, outcomes="a.", policy={"host_timeout": 1}), abilities=BRIEF) as rig:
         pass
     assert rig.ends() == {"1-1": (ChunkScanned, "at")}
@@ -417,7 +417,7 @@ async def test_reports_have_how_nmap_ran(make: MakeChunk) -> None:
     """The claim and the final report have nmap's version and arguments, source address, rules and time since its start."""
     abilities = replace(ABILITIES, egress="192.0.2.1")
     async with scanning(make(1, outcomes="a."), abilities=abilities) as rig:
-        await asyncio.sleep(CLAIM_S + 0.1)
+        await asyncio.sleep(CLAIM_SECONDS + 0.1)
         rig.scanner.let()
     claimed, *_, ended = rig.bus.messages(SCAN_PROGRESS)
     assert isinstance(claimed, ChunkClaimed)
@@ -429,7 +429,7 @@ async def test_reports_have_how_nmap_ran(make: MakeChunk) -> None:
         assert reported is not None
         assert reported.model_copy(update={"began": None}) == run
         began.append(reported.began or 0.0)
-    assert CLAIM_S / 2 < began[0] < began[1]
+    assert CLAIM_SECONDS / 2 < began[0] < began[1]
 
 
 @pytest.mark.parametrize(

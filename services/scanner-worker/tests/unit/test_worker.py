@@ -39,8 +39,8 @@ from scanfleet_testing.waiting import until
 from scanner_worker.domain.ports import Found
 from scanner_worker.domain.scan import CannotStartError, Host, ScanError
 from scanner_worker.handlers.batch import Abilities
-from scanner_worker.handlers.exclusion import FAILURES, SHORTEST_S
-from scanner_worker.handlers.worker import LEAST_S, Worker
+from scanner_worker.handlers.exclusion import FAILURES, SHORTEST_SECONDS
+from scanner_worker.handlers.worker import LEAST_SECONDS, Worker
 from scanner_worker.metrics import EXCLUSIONS
 
 MakeChunk = Callable[..., ScanChunk]
@@ -177,7 +177,7 @@ async def test_worker_announcements_of_short_scans_are_bounded_per_second(make_c
             await rig.send(make_chunk(chunk_id=f"1-{number}"))
             await until(lambda n=number: rig.progress().count("ChunkScanned") == n + 1)  # type: ignore[misc] # mypy infers no type for a lambda with a default
         announced = len(rig.messages(SCAN_WORKERS, WorkerReady))
-        assert announced <= (time.monotonic() - began) / LEAST_S + 2
+        assert announced <= (time.monotonic() - began) / LEAST_SECONDS + 2
 
 
 async def test_worker_chunk_is_scanned_and_reported(make_chunk: MakeChunk) -> None:
@@ -725,7 +725,7 @@ async def test_worker_failed_chunks_exclude_it_for_the_shortest_time(make_chunk:
                 await until(lambda: slots(rig) == 0)
                 pauses.append(rig.worker.exclusion._pause)
                 await until(lambda: slots(rig) == 1)
-        assert pauses == [SHORTEST_S] * 3
+        assert pauses == [SHORTEST_SECONDS] * 3
 
 
 @pytest.mark.parametrize("ends", ["one chunk", "a success between", "one nmap", "policy", "attempts"])

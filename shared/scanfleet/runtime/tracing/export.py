@@ -12,8 +12,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
 BATCH_MS: Final = 1_000.0  # a span is visible about a second after its end
-EXPORT_S: Final = 10.0  # timeout per batch, including retries
-STOP_S: Final = 2.0  # timeout for the remaining spans at shutdown: below a supervisor's stop timeout
+EXPORT_SECONDS: Final = 10.0  # timeout per batch, including retries
+STOP_SECONDS: Final = 2.0  # timeout for the remaining spans at shutdown: below a supervisor's stop timeout
 
 
 class SdkExporting:
@@ -39,12 +39,12 @@ class SdkExporting:
         # By default it waits half a minute for an unavailable collector.
         ending = Thread(target=self._provider.shutdown, daemon=True)
         ending.start()
-        ending.join(STOP_S)
+        ending.join(STOP_SECONDS)
 
 
 class OtlpExporting(SdkExporting):
     """Sends spans in the background to the collector at `endpoint`; undelivered ones are dropped and logged."""
 
     def __init__(self, service: str, instance: str, endpoint: str, ratio: float) -> None:
-        exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_S)
+        exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=EXPORT_SECONDS)
         super().__init__(service, instance, ratio, BatchSpanProcessor(exporter, schedule_delay_millis=BATCH_MS))

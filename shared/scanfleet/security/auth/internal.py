@@ -29,13 +29,15 @@ from scanfleet.security.auth.verifier import refusals
 
 ISSUER: Final = "scanfleet-api-gateway"
 TYPE: Final = "scanfleet-internal+jwt"
-LIFE_S: Final = 60
-REUSE_S: Final = 20  # reuse of a token for requests of the same caller; most of its lifetime remains for the last one
-LEEWAY_S: Final = 10
+LIFE_SECONDS: Final = 60
+REUSE_SECONDS: Final = (
+    20  # reuse of a token for requests of the same caller; most of its lifetime remains for the last one
+)
+LEEWAY_SECONDS: Final = 10
 MAX_ROLES_CHARS: Final = 9_000  # of the claim with roles: what the largest token of a user can have in ASCII
 MAX_CHARS: Final = 13_000  # of a token with that claim; others have 500, and the headers of a request at most 16,384
 MAX_SIGNED: Final = 1_000  # callers with a cached token
-MAX_OFFSET_S: Final = 86_400  # maximum clock difference; beyond it the clock of a machine must be corrected first
+MAX_OFFSET_SECONDS: Final = 86_400  # maximum clock difference; beyond it the clock of a machine must be corrected first
 
 THE_GATEWAY: Final = Principal(0)
 """The principal of tokens for requests of the gateway itself."""
@@ -81,7 +83,7 @@ class InternalTokens:
         roles: AbstractSet[str] = caller.roles if with_roles else frozenset()
         whose = (caller.user_id, caller.admin, caller.token_hash, roles)
         signed = self._signed.get(whose)
-        if signed is None or not 0 <= now - signed.at < REUSE_S:
+        if signed is None or not 0 <= now - signed.at < REUSE_SECONDS:
             self._signed.pop(whose, None)
             if len(self._signed) >= MAX_SIGNED:
                 del self._signed[next(iter(self._signed))]
@@ -94,7 +96,7 @@ class InternalTokens:
             offset = parsedate_to_datetime(date or "").timestamp() - self._clock()
         except ValueError:
             return  # missing or invalid
-        if abs(offset - self._offset) > 1 and abs(offset) <= MAX_OFFSET_S:  # the header has whole seconds
+        if abs(offset - self._offset) > 1 and abs(offset) <= MAX_OFFSET_SECONDS:  # the header has whole seconds
             self._offset = offset
             self._signed.clear()
 
@@ -114,7 +116,7 @@ class InternalTokens:
                 "token_hash": caller.token_hash,
                 **named,
                 "iat": now,
-                "exp": now + LIFE_S,
+                "exp": now + LIFE_SECONDS,
             },
             self._key,
             "EdDSA",
@@ -131,7 +133,7 @@ class InternalVerifier:
     """
 
     def __init__(self, keys: Sequence[Ed25519PublicKey], audience: str) -> None:
-        expected = Expected(ISSUER, audience, max_life=LIFE_S, leeway=LEEWAY_S)
+        expected = Expected(ISSUER, audience, max_life=LIFE_SECONDS, leeway=LEEWAY_SECONDS)
         self._reader = Reader(
             FixedKeys(*(Key(key, ("EdDSA",)) for key in keys)),
             expected,

@@ -26,10 +26,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from scanfleet.errors import ConfigurationError, DependencyError, UnavailableError
 from scanfleet.security.auth.principal import RefusedError
 
-JWKS_TIMEOUT_S: Final = 1.5  # per fetch: callers wait for it, and so does a readiness check, which has 2 s
+JWKS_TIMEOUT_SECONDS: Final = 1.5  # per fetch: callers wait for it, and so does a readiness check, which has 2 s
 MAX_JWKS_BYTES: Final = 1 << 20  # far above the size of any issuer's key set
 MIN_RSA_BITS: Final = 2_048  # RFC 7518, 3.3
-EMPTY_COOLDOWN_S: Final = 1.0  # interval of fetches while no key is available and every caller gets a 503
+EMPTY_COOLDOWN_SECONDS: Final = 1.0  # interval of fetches while no key is available and every caller gets a 503
 
 _MAX_KID_CHARS: Final = 32  # of an escaped id in a key's name
 
@@ -116,13 +116,13 @@ class _NoKeyError(_FetchError):
 
 
 class JwksKeys:
-    """The keys that an issuer publishes. If a fetch fails, the previous ones stay valid for up to `max_stale_s`.
+    """The keys that an issuer publishes. If a fetch fails, the previous ones stay valid for up to `max_stale_seconds`.
 
     Args:
         client: fetches `url`, with its own timeouts.
-        cooldown_s: minimum interval between two fetches.
-        max_age_s: age after which the keys are refetched, so that withdrawn keys expire.
-        max_stale_s: age at which keys expire if they could not be refetched.
+        cooldown_seconds: minimum interval between two fetches.
+        max_age_seconds: age after which the keys are refetched, so that withdrawn keys expire.
+        max_stale_seconds: age at which keys expire if they could not be refetched.
     """
 
     def __init__(
@@ -131,17 +131,17 @@ class JwksKeys:
         url: str,
         *,
         algorithms: tuple[str, ...],
-        cooldown_s: float,
-        max_age_s: float,
-        max_stale_s: float,
+        cooldown_seconds: float,
+        max_age_seconds: float,
+        max_stale_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
         self._url = url
         self._algorithms = algorithms
-        self._cooldown_s = cooldown_s
-        self._max_age_s = max_age_s
-        self._max_stale_s = max_stale_s
+        self._cooldown_seconds = cooldown_seconds
+        self._max_age_seconds = max_age_seconds
+        self._max_stale_seconds = max_stale_seconds
         self._clock = clock
         self._fetched: Sequence[Key] = ()
         self._fetched_at = self._tried_at = float("-inf")
@@ -151,7 +151,7 @@ class JwksKeys:
     async def find(self, kid: str | None, algorithm: str) -> Sequence[Key]:
         found = _matching(self._keys, kid, algorithm)
         # One caller waits for the refetch of aged keys; the others use the old ones until it ends.
-        if found and (self._age_s < self._max_age_s or self._lock.locked()):
+        if found and (self._age_seconds < self._max_age_seconds or self._lock.locked()):
             return found
         async with self._lock:  # callers with an unknown key that arrive during a fetch share its result
             await self._refresh(known=bool(_matching(self._keys, kid, algorithm)))
@@ -169,10 +169,10 @@ class JwksKeys:
 
     @property
     def _keys(self) -> Sequence[Key]:
-        return self._fetched if self._age_s < self._max_stale_s else ()
+        return self._fetched if self._age_seconds < self._max_stale_seconds else ()
 
     @property
-    def _age_s(self) -> float:
+    def _age_seconds(self) -> float:
         return self._clock() - self._fetched_at
 
     def _refuse(self) -> Sequence[Key]:
@@ -188,10 +188,10 @@ class JwksKeys:
 
     async def _refresh(self, *, known: bool) -> None:
         """Fetch the keys unless they are recent enough for a token whose key is `known` or not."""
-        if known and self._keys and self._age_s < self._max_age_s:
+        if known and self._keys and self._age_seconds < self._max_age_seconds:
             return
         passing = not self._keys and not self._failure.permanent
-        if self._clock() - self._tried_at < (EMPTY_COOLDOWN_S if passing else self._cooldown_s):
+        if self._clock() - self._tried_at < (EMPTY_COOLDOWN_SECONDS if passing else self._cooldown_seconds):
             return
         self._tried_at = self._clock()
         try:
@@ -206,7 +206,7 @@ class JwksKeys:
 
     async def _fetch(self) -> Any:
         try:
-            async with asyncio.timeout(JWKS_TIMEOUT_S), self._client.stream("GET", self._url) as response:
+            async with asyncio.timeout(JWKS_TIMEOUT_SECONDS), self._client.stream("GET", self._url) as response:
                 if not response.is_success:
                     permanent = response.status_code < 500 and response.status_code not in _BUSY  # noqa: PLR2004 # server errors
                     hint = ": configure the URL that it redirects to" if response.is_redirect else ""

@@ -17,7 +17,7 @@ from scanfleet.errors import ConfigurationError, DependencyError, UnauthorizedEr
 from scanfleet.runtime.settings import AuthSettings
 from scanfleet.security.auth import claims
 from scanfleet.security.auth.claims import Expected
-from scanfleet.security.auth.keys import JWKS_TIMEOUT_S, FixedKeys, JwksKeys, Key, Keys, algorithms_of
+from scanfleet.security.auth.keys import JWKS_TIMEOUT_SECONDS, FixedKeys, JwksKeys, Key, Keys, algorithms_of
 from scanfleet.security.auth.principal import Principal, RefusedError
 from scanfleet.security.auth.tokens import Reader
 
@@ -174,7 +174,7 @@ async def open_verifier(
         ValueError: the PEM file holds no public key for the configured algorithms.
         OSError: it cannot be read.
     """
-    async with httpx.AsyncClient(transport=transport, timeout=JWKS_TIMEOUT_S) as client:
+    async with httpx.AsyncClient(transport=transport, timeout=JWKS_TIMEOUT_SECONDS) as client:
         verifier = TokenVerifier(settings, _keys(settings, client), users=users, revoked=revoked, roles=roles)
         try:
             await verifier.check()
@@ -204,7 +204,7 @@ def _keys(settings: AuthSettings, client: httpx.AsyncClient) -> Keys:
         client,
         str(settings.jwt_jwks_url),
         algorithms=settings.jwt_algorithms,
-        cooldown_s=settings.jwt_jwks_cooldown_seconds,
-        max_age_s=settings.jwt_jwks_max_age_seconds,
-        max_stale_s=settings.jwt_jwks_max_stale_seconds,
+        cooldown_seconds=settings.jwt_jwks_cooldown_seconds,
+        max_age_seconds=settings.jwt_jwks_max_age_seconds,
+        max_stale_seconds=settings.jwt_jwks_max_stale_seconds,
     )
