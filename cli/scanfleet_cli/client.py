@@ -32,7 +32,7 @@ import httpx2
 from pydantic import BaseModel, ValidationError
 
 from scanfleet import VERSION
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import Job
 from scanfleet_cli import calls
 from scanfleet_cli.calls import Call, ListCall
@@ -459,7 +459,7 @@ class AsyncClient:
             if error.status != httpx2.codes.NOT_FOUND:  # of an older service
                 raise
             return None
-        return rest.ALL_USERS if me.admin else me.user_id
+        return queries.ALL_USERS if me.admin else me.user_id
 
     async def results(self, job_id: int) -> AsyncIterator[rest.Result]:
         """As `Client.results`."""

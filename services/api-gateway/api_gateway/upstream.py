@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import datetime
 from typing import Final, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -16,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import TypeAdapter, ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import CommandAccepted, CommandRejected
 from scanfleet.contracts.rest import (
     MAX_ISSUER_KEYS,
@@ -220,34 +219,18 @@ class Orchestrator(Upstream):
     async def latest_of(
         self,
         caller: Mapping[str, str],
-        whose: str | None,
-        *,
-        after: int | None = None,
-        ended_after: str | None = None,
-        changed_since: datetime | None = None,
-        ended_since: datetime | None = None,
+        query: queries.LatestJobs,
     ) -> Snapshots | Response:
         """Return a page of a user's current jobs, or the error answer if the caller may not watch them.
 
         Args:
             caller: the caller, as HTTP headers.
-            whose: a user's id or `all`; None for the caller.
-            after: return unfinished jobs with a greater id.
-            ended_after: return finished jobs from there on; see `Snapshots.next_ended`.
-            changed_since: omit unfinished jobs that have not changed since then.
-            ended_since: include finished jobs that have ended since then.
+            query: selects the jobs.
 
         Raises:
             DependencyError: the orchestrator is unavailable.
         """
-        query = {
-            "user_id": whose,
-            "after": after,
-            "ended_after": ended_after,
-            "changed_since": changed_since and changed_since.isoformat(),
-            "ended_since": ended_since and ended_since.isoformat(),
-        }
-        target = f"/internal/jobs/latest?{urlencode({name: value for name, value in query.items() if value})}"
+        target = f"/internal/jobs/latest?{urlencode(query.model_dump(mode='json', exclude_defaults=True))}"
         answer = await self.ask("GET", target, caller)
         if answer.status_code != httpx.codes.OK:
             return _error(answer)

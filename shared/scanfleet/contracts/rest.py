@@ -43,7 +43,6 @@ BODY_LIMITS = {
 
 MAX_NAME_CHARS = 50  # of an unknown field's name in an error
 MAX_UNKNOWN = 5  # fields reported per error; enough to correct a request in a few attempts
-MAX_PAGE = 1_000_000_000  # limits the number of skipped documents to MongoDB's integer range
 
 Id = Annotated[StrictInt, Field(ge=1, le=MAX_ID)]
 
@@ -1010,15 +1009,3 @@ class Me(_Answer):
 # Paths and queries
 
 MAX_HOST_PORTS = 1_000  # listed per host; the results have all
-MAX_RESULTS = 1_000_000  # maximum value of `limit`; without `limit` a response has all results
-
-ALL_USERS = "all"
-WHOSE = r"^(all|[1-9][0-9]{0,15})$"
-"""A user's id, or all users."""
-
-WORDED_WHOSE: Final = worded(WHOSE, f'must be the id of a user, or "{ALL_USERS}"')
-
-QueryId = Annotated[int, Field(ge=1, le=MAX_ID)]
-Page = Annotated[int, Field(ge=1, le=MAX_PAGE)]
-PageSize = Annotated[int, Field(ge=1, le=100)]
-LedgerPageSize = Annotated[int, Field(ge=1, le=1_000)]  # addresses listed per page: a few hundred kilobytes

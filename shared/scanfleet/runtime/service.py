@@ -14,16 +14,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import FrameType
-from typing import Annotated, Any, Final, Literal, Protocol, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar, cast, get_origin
 from uuid import uuid4
 
 import structlog
-from fastapi import APIRouter, FastAPI, Path, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.telemetry import TelemetryConfig
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
@@ -324,10 +324,30 @@ def source(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def words(request: Request, name: str) -> list[str]:
-    """Return the values of a query parameter: `name=a&name=b`, `name[]=a&name[]=b` or `name=a,b`."""
-    given = request.query_params.getlist(name) + request.query_params.getlist(f"{name}[]")
-    return [word for text in given for word in text.split(",")]
+def parsed(model: type[BaseModel]) -> Any:
+    """Return a dependency that parses the query parameters as `model`, whose tuples are lists.
+
+    The values of a list are sent as `name=a&name=b`, as `name[]=a&name[]=b` or as `name=a,b`.
+    """
+    fields = {field.alias or name: get_origin(field.annotation) is tuple for name, field in model.model_fields.items()}
+
+    async def parse(request: Request) -> BaseModel:
+        query = request.query_params
+        given: dict[str, Any] = {}
+        for name, is_list in fields.items():
+            if is_list:
+                texts = query.getlist(name) + query.getlist(f"{name}[]")
+                given[name] = [word for text in texts for word in text.split(",")]
+            elif name in query:
+                given[name] = query[name]
+        try:
+            return model.model_validate(given)
+        except ValidationError as error:
+            raise RequestValidationError(
+                [{**each, "loc": ("query", *each["loc"])} for each in error.errors()]
+            ) from error
+
+    return Depends(parse)
 
 
 def audit_entry(

@@ -18,9 +18,10 @@ from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from scanfleet.contracts import queries
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
 from scanfleet.runtime import logging, tracing
-from scanfleet.runtime.service import PathId, create_app, create_probes
+from scanfleet.runtime.service import PathId, create_app, create_probes, parsed
 from scanfleet.runtime.settings import CommonSettings, FrontSettings
 from scanfleet.scanning.targets import Network
 from scanfleet.security.audit import Refusals
@@ -56,6 +57,16 @@ async def read_whole(request: Request) -> int:
 @router.get("/{thing_id}")
 async def read_thing(thing_id: PathId) -> int:
     return thing_id
+
+
+class Filters(queries.Page):
+    port: tuple[queries.Port, ...] = ()
+    from_: Annotated[queries.Text | None, Field(alias="from")] = None
+
+
+@router.get("/filters/parsed")
+async def read_filters(query: Annotated[Filters, parsed(Filters)]) -> Filters:
+    return query
 
 
 @router.get("/text/{text}")
@@ -177,6 +188,30 @@ async def test_errors_have_one_format_and_no_internal_details(
     assert (answer.status_code, answer.json()) == (status, {"error": error})
     assert answer.headers["X-Request-ID"]
     assert {name: answer.headers.get(name) for name in headers} == headers
+
+
+@pytest.mark.parametrize("sent", ["port=80&port=0443", "port[]=80&port[]=443", "port=80,443", "port=80&port[]=443"])
+async def test_query_lists_are_repeated_or_separated_by_commas(client: httpx.AsyncClient, sent: str) -> None:
+    """A list is sent as a repeated parameter, in brackets or not, or separated by commas; other parameters have defaults."""
+    answer = await client.get(f"/thing/filters/parsed?page=2&from=127.0.0.1&{sent}")
+    assert answer.json() == {"page": 2, "page_size": 10, "port": [80, 443], "from": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("sent", "error"),
+    [
+        ("page=0", "query.page: Input should be greater than or equal to 1"),
+        ("page=", "query.page: Input should be a valid integer, unable to parse string as an integer"),
+        ("port=80,+1", "query.port.1: must be a number from 0 to 65535"),
+        ("port=65536", "query.port.0: Input should be less than or equal to 65535"),
+        ("port=", "query.port.0: Input should be a valid integer, unable to parse string as an integer"),
+        (f"from={'x' * 201}", "query.from: String should have at most 200 characters"),
+    ],
+)
+async def test_query_with_an_invalid_value_is_400(client: httpx.AsyncClient, sent: str, error: str) -> None:
+    """The error names the parameter by the name that the caller sent."""
+    answer = await client.get(f"/thing/filters/parsed?{sent}")
+    assert (answer.status_code, answer.json()) == (400, {"error": error})
 
 
 async def test_error_during_a_response_aborts_the_connection(app: FastAPI) -> None:

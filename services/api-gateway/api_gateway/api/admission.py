@@ -15,8 +15,6 @@ from functools import cached_property
 from typing import ClassVar, Final, cast
 
 from fastapi import Request
-from fastapi.dependencies.utils import get_flat_params
-from fastapi.params import Query
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
@@ -198,10 +196,9 @@ class Route(Guarded):
 
     @cached_property
     def _queries(self) -> frozenset[str]:
-        read = [each.alias for each in get_flat_params(self.dependant) if isinstance(each.field_info, Query)]
         documented = [each for each in (self.openapi_extra or {}).get("parameters", ()) if each["in"] == "query"]
         lists = [f"{each['name']}[]" for each in documented if each["schema"].get("type") == "array"]
-        return frozenset((*read, *(each["name"] for each in documented), *lists))
+        return frozenset((*(each["name"] for each in documented), *lists))
 
     def _refuse_other_content(self, scope: Scope) -> None:
         """Refuse bodies of another content type; the framework would read them as text, and report a misleading error.

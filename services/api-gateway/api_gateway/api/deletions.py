@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
-from api_gateway.api.openapi import ID, errors, paging, query
+from api_gateway.api.openapi import errors, query
 from api_gateway.api.state import Handed
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.security.auth import Caller
 
 router = APIRouter(prefix="/api/v1/deletion", tags=["task"], route_class=Route)
@@ -17,21 +17,7 @@ router = APIRouter(prefix="/api/v1/deletion", tags=["task"], route_class=Route)
     "",
     response_model=rest.DeletionList,
     responses=errors(400, 403),
-    openapi_extra={
-        "parameters": [
-            query(
-                "state",
-                {"type": "string", "enum": ["open", "done"]},
-                "Only deletions in progress (open), or completed ones (done).",
-            ),
-            query(
-                "user_id",
-                {"anyOf": [ID, {"const": rest.ALL_USERS}]},
-                "For administrators: deletions of jobs of this user, or of `all` users; without it of the caller's own.",
-            ),
-            *paging(),
-        ]
-    },
+    openapi_extra={"parameters": query(queries.Deletions)},
 )
 async def list_deletions(request: Request, _caller: Caller, state: Handed) -> Response:
     """List the receipts of deleted scan jobs, the last requested first."""

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final
 
 import structlog
-from fastapi import Depends, Query, Request, Response
+from fastapi import Depends, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from httpx import codes
@@ -20,9 +20,10 @@ from starlette.types import Receive, Scope, Send
 from api_gateway.api.state import Handed, State
 from api_gateway.handlers.events import ALL_JOBS, Subscribed, Subscription
 from api_gateway.upstream import in_time
-from scanfleet.contracts.rest import ALL_USERS, WHOSE, WORDED_WHOSE, Snapshot, Snapshots
+from scanfleet.contracts import queries
+from scanfleet.contracts.rest import Snapshot, Snapshots
 from scanfleet.errors import DependencyError, NotFoundError, PublicError, UnavailableError
-from scanfleet.runtime.service import PathId, ascii_json
+from scanfleet.runtime.service import PathId, ascii_json, parsed
 from scanfleet.security.auth import Caller, authenticate
 
 _RETRY_MS: Final = 3_000  # reconnection delay of clients; a gateway restarts faster
@@ -43,19 +44,12 @@ async def _job_subscription(job_id: PathId, state: Handed) -> AsyncIterator[Subs
 JobSubscription = Annotated[Subscription, Depends(_job_subscription)]
 """Receives the events of the job in the path, from before the route is called to the end of its response."""
 
-Whose = Annotated[
-    str | None,
-    Query(
-        alias="user_id",
-        pattern=WHOSE,
-        description="For administrators: the jobs of this user, or of `all` users; without it the caller's own.",
-    ),
-    WORDED_WHOSE,
-]
 
-
-async def _jobs_subscription(caller: Caller, state: Handed, whose: Whose = None) -> AsyncIterator[Subscription]:
-    subscribed = ALL_JOBS if whose == ALL_USERS else ("user", int(whose or caller.user_id))
+async def _jobs_subscription(
+    caller: Caller, state: Handed, selected: Annotated[queries.Events, parsed(queries.Events)]
+) -> AsyncIterator[Subscription]:
+    whose = selected.user_id
+    subscribed = ALL_JOBS if whose == queries.ALL_USERS else ("user", int(whose or caller.user_id))
     with _subscription(subscribed, state) as subscription:
         yield subscription
 
@@ -232,11 +226,13 @@ class JobsStream(_EventStream):
     async def _ask(self, *, after: int | None = None, ended_after: str | None = None) -> Snapshots:
         answer = await self._state.orchestrator.latest_of(
             await self._caller(),
-            self._whose,
-            after=after,
-            ended_after=ended_after,
-            changed_since=self._changed_since,
-            ended_since=self._ended_since,
+            queries.LatestJobs(
+                user_id=self._whose,
+                after=after or 0,
+                ended_after=ended_after,
+                changed_since=self._changed_since,
+                ended_since=self._ended_since,
+            ),
         )
         if isinstance(answer, Response):
             raise _refused(answer)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from api_gateway.api.admission import Route
 from api_gateway.api.openapi import errors, query
 from api_gateway.api.state import Handed
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.security.auth import Caller
 
 _CSV: Final = {
@@ -37,18 +37,7 @@ router = APIRouter(prefix=rest.SUBNETS.path, tags=[rest.SUBNETS.name], route_cla
         200: {"model": rest.SubnetImportCheck, "description": "The verdicts of a dry run."},
         **errors(400, 409, 413),
     },
-    openapi_extra={
-        "requestBody": _CSV,
-        "parameters": [
-            query("dry_run", {"type": "boolean", "default": False}, "Whether to check each line and change nothing."),
-            query(
-                "update",
-                {"type": "boolean", "default": False},
-                "Whether a line with the name of one existing subnet gives it another network or other exclusions, "
-                "instead of creating a second subnet of that name.",
-            ),
-        ],
-    },
+    openapi_extra={"requestBody": _CSV, "parameters": query(queries.SubnetImport)},
 )
 async def import_subnets(request: Request, _caller: Caller, state: Handed) -> Response:
     """Create or change a subnet for each line of a CSV file; a file with an invalid line is rejected as a whole. Existing equal subnets are not created again, so the request is idempotent."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 
+_NULL: Final = {"type": "null"}  # of a parameter that is missing, which no caller sends
 _RETRY_AFTER: Final = {
     "Retry-After": {
         "description": "Seconds until the request may be repeated.",
@@ -18,14 +19,6 @@ _REQUEST_ID: Final = {
     "X-Request-ID": {"description": "Id of this request in all logs.", "schema": {"type": "string"}},
 }
 
-
-def _schema(type_: Any) -> dict[str, Any]:
-    return TypeAdapter(type_).json_schema()
-
-
-ID: Final = _schema(rest.QueryId)
-TIME: Final = _schema(rest.InputTime)
-TEXT: Final = {"type": "string", "maxLength": 200}
 
 ETAG: Final = {
     "ETag": {"description": "Identifies this state of the object.", "schema": {"type": "string"}},
@@ -80,16 +73,21 @@ def body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def paging(largest: Any = rest.PageSize, size: int = 10) -> list[dict[str, Any]]:
-    """Return the query parameters of a list."""
-    return [
-        query("page", {**_schema(rest.Page), "default": 1}, "Page number, from 1."),
-        query("page_size", {**_schema(largest), "default": size}, "Number of objects per page."),
-    ]
+def query(model: type[queries.Query]) -> list[dict[str, Any]]:
+    """Return the query parameters of a route, which another service parses."""
+    return [_parameter(name, schema) for name, schema in model.model_json_schema()["properties"].items()]
 
 
-def query(name: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
-    """Return an optional query parameter."""
+def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    description = " ".join(schema.pop("description").split())
+    del schema["title"]
+    if schema["default"] in (None, []):
+        del schema["default"]
+    match [each for each in schema.pop("anyOf", []) if each != _NULL]:
+        case [only]:
+            schema |= only
+        case [_, *_] as several:
+            schema["anyOf"] = several
     return {"name": name, "in": "query", "required": False, "schema": schema, "description": description}
 
 

@@ -9,9 +9,9 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel
 
 from api_gateway.api.admission import Route
-from api_gateway.api.openapi import IF_MATCH, TAGGED, body, errors, paging
+from api_gateway.api.openapi import IF_MATCH, TAGGED, body, errors, query
 from api_gateway.api.state import Handed
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.runtime.service import PathId, typed
 from scanfleet.security.auth import Caller
 
@@ -33,7 +33,7 @@ def router_of(resource: rest.Resource[rest.NamedBody, BaseModel, BaseModel]) -> 
         description=f"List the caller's {resource.plural}, newest first.",
         response_model=resource.listed,
         responses=errors(400),
-        openapi_extra={"parameters": paging()},
+        openapi_extra={"parameters": query(queries.Page)},
     )
     of_all(
         methods=["POST"],

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
-from api_gateway.api.openapi import body, errors, paging
+from api_gateway.api.openapi import body, errors, query
 from api_gateway.api.state import Handed
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.runtime.service import PathId
 from scanfleet.security.auth import Caller
 
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/api/v1/revocation", tags=["revocation"], route_class
     "",
     response_model=rest.RevocationList,
     responses=errors(400, 403),
-    openapi_extra={"parameters": paging()},
+    openapi_extra={"parameters": query(queries.Page)},
 )
 async def list_revocations(request: Request, _caller: Caller, state: Handed) -> Response:
     """List the revocations that are in force, newest first; for administrators."""

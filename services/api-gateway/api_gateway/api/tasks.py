@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final
 from uuid import uuid4
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Request, Response
 
 from api_gateway.api.admission import CancelRoute, Route, StreamRoute
 from api_gateway.api.events import (
@@ -13,19 +13,17 @@ from api_gateway.api.events import (
     JobsSubscription,
     JobStream,
     JobSubscription,
-    Whose,
     last_received,
     last_seq,
     overlapping,
 )
-from api_gateway.api.openapi import ETAG, ID, IF_NONE_MATCH, TIME, errors, paging, query, server_sent
+from api_gateway.api.openapi import ETAG, IF_NONE_MATCH, errors, query, server_sent
 from api_gateway.api.state import Handed
-from scanfleet.contracts import rest
-from scanfleet.contracts.messages import CancelJob, JobStatus, SubmitJobs
-from scanfleet.contracts.messages.fields import MAX_ID
+from scanfleet.contracts import queries, rest
+from scanfleet.contracts.messages import CancelJob, SubmitJobs
 from scanfleet.errors import BadRequestError
 from scanfleet.runtime import tracing
-from scanfleet.runtime.service import PathId, source
+from scanfleet.runtime.service import PathId, parsed, source
 from scanfleet.security.auth import Caller
 
 router = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=Route)
@@ -53,88 +51,11 @@ LastEventId = Annotated[
     Header(alias="Last-Event-ID", description="The `id` of the last received event; browsers send it automatically."),
 ]
 
-_STATUS: Final = query(
-    "status",
-    {"type": "array", "items": {"type": "string", "enum": list(JobStatus)}},
-    "Only jobs in one of these states; repeated, or separated by commas.",
-)
-_USER_ID: Final = query(
-    "user_id",
-    {"anyOf": [ID, {"const": rest.ALL_USERS}]},
-    "For administrators: the jobs of this user, or of `all` users; without it the caller's own.",
-)
-_JOB_FILTERS: Final = [
-    query("subnet_id", ID, "Only jobs of this subnet."),
-    query("policy_id", ID, "Only jobs of this policy."),
-    query("since", TIME, "Only jobs created at or after this time."),
-]
-_PORTS: Final = query(
-    "ports", {"type": "string"}, "Only blocks with some of these ports, in the syntax of a policy's `ports`."
-)
-_FROM: Final = query(
-    "from",
-    {"type": "string"},
-    "Only addresses from this one on. A response has at most 65,536 letters per block of ports.",
-)
-_BY: Final = query(
-    "by",
-    {"type": "string", "enum": ["address", "chunk"], "default": "address"},
-    "Whether a letter is the outcome of an address, or the worst one of the addresses of a chunk.",
-)
-_AFTER_POSITION: Final = query(
-    "after",
-    {"type": "integer", "minimum": 0, "maximum": MAX_ID},
-    "Only addresses after this position: 0, then `next` of the page before. Such a page looks into a bounded number of chunks, so "
-    "it may have fewer addresses than `page_size`, or none, although the list continues. Not together with `page`.",
-)
 _NOT_MODIFIED: Final[dict[int | str, dict[str, Any]]] = {
     200: {"headers": ETAG},
     304: {"description": "The map has not changed since the one of `If-None-Match`.", "headers": ETAG},
 }
 _RESULT: Final = {"$ref": "#/components/schemas/Result"}
-_RESULT_FILTERS: Final = [
-    query(
-        "fields",
-        {"type": "array", "items": {"type": "string", "enum": list(rest.Result.model_fields)}},
-        "Only these fields; without `raw_data` the response has a seventh of the size. Repeated, or separated by commas.",
-    ),
-    query(
-        "after",
-        {"type": "integer", "minimum": 0, "maximum": MAX_ID},
-        "Only results with a greater `id`. With this parameter or `limit` results are sorted by `id`.",
-    ),
-    query(
-        "limit",
-        {"type": "integer", "minimum": 1, "maximum": rest.MAX_RESULTS},
-        "Maximum number of results; all without it.",
-    ),
-    query(
-        "port",
-        {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 65_535}},
-        "Only these ports; repeated, or separated by commas.",
-    ),
-    query("service", {"type": "string", "maxLength": 200}, "Only this service, as nmap names it."),
-    query("address", {"type": "string", "maxLength": 50}, "Only this address, or the addresses of this network."),
-]
-_HOST_FILTERS: Final = [
-    query(
-        "after", {"type": "string", "maxLength": 50}, "Only hosts after this address: the last one of the page before."
-    ),
-    query(
-        "limit",
-        {"type": "integer", "minimum": 1, "maximum": rest.MAX_RESULTS},
-        "Maximum number of hosts; all without it.",
-    ),
-    query(
-        "port",
-        {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 65_535}},
-        "Only hosts with one of these ports; repeated, or separated by commas.",
-    ),
-    query(
-        "service", {"type": "string", "maxLength": 200}, "Only hosts with this service, on one of the `port`s if given."
-    ),
-    query("address", {"type": "string", "maxLength": 50}, "Only this address, or the addresses of this network."),
-]
 _HOST: Final = {"$ref": "#/components/schemas/Host"}
 _HOSTS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
@@ -221,7 +142,7 @@ _ALL_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     "",
     response_model=rest.JobList,
     responses=errors(400, 403),
-    openapi_extra={"parameters": [_STATUS, _USER_ID, *_JOB_FILTERS, *paging()]},
+    openapi_extra={"parameters": query(queries.Tasks)},
 )
 async def list_tasks(request: Request, _caller: Caller, state: Handed) -> Response:
     """List the caller's scan jobs, pending ones first, then by start, the latest first."""
@@ -291,20 +212,27 @@ async def watch_task(
     return JobStream(subscription, job_id, request, state)
 
 
-@all_streams.get("/events", response_class=Response, responses=_ALL_EVENTS | errors(400, 403))
+@all_streams.get(
+    "/events",
+    response_class=Response,
+    responses=_ALL_EVENTS | errors(400, 403),
+    openapi_extra={"parameters": query(queries.Events)},
+)
 async def watch_tasks(
     *,
     request: Request,
     _caller: Caller,
     state: Handed,
     subscription: JobsSubscription,
-    whose: Whose = None,
+    selected: Annotated[queries.Events, parsed(queries.Events)],
     last_event_id: LastEventId = None,
 ) -> Response:
     """Stream states and progress of all scan jobs of the caller as Server-Sent Events, without an end."""
     caller = state.orchestrator.identity(request)
-    first = await state.orchestrator.latest_of(caller, whose, ended_since=overlapping(last_received(last_event_id)))
-    return first if isinstance(first, Response) else JobsStream(subscription, first, whose, request, state)
+    first = await state.orchestrator.latest_of(
+        caller, queries.LatestJobs(user_id=selected.user_id, ended_since=overlapping(last_received(last_event_id)))
+    )
+    return first if isinstance(first, Response) else JobsStream(subscription, first, selected.user_id, request, state)
 
 
 @cancels.post("/cancel", responses=errors(400, 413))
@@ -339,7 +267,9 @@ async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: H
 
 
 @router.get(
-    "/{job_id}/results", responses=_RESULTS | errors(400, 403, 404), openapi_extra={"parameters": _RESULT_FILTERS}
+    "/{job_id}/results",
+    responses=_RESULTS | errors(400, 403, 404),
+    openapi_extra={"parameters": query(queries.Results)},
 )
 async def read_results(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:
     """Read the results of a scan job so far; for its owner and administrators."""
@@ -348,7 +278,7 @@ async def read_results(job_id: PathId, request: Request, _caller: Caller, state:
 
 
 @router.get(
-    "/{job_id}/hosts", responses=_HOSTS | errors(400, 403, 404, 409), openapi_extra={"parameters": _HOST_FILTERS}
+    "/{job_id}/hosts", responses=_HOSTS | errors(400, 403, 404, 409), openapi_extra={"parameters": query(queries.Hosts)}
 )
 async def read_hosts(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:
     """Read the hosts of a scan job so far: each address that answered, or that has a port that is open or open|filtered.
@@ -360,13 +290,18 @@ async def read_hosts(job_id: PathId, request: Request, _caller: Caller, state: H
     return refusal or await state.result_store.forward(request)
 
 
-@router.get("/{job_id}/nmap.xml", response_class=Response, responses=_NMAP_XML | errors(400, 403, 404, 409))
+@router.get(
+    "/{job_id}/nmap.xml",
+    response_class=Response,
+    responses=_NMAP_XML | errors(400, 403, 404, 409),
+    openapi_extra={"parameters": query(queries.NmapXml)},
+)
 async def read_nmap_xml(
     job_id: PathId,
     request: Request,
     _caller: Caller,
     state: Handed,
-    hosts: Annotated[Literal["all", "up"], Query(description="`up` leaves out the hosts that are down.")] = "all",
+    selected: Annotated[queries.NmapXml, parsed(queries.NmapXml)],
 ) -> Response:
     """Read all results of a scan job that has ended as one document in nmap's XML format; for its owner and administrators.
 
@@ -375,7 +310,7 @@ async def read_nmap_xml(
     job = await state.orchestrator.exported(request, job_id)
     if isinstance(job, Response):
         return job
-    target = f"/internal/jobs/{job_id}/nmap.xml?hosts={hosts}"
+    target = f"/internal/jobs/{job_id}/nmap.xml?hosts={selected.hosts}"
     return await state.result_store.pass_on(request, target, job.model_dump_json().encode())
 
 
@@ -383,7 +318,7 @@ async def read_nmap_xml(
     "/{job_id}/ledger",
     response_model=rest.Ledger,
     responses=errors(400, 404),
-    openapi_extra={"parameters": [*paging(rest.LedgerPageSize, 100), _AFTER_POSITION]},
+    openapi_extra={"parameters": query(queries.Ledger)},
 )
 async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
     """Read the outcomes of all probes of a scan job, and the list of addresses that were not completely probed."""
@@ -400,7 +335,7 @@ async def read_snapshot(job_id: PathId, request: Request, _caller: Caller, state
     "/{job_id}/map",
     response_model=rest.CoverageMap,
     responses=_NOT_MODIFIED | errors(400, 404, 413),
-    openapi_extra={"parameters": [_PORTS, _FROM, _BY, IF_NONE_MATCH]},
+    openapi_extra={"parameters": [*query(queries.Map), IF_NONE_MATCH]},
 )
 async def read_map(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
     """Read the outcome of each address or chunk of a scan job as one letter, for each block of its ports."""

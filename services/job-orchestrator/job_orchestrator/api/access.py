@@ -7,12 +7,12 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Request
 
-from job_orchestrator.api.state import Handed, Paged, Recorded
+from job_orchestrator.api.state import Handed, Recorded
 from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Revocation
 from job_orchestrator.domain.audit import first_use
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
-from scanfleet.runtime.service import PathId, source
+from scanfleet.runtime.service import PathId, parsed, source
 from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet.security.auth import Caller, GatewayRoute, Guarded, Principal
 
@@ -58,13 +58,15 @@ async def create_revocation(
 
 
 @router.get("")
-async def list_revocations(_caller: Administrator, state: Handed, paged: Paged) -> rest.RevocationList:
+async def list_revocations(
+    _caller: Administrator, state: Handed, query: Annotated[queries.Page, parsed(queries.Page)]
+) -> rest.RevocationList:
     found = await state.store.access.revocations()
     return rest.RevocationList(
-        revocations=[_view(each) for each in found[paged.skip : paged.skip + paged.page_size]],
+        revocations=[_view(each) for each in found[query.skip : query.skip + query.page_size]],
         total=len(found),
-        page=paged.page,
-        page_size=paged.page_size,
+        page=query.page,
+        page_size=query.page_size,
     )
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from typing import Annotated, Literal
+from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, tags
 from job_orchestrator.api.tasks import readable
 from job_orchestrator.domain import coverage, plan
 from job_orchestrator.domain.job import ScanJob
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.errors import BadRequestError, TooLargeError
-from scanfleet.runtime.service import AsciiJSON, PathId
+from scanfleet.runtime.service import AsciiJSON, PathId, parsed
 from scanfleet.scanning.outcomes import address_at, index_of
-from scanfleet.scanning.ports import MAX_TEXT, PortSet
+from scanfleet.scanning.ports import PortSet
 from scanfleet.security.auth import Caller, Guarded
 
 _MAX_CHUNKS = 65_536  # chunks read per response: a /16 of one address each
@@ -49,9 +49,7 @@ async def read_map(
     caller: Caller,
     state: Handed,
     record: Recorded,
-    ports_: Annotated[str | None, Query(alias="ports", max_length=MAX_TEXT)] = None,
-    from_: Annotated[str | None, Query(alias="from", max_length=50)] = None,
-    by: Literal["address", "chunk"] = "address",
+    query: Annotated[queries.Map, parsed(queries.Map)],
 ) -> Response:
     job = await readable(state, caller, job_id, record)
     known = tags(request, "if-none-match")
@@ -59,10 +57,10 @@ async def read_map(
     tag = f'"{job.seq}.{job.rev}"'
     if job.settled and tag in known:
         return Response(status_code=304, headers={"ETag": tag})
-    step = min(job.plan.chunk_addresses, job.plan.addresses) if by == "chunk" else 1
-    first, addresses = _part(job, from_, step)
+    step = min(job.plan.chunk_addresses, job.plan.addresses) if query.by == "chunk" else 1
+    first, addresses = _part(job, query.from_, step)
     cells = -(-addresses // step)
-    blocks = await asyncio.to_thread(_blocks, job, ports_)  # up to 65,535: too many for the event loop, as below
+    blocks = await asyncio.to_thread(_blocks, job, query.ports)  # up to 65,535: too many for the event loop, as below
     if cells * len(blocks) > coverage.MAX_LETTERS:
         raise TooLargeError(
             f"{len(blocks)} blocks of ports with {cells} letters each are more than {coverage.MAX_LETTERS} letters; "

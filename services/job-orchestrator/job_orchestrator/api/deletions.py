@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 
-from job_orchestrator.api.state import Handed, Paged, Recorded
-from job_orchestrator.api.tasks import Whose, readable_user
+from job_orchestrator.api.state import Handed, Recorded
+from job_orchestrator.api.tasks import readable_user
 from job_orchestrator.domain.deletion import Deletion, Stage
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
+from scanfleet.runtime.service import parsed
 from scanfleet.security.auth import Caller, Guarded
 
 router = APIRouter(prefix="/api/v1/deletion", route_class=Guarded)
@@ -17,19 +18,13 @@ router = APIRouter(prefix="/api/v1/deletion", route_class=Guarded)
 
 @router.get("")
 async def list_deletions(
-    *,
-    caller: Caller,
-    state: Handed,
-    paged: Paged,
-    record: Recorded,
-    state_: Annotated[Literal["open", "done"] | None, Query(alias="state")] = None,
-    user_id: Whose = None,
+    caller: Caller, state: Handed, record: Recorded, query: Annotated[queries.Deletions, parsed(queries.Deletions)]
 ) -> rest.DeletionList:
-    whose = await readable_user(caller, user_id, record, target="/api/v1/deletion", what="deletions")
-    stages = [stage for stage in Stage if state_ is None or (stage is Stage.DONE) is (state_ == "done")]
-    found, total = await state.store.deletions.page(whose, stages, paged.skip, paged.page_size)
+    whose = await readable_user(caller, query.user_id, record, target="/api/v1/deletion", what="deletions")
+    stages = [stage for stage in Stage if query.state is None or (stage is Stage.DONE) is (query.state == "done")]
+    found, total = await state.store.deletions.page(whose, stages, query.skip, query.page_size)
     return rest.DeletionList(
-        deletions=[_view(each) for each in found], total=total, page=paged.page, page_size=paged.page_size
+        deletions=[_view(each) for each in found], total=total, page=query.page, page_size=query.page_size
     )
 
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
@@ -19,8 +19,9 @@ from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, within
 from job_orchestrator.domain.proposal import Checks
 from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
 from scanfleet.clock import utc_now
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.errors import BadRequestError, ConflictError
+from scanfleet.runtime.service import parsed
 from scanfleet.security.auth import Caller, Guarded
 
 router = APIRouter(prefix=rest.SUBNETS.path, route_class=Guarded)
@@ -67,8 +68,7 @@ async def import_subnets(
     caller: Caller,
     state: Handed,
     record: Recorded,
-    dry_run: bool = False,
-    update: bool = False,
+    query: Annotated[queries.SubnetImport, parsed(queries.SubnetImport)],
 ) -> rest.SubnetsImported | rest.SubnetImportCheck:
     lines = []
     for number, row in _rows(await request.body()):
@@ -76,14 +76,14 @@ async def import_subnets(
         lines.append(_read(number, row, state.checks))
     wanted = [line.wanted for line in lines if line.wanted]
     equal = await state.store.subnets.equal_to(caller.user_id, set(wanted))
-    named = await state.store.subnets.named(caller.user_id, {name for name, _ in wanted}) if update else []
+    named = await state.store.subnets.named(caller.user_id, {name for name, _ in wanted}) if query.update else []
     verdicts = list(_verdicts(lines, equal, named))
     problems = [f"line {each.line.number}: {each.error}" for each in verdicts if each.error]
-    if problems and not dry_run:
+    if problems and not query.dry_run:
         raise BadRequestError(_summary(problems))
     missing = [each.line.wanted for each in verdicts if each.action == "create" and each.line.wanted]
     await within_quota(state, SUBNETS, caller.user_id, len(missing))
-    if dry_run:
+    if query.dry_run:
         response.status_code = 200
         return rest.SubnetImportCheck(lines=[each.view for each in verdicts])
     now = utc_now()

@@ -5,17 +5,16 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Path, Query
-from pydantic import AwareDatetime
+from fastapi import APIRouter, Path
 
 from job_orchestrator.api.state import Handed, Recorded, Recorder, State
-from job_orchestrator.api.tasks import Whose, audit_target, readable, readable_user, task_status
+from job_orchestrator.api.tasks import audit_target, readable, readable_user, task_status
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import CommandAccepted, CommandRejected
 from scanfleet.contracts.messages.fields import MAX_ID
 from scanfleet.errors import ConflictError, ForbiddenError, NotFoundError
-from scanfleet.runtime.service import PathId
+from scanfleet.runtime.service import PathId, parsed
 from scanfleet.security.auth import Caller, Guarded, Principal
 
 router = APIRouter(prefix="/internal", route_class=Guarded)
@@ -87,26 +86,22 @@ async def latest_of(
     caller: Caller,
     state: Handed,
     record: Recorded,
-    user_id: Whose = None,
-    after: Annotated[int, Query(ge=0, le=MAX_ID)] = 0,
-    ended_after: Annotated[str | None, Query(pattern=r"^\d{1,14}-\d{1,19}$")] = None,
-    changed_since: AwareDatetime | None = None,
-    ended_since: AwareDatetime | None = None,
+    query: Annotated[queries.LatestJobs, parsed(queries.LatestJobs)],
 ) -> rest.Snapshots:
     """Return a page of a user's jobs in their current state: first unfinished ones, then those that ended since a time.
 
     A job that ends between two pages is in one of them, or in both.
     """
-    whose = await readable_user(caller, user_id, record, target="/api/v1/events", streamed=True)
+    whose = await readable_user(caller, query.user_id, record, target="/api/v1/events", streamed=True)
     time = await state.store.time()
     ids: list[int] = []
     ended: list[tuple[datetime, int]] = []
-    if ended_after is None:
-        ids = await state.store.jobs.latest(whose, after, _LATEST_PAGE, changed_since=changed_since)
+    if query.ended_after is None:
+        ids = await state.store.jobs.latest(whose, query.after, _LATEST_PAGE, changed_since=query.changed_since)
     room = _LATEST_PAGE - len(ids)
-    if room and ended_since is not None:
-        place = None if ended_after is None else _place(ended_after)
-        ended = await state.store.jobs.ended(whose, max(ended_since, time - _ENDED_WITHIN), room, place)
+    if room and query.ended_since is not None:
+        place = None if query.ended_after is None else _place(query.ended_after)
+        ended = await state.store.jobs.ended(whose, max(query.ended_since, time - _ENDED_WITHIN), room, place)
     jobs = await state.store.jobs.get([*ids, *(job_id for _, job_id in ended)])
     return rest.Snapshots(
         snapshots=[rest.Snapshot(seq=job.seq, task=task_status(job)) for _, job in sorted(jobs.items())],

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Path, Request, Response
 from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, Answer, Body, Listed, ResourceRules
 from job_orchestrator.api.state import (
     Handed,
-    Paged,
     Recorded,
     check_unchanged,
     mine,
@@ -19,9 +18,9 @@ from job_orchestrator.api.state import (
 )
 from job_orchestrator.domain.resources import Content, Owned
 from scanfleet.clock import utc_now
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.errors import NotFoundError, PreconditionFailedError
-from scanfleet.runtime.service import PathId, typed
+from scanfleet.runtime.service import PathId, parsed, typed
 from scanfleet.security.auth import Caller, Guarded
 
 
@@ -46,11 +45,11 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         return tagged(rules.view(new), response)
 
     @router.get("", name=f"list_{resource.plural}", response_model=resource.listed)
-    async def list_(caller: Caller, state: Handed, paged: Paged) -> Listed:
-        found, total = await rules.repository(state.store).page(caller.user_id, paged.skip, paged.page_size)
+    async def list_(caller: Caller, state: Handed, query: Annotated[queries.Page, parsed(queries.Page)]) -> Listed:
+        found, total = await rules.repository(state.store).page(caller.user_id, query.skip, query.page_size)
         views = [rules.view(each) for each in found]
         return resource.listed.model_validate(
-            {resource.plural: views, "total": total, "page": paged.page, "page_size": paged.page_size}
+            {resource.plural: views, "total": total, "page": query.page, "page_size": query.page_size}
         )
 
     @router.get(one, name=f"read_{name}", response_model=resource.answer)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Final, TypeVar
 
-from fastapi import Depends, Query, Request, Response
+from fastapi import Depends, Request, Response
 from pydantic import BaseModel
 
 from job_orchestrator.api.resource_rules import Answer, Body, Listed, ResourceRules
@@ -22,7 +22,6 @@ from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
 from job_orchestrator.handlers.submits import Submits
 from scanfleet.clock import utc_now
-from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry
 from scanfleet.errors import BadRequestError, NotFoundError, PreconditionFailedError, Rule
 from scanfleet.runtime.service import audit_entry
@@ -87,18 +86,6 @@ async def _recorder(request: Request, _caller: Caller, state: Handed) -> Recorde
 
 
 Recorded = Annotated[Recorder, Depends(_recorder)]
-
-
-@dataclass(frozen=True, slots=True)
-class Paging:
-    """The requested page of a list."""
-
-    page: int
-    page_size: int
-
-    @property
-    def skip(self) -> int:
-        return (self.page - 1) * self.page_size
 
 
 def tags(request: Request, header: str, *, weak: bool = True) -> set[str]:
@@ -176,13 +163,3 @@ async def within_quota(
         state.checks.quotas.check_owned(rules.resource.plural, limit, owned, wanted)
     except QuotaError as error:
         raise BadRequestError(str(error), rule=Rule.QUOTA) from error
-
-
-async def _paging(
-    page: Annotated[rest.Page, Query()] = 1,
-    page_size: Annotated[rest.PageSize, Query()] = 10,
-) -> Paging:
-    return Paging(page, page_size)
-
-
-Paged = Annotated[Paging, Depends(_paging)]

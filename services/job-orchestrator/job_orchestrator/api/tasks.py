@@ -4,45 +4,37 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter
 
-from job_orchestrator.api.state import Handed, Paged, Recorded, Recorder, State
+from job_orchestrator.api.state import Handed, Recorded, Recorder, State
 from job_orchestrator.domain import ledger
 from job_orchestrator.domain.census import OpenChunks
 from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import JobStatus
-from scanfleet.contracts.messages.fields import MAX_ID
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
-from scanfleet.runtime.service import PathId, words
+from scanfleet.runtime.service import PathId, parsed
 from scanfleet.security.auth import Caller, Guarded, Principal
 
 router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
 
-Whose = Annotated[str | None, Query(pattern=rest.WHOSE), rest.WORDED_WHOSE]
-"""Of which user, or of all; without it the caller."""
-
 
 @router.get("")
 async def list_tasks(
-    *,
-    request: Request,
-    caller: Caller,
-    state: Handed,
-    paged: Paged,
-    record: Recorded,
-    user_id: Whose = None,
-    subnet_id: Annotated[rest.QueryId | None, Query()] = None,
-    policy_id: Annotated[rest.QueryId | None, Query()] = None,
-    since: rest.InputTime | None = None,
+    caller: Caller, state: Handed, record: Recorded, query: Annotated[queries.Tasks, parsed(queries.Tasks)]
 ) -> rest.JobList:
-    statuses = _statuses(request)
-    whose = await readable_user(caller, user_id, record, target="/api/v1/task")
+    whose = await readable_user(caller, query.user_id, record, target="/api/v1/task")
     found, total = await state.store.jobs.page(
-        whose, statuses, paged.skip, paged.page_size, subnet_id=subnet_id, policy_id=policy_id, since=since
+        whose,
+        set(query.status),
+        query.skip,
+        query.page_size,
+        subnet_id=query.subnet_id,
+        policy_id=query.policy_id,
+        since=query.since,
     )
-    return rest.JobList(jobs=found, total=total, page=paged.page, page_size=paged.page_size)
+    return rest.JobList(jobs=found, total=total, page=query.page, page_size=query.page_size)
 
 
 @router.get("/{job_id}")
@@ -75,14 +67,12 @@ async def read_ledger(
     caller: Caller,
     state: Handed,
     record: Recorded,
-    page: Annotated[rest.Page, Query()] = 1,
-    page_size: Annotated[rest.LedgerPageSize, Query()] = 100,
-    after: Annotated[int | None, Query(ge=0, le=MAX_ID)] = None,
+    query: Annotated[queries.Ledger, parsed(queries.Ledger)],
 ) -> rest.Ledger:
-    if after is not None and page > 1:
+    if query.after is not None and query.page > 1:
         raise BadRequestError("page and after exclude each other")
     job = await readable(state, caller, job_id, record)
-    tally, names = ledger.Tally(job), ledger.UnprobedPage(job, page_size, skip=(page - 1) * page_size, after=after)
+    tally, names = ledger.Tally(job), ledger.UnprobedPage(job, query.page_size, skip=query.skip, after=query.after)
     for first, end in names.ranges():
         async for chunk in state.store.chunks.of_job(job.id, first, end):
             names.add(chunk)
@@ -106,8 +96,8 @@ async def read_ledger(
                 for each in names.page
             ],
             total=names.total,
-            page=page,
-            page_size=page_size,
+            page=query.page,
+            page_size=query.page_size,
             next=names.next,
         ),
         eta_seconds=_eta(job),
@@ -214,7 +204,7 @@ async def readable_user(
     Raises:
         ForbiddenError: they are another user's, and the caller is no administrator.
     """
-    user_id = caller.user_id if whose is None else None if whose == rest.ALL_USERS else int(whose)
+    user_id = caller.user_id if whose is None else None if whose == queries.ALL_USERS else int(whose)
     if user_id != caller.user_id:
         target = f"{target}?user_id={whose}"
         if not caller.admin:
@@ -237,10 +227,3 @@ def task_status(job: ScanJob) -> rest.TaskStatus:
         error=job.error,
     )
     return rest.TaskStatus(job_id=str(job.id), status=progress, job=job.view)
-
-
-def _statuses(request: Request) -> set[JobStatus]:
-    try:
-        return {JobStatus(name) for name in words(request, "status")}
-    except ValueError as error:
-        raise BadRequestError(f"status must be of {', '.join(JobStatus)}") from error

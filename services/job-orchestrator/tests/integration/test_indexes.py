@@ -24,6 +24,7 @@ from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import World, chunk, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
+from scanfleet.contracts import queries
 from scanfleet.contracts.messages import AuditEntry, JobStatus
 from scanfleet.runtime.mongo import Database
 from scanfleet.scanning.outcomes import address_at
@@ -426,9 +427,8 @@ async def test_ledger_page_after_a_position_reads_four_chunks_for_each_of_its_ad
         after: int | None = 0
         while after is not None:
             await database.command("profile", 2)
-            answer = await read_ledger(
-                job_id=1, caller=Principal(7), state=state, record=record, page_size=size, after=after
-            )
+            query = queries.Ledger(page_size=size, after=after)
+            answer = await read_ledger(job_id=1, caller=Principal(7), state=state, record=record, query=query)
             await database.command("profile", 0)
             reads = database["system.profile"].find({"ns": f"{database.name}.chunks"})
             assert sum([each["docsExamined"] async for each in reads]) <= 4 * size

@@ -9,19 +9,19 @@ from ipaddress import ip_address
 from itertools import islice
 from typing import Annotated, Final, Protocol, TypeVar, cast
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 
 from result_store.api.formats import JSON, NDJSON, Fields, negotiate, stream, write
-from result_store.api.queries import AddressText, ServiceName, network_in, owner, ports_in
+from result_store.api.queries import network_in, owner
 from result_store.domain.ports import Hosts
 from result_store.domain.results import Host, Parts
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScriptOutput
 from scanfleet.contracts.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
-from scanfleet.contracts.rest import MAX_HOST_PORTS, MAX_RESULTS
+from scanfleet.contracts.rest import MAX_HOST_PORTS
 from scanfleet.errors import BadRequestError, ConflictError
-from scanfleet.runtime.service import PathId
+from scanfleet.runtime.service import PathId, parsed
 from scanfleet.scanning.outcomes import Outcome
 from scanfleet.scanning.ports import Range, disjoint, overlap, parse_ranges, ranges_text
 from scanfleet.security.auth import Caller, Guarded
@@ -195,17 +195,14 @@ async def _store(request: Request) -> Hosts:  # without async the framework woul
 router = APIRouter(route_class=Guarded)
 
 
-async def _selection(
-    request: Request,
-    limit: Annotated[int | None, Query(ge=1, le=MAX_RESULTS)] = None,
-    service: ServiceName = None,
-) -> Selection:
-    return Selection(limit, disjoint((port, port) for port in ports_in(request)), service)
+def _after(address: str | None) -> str | None:
+    """Return the address in its canonical form.
 
-
-async def _after(after: AddressText = None) -> str | None:
+    Raises:
+        BadRequestError: the text is not an address.
+    """
     try:
-        return None if after is None else str(ip_address(after))
+        return None if address is None else str(ip_address(address))
     except ValueError as error:
         raise BadRequestError(f"after: {error}") from error
 
@@ -217,16 +214,15 @@ async def hosts(
     caller: Caller,
     request: Request,
     store: Annotated[Hosts, Depends(_store)],
-    selection: Annotated[Selection, Depends(_selection)],
-    after: Annotated[str | None, Depends(_after)],
-    address: AddressText = None,
+    query: Annotated[queries.Hosts, parsed(queries.Hosts)],
 ) -> StreamingResponse:
     """Stream the selected hosts of the task in order of their addresses, limited to those that the caller owns.
 
     As for results, the gateway asks the orchestrator first.
     """
     form = negotiate(",".join(request.headers.getlist("accept")), _FORMATS)
-    within = network_in(address)
+    after, within = _after(query.after), network_in(query.address)
+    selection = Selection(query.limit, disjoint((port, port) for port in query.port), query.service)
     if await store.is_unsorted(job_id):
         raise ConflictError(UNSORTED)
     found = store.hosts_by_address(job_id, owner(caller), Parts.SUMMARY, after=after, within=within)

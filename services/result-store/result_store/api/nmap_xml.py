@@ -17,9 +17,9 @@ from datetime import datetime
 from functools import lru_cache, partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import zip_longest
-from typing import Annotated, Final, Literal, NamedTuple, cast
+from typing import Annotated, Final, NamedTuple, cast
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 
 from result_store.api.elements import attribute
@@ -30,10 +30,11 @@ from result_store.api.port_xml import ports
 from result_store.api.queries import owner
 from result_store.domain.ports import Findings
 from result_store.domain.results import ClosedChunk, Host, Parts
+from scanfleet.contracts import queries
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.rest import ExportedJob
 from scanfleet.errors import ConflictError
-from scanfleet.runtime.service import PathId
+from scanfleet.runtime.service import PathId, parsed
 from scanfleet.scanning.outcomes import Outcome, address_key, index_of
 from scanfleet.scanning.ports import PortSet, disjoint, parse_ranges, port_count, ranges_text
 from scanfleet.security.auth import Caller, Guarded
@@ -315,7 +316,7 @@ async def nmap_xml(
     job: ExportedJob,
     caller: Caller,
     store: Annotated[Findings, Depends(_store)],
-    hosts: Annotated[Literal["all", "up"], Query()] = "all",
+    query: Annotated[queries.NmapXml, parsed(queries.NmapXml)],
 ) -> StreamingResponse:
     """Stream the document of a job, which the gateway has read from the orchestrator, limited to the caller's own."""
     if await store.is_unsorted(job_id):
@@ -326,7 +327,7 @@ async def nmap_xml(
         merged(store.hosts_by_address(job_id, whose, Parts.DETAILS), Reported),
         store.hosts_by_address(job_id, whose, Parts.PORTS),
         partial(store.chunks_by_address, job_id, whose),
-        down=hosts == "all",
+        down=query.hosts == "all",
     )
     headers = {
         "Content-Disposition": f'attachment; filename="scanfleet-job-{job_id}.xml"',

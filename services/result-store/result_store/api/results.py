@@ -7,18 +7,17 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import islice
-from typing import Annotated, Final, cast
+from typing import Annotated, Final, Self, cast
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 
 from result_store.api.formats import Fields, negotiate, stream, write
-from result_store.api.queries import AddressText, ServiceName, network_in, owner, ports_in
+from result_store.api.queries import network_in, owner
 from result_store.domain.ports import Results
-from scanfleet.contracts.messages.fields import MAX_ID
-from scanfleet.contracts.rest import MAX_RESULTS, Result
-from scanfleet.errors import BadRequestError
-from scanfleet.runtime.service import PathId, words
+from scanfleet.contracts import queries
+from scanfleet.contracts.rest import Result
+from scanfleet.runtime.service import PathId, parsed
 from scanfleet.scanning.targets import Network
 from scanfleet.security.auth import Caller, Guarded
 
@@ -37,6 +36,17 @@ class Selection:
 
     service: str | None = None
     addresses: Network | None = None
+
+    @classmethod
+    def of_query(cls, query: queries.Results) -> Self:
+        """Return the selection of a query.
+
+        Raises:
+            BadRequestError: `address` is not an address or a network.
+        """
+        by_id = query.after is not None or query.limit is not None
+        after = (query.after or 0) if by_id else None
+        return cls(after, query.limit, frozenset(query.port), query.service, network_in(query.address))
 
     def __contains__(self, result: Result) -> bool:
         return (
@@ -78,24 +88,6 @@ async def _store(request: Request) -> Results:  # without async the framework wo
 router = APIRouter(route_class=Guarded)
 
 
-async def _selection(
-    request: Request,
-    after: Annotated[int | None, Query(ge=0, le=MAX_ID)] = None,
-    limit: Annotated[int | None, Query(ge=1, le=MAX_RESULTS)] = None,
-    service: ServiceName = None,
-    address: AddressText = None,
-) -> Selection:
-    by_id = after is not None or limit is not None
-    return Selection((after or 0) if by_id else None, limit, ports_in(request), service, network_in(address))
-
-
-async def _fields(request: Request) -> Fields:
-    wanted = words(request, "fields")
-    if not set(wanted) <= set(ALL_FIELDS):
-        raise BadRequestError(f"fields must be of {', '.join(ALL_FIELDS)}")
-    return tuple(name for name in ALL_FIELDS if name in wanted) or ALL_FIELDS
-
-
 @router.get("/api/v1/task/{job_id}/results")
 async def results(
     *,
@@ -103,14 +95,15 @@ async def results(
     caller: Caller,
     request: Request,
     store: Annotated[Results, Depends(_store)],
-    selection: Annotated[Selection, Depends(_selection)],
-    fields: Annotated[Fields, Depends(_fields)],
+    query: Annotated[queries.Results, parsed(queries.Results)],
 ) -> StreamingResponse:
     """Stream the selected results of the task in order of creation, limited to those that the caller owns.
 
     Only the orchestrator stores whether the task exists and who owns it; the gateway asks the orchestrator first.
     """
     form = negotiate(",".join(request.headers.getlist("accept")))
+    fields = tuple(name for name in ALL_FIELDS if name in query.fields) or ALL_FIELDS
+    selection = Selection.of_query(query)
     raw = "raw_data" in fields
     found = store.results(job_id, owner(caller), after=selection.after, raw=raw, within=selection.addresses)
     pieces = write(form, selection.of(found), fields)
