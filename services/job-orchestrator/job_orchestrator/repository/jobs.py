@@ -26,13 +26,26 @@ _CHANGED: Final = [("settled", 1), ("updated_at", 1), ("status", 1), ("_id", 1)]
 _CHANGED_OF_USER: Final = [("user_id", 1), *_CHANGED]
 _OUTBOX: Final = [("partition", 1), ("outbox.at", 1)]
 
+_NEWEST: Final = [("sort_time", -1), ("_id", -1)]
+
+
+def _listed(*selected: str, also: Sequence[str]) -> IndexModel:
+    """Return the index of lists of jobs, newest first, with given values of the fields `selected`.
+
+    Filters on the fields `also` apply to its keys: jobs are skipped and counted without their documents.
+    """
+    keys = [*((field, 1) for field in selected), *_NEWEST]
+    name = "_".join(f"{field}_{direction}" for field, direction in keys)
+    return IndexModel([*keys, *((field, 1) for field in also)], name=f"{name}_v2")
+
+
 INDEXES: Final = {
     "jobs": [
-        IndexModel([("user_id", 1), ("sort_time", -1), ("_id", -1)]),
-        IndexModel([("user_id", 1), ("status", 1), ("sort_time", -1), ("_id", -1)]),
-        IndexModel([("subnet_id", 1), ("sort_time", -1), ("_id", -1)]),
-        IndexModel([("policy_id", 1), ("sort_time", -1), ("_id", -1)]),
-        IndexModel([("status", 1), ("sort_time", -1), ("_id", -1)]),  # for administrators, who list all users' jobs
+        _listed("user_id", also=["status", "created_at"]),
+        _listed("user_id", "status", also=["created_at"]),
+        _listed("subnet_id", also=["user_id", "policy_id", "status", "created_at"]),
+        _listed("policy_id", also=["user_id", "subnet_id", "status", "created_at"]),
+        _listed("status", also=["created_at"]),  # for administrators, who list all users' jobs
         # With status and age, unfinished jobs are counted from the index alone.
         IndexModel(
             [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
+from itertools import product
 from typing import Any
 
 import pytest
@@ -443,3 +444,43 @@ async def test_ledger_page_after_a_position_reads_four_chunks_for_each_of_its_ad
     await database["chunks"].update_many({}, {"$set": {"outcomes": "ll"}})
     assert not await mongo_store.jobs.save([replace(job, totals=dense.totals)])
     assert await listed(1_000) == [str(address_at("127.0.0.0", index)) for index in range(2 * count)]
+
+
+async def test_page_of_jobs_reads_no_document_of_other_pages(mongo_store: MongoStore, database: Database) -> None:
+    """Whatever the filter, jobs before the page are skipped, and matching ones counted, by their keys in one index."""
+    jobs = [
+        scan_job(
+            n,
+            user_id=7 if n <= 800 else 8,
+            subnet_id=5 + n % 2 if n <= 800 else 7,
+            policy_id=3 + n % 4 // 2 if n <= 800 else 5,
+            created_at=THEN + timedelta(seconds=n),
+        )
+        for n in range(1, 1_001)
+    ]
+    await mongo_store.jobs.insert(
+        [job if job.id % 3 else change(job, JobTrigger.CANCEL, job.created_at, settled=True) for job in jobs]
+    )
+    half = THEN + timedelta(seconds=400)
+    keys = {7: 800, None: 1_000}
+    filters: list[tuple[dict[str, Any], int | None]] = [
+        ({}, None),
+        ({"since": half}, None),
+        ({"subnet_id": 5}, 400),
+        ({"policy_id": 3}, 400),
+        ({"subnet_id": 5, "policy_id": 3, "since": half}, 400),
+    ]
+    statuses = [(), (JobStatus.PENDING, JobStatus.CANCELLED)]
+    skip, limit = 40, 10
+    for user, asked, (wanted, most) in product(keys, statuses, filters):
+        await database.command("profile", 2)
+        page, total = await mongo_store.jobs.page(user, asked, skip, limit, **wanted)
+        await database.command("profile", 0)
+        reads = await database["system.profile"].find({"ns": f"{database.name}.jobs"}).to_list(None)
+        await database["system.profile"].drop()
+        case = (user, asked, wanted)
+        assert (len(page), len(reads)) == (limit, 2), case
+        assert total > skip + limit, case
+        assert sum(each["docsExamined"] for each in reads) <= limit, case
+        # Those to count, and about half of those to skip can have been created earlier.
+        assert sum(each["keysExamined"] for each in reads) <= (most or keys[user]) + 3 * (skip + limit), case
