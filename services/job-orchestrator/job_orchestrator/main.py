@@ -21,6 +21,7 @@ from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import Audit
+from job_orchestrator.handlers.backlog import Backlog
 from job_orchestrator.handlers.chunks import ChunkChanger
 from job_orchestrator.handlers.clocks import UserClocks
 from job_orchestrator.handlers.commands import Commands
@@ -115,6 +116,7 @@ class Orchestrator:
             wake=lambda users: self.dispatcher.wake(made=users),
             clock=clock,
         )
+        self.backlog = Backlog(store.jobs, clock)
         self.checks = Checks(rules=rules, scripts=scripts, grants=grants, quotas=quotas)
         self.submits = Submits(
             jobs=store.jobs,
@@ -298,6 +300,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 orchestrator.submits,
                 orchestrator.deletions,
                 orchestrator.checks,
+                orchestrator.backlog,
                 orchestrator.grants,
                 clock.now,
             )

@@ -18,6 +18,7 @@ from job_orchestrator.domain.quotas import QuotaError
 from job_orchestrator.domain.resources import Content, Owned
 from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.audit import record
+from job_orchestrator.handlers.backlog import Backlog
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
 from job_orchestrator.handlers.submits import Submits
@@ -39,6 +40,7 @@ class State:
     submits: Submits
     deletions: Deletions
     checks: Checks
+    backlog: Backlog
     grants: JobGrants = UNLIMITED
     now: Callable[[], datetime] = utc_now
     """The platform's time."""

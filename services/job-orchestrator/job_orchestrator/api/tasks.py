@@ -139,7 +139,7 @@ async def _reasons(state: State, job: ScanJob, open_: OpenChunks) -> list[rest.W
         )
         reasons.append(_reason("no_raw_worker", f"{detail} {unseen}"))
     if not lacks_raw or open_.queued_raw < open_.queued or not open_.queued:
-        ahead = max(0.0, await state.store.jobs.seconds_left() - job.seconds_left)
+        ahead = max(0.0, await state.backlog.seconds() - job.seconds_left)
         reasons.append(_reason("queue", f"{ahead:.0f} slot seconds of work are ahead"))
     return reasons
 

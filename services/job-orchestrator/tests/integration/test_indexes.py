@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -12,7 +13,7 @@ import pytest
 from fastapi import Request
 
 from job_orchestrator.api.state import Recorder, State
-from job_orchestrator.api.tasks import read_ledger
+from job_orchestrator.api.tasks import read_ledger, read_waiting
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState
 from job_orchestrator.domain.command import Command
@@ -420,7 +421,7 @@ async def test_ledger_page_after_a_position_reads_four_chunks_for_each_of_its_ad
     job = change(replace(job, totals=sparse.totals), JobTrigger.FAIL, THEN, settled=True)
     await mongo_store.jobs.insert([job])
     parts = World(mongo_store).only
-    state = State(mongo_store, parts.commands, parts.submits, parts.deletions, parts.checks)
+    state = State(mongo_store, parts.commands, parts.submits, parts.deletions, parts.checks, parts.backlog)
     record = Recorder(Request({"type": "http"}), mongo_store.audit)
 
     async def listed(size: int) -> list[str]:
@@ -484,3 +485,33 @@ async def test_page_of_jobs_reads_no_document_of_other_pages(mongo_store: MongoS
         assert sum(each["docsExamined"] for each in reads) <= limit, case
         # Those to count, and about half of those to skip can have been created earlier.
         assert sum(each["keysExamined"] for each in reads) <= (most or keys[user]) + 3 * (skip + limit), case
+
+
+async def test_waiting_of_many_jobs_reads_the_backlog_once_a_second(
+    mongo_store: MongoStore, database: Database
+) -> None:
+    """Fifty requests within a second share one sum over the keys of all unfinished jobs, and read no other job."""
+    jobs = 500
+    await mongo_store.jobs.insert([scan_job(n, user_id=7) for n in range(1, jobs + 1)])
+    world = World(mongo_store)
+    await mongo_store.dispatch.seen_workers([Credit("w-1", "w-1", 2, raw=True, partition=1)])
+    parts = world.only
+    state = State(mongo_store, parts.commands, parts.submits, parts.deletions, parts.checks, parts.backlog)
+    record = Recorder(Request({"type": "http"}), mongo_store.audit)
+
+    async def ask(job_id: int) -> str:
+        answer = await read_waiting(job_id=job_id, caller=Principal(7), state=state, record=record)
+        return answer.reasons[0].kind
+
+    await database.command("profile", 2)
+    assert set(await asyncio.gather(*map(ask, range(1, 51)))) == {"queue"}
+    assert await ask(51) == "queue"
+    world.now += 1.1
+    assert await ask(52) == "queue"
+    await mongo_store.jobs.census()
+    await database.command("profile", 0)
+    sums = await database["system.profile"].find({"op": "command", "command.aggregate": "jobs"}).to_list(None)
+    assert [each["docsExamined"] for each in sums] == [0, 0, 0]  # the third one is the census
+    assert max(each["keysExamined"] for each in sums) <= jobs + 2
+    reads = database["system.profile"].find({"op": "query", "command.find": "jobs"})
+    assert sum([each["docsExamined"] async for each in reads]) == 52

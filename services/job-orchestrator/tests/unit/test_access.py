@@ -62,7 +62,9 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     app.state.verifier = InternalVerifier(read_public_keys(keys.public_keys_file), ORCHESTRATOR)
     only = World(store).only
     slow = lambda: utc_now() - SLOW  # noqa: E731 # the platform's time differs from the process's
-    app.state.orchestrator = State(store, only.commands, only.submits, only.deletions, only.checks, now=slow)
+    app.state.orchestrator = State(
+        store, only.commands, only.submits, only.deletions, only.checks, only.backlog, now=slow
+    )
     running = Api(app, keys, store)
     async with running.http:
         yield running

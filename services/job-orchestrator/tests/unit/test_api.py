@@ -130,7 +130,9 @@ def api(store: MemoryStore, world: World, quotas: Quotas) -> Api:
     )
     app.state.verifier = ISSUER.verifier
     checks = replace(world.only.checks, quotas=quotas)
-    app.state.orchestrator = State(store, world.only.commands, world.only.submits, world.only.deletions, checks)
+    app.state.orchestrator = State(
+        store, world.only.commands, world.only.submits, world.only.deletions, checks, world.only.backlog
+    )
     return Api(app)
 
 

@@ -54,7 +54,12 @@ def app(world: World) -> FastAPI:
     )
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(
-        world.store, world.only.commands, world.only.submits, world.only.deletions, world.only.checks
+        world.store,
+        world.only.commands,
+        world.only.submits,
+        world.only.deletions,
+        world.only.checks,
+        world.only.backlog,
     )
     return app
 

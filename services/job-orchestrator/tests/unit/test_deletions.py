@@ -60,7 +60,12 @@ def client(world: World) -> httpx.AsyncClient:
     )
     app.state.verifier = ISSUER.verifier
     app.state.orchestrator = State(
-        world.store, world.only.commands, world.only.submits, world.only.deletions, world.only.checks
+        world.store,
+        world.only.commands,
+        world.only.submits,
+        world.only.deletions,
+        world.only.checks,
+        world.only.backlog,
     )
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
 

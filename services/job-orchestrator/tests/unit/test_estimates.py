@@ -64,7 +64,12 @@ def app_of(world: World) -> FastAPI:
     app.state.verifier = InternalVerifier([KEY.public_key()], ORCHESTRATOR)
     orchestrator = world.only
     app.state.orchestrator = State(
-        world.store, orchestrator.commands, orchestrator.submits, orchestrator.deletions, orchestrator.checks
+        world.store,
+        orchestrator.commands,
+        orchestrator.submits,
+        orchestrator.deletions,
+        orchestrator.checks,
+        orchestrator.backlog,
     )
     return app
 

@@ -280,6 +280,7 @@ async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None
         world.only.submits,
         world.only.deletions,
         world.only.checks,
+        world.only.backlog,
         grants=world.only.grants,
         now=lambda: world.time,
     )
