@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -20,7 +21,7 @@ from job_orchestrator.domain.census import DeletionCensus, OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, cancel, dispatch
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
-from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
+from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held, wake
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published, restored_from_backup
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Usage
@@ -994,6 +995,45 @@ async def test_clocks_rest_without_work(store: Store) -> None:
     assert (await store.dispatch.clocks([])).virtual == 8.0
     await store.dispatch.deactivate_clocks([7, 8])  # who wait for their hours: 8 still holds a chunk
     assert (await store.dispatch.clocks([])).users == {8: Clock(8, 1.5, active=True)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_deleted_clocks_change_no_start(store: Store, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any arrivals, users start at the times that they would have if every clock were kept; few clocks are stored."""
+    for repository in ("job_orchestrator.repository", "job_orchestrator_testing.repository"):
+        monkeypatch.setattr(f"{repository}.dispatch.KEEP_IDLE", timedelta(seconds=-1))
+    chance = random.Random(seed)  # noqa: S311 # no secret
+    kept: dict[int, Clock] = {}
+    virtual = 0.0
+    busy: dict[int, Chunk] = {}
+    for number in range(120):
+        user = chance.randrange(1, 30)
+        if working := busy.pop(user, None):  # a chunk of up to a minute ends, the user's last one
+            seconds = chance.choice([0.5, 5.0, 60.0])
+            await store.dispatch.charge({user: seconds})
+            kept[user] = replace(kept[user], time=kept[user].time + seconds, active=False)
+            assert not await store.chunks.save([replace(working, state=ChunkState.STORED)])
+            await store.dispatch.deactivate_clocks()
+        else:
+            found = wake(await store.dispatch.clocks([user]), [user])
+            assert found == wake(Clocks(kept, virtual), [user]), number
+            kept |= found
+            if chance.random() < 0.5:  # the user is served, rather than that others are
+                virtual = max(virtual, found[user].time)
+            await store.dispatch.wake_clocks(found.values(), virtual)
+            busy[user] = chunk(id=f"{number}-0", job_id=number, user_id=user, state=ChunkState.RUNNING)
+            await store.chunks.insert([busy[user]])
+    stored = (await store.dispatch.clocks(kept)).users
+    assert set(stored) == busy.keys() | {user for user, clock in kept.items() if clock.time > virtual}
+    assert len(stored) < len(kept)
+
+
+async def test_clock_of_a_user_who_was_just_active_is_kept(store: Store) -> None:
+    """Time that the user has spent may be charged seconds later."""
+    await store.dispatch.wake_clocks([Clock(7, 5.0), Clock(8, 5.0)], 9.0)
+    await store.dispatch.deactivate_clocks()
+    await store.dispatch.charge({7: 5.0})
+    assert (await store.dispatch.clocks([7, 8])).users == {7: Clock(7, 10.0), 8: Clock(8, 5.0)}
 
 
 async def test_open_chunks_of_a_job_are_counted(store: Store) -> None:

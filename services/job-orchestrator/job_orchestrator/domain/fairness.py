@@ -19,6 +19,7 @@ from job_orchestrator.domain.chunk import Chunk, Token
 from scanfleet.contracts.messages import instance_of
 
 LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
+KEEP_IDLE: Final = timedelta(minutes=1)  # of clocks of idle users: time spent until then is charged within seconds
 AHEAD_SECONDS: Final = 2.0  # work prefetched beyond a worker's slots, so that tiny chunks do not wait for a round trip
 
 

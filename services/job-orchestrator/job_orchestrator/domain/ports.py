@@ -365,7 +365,11 @@ class DispatchRepository(Protocol):
         """Return the existing clocks of these users and all active clocks."""
 
     async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
-        """Deactivate the clocks of users without queued or held chunks; the queued chunks of `left_out` do not count."""
+        """Deactivate the clocks of users without queued or held chunks; the queued chunks of `left_out` do not count.
+
+        If there are any, delete clocks that have been inactive for `KEEP_IDLE` and are not above the global virtual time: without
+        one, a user starts at that time too.
+        """
 
     async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
         """Activate these clocks, and raise the global virtual time to `virtual`."""

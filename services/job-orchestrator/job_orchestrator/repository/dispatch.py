@@ -9,14 +9,14 @@ from typing import Any, Final
 from pymongo import IndexModel, UpdateOne
 
 from job_orchestrator.domain.chunk import HELD, MAX_DELAY, OPEN, ChunkState
-from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
+from job_orchestrator.domain.fairness import KEEP_IDLE, Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.repository import documents
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
 _VIRTUAL: Final = "virtual"  # the document of the global virtual time, among the users' clocks
 
 INDEXES: Final = {
-    "clocks": [IndexModel([("active", 1)], partialFilterExpression={"active": True})],
+    "clocks": [IndexModel([("active", 1), ("time", 1)], name="active_1_v2")],
     # A worker without announcements for an hour has ended: a new process has a new id.
     "workers": [
         IndexModel([("seen", 1)], expireAfterSeconds=3_600),
@@ -103,7 +103,11 @@ class MongoDispatch:
         busy = await self._users({"state": {"$in": [state.value for state in HELD]}})
         idle = set(active) - (waiting - set(left_out)) - busy
         if idle:
-            await self._clocks.update_many({"_id": {"$in": list(idle)}}, {"$set": {"active": False}})
+            rest = {"$set": {"active": False}, "$currentDate": {"idle_since": True}}
+            await self._clocks.update_many({"_id": {"$in": list(idle)}}, rest)
+            virtual = await self._clocks.find_one({"_id": _VIRTUAL}) or {}
+            long_ago = {"$lt": ["$idle_since", {"$subtract": ["$$NOW", int(KEEP_IDLE.total_seconds() * 1_000)]}]}
+            await self._clocks.delete_many({"active": False, "time": {"$lte": virtual.get("time")}, "$expr": long_ago})
 
     @dependency_errors()
     async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
@@ -118,8 +122,9 @@ class MongoDispatch:
     async def charge(self, seconds: Mapping[int, float]) -> None:
         # `$inc` fails for a damaged clock.
         before = {"$cond": [{"$isNumber": "$time"}, "$time", 0]}
+        active = {"$ifNull": ["$active", False]}
         writes = [
-            UpdateOne({"_id": user}, [{"$set": {"time": {"$add": [before, time]}}}], upsert=True)
+            UpdateOne({"_id": user}, [{"$set": {"time": {"$add": [before, time]}, "active": active}}], upsert=True)
             for user, time in seconds.items()
         ]
         if writes:

@@ -33,6 +33,8 @@ class Data:
     """By job, with when to go on."""
     chunks: dict[str, Chunk] = field(default_factory=dict)
     clocks: dict[int, Clock] = field(default_factory=dict)
+    idle: dict[int, float] = field(default_factory=dict)
+    """By user, since when the clock is inactive."""
     virtual: float = 0.0
     workers: dict[str, tuple[Credit, float]] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from job_orchestrator.domain.chunk import HELD, MAX_DELAY, OPEN, Chunk, ChunkState
-from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
+from job_orchestrator.domain.fairness import KEEP_IDLE, Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator_testing.repository.data import MemoryRepository
 
 
@@ -68,9 +68,17 @@ class MemoryDispatch(MemoryRepository):
             for chunk in self._data.chunks.values()
             if chunk.state in HELD or (chunk.state is ChunkState.QUEUED and chunk.user_id not in left_out)
         }
-        self._data.clocks |= {
-            user: replace(clock, active=False) for user, clock in self._data.clocks.items() if user not in busy
-        }
+        now = time.monotonic()
+        idle = {user for user, clock in self._data.clocks.items() if clock.active and user not in busy}
+        self._data.idle |= dict.fromkeys(idle, now)
+        self._data.clocks |= {user: replace(self._data.clocks[user], active=False) for user in idle}
+        if idle:
+            before = now - KEEP_IDLE.total_seconds()
+            self._data.clocks = {
+                user: clock
+                for user, clock in self._data.clocks.items()
+                if clock.active or clock.time > self._data.virtual or self._data.idle.get(user, float("-inf")) >= before
+            }
 
     async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
         self._data.virtual = max(self._data.virtual, virtual)
