@@ -123,9 +123,11 @@ class Worker:
         released = ChunkReleased(**_token(task), outcomes=outcomes, reason="leaving", slot_seconds=0.1, **fields)
         await self.publisher.publish(SCAN_PROGRESS, [released])
 
-    async def fail(self, task: ScanChunk, reason: str = "nmap died", outcomes: str | None = None) -> None:
+    async def fail(
+        self, task: ScanChunk, reason: str = "nmap died", outcomes: str | None = None, *, no_route: bool = False
+    ) -> None:
         outcomes = outcomes or task.outcomes
-        failed = ChunkFailed(**_token(task), outcomes=outcomes, reason=reason, slot_seconds=0.1)
+        failed = ChunkFailed(**_token(task), outcomes=outcomes, reason=reason, slot_seconds=0.1, no_route=no_route)
         await self.publisher.publish(SCAN_PROGRESS, [failed])
 
     async def scanned(

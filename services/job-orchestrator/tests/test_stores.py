@@ -737,6 +737,7 @@ async def test_chunk_round_trips(store: Store) -> None:
             not_before=LATER,
             limit=3,
             failed_by=("w-1", "w-2"),
+            no_route=("w-2",),
             fruitless=4,
             seconds=1.5,
             ask_at=LATER,
@@ -888,7 +889,7 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
     """A user's queued chunks are in order of turn, without raw and delayed ones and those of other jobs; no delay is longer than a minute."""
     await store.chunks.insert(
         [
-            chunk(id="1-0", turn=5, failed_by=("w-1",)),
+            chunk(id="1-0", turn=5, failed_by=("w-1",), no_route=("w-1",)),
             chunk(id="1-1", index=1, turn=3, needs_raw=True),
             chunk(id="1-2", index=2, turn=4),
             chunk(id="1-3", index=3, turn=1, state=ChunkState.RUNNING),
@@ -914,7 +915,7 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
     assert await ids(7, raw=False, jobs=[1, 2]) == ["1-2", "1-0", "1-5"]
     assert await ids(8, raw=False) == []
     assert (await store.dispatch.queue(7, 10, THEN, raw=False))[1] == Candidate(
-        "1-0", 7, 1, 0.5, needs_raw=False, failed_by=("w-1",)
+        "1-0", 7, 1, 0.5, needs_raw=False, failed_by=("w-1",), no_route=("w-1",)
     )
 
 
@@ -1112,6 +1113,7 @@ OLD_CHUNK_LACKS = {
     "not_before",
     "limit",
     "failed_by",
+    "no_route",
     "fruitless",
     "seconds",
     "ask_at",

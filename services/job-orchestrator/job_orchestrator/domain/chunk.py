@@ -153,6 +153,8 @@ class Chunk:
     """Number since the last progress, of attempts that could not be narrowed further."""
     failed_by: tuple[str, ...] = ()
     """Worker instances that failed or lost the chunk, or finished none of its addresses in time, since the last progress."""
+    no_route: tuple[str, ...] = ()
+    """Those of them that have no route to some of its addresses."""
     fruitless: int = 0
     """Number of dispatches since the last progress."""
     unstored: int = 0
@@ -271,7 +273,8 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
         case ChunkReleased():
             return release(chunk, now, too_slow=report.too_slow, reason=report.reason)
         case ChunkFailed():
-            return fail(chunk, f"worker {report.worker_id}: {report.reason}", now, narrow=True)
+            reason = f"worker {report.worker_id}: {report.reason}"
+            return _without_route(chunk, reason, now) if report.no_route else fail(chunk, reason, now, narrow=True)
 
 
 def late_report(chunk: Chunk, report: WorkerReport, now: datetime) -> Chunk:
@@ -358,20 +361,64 @@ def fail(chunk: Chunk, reason: str, now: datetime, *, narrow: bool = False) -> C
         return _move(chunk, ChunkTrigger.FAIL, ChunkState.SCANNED, reason=reason, ask_at=None)
     narrower = narrow and chunk.attempted != 1
     failures = chunk.failures + (not narrower)
-    again: dict[str, Any] = {"reason": reason, "failed_by": _failed_by(chunk), "ask_at": None, "fruitless": 0}
     if failures < MAX_FAILURES:
-        again |= {
-            "failures": failures,
-            "limit": _half(chunk) if narrower else chunk.limit,
+        return _move(
+            chunk,
+            ChunkTrigger.FAIL,
+            ChunkState.QUEUED,
+            reason=reason,
+            failures=failures,
+            failed_by=_failed_by(chunk),
+            fruitless=0,
+            limit=_half(chunk) if narrower else chunk.limit,
             # After an expired lease no delay is needed; a failure of nmap may be temporary.
-            "not_before": now + timedelta(seconds=2 ** max(1, failures)) if narrow else None,
-        }
-        return _move(chunk, ChunkTrigger.FAIL, ChunkState.QUEUED, **again)
+            not_before=now + timedelta(seconds=2 ** max(1, failures)) if narrow else None,
+            ask_at=None,
+        )
     # A failed attempt on one address loses that address, an expired lease all remaining ones.
-    lost = chunk.outcomes.replace(Outcome.BLANK, Outcome.LOST, 1 if narrow else -1)
-    again |= {"outcomes": lost, "failures": 0, "failed_by": (), "limit": 0, "not_before": None}
-    state = ChunkState.QUEUED if Outcome.BLANK in lost else ChunkState.SCANNED
-    return _move(chunk, ChunkTrigger.FAIL, state, **again)
+    return _give_up(chunk, reason, 1 if narrow else chunk.blank)
+
+
+def _without_route(chunk: Chunk, reason: str, now: datetime) -> Chunk:
+    """Requeue the chunk for another instance; without one its attempt's addresses are lost.
+
+    Dispatch returns the chunk to an instance without a route only if no live instance may have a route.
+    """
+    instance = instance_of(chunk.worker_id)
+    if not chunk.blank:
+        return fail(chunk, reason, now)
+    if instance in chunk.no_route:
+        return _give_up(chunk, reason, chunk.attempted)
+    return _move(
+        chunk,
+        ChunkTrigger.FAIL,
+        ChunkState.QUEUED,
+        reason=reason,
+        failed_by=_failed_by(chunk),
+        no_route=(*chunk.no_route, instance),
+        not_before=now + timedelta(seconds=2),  # the route may only be missing temporarily
+        fruitless=0,
+        ask_at=None,
+    )
+
+
+def _give_up(chunk: Chunk, reason: str, blanks: int) -> Chunk:
+    """Return the chunk without its first `blanks`, which are lost; the others begin again."""
+    lost = chunk.outcomes.replace(Outcome.BLANK, Outcome.LOST, blanks)
+    return _move(
+        chunk,
+        ChunkTrigger.FAIL,
+        ChunkState.QUEUED if Outcome.BLANK in lost else ChunkState.SCANNED,
+        outcomes=lost,
+        reason=reason,
+        failures=0,
+        failed_by=(),
+        no_route=(),
+        fruitless=0,
+        limit=0,
+        not_before=None,
+        ask_at=None,
+    )
 
 
 def incomplete(chunk: Chunk, attempt: int, addresses: Iterable[str], now: datetime) -> Chunk:
@@ -484,7 +531,7 @@ def _with_report(chunk: Chunk, news: str) -> Chunk:
     merged = _merged(chunk, news)
     if merged == chunk.outcomes:
         return chunk
-    return replace(chunk, outcomes=merged, failures=0, failed_by=(), fruitless=0)
+    return replace(chunk, outcomes=merged, failures=0, failed_by=(), no_route=(), fruitless=0)
 
 
 def _failed_by(chunk: Chunk) -> tuple[str, ...]:

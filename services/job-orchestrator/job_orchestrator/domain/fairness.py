@@ -50,6 +50,7 @@ class Candidate:
     estimate: float
     needs_raw: bool
     failed_by: tuple[str, ...] = ()
+    no_route: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,13 +202,16 @@ class Round:
                 heapq.heappush(heap, (time, user))
 
     def _may_take(self, worker: Credit, candidate: Candidate) -> bool:
-        """Whether the worker may get the chunk; one that failed it only if no other live worker can run it."""
+        """Whether the worker may get the chunk; one that failed it only if no other live worker can run it.
+
+        One without a route gets it only if no live worker may have a route.
+        """
         if candidate.needs_raw and not worker.raw:
             return False
         if worker.instance not in candidate.failed_by:
             return True
         able = {instance for instance, raw in self._instances.items() if raw or not candidate.needs_raw}
-        return able <= set(candidate.failed_by)
+        return able <= set(candidate.no_route if worker.instance in candidate.no_route else candidate.failed_by)
 
     def _give(self, worker: Credit, candidate: Candidate) -> float:
         share = min(1.0, worker.slots / (worker.held + 1))

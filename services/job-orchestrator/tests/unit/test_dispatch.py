@@ -293,6 +293,33 @@ async def test_failing_worker_among_others_loses_no_chunk() -> None:
     assert failed
 
 
+@pytest.mark.proves("G17")
+@pytest.mark.parametrize("route", [True, False])
+async def test_chunk_without_a_route_is_dispatched_to_each_instance(*, route: bool) -> None:
+    """The one worker that has a route scans the chunk; if none has, the addresses are lost within seconds, with the reason."""
+    world = World(MemoryStore())
+    world.workers = [Worker(world.bus, f"w-{number}", slots=1) for number in range(4)]
+    for worker in world.workers:
+        worker.hold = worker.worker_id != "w-3" or not route
+    await world.start()
+    await world.submit("127.9.8.0/24")
+    done = 0
+    for _ in range(20):
+        await world.wait(1)
+        tasks = [(worker, task) for worker in world.workers if worker.hold for task in worker.tasks]
+        for worker, task in sorted(tasks, key=lambda each: each[1].attempt)[done:]:
+            done += 1
+            assert task.limit is None
+            await worker.fail(task, "failed to determine route to 127.9.8.0", no_route=True)
+    job = (await world.store.jobs.get([1]))[1]
+    if route:
+        assert (job.status, len(world.workers[3].tasks)) == (JobStatus.COMPLETED, 1)
+    else:
+        assert (job.status, done) == (JobStatus.FAILED, len(world.workers) + 1)
+        assert job.error.startswith("256 addresses lost: worker w-")
+        assert job.error.endswith("failed to determine route to 127.9.8.0")
+
+
 @pytest.mark.proves("F30", "G18")
 @pytest.mark.parametrize(("max_rate", "width"), [(100, 1), (1_000, 2), (1_700, 3)])
 async def test_rates_of_a_job_add_up_to_its_max_rate(world: World, max_rate: int, width: int) -> None:

@@ -246,6 +246,30 @@ def test_failures_on_one_address_are_delayed_and_then_lose_it() -> None:
     assert (lost.failures, lost.failed_by, lost.limit, lost.not_before) == (0, (), 0, None)
 
 
+def test_attempt_without_a_route_goes_to_each_instance_and_then_loses_its_addresses() -> None:
+    """Each instance without a route has one attempt, not narrowed; when one gets the chunk again, no live one has a route."""
+    left = chunk()
+    for number in (1, 2):
+        held = dispatch(left, f"w-{number}-00000001", NOW, size=4, share=1.0, estimate=1.5)
+        left = after(held, report(ChunkFailed, "....", no_route=True, attempt=number, worker_id=held.worker_id))
+        assert (left.state, left.limit, left.failures) == (ChunkState.QUEUED, 0, 0)
+        assert left.not_before == NOW + timedelta(seconds=2)
+    assert left.no_route == left.failed_by == ("w-1", "w-2")
+    held = dispatch(left, "w-1-00000002", NOW, size=4, share=1.0, estimate=1.5)
+    lost = after(held, report(ChunkFailed, "....", no_route=True, attempt=3, worker_id=held.worker_id))
+    assert (lost.state, lost.outcomes, lost.reason) == (ChunkState.SCANNED, "llll", "worker w-1-00000002: because")
+
+
+def test_attempt_without_a_route_loses_only_its_own_addresses() -> None:
+    """The addresses that the attempt reached keep their outcome, and those that it did not include begin again."""
+    held = in_state(ChunkState.RUNNING, reach=2, limit=2)
+    again = after(held, report(ChunkFailed, "a...", no_route=True))
+    assert (again.outcomes, again.limit, again.no_route) == ("a...", 2, ("w-1",))
+    lost = after(replace(again, state=ChunkState.RUNNING), report(ChunkFailed, "a...", no_route=True))
+    assert (lost.state, lost.outcomes) == (ChunkState.QUEUED, "al..")
+    assert (lost.no_route, lost.failed_by, lost.limit, lost.not_before) == ((), (), 0, None)
+
+
 def test_last_address_that_fails_alone_leaves_the_chunk_scanned() -> None:
     """Without another blank the chunk is scanned, and its check is requested at once."""
     held = in_state(ChunkState.RUNNING, outcomes="asd.", failures=MAX_FAILURES - 1)
@@ -317,11 +341,11 @@ def test_release_before_the_limit_was_reached_keeps_it() -> None:
 
 def test_new_codes_reset_failures() -> None:
     """Failures, failing instances and dispatches without progress count since the last progress."""
-    held = in_state(ChunkState.RUNNING, failures=2, failed_by=("w-2", "w-3"), fruitless=9)
+    held = in_state(ChunkState.RUNNING, failures=2, failed_by=("w-2", "w-3"), no_route=("w-3",), fruitless=9)
     same = after(held, report(ChunkProgressed, "...."))
-    assert (same.failures, same.failed_by, same.fruitless) == (2, ("w-2", "w-3"), 9)
+    assert (same.failures, same.failed_by, same.no_route, same.fruitless) == (2, ("w-2", "w-3"), ("w-3",), 9)
     more = after(held, report(ChunkProgressed, "a..."))
-    assert (more.failures, more.failed_by, more.fruitless) == (0, (), 0)
+    assert (more.failures, more.failed_by, more.no_route, more.fruitless) == (0, (), (), 0)
 
 
 def claimed(left: Chunk, worker: str) -> Chunk:
@@ -561,7 +585,8 @@ MAPS = st.text(LETTERS + ".", min_size=4, max_size=4)
 STEPS = st.one_of(
     st.tuples(st.just("dispatch"), st.sampled_from(["w-1", "w-2", "w-1-0000000a"]), st.integers(1, 4)),
     st.tuples(st.just("report"), st.sampled_from(REPORTS), MAPS),
-    st.tuples(st.just("slow"), st.just(ChunkReleased), MAPS),
+    st.tuples(st.just("too_slow"), st.just(ChunkReleased), MAPS),
+    st.tuples(st.just("no_route"), st.just(ChunkFailed), MAPS),
     st.tuples(st.just("expire"), st.just(""), st.just("")),
     st.tuples(st.just("incomplete"), st.just(""), st.sets(st.integers(0, 3))),
 )
@@ -574,8 +599,8 @@ def step(left: Chunk, kind: str, what: Any, news: Any) -> Chunk:
             return dispatch(left, what, THEN, size=news, share=0.5, estimate=1.5)
         case "report" if left.state in HELD:
             return after(left, report(what, news, **token))
-        case "slow" if left.state in HELD:
-            return after(left, report(what, news, too_slow=True, **token))
+        case "too_slow" | "no_route" if left.state in HELD:
+            return after(left, report(what, news, **{kind: True}, **token))
         case "expire" if left.state in HELD:
             return expire(left, "no report", NOW)
         case "incomplete":
@@ -613,5 +638,6 @@ def test_chunk_is_consistent_in_any_order_of_events(steps: list[tuple[str, Any, 
         assert 0 <= left.fruitless <= MAX_FRUITLESS
         assert 0 <= left.limit <= len(left.outcomes)
         assert len(left.failed_by) == len(set(left.failed_by))
+        assert set(left.no_route) <= set(left.failed_by)
         assert 0 <= left.unstored <= MAX_FAILURES
     assert stored_in_the_end(left, never).state is ChunkState.STORED

@@ -244,6 +244,17 @@ def test_chunk_avoids_instances_that_failed_it_while_another_could_take_it() -> 
     assert len(picks(workers, {1: 0.0}, {1: [both]})) == 1
 
 
+def test_chunk_returns_to_an_instance_without_a_route_last() -> None:
+    """An instance that failed the chunk for another reason gets it before one without a route, which gets it only if all have none."""
+    workers = [credit("w-1", 2), credit("w-2", 2, held=1)]
+    failed = candidate(failed_by=("w-1", "w-2"), no_route=("w-1",))
+    assert picks(workers, {1: 0.0}, {1: [failed]}) == [("1-0", "w-2")]
+    assert picks(workers[:1], {1: 0.0}, {1: [failed]}, fleet=workers) == []
+    assert picks(workers[:1], {1: 0.0}, {1: [failed]}) == [("1-0", "w-1")]
+    unreached = candidate(failed_by=("w-1", "w-2"), no_route=("w-1", "w-2"))
+    assert len(picks(workers, {1: 0.0}, {1: [unreached]})) == 1
+
+
 def test_raw_chunk_does_not_wait_for_a_plain_worker_that_could_not_take_it() -> None:
     """Of those that have not failed a raw chunk only raw workers count."""
     failed = candidate(failed_by=("w-1",), needs_raw=True)
@@ -289,7 +300,8 @@ def rounds(draw: st.DrawFn) -> tuple[list[Credit], dict[int, float], dict[int, f
                 user,
                 draw(st.floats(0.1, 100)),
                 needs_raw=draw(st.booleans()),
-                failed_by=tuple(draw(names)),
+                failed_by=(failed_by := tuple(draw(names))),
+                no_route=tuple(name for name in failed_by if draw(st.booleans())),
             )
             for turn in range(draw(st.integers(0, 6)))
         ]
@@ -320,7 +332,8 @@ def test_round_leaves_no_slot_idle_that_a_chunk_could_use(
 
     def may_take(worker: Credit, chunk: Candidate) -> bool:
         able = {name for name, raw in instances.items() if raw or not chunk.needs_raw}
-        avoided = worker.instance in chunk.failed_by and bool(able - set(chunk.failed_by))
+        causes = (chunk.failed_by, chunk.no_route)
+        avoided = any(worker.instance in cause and able - set(cause) for cause in causes)
         return worker.slots > 0 and (worker.raw or not chunk.needs_raw) and not avoided
 
     assert all(may_take(worker, chunk) for chunk, worker, _ in found)

@@ -59,6 +59,10 @@ class ScanError(Exception):
     """nmap crashed, stalled or wrote malformed output. Counts against the chunk; the job's owner sees the message."""
 
 
+class NoRouteError(ScanError):
+    """nmap skipped targets because this machine has no route to them: a failure of neither the worker nor the targets."""
+
+
 class CannotStartError(Exception):
     """This worker cannot start nmap: a failure of the worker, not of the chunk. The message has the cause and the remedy."""
 

@@ -34,6 +34,7 @@ from scanner_worker.domain.scan import (
     CannotStartError,
     Host,
     KilledByGuardError,
+    NoRouteError,
     ScanError,
     detection_of,
     fit,
@@ -114,7 +115,7 @@ class ChunkScan:
             too_slow = isinstance(error, TooSlowError)
             return self._released(str(error), share.seconds, too_slow=too_slow, run=share.nmap_run)
         except ScanError as error:
-            return self._failed(str(error), share)
+            return self._failed(str(error), share, no_route=isinstance(error, NoRouteError))
         except Exception as error:  # noqa: BLE001 # one faulty host must not stop the others; the log has the traceback
             _log.exception("chunk_failed", cause="unexpected error")
             reason = f"the worker failed: {type(error).__name__}"
@@ -256,8 +257,10 @@ class ChunkScan:
         reason = reason[:REASON_CHARS]
         return ChunkReleased(**self._state, reason=reason, slot_seconds=seconds, too_slow=too_slow, run=run)
 
-    def _failed(self, reason: str, share: Share) -> ChunkFailed:
-        return ChunkFailed(**self._state, reason=reason[:REASON_CHARS], slot_seconds=share.seconds, run=share.nmap_run)
+    def _failed(self, reason: str, share: Share, *, no_route: bool = False) -> ChunkFailed:
+        reason = reason[:REASON_CHARS]
+        seconds, run = share.seconds, share.nmap_run
+        return ChunkFailed(**self._state, reason=reason, slot_seconds=seconds, no_route=no_route, run=run)
 
     @property
     def _token(self) -> dict[str, Any]:

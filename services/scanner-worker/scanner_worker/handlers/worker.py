@@ -193,7 +193,7 @@ class Worker:
 
     def _judge(self, batch: Batch, ends: Sequence[Message]) -> None:
         """Record whether a run of nmap succeeded or failed on this machine."""
-        failed = [end for end in ends if isinstance(end, ChunkFailed)]
+        failed = [end for end in ends if isinstance(end, ChunkFailed) and not end.no_route]
         if failed and len(failed) == len(ends) and batch.arguments:  # nmap was started, so the failure may be its own
             self.exclusion.failed(batch.shares[0].chunk, failed[0].reason)
         elif batch.finished:

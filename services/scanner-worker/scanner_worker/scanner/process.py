@@ -25,7 +25,7 @@ import structlog
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS
 from scanfleet.scanning.ports import PortSet, parse_ranges
 from scanner_worker.domain.ports import Found
-from scanner_worker.domain.scan import CannotStartError, KilledByGuardError, ScanError, printable
+from scanner_worker.domain.scan import CannotStartError, KilledByGuardError, NoRouteError, ScanError, printable
 from scanner_worker.metrics import NMAP_RUNNING, NMAP_STARTS
 from scanner_worker.scanner import datadir, guard, python_nmap
 from scanner_worker.scanner.xml import BadXmlError, Reader
@@ -54,6 +54,8 @@ _SCRIPT: Final = re.compile(rb'<script filename="[^"]*?([a-z0-9-]+)\.nse"')
 # A run without targets, in which nmap lists the ports that it would probe.
 _NO_TARGETS: Final = ("-n", "-Pn", "-sT", "-oX", "-", "-iL", os.devnull)
 _SERVICES: Final = re.compile(rb'<scaninfo [^>]*protocol="tcp"[^>]* services="([0-9,-]+)"')
+
+_NO_ROUTE: Final = re.compile("failed to determine route to [0-9a-fA-F.:]+")
 
 # Seconds between two probes of a host, by timing template; nmap may show no progress for that long.
 _PROBE_DELAYS: Final = {"-T0": 300.0, "-T1": 15.0}
@@ -268,6 +270,7 @@ class Nmap:
         Raises:
             CannotStartError: nmap did not start to scan, because of this worker.
             ScanError: the run failed; the hosts that were yielded are valid. The message has the cause.
+            NoRouteError: the same, for lack of a route to the other targets.
             KilledByGuardError: the guard killed nmap because this process was blocked.
         """
         async with self._started(arguments) as run, aclosing(self._read(run, arguments, services)) as found:
@@ -359,7 +362,10 @@ class Nmap:
         except BadXmlError as error:
             raise failure(f"{error}: {run.stderr_tail}") from error
         if reader.skipped:
-            raise ScanError(f"nmap skipped the targets {', '.join(reader.skipped)}: {run.stderr_tail}")
+            skipped = f"nmap skipped the targets {', '.join(reader.skipped)}"
+            if no_route := _NO_ROUTE.search(run.stderr_tail):
+                raise NoRouteError(f"{skipped}: {no_route[0]}")
+            raise ScanError(f"{skipped}: {run.stderr_tail}")
 
 
 def _pause(arguments: Sequence[str], task: str) -> float:

@@ -29,7 +29,7 @@ from cryptography.x509.oid import NameOID
 
 from scanfleet.contracts.messages import HostScanned, PortFound, ScanChunk
 from scanfleet.scanning.outcomes import Outcome
-from scanner_worker.domain.scan import Host, arguments, fit, outcome, services
+from scanner_worker.domain.scan import Host, NoRouteError, arguments, fit, outcome, services
 from scanner_worker.scanner.process import Limits, Nmap
 from scanner_worker.scanner.raw import may_send_raw, privileges
 
@@ -121,6 +121,25 @@ async def test_scan_silent_network_is_silent_or_timed_out(
     assert codes(await scan(chunk_of(make_chunk, policy, size=8))) == "s" * 8
     short = {"ports": "1-8000", "technique": technique, "host_timeout": 1}
     assert codes(await scan(chunk_of(make_chunk, short, size=2))) == "tt"
+
+
+@pytest.mark.parametrize("policy", [{"technique": "syn"}, {"ports": "U:1-3"}, {"discovery": "default"}])
+async def test_scan_without_a_route_raises_no_route(
+    make_chunk: MakeChunk, tmp_path: Path, policy: dict[str, str]
+) -> None:
+    """Addresses for which the machine has no route are not silent or down, and the error quotes nmap."""
+    program = tmp_path / "nmap"
+    program.write_text(f'#!/bin/sh\nexec {shutil.which("unshare")} --net {NMAP} "$@"\n')
+    program.chmod(0o755)
+    nmap = Nmap(str(program), LIMITS)
+    await nmap.start()
+    chunk = chunk_of(make_chunk, {"ports": "1-3"} | policy, size=256)
+    line = arguments(chunk, chunk.policy.port_set, [ip_network(NETWORK)], raw=True)
+    with pytest.raises(
+        NoRouteError, match=r"^nmap skipped the targets 10\.88\..*: failed to determine route to 10\.88\.0\."
+    ):
+        assert [hosts async for hosts in nmap.scan(line, services(chunk.policy.port_set))] == []
+    await nmap.stop()
 
 
 @pytest.mark.proves("G16")

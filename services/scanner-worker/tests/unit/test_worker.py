@@ -37,7 +37,7 @@ from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tracing import ids, recording
 from scanfleet_testing.waiting import until
 from scanner_worker.domain.ports import Found
-from scanner_worker.domain.scan import CannotStartError, Host, ScanError
+from scanner_worker.domain.scan import CannotStartError, Host, NoRouteError, ScanError
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.exclusion import FAILURES, SHORTEST_SECONDS
 from scanner_worker.handlers.worker import LEAST_SECONDS, Worker
@@ -716,7 +716,7 @@ async def test_worker_three_failed_chunks_exclude_it(make_chunk: MakeChunk) -> N
 @pytest.mark.proves("F25", "G17")
 async def test_worker_failed_chunks_exclude_it_for_the_shortest_time(make_chunk: MakeChunk) -> None:
     """While trial runs succeed, further failed chunks do not exclude the worker for longer: their targets may be the cause."""
-    async with rigged(ScanError("nmap skipped the targets"), slots=1) as rig:
+    async with rigged(ScanError("nmap crashed"), slots=1) as rig:
         pauses = []
         for number in range(9):
             await rig.send(make_chunk(chunk_id=f"1-{number}"))
@@ -728,9 +728,9 @@ async def test_worker_failed_chunks_exclude_it_for_the_shortest_time(make_chunk:
         assert pauses == [SHORTEST_SECONDS] * 3
 
 
-@pytest.mark.parametrize("ends", ["one chunk", "a success between", "one nmap", "policy", "attempts"])
+@pytest.mark.parametrize("ends", ["one chunk", "a success between", "one nmap", "policy", "attempts", "no route"])
 async def test_worker_target_failures_do_not_exclude_it(make_chunk: MakeChunk, ends: str) -> None:
-    """Failures of one chunk, with a success in between, in one nmap, without an nmap, or on later attempts do not."""
+    """Failures of one chunk, with a success in between, in one nmap, without an nmap or route, or on later attempts do not."""
     disallowed = ScanPolicy(scripts=("http-grep",), ports="22,80")
     async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
         if ends == "one nmap":
@@ -738,12 +738,15 @@ async def test_worker_target_failures_do_not_exclude_it(make_chunk: MakeChunk, e
             await until(lambda: rig.progress().count("ChunkFailed") == 4)
         for number in range(0 if ends == "one nmap" else 4):
             succeeds = ends == "a success between" and number == 2
-            rig.scanner.script = (ASKED,) if succeeds else (ScanError("nmap exited with 1"),)
+            kind = NoRouteError if ends == "no route" else ScanError
+            rig.scanner.script = (ASKED,) if succeeds else (kind("nmap exited with 1"),)
             chunk_id = "1-0" if ends == "one chunk" else f"1-{number}"
             attempt = {"one chunk": number + 1, "attempts": 2}.get(ends, 1)
             chunk = make_chunk(chunk_id=chunk_id, attempt=attempt, limit=2)
             await rig.send(chunk.model_copy(update={"policy": disallowed} if ends == "policy" else {}))
             await until(lambda: len(rig.progress()) == number + 1)  # noqa: B023 # called before the next turn
+        failed = rig.messages(SCAN_PROGRESS, ChunkFailed)
+        assert {m.no_route for m in failed} == {ends == "no route"}  # type: ignore[attr-defined] # another kind of message fails the test
         announced = len(rig.messages(SCAN_WORKERS, WorkerReady))
         await until(lambda: len(rig.messages(SCAN_WORKERS, WorkerReady)) >= announced + 2)
         assert {m.slots for m in rig.messages(SCAN_WORKERS, WorkerReady)} == {1}  # type: ignore[attr-defined] # another kind of message fails the test
