@@ -55,6 +55,10 @@ class TooSlowError(Exception):
     """An attempt on several addresses exceeded its timeout."""
 
 
+class ClockStepError(Exception):
+    """nmap ended hosts before their host timeout, since this machine's clock was set forward."""
+
+
 class Batch:
     """Scans compatible chunks with one nmap; when a chunk leaves early, another nmap scans the remaining addresses.
 
@@ -177,11 +181,18 @@ class Batch:
         if not self.arguments:
             self._rules, self._began = self._abilities.rules.digest, asyncio.get_running_loop().time()
         self.arguments = digest(line)
+        loop, timeout, early = asyncio.get_running_loop(), self._chunk.policy.host_timeout, False
+        due = loop.time() + timeout
         async with aclosing(self._scanner.scan(line, services(ports))) as found:
             async for hosts in found:
-                for share, own in self._sorted(hosts).items():
+                now = loop.time()
+                valid = [each for each in hosts if now >= due or not each[0].timed_out]
+                early |= len(valid) < len(hosts)
+                for share, own in self._sorted(valid).items():
                     if share in self._active:
                         await share.put(own)
+        if early:
+            raise ClockStepError(f"nmap ended hosts before their timeout of {timeout} s: the clock was set forward")
 
     def _sorted(self, hosts: Found) -> Mapping[Share, Found]:
         sorted_: defaultdict[Share, Found] = defaultdict(list)
@@ -223,6 +234,7 @@ class Share:
         Raises:
             ScanError: nmap failed, and hosts are missing.
             TooSlowError: nmap exceeded its timeout, and hosts are missing.
+            ClockStepError: nmap ended hosts early.
             CannotStartError, KilledByGuardError: as the scanner raised them.
         """
         self._map = list(outcomes)

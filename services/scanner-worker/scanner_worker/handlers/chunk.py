@@ -42,7 +42,7 @@ from scanner_worker.domain.scan import (
     permit,
     scripts_of,
 )
-from scanner_worker.handlers.batch import Abilities, Share, TooSlowError
+from scanner_worker.handlers.batch import Abilities, ClockStepError, Share, TooSlowError
 from scanner_worker.metrics import ADDRESSES, CHUNKS
 
 CLAIM_SECONDS: Final = 0.25  # delay before a claim is published; a shorter scan publishes only its final report
@@ -111,7 +111,7 @@ class ChunkScan:
                     await self._hold_and_scan(share)
         except CannotStartError as error:
             return self._released(str(error), share.seconds)
-        except (KilledByGuardError, TooSlowError) as error:
+        except (KilledByGuardError, TooSlowError, ClockStepError) as error:
             too_slow = isinstance(error, TooSlowError)
             return self._released(str(error), share.seconds, too_slow=too_slow, run=share.nmap_run)
         except ScanError as error:

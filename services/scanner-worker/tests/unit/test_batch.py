@@ -49,7 +49,11 @@ def addresses(argv: Sequence[str]) -> list[str]:
 
 
 class Stepping:
-    """Yields its targets in order, one per permitted step, and then raises `fault` if it is set."""
+    """Yields its targets in order, one per permitted step, and then raises `fault` if it is set.
+
+    Attributes:
+        late: addresses that it reports as timed out.
+    """
 
     version = "7.95"
 
@@ -59,6 +63,7 @@ class Stepping:
         self.running = 0
         self.most = 0
         self.fault: Exception | None = None
+        self.late: set[str] = set()
         self._steps = asyncio.Semaphore(0)
 
     @property
@@ -88,7 +93,7 @@ class Stepping:
                 if self.fault:
                     raise self.fault
                 yielded.append(address)
-                yield [(Host(address, True, False, 2, {b"reset"}, b""), ())]
+                yield [(Host(address, True, address in self.late, 2, {b"reset"}, b""), ())]
         finally:
             await asyncio.sleep(0)  # killing is not immediate
             self.running -= 1
@@ -370,6 +375,27 @@ async def test_scan_of_a_single_address_past_its_host_timeout_is_timed_out(
     assert rig.ends() == {"1-1": (ChunkScanned, "at")}
     assert rig.hosts() == [("1-1", "127.9.1.11")]
     assert rig.scanner.running == 0
+
+
+@pytest.mark.proves("F19")
+@pytest.mark.parametrize(("host_timeout", "ends"), [(60, (ChunkReleased, "a.a")), (1, (ChunkScanned, "ata"))])
+async def test_scan_of_hosts_that_time_out_early_leaves_them_blank(
+    make: MakeChunk, host_timeout: int, ends: tuple[type[Message], str]
+) -> None:
+    """After a forward step of the clock nmap ends hosts before their host timeout: these are not done, all others are."""
+    now = asyncio.get_running_loop().time
+    async with scanning(make(1, outcomes="...", policy={"host_timeout": host_timeout})) as rig:
+        rig.scanner.late = {"127.9.1.11"}
+        rig.scanner.let(1)
+        await until(rig.hosts)
+        passed = now() + 1
+        await until(lambda: now() >= passed)
+        rig.scanner.let()
+    assert rig.ends() == {"1-1": ends}
+    (end,) = rig.final_reports()
+    if isinstance(end, ChunkReleased):
+        assert not end.too_slow
+        assert end.reason == "nmap ended hosts before their timeout of 60 s: the clock was set forward"
 
 
 async def test_scan_of_a_part_of_the_top_ports_names_them(make: MakeChunk) -> None:
