@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, TypeAdapter
 
-from scanfleet.contracts import rest
+from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import JobStatus
 
 T = TypeVar("T")
@@ -22,8 +22,8 @@ Answer = TypeVar("Answer", bound=BaseModel)
 Listed = TypeVar("Listed", bound=BaseModel)
 
 NDJSON: Final = "application/x-ndjson"
-PAGE_SIZE: Final = 100  # maximum page size of a list
-LEDGER_PAGE_SIZE: Final = 1_000  # maximum page size of a ledger
+PAGE_SIZE: Final = queries.MAX_PAGE_SIZE
+LEDGER_PAGE_SIZE: Final = queries.MAX_LEDGER_PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ export type Me = Schemas["Me"];
 export type Snapshot = Schemas["JobSnapshot"];
 export type OutcomeMap = Schemas["CoverageMap"];
 
-export const STATUSES: Status[] = ["pending", "running", "completed", "failed", "cancelled"];
-export const isFinal = (status: Status) => status !== "pending" && status !== "running";
+const FINAL: Record<Status, boolean> = { pending: false, running: false, completed: true, failed: true, cancelled: true };
+export const STATUSES = Object.keys(FINAL) as Status[];
+export const isFinal = (status: Status) => FINAL[status];
 
 /** An answer that is an error, or none at all (status 0). */
 export class ApiError extends Error {

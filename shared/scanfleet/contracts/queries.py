@@ -17,6 +17,8 @@ from scanfleet.scanning.ports import MAX_TEXT
 ALL_USERS: Final = "all"
 MAX_RESULTS: Final = 1_000_000  # maximum value of `limit`; without `limit` a response has all results
 
+MAX_PAGE_SIZE: Final = 100
+MAX_LEDGER_PAGE_SIZE: Final = 1_000  # a few hundred kilobytes
 _MAX_PAGE: Final = 1_000_000_000  # limits the number of skipped documents to MongoDB's integer range
 _WHOSE: Final = r"^(all|[1-9][0-9]{0,15})$"
 _ID: Final[dict[str, Any]] = {"type": "integer", "minimum": 1, "maximum": MAX_ID}
@@ -54,7 +56,7 @@ class Page(Query):
     page: Annotated[int, Field(ge=1, le=_MAX_PAGE)] = 1
     """Page number, from 1."""
 
-    page_size: Annotated[int, Field(ge=1, le=100)] = 10
+    page_size: Annotated[int, Field(ge=1, le=MAX_PAGE_SIZE)] = 10
     """Number of objects per page."""
 
     @property
@@ -101,7 +103,7 @@ class LatestJobs(Events):
 
 
 class Ledger(Page):
-    page_size: Annotated[int, Field(ge=1, le=1_000)] = 100  # a few hundred kilobytes
+    page_size: Annotated[int, Field(ge=1, le=MAX_LEDGER_PAGE_SIZE)] = 100
     """Number of objects per page."""
 
     after: Position | None = None

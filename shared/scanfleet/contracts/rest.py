@@ -218,6 +218,12 @@ class TaskStatus(_Answer):
     status: TaskProgress
     job: Job
 
+    @classmethod
+    def of(cls, job: Job, *, progress: int, machines_found: int, error: str) -> Self:
+        """Return the current state of a job."""
+        status = TaskProgress(status=job.status, progress=progress, machines_found=machines_found, error=error)
+        return cls(job_id=str(job.id), status=status, job=job)
+
 
 class Snapshot(_Answer):
     """A task as of one `seq` of its job: the starting point of a reader of job events. Not part of the public API."""

@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry
-from scanfleet.contracts.messages.audit import MAX_REASON_CHARS
+from scanfleet.contracts.messages.audit import MAX_REASON_CHARS, MAX_TARGET_CHARS
 from scanfleet.contracts.messages.fields import MAX_ID
 from scanfleet.contracts.rest import BODY_LIMITS, MAX_BODY_BYTES
 from scanfleet.errors import ConfigurationError, DependencyError, PublicError, Rule, UnavailableError
@@ -55,7 +55,6 @@ _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "O
 # Probed every few seconds, so their access lines are omitted.
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics", "/internal/ready", "/internal/revocations"})
 _MAX_ERROR_CHARS: Final = 500  # maximum length of an error message, which may quote the caller's input
-_MAX_TARGET_CHARS: Final = 200  # of an audit entry's target: a caller may invent a long path
 _DISCONNECTED: Final = 499  # in logs and metrics, as proxies record it: the client has disconnected
 _MAX_ERRORS: Final = 5  # reported per invalid request; enough to correct it in a few attempts
 
@@ -367,7 +366,7 @@ def audit_entry(
         subject=str(caller.user_id) if caller else "",
         source=source(request),
         action=request.scope["route"].name,
-        target=(target or request.scope["path"])[:_MAX_TARGET_CHARS],
+        target=(target or request.scope["path"])[:MAX_TARGET_CHARS],
         decision=decision,
         rule=rule or "",
         reason=reason[:MAX_REASON_CHARS],

@@ -17,6 +17,7 @@ from prometheus_client import Counter as Metric
 
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import Audited, AuditEntry, ScanChunk
+from scanfleet.contracts.messages.audit import MAX_TARGET_CHARS
 from scanfleet.contracts.messages.envelope import RawRecord
 from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_TASKS
 from scanfleet.errors import DependencyError, Rule
@@ -29,7 +30,6 @@ SINGLES: Final = 100  # individual entries per subject and window; all anonymous
 MERGED: Final = 1_000  # kinds of further refusals per window; above that only the rule is recorded
 WAITING: Final = 10_000  # entries kept while the bus is unavailable: a few megabytes
 
-_MAX_TARGET_CHARS: Final = 200  # a header may be long; the dead letter keeps it whole
 
 _Kind = tuple[str, str, str, str]
 
@@ -123,7 +123,7 @@ class Refusals:
                 subject=subject,
                 source=source,
                 action=f"consume {topic}",
-                target=target[:_MAX_TARGET_CHARS],
+                target=target[:MAX_TARGET_CHARS],
                 decision="refused",
                 rule=rule,
                 request_id="",

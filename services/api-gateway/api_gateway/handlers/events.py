@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from api_gateway.metrics import STREAMS
 from scanfleet.contracts.messages import JobEvent, JobStatus
-from scanfleet.contracts.rest import Snapshot, TaskProgress, TaskStatus
+from scanfleet.contracts.rest import Snapshot, TaskStatus
 from scanfleet.errors import UnavailableError
 from scanfleet.runtime.bus import Record
 
@@ -130,10 +130,5 @@ class Subscriptions:
 
 
 def _snapshot(event: JobEvent) -> Snapshot:
-    progress = TaskProgress(
-        status=event.job.status,
-        progress=event.progress,
-        machines_found=event.machines_found,
-        error=event.error,
-    )
-    return Snapshot(seq=event.seq, task=TaskStatus(job_id=str(event.job.id), status=progress, job=event.job))
+    task = TaskStatus.of(event.job, progress=event.progress, machines_found=event.machines_found, error=event.error)
+    return Snapshot(seq=event.seq, task=task)

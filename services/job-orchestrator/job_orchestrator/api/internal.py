@@ -12,6 +12,7 @@ from job_orchestrator.api.tasks import audit_target, readable, readable_user, ta
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import CommandAccepted, CommandRejected
+from scanfleet.contracts.messages.commands import CommandId
 from scanfleet.contracts.messages.fields import MAX_ID
 from scanfleet.errors import ConflictError, ForbiddenError, NotFoundError
 from scanfleet.runtime.service import PathId, parsed
@@ -136,7 +137,7 @@ async def cancel_page(body: rest.CancelJobs, caller: Caller, state: Handed, reco
 
 @router.post("/commands/{command_id}/expire")
 async def expire(
-    command_id: Annotated[str, Path(pattern=r"^[A-Za-z0-9._-]{1,64}$")],
+    command_id: Annotated[CommandId, Path()],
     caller: Caller,
     state: Handed,
 ) -> rest.Verdict:

@@ -220,10 +220,4 @@ def audit_target(target: str, job: ScanJob) -> str:
 
 def task_status(job: ScanJob) -> rest.TaskStatus:
     """Return the job in the format of the API."""
-    progress = rest.TaskProgress(
-        status=job.status,
-        progress=job.progress,
-        machines_found=job.machines_found,
-        error=job.error,
-    )
-    return rest.TaskStatus(job_id=str(job.id), status=progress, job=job.view)
+    return rest.TaskStatus.of(job.view, progress=job.progress, machines_found=job.machines_found, error=job.error)
