@@ -27,6 +27,10 @@ LEASES_EXPIRED: Final = Counter(
     "scanfleet_leases_expired_total",
     "Attempts that ended because their worker sent no report within the lease, or was replaced by another process.",
 )
+DUPLICATE_WORKERS: Final = Counter(
+    "scanfleet_duplicate_workers_total",
+    "Announcements of a worker process after another process had replaced it under the same name; the log has the name.",
+)
 STALE_REPORTS: Final = Counter(
     "scanfleet_stale_reports_total", "Worker reports rejected because their token was not current."
 )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
+
+import structlog
 
 from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.held import HeldChunks
+from job_orchestrator.metrics import DUPLICATE_WORKERS
 from scanfleet.contracts.messages import WorkerReady
 from scanfleet.runtime.bus import PartitionListener, Record
 
@@ -19,12 +23,17 @@ _SILENT_SECONDS: Final = (
 )
 _NOTED_SECONDS: Final = 5.0  # interval at which a worker's announcements are stored
 
+_log = structlog.stdlib.get_logger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class _Announced:
     credit: Credit
     at: float
     noted: float
+    offset: int
+    processes: tuple[str, ...]
+    """The latest process of the instance with slots, and the one before it."""
 
 
 class Fleet(PartitionListener):
@@ -60,14 +69,17 @@ class Fleet(PartitionListener):
 
     async def handle(self, records: Sequence[Record[WorkerReady]]) -> None:
         now = self._clock.monotonic()
-        announced: dict[str, Credit] = {}
+        announced: dict[str, _Announced] = {}
         for each in records:
             ready = each.message
-            announced[ready.instance] = Credit(ready.worker_id, ready.instance, ready.slots, ready.raw, each.partition)
-        noted = {id_: self._workers[id_].noted for id_, each in announced.items() if self._is_noted(each, now)}
-        await self._dispatch.seen_workers([each for id_, each in announced.items() if id_ not in noted])
+            credit = Credit(ready.worker_id, ready.instance, ready.slots, ready.raw, each.partition)
+            before = announced.get(ready.instance) or self._workers.get(ready.instance)
+            latest = _Announced(credit, now, now, each.offset, (ready.worker_id,))
+            announced[ready.instance] = _follow(before, latest) if before else latest
+        noted = {id_: self._workers[id_].noted for id_, each in announced.items() if self._is_noted(each.credit, now)}
+        await self._dispatch.seen_workers([each.credit for id_, each in announced.items() if id_ not in noted])
         # The dispatcher may have removed silent workers meanwhile.
-        self._workers |= {id_: _Announced(each, now, noted.get(id_, now)) for id_, each in announced.items()}
+        self._workers |= {id_: replace(each, noted=noted.get(id_, now)) for id_, each in announced.items()}
         self._wake()
 
     async def revoked(self, partitions: Collection[int]) -> None:
@@ -101,3 +113,24 @@ class Fleet(PartitionListener):
     def _is_noted(self, credit: Credit, now: float) -> bool:
         known = self._workers.get(credit.instance)
         return known is not None and known.credit == credit and now - known.noted < _NOTED_SECONDS
+
+
+def _follow(before: _Announced, ready: _Announced) -> _Announced:
+    """Return the announcement after that `before`; report a process that announces slots although another has replaced it."""
+    processes = before.processes
+    if ready.credit.slots and ready.credit.worker_id != processes[0]:  # without slots it may be leaving
+        if ready.credit.worker_id in processes and ready.offset > before.offset:  # not a redelivered announcement
+            DUPLICATE_WORKERS.inc()
+            _log_duplicate(ready.credit.instance, int(ready.at // 60))
+        processes = (ready.credit.worker_id, processes[0])
+    return replace(ready, offset=max(before.offset, ready.offset), processes=processes)
+
+
+@lru_cache(maxsize=1_000)  # two processes replace each other every second
+def _log_duplicate(instance: str, minute: int) -> None:  # noqa: ARG001 # the key of the cache
+    _log.error(
+        "duplicate_worker_name",
+        instance=instance,
+        cause="two running workers announce themselves under this name, and each loses the chunks of the other",
+        next_step="set a different SCANFLEET_INSTANCE for each worker",
+    )

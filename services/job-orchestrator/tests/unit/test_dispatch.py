@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
@@ -24,7 +25,7 @@ from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import ChunkScanned, JobStatus, Message, ScanChunk, WorkerReady
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS, Topic
 from scanfleet.errors import DependencyError
-from scanfleet.runtime.bus import Publisher
+from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS, Preset, fill_in
 from scanfleet.scanning.ports import PortSet
 from scanfleet_testing.chunk_grants import grants
@@ -685,6 +686,41 @@ async def test_last_announcement_of_a_batch_counts(world: World) -> None:
     )
     await world.settle()
     assert len(tasks(world)) == 2
+
+
+_OLD, _NEW = (WorkerReady(worker_id=f"w-0000000{number}", slots=1, raw=False) for number in (1, 2))
+_LEAVING = _OLD.model_copy(update={"slots": 0})
+
+
+@pytest.mark.parametrize(
+    ("announced", "reports"),
+    [
+        ([_OLD, _OLD, _NEW, _NEW], 0),
+        ([_OLD, _NEW, _LEAVING, _NEW], 0),
+        ([_OLD, _NEW, _OLD], 1),
+        ([_OLD, _NEW, _NEW, _OLD, _NEW, _OLD], 3),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 6])
+async def test_workers_with_the_same_name_are_reported(
+    world: World, announced: list[WorkerReady], reports: int, size: int
+) -> None:
+    """Two processes that announce slots by turns are reported; a restart is not, and neither are redelivered announcements."""
+
+    def reported() -> float:
+        return REGISTRY.get_sample_value("scanfleet_duplicate_workers_total") or 0.0
+
+    await world.start()
+    before = reported()
+    records = [Record(each, SCAN_WORKERS.name, 0, offset, utc_now()) for offset, each in enumerate(announced)]
+    handler = world.only.handlers[SCAN_WORKERS]
+    with capture_logs() as logs:
+        for first in range(0, len(records), size):
+            await handler.handle(records[first : first + size])
+    assert reported() - before == reports
+    assert {log["instance"] for log in logs if log["event"] == "duplicate_worker_name"} <= {"w"}
+    await handler.handle(records)
+    assert reported() - before == reports
 
 
 class Noting(MemoryDispatch):
