@@ -20,6 +20,7 @@ from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.census import DeletionCensus, OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, cancel, dispatch
 from job_orchestrator.domain.command import Command
+from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held, wake
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published, restored_from_backup
@@ -996,6 +997,19 @@ async def test_clocks_rest_without_work(store: Store) -> None:
     assert (await store.dispatch.clocks([])).virtual == 8.0
     await store.dispatch.deactivate_clocks([7, 8])  # who wait for their hours: 8 still holds a chunk
     assert (await store.dispatch.clocks([])).users == {8: Clock(8, 1.5, active=True)}
+
+
+async def test_map_parts_are_those_of_the_jobs_chunks(store: Store) -> None:
+    """In the order of the index, from the first up to the end."""
+    chunks = [
+        chunk(id=f"1-{n}", index=n, first_address=f"127.9.8.{n}", outcomes="a.", reach=n, state=state)
+        for n, state in enumerate([ChunkState.STORED, ChunkState.RUNNING, ChunkState.QUEUED, ChunkState.QUEUED])
+    ]
+    await store.chunks.insert([*reversed(chunks), chunk(id="2-1", job_id=2, index=1)])
+    assert [each async for each in store.chunks.map_parts(1, 1, 3)] == [
+        MapPart(1, "127.9.8.1", ChunkState.RUNNING, "a.", 1),
+        MapPart(2, "127.9.8.2", ChunkState.QUEUED, "a.", 2),
+    ]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -75,7 +75,7 @@ async def read_map(
         )
     found = coverage.Coverage(job, first, addresses, blocks, step)
     for begin, end in ranges:
-        async for chunk in state.store.chunks.of_job(job.id, begin, end):
+        async for chunk in state.store.chunks.map_parts(job.id, begin, end):
             found.add(chunk)
     letters = await asyncio.to_thread(lambda: dict(found.letters()))
     if not job.settled:  # outcomes change without a new `seq`

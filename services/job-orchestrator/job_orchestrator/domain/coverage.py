@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState
+from job_orchestrator.domain.chunk import HELD, ChunkState
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.scanning.outcomes import CANCELLED, IN_WORK, Outcome, index_of, worst
 from scanfleet.scanning.targets import Target
 
 MAX_CELLS: Final = 65_536  # per response: the addresses of a /16
 MAX_LETTERS: Final = 16 * MAX_CELLS  # over all blocks: a megabyte
+
+
+@dataclass(frozen=True, slots=True)
+class MapPart:
+    """The fields of a chunk that the map shows."""
+
+    index: int
+    first_address: str
+    state: ChunkState
+    outcomes: str
+    reach: int
 
 
 class Coverage:
@@ -42,7 +54,7 @@ class Coverage:
                 empty[low:high] = Outcome.EXCLUDED.encode() * (high - low)
         self._letters = {block: bytearray(empty) for block in sorted(blocks)}
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: MapPart) -> None:
         """Fill in the requested part of a chunk."""
         block = plan.block_of(self._job, chunk.index)
         if block in self._letters:
@@ -61,7 +73,7 @@ class Coverage:
             yield block, letters.decode()
 
 
-def _shown(chunk: Chunk, *, ended: bool) -> str:
+def _shown(chunk: MapPart, *, ended: bool) -> str:
     """Return the chunk's map with a code for each kind of blank."""
     if chunk.state is ChunkState.FAILED:
         return chunk.outcomes.replace(Outcome.BLANK, Outcome.LOST)

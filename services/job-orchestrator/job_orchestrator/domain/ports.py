@@ -18,6 +18,7 @@ from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.census import DeletionCensus, JobCensus, OpenChunks, Standing
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.command import Command
+from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
 from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
@@ -304,6 +305,9 @@ class ChunkRepository(Protocol):
 
     def of_job(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
         """Yield the chunks with an index from `first` up to `end`, in order; a job can have hundreds of thousands."""
+
+    def map_parts(self, job_id: int, first: int, end: int) -> AsyncIterator[MapPart]:
+        """Yield the same part of each chunk that `of_job` yields."""
 
     async def queued(self, job_id: int, first: int, end: int) -> list[int]:
         """Return the indexes from `first` up to `end` of the queued chunks; one that changes meanwhile may be omitted."""

@@ -14,6 +14,7 @@ from pymongo.read_concern import ReadConcern
 
 from job_orchestrator.domain.census import MAX_COUNTED, OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
+from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import save
 from job_orchestrator.repository.jobs import from_now
@@ -70,21 +71,32 @@ class MongoChunks:
         return await save(self._chunks, chunks, documents.write_chunk, documents.read_chunk, documents.CHUNK_CONSTANTS)
 
     async def of_job(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
+        async for document in self._of_job(job_id, first, end):
+            if (chunk := documents.readable(documents.read_chunk, document, "chunks")) is not None:
+                yield chunk
+
+    async def map_parts(self, job_id: int, first: int, end: int) -> AsyncIterator[MapPart]:
+        async for document in self._of_job(job_id, first, end, documents.MAP_FIELDS):
+            if (part := documents.readable(documents.read_map_part, document, "chunks")) is not None:
+                yield part
+
+    async def _of_job(
+        self, job_id: int, first: int, end: int | None, fields: Document | None = None
+    ) -> AsyncIterator[Document]:
         # Page by page, so that each page has its own timeout, in the order of an index whose keys never change: no chunk is
         # returned twice or missed because it changes its state meanwhile.
         while end is None or first < end:
             index = {"$gte": first} if end is None else {"$gte": first, "$lt": end}
-            page = await self._job_page({"job_id": job_id, "index": index})
+            page = await self._job_page({"job_id": job_id, "index": index}, fields)
             for document in page:
-                if (chunk := documents.readable(documents.read_chunk, document, "chunks")) is not None:
-                    yield chunk
+                yield document
             if len(page) < _BATCH:
                 return
             first = page[-1]["index"] + 1
 
     @dependency_errors()
-    async def _job_page(self, wanted: Document) -> list[Document]:
-        return await self._chunks.find(wanted).sort("index", 1).limit(_BATCH).to_list(_BATCH)
+    async def _job_page(self, wanted: Document, fields: Document | None) -> list[Document]:
+        return await self._chunks.find(wanted, fields).sort("index", 1).limit(_BATCH).to_list(_BATCH)
 
     @dependency_errors()
     async def queued(self, job_id: int, first: int, end: int) -> list[int]:

@@ -16,6 +16,7 @@ from pydantic import AwareDatetime, BaseModel, TypeAdapter
 from job_orchestrator.domain.access import Revocation
 from job_orchestrator.domain.chunk import HELD, Chunk, Token
 from job_orchestrator.domain.command import Command
+from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.domain.deletion import Counts, Deletion
 from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import Outgoing, Plan, ScanJob
@@ -36,6 +37,7 @@ _JOB: Final = TypeAdapter(ScanJob)
 _CHUNK: Final = TypeAdapter(Chunk)
 _CANDIDATE: Final = TypeAdapter(Candidate)
 _HELD: Final = TypeAdapter(Held)
+_MAP_PART: Final = TypeAdapter(MapPart)
 _CREDIT: Final = TypeAdapter(Credit)
 _CLOCK: Final = TypeAdapter(Clock)
 _DELETION: Final = TypeAdapter(Deletion)
@@ -208,6 +210,15 @@ def read_chunk(document: Document) -> Chunk:
 
 
 _ports: Final = lru_cache(maxsize=1_000)(PortSet.parse)  # the chunks of a job share few distinct values
+
+
+MAP_FIELDS: Final = dict.fromkeys(MapPart.__slots__, 1)
+
+
+def read_map_part(document: Document) -> MapPart:
+    part = _MAP_PART.validate_python({"reach": 0} | document)
+    ip_address(part.first_address)
+    return part
 
 
 def read_candidate(document: Document) -> Candidate:

@@ -10,6 +10,7 @@ from itertools import islice
 
 from job_orchestrator.domain.census import OpenChunks, Standing
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
+from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator_testing.repository.data import MemoryRepository
 
 
@@ -36,6 +37,10 @@ class MemoryChunks(MemoryRepository):
         for chunk in sorted((c for c in self._data.chunks.values() if c.job_id == job_id), key=lambda c: c.index):
             if first <= chunk.index and (end is None or chunk.index < end):
                 yield chunk
+
+    async def map_parts(self, job_id: int, first: int, end: int) -> AsyncIterator[MapPart]:
+        async for chunk in self.of_job(job_id, first, end):
+            yield MapPart(chunk.index, chunk.first_address, chunk.state, chunk.outcomes, chunk.reach)
 
     async def queued(self, job_id: int, first: int, end: int) -> list[int]:
         chunks = self.of_job(job_id, first, end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 from fastapi import Request
 
+from job_orchestrator.api.coverage import read_map
 from job_orchestrator.api.state import Recorder, State
 from job_orchestrator.api.tasks import read_ledger, read_waiting
 from job_orchestrator.domain import plan
+from job_orchestrator.domain.attempts import Attempt
 from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion, Stage
@@ -515,3 +518,32 @@ async def test_waiting_of_many_jobs_reads_the_backlog_once_a_second(
     assert max(each["keysExamined"] for each in sums) <= jobs + 2
     reads = database["system.profile"].find({"op": "query", "command.find": "jobs"})
     assert sum([each["docsExamined"] async for each in reads]) == 52
+
+
+async def test_map_reads_only_the_shown_fields_of_each_chunk(mongo_store: MongoStore, database: Database) -> None:
+    """Neither attempts nor ports of a chunk are transferred, which can be a hundred times its outcomes."""
+    job = scan_job(1, cidr="127.9.0.0/21", policy=scan_policy(ports=",".join(map(str, range(1, 1_000, 2)))))
+    job = change(
+        replace(job, plan=replace(job.plan, chunk_addresses=4, chunk_count=512), made=512), JobTrigger.START, THEN
+    )
+    await mongo_store.jobs.insert([job])
+    attempts = tuple(Attempt(n=n, worker=f"w-{n}", at=THEN) for n in range(1, 21))
+    await mongo_store.chunks.insert(
+        [
+            replace(each, state=ChunkState.STORED, outcomes="asas", attempts=attempts)
+            for each in plan.chunks(job, 0, 512)
+        ]
+    )
+    parts = World(mongo_store).only
+    state = State(mongo_store, parts.commands, parts.submits, parts.deletions, parts.checks, parts.backlog)
+    request = Request({"type": "http", "headers": []})
+    record = Recorder(request, mongo_store.audit)
+    await database.command("profile", 2)
+    answer = await read_map(
+        request=request, job_id=1, caller=Principal(7), state=state, record=record, query=queries.Map()
+    )
+    await database.command("profile", 0)
+    assert json.loads(bytes(answer.body))["blocks"][0]["letters"] == "asas" * 512
+    reads = await database["system.profile"].find({"ns": f"{database.name}.chunks"}).to_list(None)
+    assert sum(each["docsExamined"] for each in reads) == 512
+    assert sum(each["responseLength"] for each in reads) <= 200 * 512

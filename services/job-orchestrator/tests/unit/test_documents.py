@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.command import Command
+from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.domain.deletion import Counts
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import UnprobedPage
@@ -75,6 +76,16 @@ def test_view_of_a_stored_job_is_the_view_of_the_job() -> None:
     """A list shows the same of a job, whichever release stored it, as the job itself."""
     found = [stored(path) for path in sorted(FOLDER.glob("*/job-*.json"))]
     assert [documents.read_view(each) for each in found] == [documents.read_job(each).view for each in found] != []
+
+
+def test_map_part_of_a_stored_chunk_is_the_part_of_the_chunk() -> None:
+    """A map shows the same of a chunk, whichever release stored it, as the chunk itself."""
+    found = [stored(path) for path in sorted(FOLDER.glob("*/chunk*.json"))]
+    assert found
+    for each in found:
+        chunk = documents.read_chunk(each)
+        part = documents.read_map_part({name: each[name] for name in documents.MAP_FIELDS if name in each})
+        assert part == MapPart(chunk.index, chunk.first_address, chunk.state, chunk.outcomes, chunk.reach)
 
 
 def job(name: str) -> ScanJob:
