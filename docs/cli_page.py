@@ -89,8 +89,8 @@ with Client("https://scanfleet.example.com", token) as client:
         print(result.ip_address, result.port)
 ```
 
-The client retries a call that is safe to repeat while the service is unavailable or busy; a POST of jobs has an Idempotency-Key, so
-that a retry creates no other jobs. `watch` reconnects after an interruption, and polls if streams keep failing. If a
+The client retries a call that is safe to repeat while the service is unavailable or busy; a POST of jobs, of a subnet or of a
+policy has an Idempotency-Key, so that a retry creates nothing else. `watch` reconnects after an interruption, and polls if streams keep failing. If a
 stream of results is interrupted, the client raises `UnavailableError` instead of returning a partial list.
 """
 

@@ -91,7 +91,7 @@ def create_tasks(subnet_ids: Sequence[int], policy_id: int, key: str | None = No
         "/api/v1/task",
         rest.JobsCreated,
         body={"subnet_ids": list(subnet_ids), "policy_id": policy_id},
-        headers={"Idempotency-Key": key or uuid4().hex},
+        headers=_with_key(key),
     )
 
 
@@ -230,8 +230,10 @@ class _Operations(Generic[Body, Answer, Listed]):
     def list_all(self) -> ListCall[Listed]:
         return _list(self._resource.path, self._resource.listed, self._resource.plural)
 
-    def create(self, body: Body) -> Call[Answer]:
-        return Call("POST", self._resource.path, self._resource.answer, body=_given(body), repeatable=False)
+    def create(self, body: Body, key: str | None = None) -> Call[Answer]:
+        """Create an object; repeating the call with the same key creates no other."""
+        path, headers = self._resource.path, _with_key(key)
+        return Call("POST", path, self._resource.answer, body=_given(body), headers=headers)
 
     def read(self, id_: int) -> Call[Answer]:
         return Call("GET", f"{self._resource.path}/{id_}", self._resource.answer)
@@ -332,6 +334,10 @@ def _given(body: BaseModel) -> dict[str, Any]:
 
 def _stream(last_event_id: str) -> dict[str, str]:
     return {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
+
+
+def _with_key(key: str | None) -> dict[str, str]:
+    return {"Idempotency-Key": key or uuid4().hex}
 
 
 def _if_match(etag: str) -> dict[str, str]:

@@ -136,9 +136,9 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
                 (r"[A-Z]+ task/([0-9]+)(/?.*)", self._job),
                 ("GET subnet", lambda request: self._list(request, "subnets", list(reversed(self.subnets.values())))),
                 ("GET policy", lambda request: self._list(request, "policies", list(reversed(self.policies.values())))),
-                ("POST subnet", lambda request: self._put(self.subnets, _subnet, request, len(self.subnets) + 5)),
+                ("POST subnet", lambda request: self._create(self.subnets, _subnet, request, len(self.subnets) + 5)),
                 ("POST subnet/import", self._import),
-                ("POST policy", lambda request: self._put(self.policies, _policy, request, len(self.policies) + 3)),
+                ("POST policy", lambda request: self._create(self.policies, _policy, request, len(self.policies) + 3)),
                 (r"[A-Z]+ subnet/([0-9]+)", partial(self._object, self.subnets, _subnet, "Subnet")),
                 (r"[A-Z]+ policy/([0-9]+)", partial(self._object, self.policies, _policy, "Policy")),
             )
@@ -188,6 +188,17 @@ class FakeApi(httpx2.BaseTransport, httpx2.AsyncBaseTransport):
         page, size = int(request.url.params.get("page", 1)), int(request.url.params.get("page_size", 10))
         some = every[(page - 1) * size : page * size]
         return httpx2.Response(200, json={name: some, "total": len(every), "page": page, "page_size": size})
+
+    def _create(
+        self, kind: dict[int, Any], make: Callable[[int, dict[str, Any]], Any], request: httpx2.Request, number: int
+    ) -> httpx2.Response:
+        (known,) = self.keys.get(request.headers["idempotency-key"], [None])
+        if known is not None:
+            return httpx2.Response(201, json=kind[known])
+        answer = self._put(kind, make, request, number)
+        if answer.is_success:
+            self.keys[request.headers["idempotency-key"]] = [number]
+        return answer
 
     def _put(
         self, kind: dict[int, Any], make: Callable[[int, dict[str, Any]], Any], request: httpx2.Request, number: int

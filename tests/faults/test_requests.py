@@ -50,6 +50,30 @@ def test_concurrent_posts_with_one_key_create_one_job(platform: Platform, user: 
     invariants.check()
 
 
+@pytest.mark.parametrize(("path", "other"), [("subnet", {"cidr": "127.0.0.2"}), ("policy", {"preset": "full"})])
+def test_concurrent_posts_of_a_resource_with_one_key_create_one(
+    platform: Platform, user: Caller, path: str, other: dict[str, str]
+) -> None:
+    """Concurrent posts get one answer and create one object; another body is a 400, another user gets a separate object."""
+    body = {"name": "keyed"} | ({"cidr": "127.0.0.1"} if path == "subnet" else {})
+    headers = {"Idempotency-Key": uuid4().hex}
+    second = platform.caller(int(user.http.get("/api/v1/me").json()["user_id"]), "api-gateway-2")
+    stranger = platform.caller()
+
+    def post(caller: Caller, **changed: str) -> httpx.Response:
+        return caller.http.post(f"/api/v1/{path}", json=body | changed, headers=headers)
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        answers = list(threads.map(post, [user, second] * (AT_ONCE // 2)))
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert user.http.get(f"/api/v1/{path}").json()["total"] == 1
+    assert post(user, **other).status_code == 400
+    assert post(stranger).json()["id"] != answers[0].json()["id"]
+    for each in (second, stranger):
+        each.close()
+
+
 @pytest.mark.proves("F11", "G6", "G8")
 def test_cancel_during_completion_has_one_outcome(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """A job cancelled while it completes is either cancelled or completed, and answer, GET and events agree."""

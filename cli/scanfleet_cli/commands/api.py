@@ -10,12 +10,14 @@ from uuid import uuid4
 
 import click
 
+from scanfleet.contracts import rest
 from scanfleet_cli.calls import PAGE_SIZE, Call, ListCall
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.session import Session, read_text, with_session
 
 _WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "PUT", "DELETE"})
+_KEYED: Final = frozenset({"/api/v1/task", *(resource.path for resource in rest.RESOURCES)})
 
 
 @click.command()
@@ -65,7 +67,7 @@ def api(
         _all(session, ListCall(method, path, object, query=query, headers=given))
         return
     # A POST is repeated only if the service reads its key.
-    repeatable = method in _REPEATABLE or path.rstrip("/") == "/api/v1/task"
+    repeatable = method in _REPEATABLE or path.rstrip("/") in _KEYED
     call: Call[Any] = Call(method, path, object, query=query, body=body, headers=given, repeatable=repeatable)
     with session.client.stream(call) as response:
         for text in response.iter_text():

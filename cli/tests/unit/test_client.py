@@ -8,6 +8,7 @@ import socket
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +26,7 @@ SOON = Patience(timeout=5, first_pause=0.001, poll=0.001)
 RESET = httpx2.ReadError("connection reset")
 BUSY = httpx2.Response(503, json={"error": "busy"}, headers={"Retry-After": "0"})
 BODY = rest.SubnetBody(name="lab", cidr="127.9.8.0/24")
+WITHOUT_KEY = replace(calls.create_subnet(BODY), repeatable=False)
 
 Watch = Callable[[list[str]], list[rest.TaskStatus]]
 WatchJobs = Callable[[list[int], list[str]], list[rest.TaskStatus]]
@@ -91,10 +93,10 @@ def test_post_without_a_key_is_repeated_only_if_it_was_not_sent(
     """A request that may have been executed is not sent again."""
     api.faults = [fault]
     if repeated:
-        assert client.send(calls.create_subnet(BODY)).name == "lab"
+        assert client.send(WITHOUT_KEY).name == "lab"
         return
     with pytest.raises((UnavailableError, ApiError)) as raised:
-        client.send(calls.create_subnet(BODY))
+        client.send(WITHOUT_KEY)
     assert len(api.requests) == 1
     assert getattr(raised.value, "unsure", True)
 
@@ -376,11 +378,23 @@ def test_post_of_jobs_with_a_cut_body_is_repeated_with_its_key(
     assert list(api.jobs) == [41, 42]
 
 
+@pytest.mark.parametrize(
+    "call", [calls.create_subnet(BODY), calls.create_policy(rest.PolicyBody(name="web"))], ids=["subnet", "policy"]
+)
+def test_post_of_a_resource_with_a_cut_body_creates_one(api: FakeApi, client: Client, call: calls.Call[Any]) -> None:
+    """The request is repeated with its Idempotency-Key, and the first answer is the result."""
+    api.fault_of = carried_out_then_cut(api, "POST")
+    created = client.send(call)
+    assert [*api.subnets, *api.policies] == [created.id]
+    first, second = api.requests
+    assert first.headers["idempotency-key"] == second.headers["idempotency-key"]
+
+
 def test_post_without_a_key_with_a_cut_body_is_not_repeated(api: FakeApi, client: Client) -> None:
     """A call that may have been executed is not repeated, and the error states this."""
     api.fault_of = carried_out_then_cut(api, "POST")
     with pytest.raises(UnavailableError) as raised:
-        client.send(calls.create_subnet(BODY))
+        client.send(WITHOUT_KEY)
     assert (raised.value.unsure, raised.value.repeatable) == (True, False)
     assert len(api.subnets) == 1
 

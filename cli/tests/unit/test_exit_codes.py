@@ -85,7 +85,7 @@ def test_usage_error_is_reported_in_the_format_of_the_command(run: Any, format_:
 def test_unknown_outcome_of_a_post_that_is_not_safe_to_repeat_exits_1(api: FakeApi, run: Any, fault: Any) -> None:
     """Exit code 6 promises that the command may be repeated, so it is not used where a repetition may do harm."""
     api.fault_of = lambda request: fault if request.method == "POST" else None
-    ended = run("--retry", "0.01", "subnet", "create", "lab", "127.9.8.0/24")
+    ended = run("--retry", "0.01", "api", "POST", "revocation", "-f", "user_id=8")
     assert ended.code == 1
     assert "may have been carried out: check before you repeat it" in ended.err
 

@@ -46,7 +46,7 @@ _OWN: Final = {
     "accept-encoding": "identity",  # answers are forwarded unchanged, so the services are not asked to compress them
     "user-agent": "scanfleet-api-gateway",
 }
-_FORWARDED: Final = ("accept", "content-type", "if-match", "if-none-match")
+_FORWARDED: Final = ("accept", "content-type", "idempotency-key", "if-match", "if-none-match")
 _RETURNED: Final = (
     "content-type",
     "content-length",

@@ -107,6 +107,24 @@ async def test_resources_are_private_to_their_owner(store: Store, kind: Kind) ->
 
 
 @every_kind
+async def test_deleted_resource_is_not_added_again(store: Store, kind: Kind) -> None:
+    """A delayed insert of a request that was finished elsewhere does not create its object again."""
+    repository, make = kind.rules.repository(store), kind.make
+    await repository.add(make(1))
+    assert await repository.delete(7, 1)
+    await repository.add(make(1), make(2))
+    assert await repository.page(7, 0, 10) == ([make(2)], 1)
+    assert await repository.count(7, 10) == 1
+    assert not await repository.replace_all([make(1)])
+
+
+@every_kind
+def test_view_of_a_resource_has_all_of_it(kind: Kind) -> None:
+    """An object can be read from its view, which requests with an Idempotency-Key store."""
+    assert kind.rules.viewed(kind.rules.view(kind.make(1))) == kind.make(1)
+
+
+@every_kind
 async def test_resources_are_replaced_together(store: Store, kind: Kind) -> None:
     """Objects of their user are replaced although others do not exist or belong to another user, which is reported."""
     repository, make = kind.rules.repository(store), kind.make

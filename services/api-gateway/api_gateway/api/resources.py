@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel
 
 from api_gateway.api.admission import Route
+from api_gateway.api.keys import sent_key
 from api_gateway.api.openapi import IF_MATCH, TAGGED, body, errors, query
 from api_gateway.api.state import Handed
 from scanfleet.contracts import queries, rest
@@ -41,6 +42,7 @@ def router_of(resource: rest.Resource[rest.NamedBody, BaseModel, BaseModel]) -> 
         description=f"Create a {name}.",
         status_code=201,
         response_model=resource.answer,
+        dependencies=[Depends(sent_key)],
         responses=TAGGED[201] | errors(400, 413),
         openapi_extra=body(resource.body),
     )

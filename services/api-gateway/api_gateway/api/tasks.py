@@ -17,11 +17,11 @@ from api_gateway.api.events import (
     last_seq,
     overlapping,
 )
+from api_gateway.api.keys import SentKey
 from api_gateway.api.openapi import ETAG, IF_NONE_MATCH, errors, query, server_sent
 from api_gateway.api.state import Handed
 from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import CancelJob, SubmitJobs
-from scanfleet.errors import BadRequestError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.service import PathId, parsed, source
 from scanfleet.security.auth import Caller
@@ -30,21 +30,6 @@ router = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=Route)
 cancels = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=CancelRoute)
 streams = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=StreamRoute)
 all_streams = APIRouter(prefix="/api/v1", tags=["task"], route_class=StreamRoute)
-
-_KEY: Final = r"^[\x21-\x7e]+$"
-
-IdempotencyKey = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        min_length=1,
-        max_length=255,
-        pattern=_KEY,
-        description="Visible ASCII, sent once and compared character by character, quotation marks included. A request with "
-        "the same key and the same body within 7 days gets the same response and creates nothing.",
-    ),
-    rest.worded(_KEY, "must be visible ASCII without spaces"),
-]
 
 LastEventId = Annotated[
     str | None,
@@ -155,11 +140,9 @@ async def create_tasks(
     request: Request,
     caller: Caller,
     state: Handed,
-    idempotency_key: IdempotencyKey = None,
+    idempotency_key: SentKey,
 ) -> rest.JobsCreated:
     """Create one scan job for each subnet, all or none. The jobs can be read once the response is received."""
-    if len(request.headers.getlist("Idempotency-Key")) > 1:
-        raise BadRequestError('the header "Idempotency-Key" must be sent once')
     command = SubmitJobs(
         command_id=uuid4().hex,
         user_id=caller.user_id,

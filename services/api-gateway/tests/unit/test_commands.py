@@ -229,6 +229,8 @@ async def test_command_that_was_not_published_is_expired(gateway: Running) -> No
     assert "will not be" in answer.json()["error"]
 
 
+keyed = pytest.mark.parametrize("path", ["/api/v1/task", "/api/v1/subnet", "/api/v1/policy"])
+
 BAD_BODIES: dict[str, Any] = {
     "no JSON": b"{",
     "nothing": b"",
@@ -298,13 +300,14 @@ async def test_compressed_body_is_refused(gateway: Running) -> None:
     assert '"Content-Encoding"' in answer.json()["error"]
 
 
+@keyed
 @pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "a\tb", "\u00e9".encode(), b"\x7f"], ids=ascii)
-async def test_invalid_idempotency_key_is_refused(gateway: Running, key: str | bytes) -> None:
-    """A key that is empty, too long or not visible ASCII is a 400, and no command is published."""
+async def test_invalid_idempotency_key_is_refused(gateway: Running, key: str | bytes, path: str) -> None:
+    """A key that is empty, too long or not visible ASCII is a 400, and nothing is published or forwarded."""
     raw = key.encode() if isinstance(key, str) else key
-    answer = await gateway.client.post("/api/v1/task", json=BODY, headers=[(b"Idempotency-Key", raw)])
+    answer = await gateway.client.post(path, json=BODY, headers=[(b"Idempotency-Key", raw)])
     assert answer.status_code == 400
-    assert not gateway.broker.records("scan-commands")
+    assert not gateway.broker.records("scan-commands") + gateway.services.requests
 
 
 async def test_idempotency_key_of_a_wrong_form_is_refused_in_words(gateway: Running) -> None:
@@ -313,12 +316,13 @@ async def test_idempotency_key_of_a_wrong_form_is_refused_in_words(gateway: Runn
     assert answer.json()["error"] == "header.Idempotency-Key: must be visible ASCII without spaces"
 
 
-async def test_repeated_idempotency_key_is_refused(gateway: Running) -> None:
-    """Of two keys neither is chosen: the request is a 400, and no command is published."""
+@keyed
+async def test_repeated_idempotency_key_is_refused(gateway: Running, path: str) -> None:
+    """Of two keys neither is chosen: the request is a 400, and nothing is published or forwarded."""
     headers = [("Idempotency-Key", "one"), ("Idempotency-Key", "two")]
-    answer = await gateway.client.post("/api/v1/task", json=BODY, headers=headers)
+    answer = await gateway.client.post(path, json=BODY, headers=headers)
     assert (answer.status_code, answer.json()["error"]) == (400, 'the header "Idempotency-Key" must be sent once')
-    assert not gateway.broker.records("scan-commands")
+    assert not gateway.broker.records("scan-commands") + gateway.services.requests
 
 
 async def test_idempotency_key_of_the_maximum_length_is_accepted(gateway: Running) -> None:

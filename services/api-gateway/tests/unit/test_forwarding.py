@@ -146,6 +146,7 @@ async def test_forward_sends_only_the_known_headers(gateway: Running) -> None:
         "host": "orchestrator",
         "authorization": asked.headers["authorization"],
         "accept": "application/json",
+        "idempotency-key": "k",
         "if-match": '"1"',
         "if-none-match": '"2"',
         "accept-encoding": "identity",

@@ -21,6 +21,8 @@ Body = TypeVar("Body", bound=rest.NamedBody)
 Answer = TypeVar("Answer", bound=BaseModel)
 Listed = TypeVar("Listed", bound=BaseModel)
 
+_COMMON: Final = ("id", "user_id", "name", "created_at", "updated_at")
+
 
 async def _allowed(_store: Store, _id: int) -> None:
     """Allow every deletion."""
@@ -41,6 +43,9 @@ class ResourceRules(Generic[Body, Answer, Listed, Content]):
     show: Callable[[Content], Mapping[str, object]]
     """Return the content as fields of the response."""
 
+    read: Callable[[Answer], Content]
+    """Return the content of a response."""
+
     check_unused: Callable[[Store, int], Awaitable[None]] = _allowed
     """Return if the object of this id can be deleted; raises `ConflictError` otherwise."""
 
@@ -50,8 +55,13 @@ class ResourceRules(Generic[Body, Answer, Listed, Content]):
 
     def view(self, owned: Owned[Content]) -> Answer:
         """Return the object as the API shows it."""
-        common = {name: getattr(owned, name) for name in ("id", "user_id", "name", "created_at", "updated_at")}
+        common = {name: getattr(owned, name) for name in _COMMON}
         return self.resource.answer.model_validate(common | dict(self.show(owned.content)))
+
+    def viewed(self, view: Answer) -> Owned[Content]:
+        """Return the object that the API shows like this."""
+        common = {name: getattr(view, name) for name in _COMMON}
+        return Owned(content=self.read(view), **common)
 
 
 def scan_target(body: rest.SubnetBody, checks: Checks) -> ScanTarget:
@@ -97,6 +107,7 @@ SUBNETS: Final = ResourceRules(
     quota=lambda quotas: quotas.subnets_per_user,
     accept=scan_target,
     show=asdict,
+    read=lambda view: ScanTarget(view.cidr, tuple(view.exclude)),
     check_unused=_without_unfinished_jobs,
 )
 POLICIES: Final = ResourceRules(
@@ -105,4 +116,5 @@ POLICIES: Final = ResourceRules(
     quota=lambda quotas: quotas.policies_per_user,
     accept=lambda body, checks: body.scan(checks.scripts),
     show=ScanPolicy.model_dump,
+    read=lambda view: ScanPolicy.model_validate(view.model_dump()),
 )

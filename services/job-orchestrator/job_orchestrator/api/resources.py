@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
+from job_orchestrator.api.keys import Creation, IdempotencyKey
 from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, Answer, Body, Listed, ResourceRules
 from job_orchestrator.api.state import (
     Handed,
@@ -33,16 +34,30 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
 
     @router.post("", name=f"create_{name}", status_code=201, response_model=resource.answer)
     @typed(body=resource.body)
-    async def create(body: Body, response: Response, caller: Caller, state: Handed, record: Recorded) -> Answer:
-        content = rules.accept(body, state.checks)
-        now = utc_now()
-        await within_quota(state, rules, caller.user_id)
+    async def create(
+        *,
+        body: Body,
+        response: Response,
+        caller: Caller,
+        state: Handed,
+        record: Recorded,
+        idempotency_key: IdempotencyKey = None,
+    ) -> Answer:
         repository = rules.repository(state.store)
-        (id_,) = await repository.take_ids()
-        new = Owned(id=id_, user_id=caller.user_id, name=body.name, content=content, created_at=now, updated_at=now)
-        await record(target=f"{resource.path}/{id_}")
-        await repository.add(new)
-        return tagged(rules.view(new), response)
+        creation = Creation(state.store.commands, caller.user_id, idempotency_key, resource.path, body)
+        answer = await creation.answer()
+        if not answer:
+            content = rules.accept(body, state.checks)
+            now = utc_now()
+            await within_quota(state, rules, caller.user_id)
+            (id_,) = await repository.take_ids()
+            new = Owned(id=id_, user_id=caller.user_id, name=body.name, content=content, created_at=now, updated_at=now)
+            answer = await creation.accept(rules.view(new).model_dump_json())
+        view = resource.answer.model_validate_json(answer)
+        created = rules.viewed(view)
+        await record(target=f"{resource.path}/{created.id}")
+        await repository.add(created)
+        return tagged(view, response)
 
     @router.get("", name=f"list_{resource.plural}", response_model=resource.listed)
     async def list_(caller: Caller, state: Handed, query: Annotated[queries.Page, parsed(queries.Page)]) -> Listed:

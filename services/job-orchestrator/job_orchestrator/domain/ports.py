@@ -42,7 +42,8 @@ class ResourceRepository(Protocol[Content]):
     async def count(self, user_id: int, limit: int) -> int:
         """Return the user's number of objects, counted up to `limit`."""
 
-    async def add(self, *resources: Owned[Content]) -> None: ...
+    async def add(self, *resources: Owned[Content]) -> None:
+        """Insert those that neither exist nor were deleted in the last 8 days."""
 
     async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Owned[Content]]:
         """Return the existing objects with these keys, each a user id and an object id."""

@@ -9,7 +9,7 @@ from datetime import timedelta
 from itertools import chain
 from typing import Final
 
-from job_orchestrator.domain.command import Command
+from job_orchestrator.domain.command import KEY_REUSED, Command
 from job_orchestrator.domain.job import JobTrigger, ScanJob
 from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.ports import (
@@ -218,7 +218,7 @@ class Commands(PartitionListener):
         others = await self._restore([command for command in stored.values() if command.id not in done])
         answers = await self._answers({id_: command for id_, command in stored.items() if command.state != "expired"})
         for id_ in mismatched:
-            answers[id_] = _rejected(id_, 400, "Idempotency-Key was used for another request", Rule.REQUEST)
+            answers[id_] = _rejected(id_, 400, KEY_REUSED, Rule.REQUEST)
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
         # In parallel, because the caller waits for the reply. All are idempotent if the batch is redelivered.
         await asyncio.gather(

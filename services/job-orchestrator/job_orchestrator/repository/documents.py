@@ -47,6 +47,9 @@ _TARGET: Final = TypeAdapter(ScanTarget)
 # Pending jobs have no start and come first: MongoDB sorts null last when descending, so they sort as if in the far future.
 _FAR_FUTURE: Final = datetime(9999, 1, 1, tzinfo=UTC)
 
+NOT_DELETED: Final[Document] = {"user_id": {"$exists": True}}
+"""Matches the objects of resources: a deleted one leaves a document without its fields."""
+
 _AT_ONCE: Final = 100  # documents that are converted before other tasks run: at most 20 ms
 
 _Any = TypeVar("_Any")
@@ -265,6 +268,8 @@ def write_command(command: Command, at: datetime) -> Document:
     document = _shallow(command) | {"jobs": jobs, "policy": [job.pop("policy") for job in jobs][:1], "at": at}
     if command.idempotency_key is None:
         del document["idempotency_key"]
+    if not command.created:
+        del document["created"]
     return document
 
 

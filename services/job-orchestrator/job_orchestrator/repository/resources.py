@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterable, Callable, Collection
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, Generic
 
 from pymongo import IndexModel, UpdateOne
@@ -19,9 +19,12 @@ _KEYS: Final = 1_000  # per query
 _LINES: Final = 100  # per query
 
 _NEWEST: Final = IndexModel([("user_id", 1), ("_id", -1)])
-INDEXES: Final = {each.plural: [_NEWEST] for each in rest.RESOURCES} | {
+# A deleted object leaves its id for longer than the Idempotency-Key of its creation is kept.
+_FORGOTTEN: Final = IndexModel([("deleted_at", 1)], expireAfterSeconds=int(timedelta(days=8).total_seconds()))
+INDEXES: Final = {each.plural: [_NEWEST, _FORGOTTEN] for each in rest.RESOURCES} | {
     rest.SUBNETS.plural: [
         _NEWEST,
+        _FORGOTTEN,
         IndexModel([("user_id", 1), ("cidr", 1)]),
         IndexModel([("user_id", 1), ("name", 1)]),
     ]
@@ -55,7 +58,7 @@ class MongoResources(Generic[Content]):
 
     @dependency_errors()
     async def exists(self, id_: int) -> bool:
-        return await self._collection.find_one({"_id": id_}, {"_id": 1}) is not None
+        return await self._collection.find_one({"_id": id_} | documents.NOT_DELETED, {"_id": 1}) is not None
 
     @dependency_errors()
     async def count(self, user_id: int, limit: int) -> int:
@@ -99,7 +102,8 @@ class MongoResources(Generic[Content]):
 
     @dependency_errors()
     async def delete(self, user_id: int, id_: int) -> bool:
-        return (await self._collection.delete_one({"_id": id_, "user_id": user_id})).deleted_count == 1
+        deleted = [{"$replaceWith": {"_id": "$_id", "deleted_at": "$$NOW"}}]
+        return (await self._collection.update_one({"_id": id_, "user_id": user_id}, deleted)).matched_count == 1
 
     def _update(self, resource: Owned[Content]) -> tuple[Document, Document]:
         """Return the filter and the update that replace the object; fields of other releases are kept."""

@@ -9,6 +9,7 @@ from typing import Any, Final
 from pymongo import IndexModel
 
 from job_orchestrator.domain.retention import PROTECTED, SubnetRetention
+from job_orchestrator.repository.documents import NOT_DELETED
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
@@ -39,7 +40,7 @@ class MongoRetention:
         update: Document = {"$unset": {"keep_results_days": ""}}
         if days is not None:
             update = {"$set": {"keep_results_days": days}}
-        return (await self._subnets.update_one({"_id": subnet_id}, update)).matched_count == 1
+        return (await self._subnets.update_one({"_id": subnet_id} | NOT_DELETED, update)).matched_count == 1
 
     @dependency_errors()
     async def shortest(self) -> int | None:
@@ -87,7 +88,7 @@ class MongoRetention:
         }
         found = self._subnets.aggregate(
             [
-                {"$match": {"_id": {"$in": list(subnet_ids)}}},
+                {"$match": {"_id": {"$in": list(subnet_ids)}} | NOT_DELETED},
                 {"$project": {"keep_results_days": 1}},
                 {"$lookup": newest},
             ]

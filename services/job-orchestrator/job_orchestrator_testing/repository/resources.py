@@ -18,6 +18,7 @@ class MemoryResources(MemoryRepository, Generic[Content]):
         super().__init__(data)
         self._name = name
         self._resources: dict[int, Owned[Content]] = {}
+        self._deleted: set[int] = set()
 
     async def take_ids(self, count: int = 1) -> range:
         return self._take_ids(self._name, count)
@@ -30,7 +31,8 @@ class MemoryResources(MemoryRepository, Generic[Content]):
 
     async def add(self, *resources: Owned[Content]) -> None:
         for each in resources:
-            self._resources.setdefault(each.id, each)
+            if each.id not in self._deleted:
+                self._resources.setdefault(each.id, each)
 
     async def get(self, keys: Collection[tuple[int, int]]) -> dict[tuple[int, int], Owned[Content]]:
         return {key: each for each in self._resources.values() if (key := (each.user_id, each.id)) in keys}
@@ -52,7 +54,11 @@ class MemoryResources(MemoryRepository, Generic[Content]):
         return len(known) == len(resources)
 
     async def delete(self, user_id: int, id_: int) -> bool:
-        return bool(await self.get([(user_id, id_)])) and bool(self._resources.pop(id_))
+        if not await self.get([(user_id, id_)]):
+            return False
+        del self._resources[id_]
+        self._deleted.add(id_)
+        return True
 
     def _of(self, user_id: int) -> list[Owned[Content]]:
         return [each for each in self._resources.values() if each.user_id == user_id]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS
+from scanfleet.errors import DependencyError
 from scanfleet.runtime import service
 from scanfleet.runtime.settings import FrontSettings
 from scanfleet.security.audit import Refusals
@@ -618,6 +620,73 @@ async def test_resources_are_listed_by_page_newest_first(api: Api, resource: Any
     assert [each["id"] for each in third[resource.plural]] == [2, 1]
     assert (third["page"], third["page_size"]) == (3, 5)
     assert (await api(f"GET {path}?page=1000000000"))[resource.plural] == []
+
+
+@every_resource
+async def test_repeated_post_with_a_key_gets_the_first_answer(
+    api: Api, store: MemoryStore, resource: AnyResource
+) -> None:
+    """Concurrent and later repeats create nothing, whether the object was changed or deleted meanwhile."""
+    body = {"name": "lab"} | BODIES[resource.name]
+
+    async def post(key: str, body: object = body, *, user: int = 7) -> httpx.Response:
+        return await api.raw("POST", resource.path, json=body, headers=ISSUER.bearer(user) | {"Idempotency-Key": key})
+
+    answers = await asyncio.gather(*(post("k") for _ in range(20)))
+    first = answers[0]
+    assert first.status_code == 201
+    assert {(each.status_code, each.text, each.headers["etag"]) for each in answers} == {
+        (201, first.text, first.headers["etag"])
+    }
+    assert (await api(f"GET {resource.path}"))["total"] == 1
+    path = f"{resource.path}/{first.json()['id']}"
+    await api(f"PUT {path}", body | {"name": "other"})
+    assert (await post("k")).text == first.text
+    assert (await api(f"GET {path}"))["name"] == "other"
+    await api(f"DELETE {path}")
+    assert (await post("k")).text == first.text
+    assert (await api(f"GET {resource.path}"))["total"] == 0
+    other = await post("k", body | {"name": "other"})
+    assert (other.status_code, other.json()) == (400, {"error": "Idempotency-Key was used for another request"})
+    assert (await post("k", user=8)).json()["id"] != first.json()["id"]
+    assert (await post("other")).json()["id"] != first.json()["id"]
+    targets = Counter(each.target for each in (await store.audit.page(0, 100))[0] if each.action.startswith("create"))
+    assert targets[path] == 22
+
+
+async def test_key_of_one_resource_is_refused_for_another(api: Api) -> None:
+    """The keys of a user are those of all of the user's requests."""
+    headers = ISSUER.bearer(7) | {"Idempotency-Key": "k"}
+    for resource, status in ((rest.SUBNETS, 201), (rest.POLICIES, 400)):
+        answer = await api.raw("POST", resource.path, json={"name": "a"} | BODIES[resource.name], headers=headers)
+        assert answer.status_code == status
+
+
+@every_resource
+async def test_post_with_a_key_that_was_interrupted_is_finished_by_its_repeat(
+    api: Api, store: MemoryStore, resource: AnyResource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the orchestrator ends after the acceptance, the repeat creates the object of the answer."""
+    body, headers = {"name": "lab"} | BODIES[resource.name], ISSUER.bearer(7) | {"Idempotency-Key": "k"}
+
+    async def fail(*_: object) -> None:
+        raise DependencyError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(store, resource.plural), "add", fail)
+        assert (await api.raw("POST", resource.path, json=body, headers=headers)).status_code == 503
+    assert (await api(f"GET {resource.path}"))["total"] == 0
+    answer = await api.raw("POST", resource.path, json=body, headers=headers)
+    assert answer.status_code == 201
+    assert (await api(f"GET {resource.path}"))[resource.plural] == [answer.json()]
+
+
+@every_resource
+async def test_refused_post_leaves_its_key_free(api: Api, resource: AnyResource) -> None:
+    """A corrected request may use the key of a refused one."""
+    body, headers = {"name": "lab"} | BODIES[resource.name], ISSUER.bearer(7) | {"Idempotency-Key": "k"}
+    assert (await api.raw("POST", resource.path, json=body | {"name": ""}, headers=headers)).status_code == 400
+    assert (await api.raw("POST", resource.path, json=body, headers=headers)).status_code == 201
 
 
 @pytest.mark.parametrize("kind", ["subnet", "policy", "task"])
