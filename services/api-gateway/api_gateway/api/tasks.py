@@ -73,8 +73,8 @@ _RESULTS: Final[dict[int | str, dict[str, Any]]] = {
             "text/csv": {
                 "schema": {
                     "type": "string",
-                    "description": "RFC 4180, with the names of the fields in the first line. Blank lines may "
-                    "follow while a long search finds nothing.",
+                    "description": "RFC 4180, with the names of the fields in the first line. With few `fields`, "
+                    "blank lines may follow while a search finds nothing for a minute.",
                 }
             },
         },

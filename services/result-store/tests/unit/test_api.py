@@ -342,13 +342,32 @@ async def test_write_long_search_is_a_valid_document(form: Format, monkeypatch: 
 
     pieces = [piece async for piece in write(form, rare(), ("id", "port"))]
     assert len(pieces) == 9
+    assert all(pieces[:-1])
     text = b"".join(pieces).decode()
-    lines = [line for line in text.splitlines() if line.strip()]
     if form is CSV:
-        found = [{name: int(value) for name, value in row.items()} for row in csv.DictReader(lines)]
+        assert text == "id,port\r\n1,22\r\n2,22\r\n"
     else:
+        lines = [line for line in text.splitlines() if line.strip()]
         found = json.loads(text) if form is JSON else [json.loads(line) for line in lines]
-    assert found == [{"id": 1, "port": 22}, {"id": 2, "port": 22}]
+        assert found == [{"id": 1, "port": 22}, {"id": 2, "port": 22}]
+
+
+async def test_write_of_csv_has_blank_lines_only_after_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all fields a search may find nothing for 15 minutes; then the response continues with blank lines."""
+    monkeypatch.setattr(formats, "BEGIN_SECONDS", 0.0)
+    monkeypatch.setattr(formats, "SILENT_SECONDS", 0.0)
+    head = ",".join(ALL_FIELDS) + "\r\n"
+
+    async def nothing(pages: int) -> AsyncIterator[Iterable[Result]]:
+        for _ in range(pages):
+            yield []
+
+    quarter_hour = [piece async for piece in write(CSV, nothing(90), ALL_FIELDS)]
+    assert b"".join(quarter_hour).decode() == head
+    assert len(quarter_hour) == 91
+    hours = [piece async for piece in write(CSV, nothing(1_000), ALL_FIELDS)]
+    assert all(hours[:-1])
+    assert b"".join(hours).decode().removeprefix(head).strip("\r\n") == ""
 
 
 async def test_results_times_are_the_brokers() -> None:
