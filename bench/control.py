@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
-import httpx
+import httpx2
 from redis import Redis
 
 from bench.figures import Figure
@@ -275,7 +275,7 @@ def largest(stack: Stack, user: Client, calm: float) -> Iterator[Figure]:
         health: list[float] = []
         while not (health and ledger.done()):
             sent = time.perf_counter()
-            httpx.get(f"{stack.probes('job-orchestrator')}/healthz").raise_for_status()
+            httpx2.get(f"{stack.probes('job-orchestrator')}/healthz").raise_for_status()
             health.append(time.perf_counter() - sent)
         ledger.result()
         yield Figure("largest_ledger_s", time.perf_counter() - begin, "its ledger", at_most=1)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
+import httpx2
 
 from local import demo
 from local.paths import STATE
@@ -31,7 +31,7 @@ def main() -> int:
 
     try:
         return do(Stack(STATE, usual_ports=USUAL_PORTS), arguments)
-    except (StackError, TimeoutError, httpx.HTTPError) as error:
+    except (StackError, TimeoutError, httpx2.HTTPError) as error:
         print(error, file=sys.stderr)
         return 1
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Final
 
-import httpx
+import httpx2
 from cryptography.fernet import Fernet
 from pymongo import MongoClient
 
@@ -218,7 +218,7 @@ class Stack:
         def ready(name: str) -> bool:
             try:
                 answer = client.get(f"{self.probes(name)}/readyz")
-            except httpx.HTTPError as error:
+            except httpx2.HTTPError as error:
                 unready[name] = f"does not answer ({error})"
                 return False
             unready[name] = f"is not ready: {answer.text}"
@@ -230,7 +230,7 @@ class Stack:
             return not unready
 
         try:
-            with httpx.Client(timeout=ANSWER_TIMEOUT_SECONDS) as client:
+            with httpx2.Client(timeout=ANSWER_TIMEOUT_SECONDS) as client:
                 until(
                     all_ready, limit, "every service to be ready", pause=0.2
                 )  # each check costs the starting processes CPU

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import httpx
+import httpx2
 
 from local.wait import until
 from scanfleet.contracts.messages import JobStatus
@@ -15,11 +15,11 @@ FINAL = frozenset(status for status in JobStatus if status.final)
 
 
 class Client:
-    """One user of the gateway at `url`. Every method raises `httpx.HTTPStatusError` for an error response."""
+    """One user of the gateway at `url`. Every method raises `httpx2.HTTPStatusError` for an error response."""
 
     def __init__(self, url: str, token: str) -> None:
         self.url, self.token = url, token
-        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        self.http = httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=30)
 
     def close(self) -> None:
         self.http.close()
@@ -64,8 +64,8 @@ class Client:
         def is_final() -> bool:
             try:
                 found.update(self.task(job_id))
-            except httpx.HTTPStatusError as error:
-                if error.response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            except httpx2.HTTPStatusError as error:
+                if error.response.status_code != httpx2.codes.SERVICE_UNAVAILABLE:
                     raise
                 return False
             return found["status"]["status"] in FINAL

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Mapping
 
-import httpx
+import httpx2
 
 EXIT_SECONDS = 60  # far above the usual time
 
@@ -32,8 +32,8 @@ class ServiceProcess:
     async def start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(*self._command, env=self._environment)
 
-    async def probe(self, path: str) -> httpx.Response:
-        async with httpx.AsyncClient(trust_env=False) as client:
+    async def probe(self, path: str) -> httpx2.Response:
+        async with httpx2.AsyncClient(trust_env=False) as client:
             return await client.get(f"http://127.0.0.1:{self._probe_port}{path}")
 
     def send(self, number: signal.Signals) -> None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
@@ -18,7 +18,7 @@ from scanfleet.runtime.settings import AuthSettings
 from scanfleet.security.auth import FixedKeys, InternalTokens, InternalVerifier, Key, Principal, TokenVerifier
 
 
-class JwksEndpoint(httpx.AsyncBaseTransport):
+class JwksEndpoint(httpx2.AsyncBaseTransport):
     """An issuer's JWKS endpoint.
 
     Attributes:
@@ -37,13 +37,13 @@ class JwksEndpoint(httpx.AsyncBaseTransport):
         self.open = asyncio.Event()
         self.open.set()
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         self.calls += 1
         self.called.set()
         await self.open.wait()
         if self.unavailable:
-            raise httpx.ConnectError("refused", request=request)
-        return self.answer if isinstance(self.answer, httpx.Response) else httpx.Response(200, json=self.answer)
+            raise httpx2.ConnectError("refused", request=request)
+        return self.answer if isinstance(self.answer, httpx2.Response) else httpx2.Response(200, json=self.answer)
 
 
 class Issuer:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import jwt
 import pytest
 
@@ -57,7 +57,7 @@ TRIAL = ["-n", "-sL", "-oX", "-", "127.0.0.1"]
 LIST_OF_SCRIPTS = ["-oX", "-", "--script-help"]
 
 
-def refused(answer: httpx.Response, status: int, what: str = "") -> str:
+def refused(answer: httpx2.Response, status: int, what: str = "") -> str:
     """Check that the response is a rejection of `what` in the common format; return the request id."""
     assert answer.status_code == status, (what, answer.request.url, answer.text)
     assert set(answer.json()) == {"error"}
@@ -260,7 +260,7 @@ def forged(stack: Stack) -> Iterator[tuple[str, str]]:
 def test_forged_tokens_return_401(stack: Stack, audited: Audited) -> None:
     """Every token that the issuer did not sign for this audience is a 401, never a 500, and is in no audit entry."""
     tokens = dict(forged(stack))
-    with httpx.Client(base_url=stack.url) as http:
+    with httpx2.Client(base_url=stack.url) as http:
         answers = {
             flaw: http.get("/api/v1/task", headers={"Authorization": f"Bearer {token}"})
             for flaw, token in tokens.items()
@@ -278,7 +278,7 @@ def test_revoked_token_returns_401_within_seconds(stack: Stack, caller: Callers,
     """A revoked token is a 401 within five seconds, another user's token is accepted, and no user may revoke."""
     bearer = {"Authorization": f"Bearer {stack.token(34)}"}
     admin = {"Authorization": f"Bearer {stack.token(99, admin=True)}"}
-    with httpx.Client(base_url=stack.url) as http:
+    with httpx2.Client(base_url=stack.url) as http:
         assert http.get("/api/v1/task", headers=bearer).status_code == 200
         refused(http.post("/api/v1/revocation", json={"user_id": 34}, headers=bearer), 403)
         made = http.post("/api/v1/revocation", json={"user_id": 34}, headers=admin)
@@ -304,7 +304,7 @@ def test_revoked_token_returns_401_within_seconds(stack: Stack, caller: Callers,
 def test_internal_services_reject_user_tokens(stack: Stack, service: str, path: str) -> None:
     """A valid user or administrator token is a 401 at the services behind the gateway."""
     headers = {"Authorization": f"Bearer {stack.token(99, admin=True)}"}
-    refused(httpx.get(f"http://{stack.address(service)}{path}", headers=headers), 401)
+    refused(httpx2.get(f"http://{stack.address(service)}{path}", headers=headers), 401)
 
 
 @pytest.mark.proves("G15")
@@ -312,10 +312,10 @@ def test_first_use_of_each_key_is_in_the_audit_log(stack: Stack) -> None:
     """The oldest entries name the keys that sign the audit log and chunks, and those that verify users' and the gateway's tokens."""
     headers = {"Authorization": f"Bearer {stack.token(99, admin=True)}"}
     address = f"{stack.url}/api/v1/audit"
-    total = httpx.get(address, headers=headers).json()["total"]
+    total = httpx2.get(address, headers=headers).json()["total"]
     oldest = {"page": max(1, total // 100), "page_size": 100}  # and the page after it, if there is one
     pages = [
-        httpx.get(address, headers=headers, params=oldest | {"page": oldest["page"] + more}).json() for more in (0, 1)
+        httpx2.get(address, headers=headers, params=oldest | {"page": oldest["page"] + more}).json() for more in (0, 1)
     ]
     used = [
         each["target"].partition(": key ")[0]
@@ -332,7 +332,7 @@ def test_first_use_of_each_key_is_in_the_audit_log(stack: Stack) -> None:
 
 
 def operations(stack: Stack) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    document = httpx.get(f"{stack.url}/openapi.json").json()
+    document = httpx2.get(f"{stack.url}/openapi.json").json()
     for path, verbs in document["paths"].items():
         for verb, operation in verbs.items():
             yield verb.upper(), path, operation
@@ -402,7 +402,7 @@ def test_other_users_resources_return_404(stack: Stack, caller: Callers, audited
 def test_routes_without_token_return_401(stack: Stack, audited: Audited) -> None:
     """Every operation except the sign-in one answers 401 without a token, even with a malformed body."""
     asked = {}
-    with httpx.Client(base_url=stack.url, headers={"Content-Type": "application/json"}) as http:
+    with httpx2.Client(base_url=stack.url, headers={"Content-Type": "application/json"}) as http:
         for method, path, operation in operations(stack):
             if path == "/api/v1/info":
                 assert http.get(path).status_code == 200
@@ -508,7 +508,7 @@ def test_logs_are_json_lines_without_tokens(stack: Stack, caller: Callers) -> No
             )
             while raw.recv(65_536):
                 pass
-    httpx.get(f"{stack.url}/api/v1/task", headers={"Authorization": f"Bearer {token}x"})
+    httpx2.get(f"{stack.url}/api/v1/task", headers={"Authorization": f"Bearer {token}x"})
     caller(26).subnet("127.9.8.0/30")
     signature = token.rsplit(".", 1)[1]
     for log in (stack.folder / "logs").glob("*.log"):
@@ -545,17 +545,17 @@ def strict_gateway(stack: Stack) -> Iterator[str]:
 
 def ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readyz").is_success
-    except httpx.HTTPError:
+        return httpx2.get(f"{url}/readyz").is_success
+    except httpx2.HTTPError:
         return False
 
 
 @pytest.mark.proves("A22", "A18", "G11")
 def test_write_limit_applies_per_user(strict_gateway: str, stack: Stack, audited: Audited) -> None:
     """A user beyond the write limit gets 429 with any token and address, but can read; other users are served."""
-    with httpx.Client(base_url=strict_gateway) as http:
+    with httpx2.Client(base_url=strict_gateway) as http:
 
-        def write(user: int, number: int) -> httpx.Response:
+        def write(user: int, number: int) -> httpx2.Response:
             headers = {
                 "Authorization": f"Bearer {stack.token(user, admin=number % 2 == 1)}",
                 "X-Forwarded-For": f"192.0.2.{number}",
@@ -591,7 +591,7 @@ def test_cancel_is_exempt_from_limits(strict_gateway: str, stack: Stack, caller:
     jobs = [user.scan("127.9.8.0/24", **SLOW) for _ in range(3)]
     until(lambda: bool(scanning(stack)), 30, "a scan to run")
     headers = {"Authorization": f"Bearer {stack.token(41)}"}
-    with httpx.Client(base_url=strict_gateway, headers=headers, timeout=30) as http, ExitStack() as opened:
+    with httpx2.Client(base_url=strict_gateway, headers=headers, timeout=30) as http, ExitStack() as opened:
         streams = [opened.enter_context(http.stream("GET", f"/api/v1/task/{job}/events")) for job in jobs]
         assert [stream.status_code for stream in streams] == [200, 200, 429]
         assert json.loads(streams[-1].read())["error"].startswith("2 of your event streams are in progress")

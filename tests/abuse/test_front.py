@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Final
 
-import httpx
+import httpx2
 import pytest
 
 from local.stack import Stack
@@ -74,7 +74,7 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=60, trust_env=False) as http:
+        with httpx2.Client(base_url=self._url, timeout=60, trust_env=False) as http:
             ended = False
             while not ended:  # at least once, however soon it ends
                 started = self._process.cpu_seconds
@@ -126,7 +126,7 @@ def flood(stack: Stack, begin: bytes, piece: bytes, most: int = 64 * MB) -> int:
 def test_long_path_has_bounded_cost(stack: Stack, gateway: Process) -> None:
     """Paths that resemble tokens, up to and beyond the maximum length, leave the latency of `/healthz` below half a second."""
     before = gateway.cpu_seconds
-    with watched(stack, gateway) as watch, httpx.Client(base_url=stack.url, timeout=60) as http:
+    with watched(stack, gateway) as watch, httpx2.Client(base_url=stack.url, timeout=60) as http:
         for length in (1_000, 4_000, 8_000):
             for _ in range(10):
                 assert http.get("/" + "eyJ" * (length // 3)).status_code == 404
@@ -194,7 +194,7 @@ def test_unread_answers_do_not_affect_others(
             connection = opened.enter_context(connect(stack, f"127.0.0.{70 + number % 5}"))
             with suppress(OSError):  # closed already
                 connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 4)
-        assert httpx.get(f"{stack.url}/openapi.json", timeout=60).status_code == 200
+        assert httpx2.get(f"{stack.url}/openapi.json", timeout=60).status_code == 200
         until(lambda: gateway.descriptors < descriptors + 400, 30, "most connections and their files to be closed")
     assert watch.memory - memory < growth
 
@@ -213,7 +213,7 @@ def test_many_unknown_fields_do_not_affect_others(
     headers = {"Authorization": f"Bearer {stack.token(41)}", "Content-Type": "application/json"}
 
     def post(_: int) -> int:
-        return httpx.post(
+        return httpx2.post(
             f"{stack.url}/api/v1/{path}", content=b"{" + fields + b"}", headers=headers, timeout=60
         ).status_code
 
@@ -251,7 +251,7 @@ def test_deep_and_wide_bodies_are_rejected_in_bounded_time(stack: Stack, gateway
     """100 bodies that are deep, wide or full of digits are 400, with a few milliseconds of CPU time each."""
     headers = {"Authorization": f"Bearer {stack.token(43)}", "Content-Type": "application/json"}
     before = gateway.cpu_seconds
-    with watched(stack, gateway) as watch, httpx.Client(base_url=stack.url, headers=headers, timeout=60) as http:
+    with watched(stack, gateway) as watch, httpx2.Client(base_url=stack.url, headers=headers, timeout=60) as http:
         statuses = {http.post("/api/v1/task", content=body).status_code for _ in range(100)}
     assert statuses == {400}
     assert gateway.cpu_seconds - before < 5.0

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
+import httpx2
 import pytest
 
 from local import compose, targets
@@ -161,7 +161,7 @@ def test_container_volumes_are_named() -> None:
 def test_prometheus_scrapes_all_services_and_evaluates_all_rules() -> None:
     """Prometheus scrapes each container of each service, and evaluates every alert without an error."""
     docker(*compose.COMPOSE[1:], "up", "--detach", "prometheus")
-    with httpx.Client(base_url=PROMETHEUS) as prometheus:
+    with httpx2.Client(base_url=PROMETHEUS) as prometheus:
 
         def asked() -> list[str]:
             targets = prometheus.get("/api/v1/targets", params={"state": "active"}).json()["data"]["activeTargets"]
@@ -174,7 +174,7 @@ def test_prometheus_scrapes_all_services_and_evaluates_all_rules() -> None:
         def is_ready() -> bool:
             try:
                 return prometheus.get("/-/ready").is_success
-            except httpx.TransportError:  # the engine's port is open before Prometheus listens
+            except httpx2.TransportError:  # the engine's port is open before Prometheus listens
                 return False
 
         until(is_ready, 60, "Prometheus to be ready")
@@ -314,7 +314,7 @@ def test_grants_file_limits_a_user(user: Client, tmp_path: Path) -> None:
     types(command_of("docker-compose.grants.yml").replace("grants.toml", str(file)), ROOT)
     job_id = user.scan("127.9.8.0/28", ports="8000", **CONNECT)
     assert user.finished(job_id)["status"]["status"] == "completed"
-    with pytest.raises(httpx.HTTPStatusError, match="403"):
+    with pytest.raises(httpx2.HTTPStatusError, match="403"):
         user.scan("127.9.8.0/27", ports="8000", **CONNECT)
     for service in ("api-gateway", "job-orchestrator", "scanner-worker"):
         (mount,) = (each for each in inspect(containers(service)[0])["Mounts"] if each["Destination"] == "/grants.toml")

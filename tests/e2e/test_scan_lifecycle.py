@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 from xml.etree import ElementTree as ET
 
-import httpx
+import httpx2
 import pytest
 
 from local.nmap import OpenPorts, open_ports, running_under
@@ -107,7 +107,7 @@ async def test_job_events_are_in_order(stack: Stack, user: Client) -> None:
 def test_event_stream_follows_a_scan_to_its_end(user: Client, stranger: Client) -> None:
     """One stream reports a scan from its creation to its end in order, and its last state equals a GET's."""
     job_id = user.scan(SUBNET, ports=PORTS, service_detection=False, max_rate=3000)
-    with pytest.raises(httpx.HTTPStatusError, match="404"):
+    with pytest.raises(httpx2.HTTPStatusError, match="404"):
         next(stranger.watch(job_id))
     tasks = list(user.watch(job_id))
     order = ("pending", "running", "completed")
@@ -151,7 +151,7 @@ def test_cancel_stops_nmap(
     assert ledger["counts"]["cancelled"] > 0
     assert sum(ledger["counts"].values()) == ledger["request"]["probes"]
     assert not ledger["accounted"]
-    with pytest.raises(httpx.HTTPStatusError, match="400"):
+    with pytest.raises(httpx2.HTTPStatusError, match="400"):
         user.cancel(job_id)
 
 

@@ -24,7 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
+import httpx2
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from pymongo import MongoClient
@@ -92,7 +92,7 @@ class Caller(Client):
     def __init__(self, url: str, token: str, acknowledged: set[int]) -> None:
         super().__init__(url, token)
 
-        def remember(answer: httpx.Response) -> None:
+        def remember(answer: httpx2.Response) -> None:
             if answer.request.method == "POST" and answer.request.url.path == "/api/v1/task" and answer.is_success:
                 acknowledged.update(job["id"] for job in json.loads(answer.read())["jobs"])
 
@@ -451,15 +451,15 @@ class Platform:
         """Return the sum of a metric's series over the processes of a service."""
         total = 0.0
         for process in self.names(service):
-            text = httpx.get(f"{self.stack.probes(process)}/metrics", timeout=LIMIT).text
+            text = httpx2.get(f"{self.stack.probes(process)}/metrics", timeout=LIMIT).text
             total += sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
         return total
 
     def ready(self, name: str) -> bool:
         """Return whether /readyz succeeds; False without an answer."""
         try:
-            return httpx.get(f"{self.stack.probes(name)}/readyz", timeout=LIMIT).is_success
-        except httpx.HTTPError:
+            return httpx2.get(f"{self.stack.probes(name)}/readyz", timeout=LIMIT).is_success
+        except httpx2.HTTPError:
             return False
 
     def records(self, topic: Topic, *, letters: bool = False) -> list[RawRecord]:

@@ -9,7 +9,7 @@ from threading import Event
 from time import monotonic
 from typing import Final
 
-import httpx
+import httpx2
 import pytest
 from pymongo.errors import AutoReconnect
 
@@ -36,7 +36,7 @@ def load(platform: Platform, user: Caller, least: int = 3) -> Iterator[list[int]
         while not enough.is_set() or len(jobs) < least:
             answer = user.http.post("/api/v1/task", json={"subnet_ids": [subnet], "policy_id": policy})
             assert answer.status_code in {201, 503}
-            if answer.status_code == httpx.codes.CREATED:
+            if answer.status_code == httpx2.codes.CREATED:
                 jobs.append(answer.json()["jobs"][0]["id"])
 
     with ThreadPoolExecutor() as threads:
@@ -76,7 +76,7 @@ def test_mongod_outage_in_mid_scan_loses_nothing(platform: Platform, user: Calle
         try:
             names = [name for service in WITH_DATABASE for name in platform.names(service)]
             until(lambda: not any(map(platform.ready, names)), LIMIT, "all that need it to be unready")
-            assert user.http.get(f"/api/v1/task/{job_id}").status_code == httpx.codes.SERVICE_UNAVAILABLE
+            assert user.http.get(f"/api/v1/task/{job_id}").status_code == httpx2.codes.SERVICE_UNAVAILABLE
             assert platform.ready("api-gateway-1")
             platform.wait(20)
         finally:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from datetime import datetime, timedelta
 
-import httpx
+import httpx2
 import pytest
 
 from local.wait import until
@@ -163,17 +163,17 @@ def test_keys_rotate_during_endpoint_outage(platform: Platform) -> None:
         return caller.http.get("/api/v1/task", headers={"Authorization": f"Bearer {token}"}).status_code
 
     before, new = platform.token(7), Issuer("key-2")
-    assert status(before) == httpx.codes.OK
+    assert status(before) == httpx2.codes.OK
     keys.away = True
     keys.issuer = new
     try:
         after = platform.token(7)
-        assert status(before) == httpx.codes.OK
-        assert status(after) == httpx.codes.UNAUTHORIZED
+        assert status(before) == httpx2.codes.OK
+        assert status(after) == httpx2.codes.UNAUTHORIZED
         keys.away = False
-        until(lambda: status(after) == httpx.codes.OK, 10, "the new key to be accepted")
-        assert status(before) == httpx.codes.UNAUTHORIZED
+        until(lambda: status(after) == httpx2.codes.OK, 10, "the new key to be accepted")
+        assert status(before) == httpx2.codes.UNAUTHORIZED
     finally:
         keys.away, keys.issuer = False, old
-    until(lambda: status(before) == httpx.codes.OK, 10, "the old key to be back")
+    until(lambda: status(before) == httpx2.codes.OK, 10, "the old key to be back")
     caller.close()

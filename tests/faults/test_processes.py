@@ -12,7 +12,7 @@ from time import monotonic as clock
 from typing import TypeVar
 from uuid import uuid4
 
-import httpx
+import httpx2
 import pytest
 
 from local.wait import until
@@ -47,7 +47,7 @@ def test_gateway_killed_before_its_answer_creates_one_job(
             asked = threads.submit(user.submit, [subnet], policy, key)
             until(published, LIMIT, "the command to be published")
             platform.kill("api-gateway-1")
-            with pytest.raises(httpx.TransportError):
+            with pytest.raises(httpx2.TransportError):
                 asked.result()
     finally:
         for name in platform.names("job-orchestrator"):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
-import httpx
+import httpx2
 import pytest
 
 from scanfleet.contracts.messages import JobEvent
@@ -28,7 +28,7 @@ def test_concurrent_posts_with_one_key_create_one_job(platform: Platform, user: 
     body = {"subnet_ids": [subnet], "policy_id": policy}
     second = platform.caller(int(user.http.get(f"/api/v1/policy/{policy}").json()["user_id"]), "api-gateway-2")
 
-    def post(number: int) -> httpx.Response:
+    def post(number: int) -> httpx2.Response:
         return (user, second)[number % 2].http.post("/api/v1/task", json=body, headers={"Idempotency-Key": key})
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
@@ -60,7 +60,7 @@ def test_concurrent_posts_of_a_resource_with_one_key_create_one(
     second = platform.caller(int(user.http.get("/api/v1/me").json()["user_id"]), "api-gateway-2")
     stranger = platform.caller()
 
-    def post(caller: Caller, **changed: str) -> httpx.Response:
+    def post(caller: Caller, **changed: str) -> httpx2.Response:
         return caller.http.post(f"/api/v1/{path}", json=body | changed, headers=headers)
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
@@ -87,14 +87,14 @@ def test_cancel_during_completion_has_one_outcome(platform: Platform, user: Call
     usual = min(lived(user.submit([subnet], policy)[0]["id"]) for _ in range(3))
     chance = random.Random(11)  # noqa: S311 # moments, not secrets
 
-    def race(_: int) -> tuple[int, httpx.Response, str]:
+    def race(_: int) -> tuple[int, httpx2.Response, str]:
         job_id = user.submit([subnet], policy)[0]["id"]
         time.sleep(max(0.0, usual + chance.uniform(-0.15, 0.05)))  # the timing is the fault
         answer = user.http.post(f"/api/v1/task/{job_id}/cancel")
         return job_id, answer, user.finished(job_id)["status"]["status"]
 
     with ThreadPoolExecutor(3) as threads:
-        races: list[tuple[int, httpx.Response, str]] = list(threads.map(race, range(40)))
+        races: list[tuple[int, httpx2.Response, str]] = list(threads.map(race, range(40)))
     invariants.check()  # and all events are published
     ends: dict[int, Any] = {}
     for published in platform.messages(SCAN_EVENTS, JobEvent):

@@ -11,7 +11,7 @@ from threading import Event
 from typing import Any, Final
 from uuid import uuid4
 
-import httpx
+import httpx2
 import pytest
 
 from scanfleet.services import SERVICES
@@ -73,7 +73,7 @@ class User:
                 answer = self._chance.choice(self._callers).http.request(method, path, **request)
                 if answer.is_success or answer.status_code in fine:
                     return answer.json()
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 continue  # its gateway has just been killed
             assert answer.status_code in {429, 503}, answer.text
             time.sleep(0.2)  # shorter than Retry-After: impatient users are the worse case

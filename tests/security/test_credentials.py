@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
+import httpx2
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import (
@@ -107,10 +107,10 @@ def test_scan_with_least_privilege_completes(stack: Stack) -> None:
 def test_client_without_a_certificate_gets_no_answer(stack: Stack, service: str) -> None:
     """A service behind the gateway answers probes without a certificate, and other requests only with the gateway's certificate."""
     authority = ssl.create_default_context(cafile=str(stack.folder / "certificates" / service / "ca.crt"))
-    with httpx.Client(verify=authority) as client:
+    with httpx2.Client(verify=authority) as client:
         assert client.get(f"{stack.probes(service)}/readyz").status_code == 200
         for scheme in ("http", "https"):
-            with pytest.raises(httpx.TransportError):
+            with pytest.raises(httpx2.TransportError):
                 client.get(f"{scheme}://{stack.address(service)}/internal/ready")
 
 

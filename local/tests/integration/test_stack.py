@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from local import kafka
@@ -63,8 +63,8 @@ def scans(user: Client) -> bool:
     """Whether a job runs to its end; until everything is back some of it may be unavailable."""
     try:
         job_id = user.scan("127.9.8.1/32", ports="8022", service_detection=False)
-    except httpx.HTTPStatusError as error:
-        if error.response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+    except httpx2.HTTPStatusError as error:
+        if error.response.status_code != httpx2.codes.SERVICE_UNAVAILABLE:
             raise
         return False
     status: str = user.finished(job_id)["status"]["status"]

@@ -1,4 +1,4 @@
-"""Connections to the services behind the gateway: aiohttp below the transport interface of httpx. ADR 0065."""
+"""Connections to the services behind the gateway: aiohttp below the transport interface of httpx2. ADR 0065."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import aiohttp
-import httpx
+import httpx2
 from yarl import URL
 
 from api_gateway.settings import Settings
@@ -19,7 +19,7 @@ POOL_SECONDS: Final = 1.0  # timeout for a connection while all are in use
 KEEPALIVE_SECONDS: Final = 3.0  # shorter than the servers' 5 s, so that no server closes a connection that is reused
 
 
-class Connections(httpx.AsyncBaseTransport):
+class Connections(httpx2.AsyncBaseTransport):
     """A pool of connections to each service.
 
     Args:
@@ -31,13 +31,13 @@ class Connections(httpx.AsyncBaseTransport):
         self._session = session
         self._head_seconds = head_seconds
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send the request, and return its answer with a body that is not read yet.
 
         A GET is sent again if its connection ends without an answer.
 
         Raises:
-            httpx.TransportError: the service is unavailable, or sent an invalid answer.
+            httpx2.TransportError: the service is unavailable, or sent an invalid answer.
         """
         try:
             async with asyncio.timeout(self._head_seconds):
@@ -50,7 +50,7 @@ class Connections(httpx.AsyncBaseTransport):
                 )
         except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError
             raise _fault(error) from error
-        return httpx.Response(answer.status, headers=answer.raw_headers, stream=_Body(answer))
+        return httpx2.Response(answer.status, headers=answer.raw_headers, stream=_Body(answer))
 
 
 async def _without_repetition(
@@ -70,7 +70,7 @@ async def _without_repetition(
         raise aiohttp.ClientConnectionError(f"{type(error).__name__}: {error}") from error
 
 
-class _Body(httpx.AsyncByteStream):
+class _Body(httpx2.AsyncByteStream):
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
         self._answer = answer
 
@@ -85,14 +85,14 @@ class _Body(httpx.AsyncByteStream):
         self._answer.release()  # closes the connection unless the body was read to its end
 
 
-def _fault(error: Exception) -> httpx.TransportError:
-    return httpx.TransportError(f"{type(error).__name__}: {error}")
+def _fault(error: Exception) -> httpx2.TransportError:
+    return httpx2.TransportError(f"{type(error).__name__}: {error}")
 
 
 @asynccontextmanager
 async def connect(
-    settings: Settings, transport: httpx.AsyncBaseTransport | None = None
-) -> AsyncIterator[httpx.AsyncBaseTransport]:
+    settings: Settings, transport: httpx2.AsyncBaseTransport | None = None
+) -> AsyncIterator[httpx2.AsyncBaseTransport]:
     """Open a pool of connections for the length of the block, or use `transport` if it is given.
 
     Raises:

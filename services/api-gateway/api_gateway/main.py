@@ -10,7 +10,6 @@ from functools import cache
 from hashlib import sha256
 from typing import Final
 
-import httpx
 import httpx2
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -55,7 +54,7 @@ def create_app(
     settings: Settings | None = None,
     *,
     bus: Bus | None = None,
-    transport: httpx.AsyncBaseTransport | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
     issuer: httpx2.AsyncBaseTransport | None = None,
 ) -> FastAPI:
     """The gateway.
@@ -146,7 +145,7 @@ def create_app(
 
 @asynccontextmanager
 async def _open_verifier(
-    app: FastAPI, settings: Settings, orchestrator: Orchestrator, transport: httpx.AsyncBaseTransport | None
+    app: FastAPI, settings: Settings, orchestrator: Orchestrator, transport: httpx2.AsyncBaseTransport | None
 ) -> AsyncIterator[TokenVerifier]:
     """Identify the caller by the token and the orchestrator's user ids and revocations."""
     revocations = Revocations(orchestrator.revoked)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
-import httpx
+import httpx2
 import structlog
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -71,7 +71,7 @@ class Upstream:
     """
 
     def __init__(
-        self, connections: httpx.AsyncBaseTransport, url: str, tokens: InternalTokens, *, stalled_seconds: float
+        self, connections: httpx2.AsyncBaseTransport, url: str, tokens: InternalTokens, *, stalled_seconds: float
     ) -> None:
         self._connections = connections
         self._url = url.rstrip("/")
@@ -91,7 +91,7 @@ class Upstream:
         """
         if not self._reached:
             answer = await self._ask_for_itself("GET", "/internal/ready")
-            if answer.status_code != httpx.codes.OK:
+            if answer.status_code != httpx2.codes.OK:
                 raise DependencyError(f"{self._url} answered {answer.status_code} to GET /internal/ready")
             self._reached = True
 
@@ -132,13 +132,13 @@ class Upstream:
         headers = self.identity(request) | {"content-type": "application/json"}
         return await self._relayed(await self._send("POST", target, headers, body))
 
-    async def _relayed(self, answer: httpx.Response) -> Response:
-        has_body = answer.status_code != httpx.codes.NOT_MODIFIED
+    async def _relayed(self, answer: httpx2.Response) -> Response:
+        has_body = answer.status_code != httpx2.codes.NOT_MODIFIED
         if has_body and int(answer.headers.get("content-length", SMALL_BYTES + 1)) > SMALL_BYTES:
             return _Relay(answer, self._stalled_seconds)
         return _Whole(await self._read(answer), self._stalled_seconds)
 
-    async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx.Response:
+    async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx2.Response:
         """Send a request of the gateway itself, and return the complete answer.
 
         Raises:
@@ -146,32 +146,32 @@ class Upstream:
         """
         return await self._read(await self._send(method, target, headers, body))
 
-    async def _ask_for_itself(self, method: str, target: str, body: bytes = b"") -> httpx.Response:
+    async def _ask_for_itself(self, method: str, target: str, body: bytes = b"") -> httpx2.Response:
         headers = {"authorization": self._tokens.bearer(THE_GATEWAY), "content-type": "application/json"}
         return await self._read(await self._send(method, target, headers, body))
 
-    async def _read(self, answer: httpx.Response) -> httpx.Response:
+    async def _read(self, answer: httpx2.Response) -> httpx2.Response:
         try:
             await answer.aread()
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise DependencyError(f"{self._url}: {error!r}") from error
         finally:
             await answer.aclose()
         return answer
 
-    async def _send(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx.Response:
+    async def _send(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx2.Response:
         try:
             # Starlette decodes headers as Latin-1.
             encoded = {name.encode(): value.encode("latin-1") for name, value in {**_OWN, **headers}.items()}
-            request = httpx.Request(method, self._url + target, headers=encoded, content=body or None)
+            request = httpx2.Request(method, self._url + target, headers=encoded, content=body or None)
             answer = await self._connections.handle_async_request(request)
-        except httpx.InvalidURL as error:
+        except httpx2.InvalidURL as error:
             raise BadRequestError("the address is too long") from error
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise DependencyError(f"{self._url}: {error!r}") from error
         answer.request = request
         self._tokens.learn(answer.headers.get("date"))
-        if answer.status_code == httpx.codes.UNAUTHORIZED:  # the service rejects the gateway's token, not the caller's
+        if answer.status_code == httpx2.codes.UNAUTHORIZED:  # the service rejects the gateway's token, not the caller's
             await answer.aclose()
             raise DependencyError(f"{self._url} rejected the gateway's token; check that the internal keys match")
         return answer
@@ -188,7 +188,7 @@ class Orchestrator(Upstream):
         """
         target = f"/internal/jobs/{job_id}/owner{'/hosts' if hosts else ''}"
         answer = await self.ask("GET", target, self.identity(request))
-        if answer.status_code == httpx.codes.OK:
+        if answer.status_code == httpx2.codes.OK:
             return None
         return _error(answer)
 
@@ -199,7 +199,7 @@ class Orchestrator(Upstream):
             DependencyError: the orchestrator is unavailable.
         """
         answer = await self.ask("GET", f"/internal/jobs/{job_id}/export", self.identity(request))
-        return _parse(rest.ExportedJob, answer) if answer.status_code == httpx.codes.OK else _error(answer)
+        return _parse(rest.ExportedJob, answer) if answer.status_code == httpx2.codes.OK else _error(answer)
 
     async def latest(self, caller: Mapping[str, str], job_id: int) -> Snapshot | Response:
         """Return the current job, or the error answer if the caller may not watch it.
@@ -212,7 +212,7 @@ class Orchestrator(Upstream):
             DependencyError: the orchestrator is unavailable.
         """
         answer = await self.ask("GET", f"/internal/jobs/{job_id}/latest", caller)
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             return _error(answer)
         return _parse(Snapshot, answer)
 
@@ -232,7 +232,7 @@ class Orchestrator(Upstream):
         """
         target = f"/internal/jobs/latest?{urlencode(query.model_dump(mode='json', exclude_defaults=True))}"
         answer = await self.ask("GET", target, caller)
-        if answer.status_code != httpx.codes.OK:
+        if answer.status_code != httpx2.codes.OK:
             return _error(answer)
         return _parse(Snapshots, answer)
 
@@ -257,7 +257,7 @@ class Orchestrator(Upstream):
             DependencyError: the orchestrator did not record it.
         """
         answer = await self.ask("POST", f"/internal/session/{what}", caller)
-        if answer.status_code != httpx.codes.NO_CONTENT:
+        if answer.status_code != httpx2.codes.NO_CONTENT:
             raise DependencyError(f"the orchestrator answered {answer.status_code} to a session's record")
 
     async def user_id(self, issuer: str, subject: str) -> int:
@@ -363,7 +363,7 @@ def in_time(send: Send, seconds: float) -> Send:
 class _Whole(Response):
     """A small answer that was received completely."""
 
-    def __init__(self, answer: httpx.Response, stalled_seconds: float) -> None:
+    def __init__(self, answer: httpx2.Response, stalled_seconds: float) -> None:
         super().__init__(answer.content, answer.status_code, _returned(answer))
         self._stalled_seconds = stalled_seconds
 
@@ -375,7 +375,7 @@ class _Whole(Response):
 class _Relay(StreamingResponse):
     """An answer that is streamed. If one connection fails, the service's or the client's, the other one is closed."""
 
-    def __init__(self, answer: httpx.Response, stalled_seconds: float) -> None:
+    def __init__(self, answer: httpx2.Response, stalled_seconds: float) -> None:
         super().__init__(answer.aiter_raw(), answer.status_code, _returned(answer))
         self._answer = answer
         self._stalled_seconds = stalled_seconds
@@ -387,17 +387,17 @@ class _Relay(StreamingResponse):
             await self._answer.aclose()
 
 
-def _parse(kind: type[_Answer], answer: httpx.Response) -> _Answer:
+def _parse(kind: type[_Answer], answer: httpx2.Response) -> _Answer:
     try:
         return TypeAdapter(kind).validate_json(answer.content)
     except ValidationError as error:
         raise DependencyError(f"{answer.url} answered {answer.status_code} without the expected body") from error
 
 
-def _error(answer: httpx.Response) -> Response:
+def _error(answer: httpx2.Response) -> Response:
     """Return the service's error answer for the client."""
     return Response(answer.content, answer.status_code, _returned(answer))
 
 
-def _returned(answer: httpx.Response) -> dict[str, str]:
+def _returned(answer: httpx2.Response) -> dict[str, str]:
     return {name: answer.headers[name] for name in _RETURNED if name in answer.headers}

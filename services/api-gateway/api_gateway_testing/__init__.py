@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import httpx
 import httpx2
 from fastapi import FastAPI
 from starlette.types import Message, Scope
@@ -30,61 +29,61 @@ from scanfleet.services import ORCHESTRATOR, RESULT_STORE
 from scanfleet_testing.bus import MemoryBroker, MemoryBus
 from scanfleet_testing.tokens import InternalKeys, Issuer
 
-Answer = Callable[[httpx.Request], httpx.Response]
+Answer = Callable[[httpx2.Request], httpx2.Response]
 Command = SubmitJobs | CancelJob
 
 
-class Services(httpx.AsyncBaseTransport):
+class Services(httpx2.AsyncBaseTransport):
     """Simulated HTTP servers, by host: `orchestrator`, `result-store` and the issuer."""
 
     def __init__(self, issuer: Issuer) -> None:
-        self.requests: list[httpx.Request] = []
+        self.requests: list[httpx2.Request] = []
         self.answers: dict[tuple[str, str], Answer] = {}
         for host in ("orchestrator", "result-store"):
-            self.on("GET", f"http://{host}/internal/ready", httpx.Response(200, json={"status": "ok"}))
+            self.on("GET", f"http://{host}/internal/ready", httpx2.Response(200, json={"status": "ok"}))
         self.away: set[str] = set()
         self.revoked: list[Revoked] = []
         self.keys: list[IssuerKeys] = []
         """The reports of the issuer's keys."""
-        self.verdict: httpx.Response | None = None
+        self.verdict: httpx2.Response | None = None
         """The orchestrator's answer to a request to expire any command."""
 
         self._issuer = issuer
 
-    def on(self, method: str, url: str, answer: Answer | httpx.Response) -> None:
+    def on(self, method: str, url: str, answer: Answer | httpx2.Response) -> None:
         """Set the answer of a route; other routes are a 404."""
-        self.answers[method, url] = (lambda _request: answer) if isinstance(answer, httpx.Response) else answer
+        self.answers[method, url] = (lambda _request: answer) if isinstance(answer, httpx2.Response) else answer
 
-    def asked(self, host: str) -> list[httpx.Request]:
+    def asked(self, host: str) -> list[httpx2.Request]:
         """Return the requests to that host."""
         return [request for request in self.requests if request.url.host == host]
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         if request.url.host == "issuer.test":
-            return httpx.Response(200, content=json.dumps(self._issuer.jwks))
+            return httpx2.Response(200, content=json.dumps(self._issuer.jwks))
         if request.url.path == "/internal/revocations" and request.url.host not in self.away:
-            return httpx.Response(200, json=[each.model_dump(mode="json") for each in self.revoked])
+            return httpx2.Response(200, json=[each.model_dump(mode="json") for each in self.revoked])
         if request.url.path == "/internal/keys" and request.url.host not in self.away:
             self.keys.append(IssuerKeys.model_validate_json(request.content))
-            return httpx.Response(200, json={"message": "Keys recorded"})
+            return httpx2.Response(200, json={"message": "Keys recorded"})
         self.requests.append(request)
         if request.url.host in self.away:
-            raise httpx.ConnectError("refused", request=request)
+            raise httpx2.ConnectError("refused", request=request)
         if self.verdict and request.url.path.endswith("/expire"):
             return _fresh(self.verdict)
         path = str(request.url.copy_with(query=None))
         answer = self.answers.get((request.method, path))
-        return _fresh(answer(request) if answer else httpx.Response(404, json={"error": "Not Found"}))
+        return _fresh(answer(request) if answer else httpx2.Response(404, json={"error": "Not Found"}))
 
 
-def _fresh(answer: httpx.Response) -> httpx.Response:
+def _fresh(answer: httpx2.Response) -> httpx2.Response:
     """Return the response as from the network: not read yet."""
     if not answer.is_closed:
         return answer
-    return httpx.Response(answer.status_code, headers=answer.headers, stream=httpx.ByteStream(answer.content))
+    return httpx2.Response(answer.status_code, headers=answer.headers, stream=httpx2.ByteStream(answer.content))
 
 
-class Stream(httpx.AsyncByteStream):
+class Stream(httpx2.AsyncByteStream):
     """A body that is sent piece by piece, each when `go` permits it, and may fail after the last."""
 
     def __init__(self, *pieces: bytes, breaks: bool = False) -> None:
@@ -98,7 +97,7 @@ class Stream(httpx.AsyncByteStream):
             await self.go.acquire()
             yield piece
         if self.breaks:
-            raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
+            raise httpx2.RemoteProtocolError("peer closed connection without sending complete message body")
 
     async def aclose(self) -> None:
         self.closed.set()
@@ -153,15 +152,15 @@ class Running:
     """A running gateway with its fakes."""
 
     app: FastAPI
-    client: httpx.AsyncClient
-    probes: httpx.AsyncClient
+    client: httpx2.AsyncClient
+    probes: httpx2.AsyncClient
     services: Services
     broker: MemoryBroker
     replier: Replier
     issuer: Issuer
     internal: InternalKeys
 
-    async def caller(self, request: httpx.Request) -> Principal:
+    async def caller(self, request: httpx2.Request) -> Principal:
         """Return the caller in whose name a service was called."""
         audience = {"orchestrator": ORCHESTRATOR, "result-store": RESULT_STORE}[request.url.host]
         return await self.internal.caller(audience, request.headers["authorization"])
@@ -236,12 +235,12 @@ class Gateway:
         bus = MemoryBus(broker, source=ORCHESTRATOR)
         replier = Replier(bus)
         commands = bus.consume(SCAN_COMMANDS, ORCHESTRATOR, replier)
-        client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app, raise_app_exceptions=False),
+        client = httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(app, raise_app_exceptions=False),
             base_url="http://gateway",
             headers=self.issuer.bearer(7),
         )
-        probes = httpx.AsyncClient(transport=httpx.ASGITransport(create_probes(app)), base_url="http://gateway:8081")
+        probes = httpx2.AsyncClient(transport=httpx2.ASGITransport(create_probes(app)), base_url="http://gateway:8081")
         async with app.router.lifespan_context(app), client, probes:
             await commands.start()
             yield Running(app, client, probes, services, broker, replier, self.issuer, internal)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-import httpx
+import httpx2
 from fastapi import FastAPI
 
 from result_store.api import hosts, nmap_xml, results
@@ -21,7 +21,7 @@ from scanfleet_testing.tokens import Issuer
 ISSUER: Final = Issuer()
 
 
-def client(store: MemoryStore) -> httpx.AsyncClient:
+def client(store: MemoryStore) -> httpx2.AsyncClient:
     @asynccontextmanager
     async def nothing(_app: FastAPI) -> AsyncIterator[None]:
         yield
@@ -35,7 +35,7 @@ def client(store: MemoryStore) -> httpx.AsyncClient:
     )
     app.state.store = store
     app.state.verifier = ISSUER.verifier
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://result-store")
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://result-store")
 
 
 async def store_of(*messages: HostScanned) -> MemoryStore:
@@ -51,7 +51,7 @@ async def get(
     user: int = 7,
     admin: bool = False,
     accept: str | None = None,
-) -> httpx.Response:
+) -> httpx2.Response:
     headers = ISSUER.bearer(user, admin=admin) | ({} if accept is None else {"Accept": accept})
     async with client(store) as http:
         return await http.get(path, headers=headers)

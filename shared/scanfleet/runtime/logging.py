@@ -69,7 +69,7 @@ def configure(service: str, settings: CommonSettings) -> None:
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
     # A line per outgoing call would only repeat the access line of the called service.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     # It logs an unavailable broker a hundred times a second; `scanfleet.runtime.consumer` logs it once, and its recovery.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 import pytest
 import structlog
 from fastapi import APIRouter, FastAPI
@@ -94,13 +94,13 @@ def with_api() -> Settings:
     return Settings(instance="test", probe_port=0, api_port=0)
 
 
-def api(server: Server) -> httpx.AsyncClient:
+def api(server: Server) -> httpx2.AsyncClient:
     port = server.servers[0].sockets[0].getsockname()[1]
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False)
+    return httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False)
 
 
-def probes(server: Server) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.probe_port}", trust_env=False)
+def probes(server: Server) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(base_url=f"http://127.0.0.1:{server.probe_port}", trust_env=False)
 
 
 async def test_ports_serve_only_their_own_paths(parts: Parts) -> None:

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -55,7 +55,7 @@ def issuer() -> Issuer:
 
 @asynccontextmanager
 async def keys_of(endpoint: JwksEndpoint, time: Time) -> AsyncIterator[JwksKeys]:
-    async with httpx.AsyncClient(transport=endpoint) as client:
+    async with httpx2.AsyncClient(transport=endpoint) as client:
         yield JwksKeys(
             client,
             "https://issuer.test/jwks",
@@ -503,10 +503,10 @@ UNUSABLE: dict[str, object] = {
     "refused connections": None,
     "a list": [],
     "keys of another type": {"keys": 7},
-    "an error": httpx.Response(500),
-    "no such page": httpx.Response(404),
-    "a redirect": httpx.Response(302, headers={"Location": "https://issuer.test/other"}),
-    "HTML": httpx.Response(200, html="<html>"),
+    "an error": httpx2.Response(500),
+    "no such page": httpx2.Response(404),
+    "a redirect": httpx2.Response(302, headers={"Location": "https://issuer.test/other"}),
+    "HTML": httpx2.Response(200, html="<html>"),
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import httpx
+import httpx2
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -243,9 +243,9 @@ async def test_both_names_of_ed25519_are_accepted(published: str | None, named: 
 
 
 MISTAKES: dict[str, tuple[object, str]] = {
-    "no such page": (httpx.Response(404), "answered 404"),
-    "a redirect": (httpx.Response(302, headers={"Location": "https://other.test"}), "answered 302"),
-    "HTML": (httpx.Response(200, html="<html>"), "not JSON"),
+    "no such page": (httpx2.Response(404), "answered 404"),
+    "a redirect": (httpx2.Response(302, headers={"Location": "https://other.test"}), "answered 302"),
+    "HTML": (httpx2.Response(200, html="<html>"), "not JSON"),
     "no key set": ({"issuer": "https://issuer.test"}, "not a key set"),
 }
 
@@ -280,7 +280,7 @@ async def test_key_set_without_an_allowed_algorithm_is_reported(key: dict[str, A
 
 async def test_unavailable_jwks_url_is_a_dependency_failure() -> None:
     """A temporarily failing endpoint is not a configuration error: callers may retry soon."""
-    for answer in (httpx.Response(500), httpx.Response(429), httpx.Response(408)):
+    for answer in (httpx2.Response(500), httpx2.Response(429), httpx2.Response(408)):
         async with verifying(answer) as verifier:
             with pytest.raises(UnavailableError) as caught:
                 await verifier.verify(Issuer().token())

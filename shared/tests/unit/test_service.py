@@ -12,7 +12,7 @@ from ipaddress import ip_network
 from typing import Annotated
 from urllib.parse import quote
 
-import httpx
+import httpx2
 import pytest
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.responses import StreamingResponse
@@ -150,19 +150,19 @@ def make_app(proxies: Sequence[Network] = (), *, public: bool = False) -> FastAP
 
 
 @pytest.fixture
-async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+async def client(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
     async with calling(app) as client:
         yield client
 
 
 @pytest.fixture
-async def probes(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+async def probes(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
     async with calling(create_probes(app)) as client:
         yield client
 
 
-def calling(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test")
+def calling(app: FastAPI) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app, raise_app_exceptions=False), base_url="http://test")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def calling(app: FastAPI) -> httpx.AsyncClient:
     ],
 )
 async def test_errors_have_one_format_and_no_internal_details(
-    client: httpx.AsyncClient,
+    client: httpx2.AsyncClient,
     kind: str,
     status: int,
     error: str,
@@ -191,7 +191,7 @@ async def test_errors_have_one_format_and_no_internal_details(
 
 
 @pytest.mark.parametrize("sent", ["port=80&port=0443", "port[]=80&port[]=443", "port=80,443", "port=80&port[]=443"])
-async def test_query_lists_are_repeated_or_separated_by_commas(client: httpx.AsyncClient, sent: str) -> None:
+async def test_query_lists_are_repeated_or_separated_by_commas(client: httpx2.AsyncClient, sent: str) -> None:
     """A list is sent as a repeated parameter, in brackets or not, or separated by commas; other parameters have defaults."""
     answer = await client.get(f"/thing/filters/parsed?page=2&from=127.0.0.1&{sent}")
     assert answer.json() == {"page": 2, "page_size": 10, "port": [80, 443], "from": "127.0.0.1"}
@@ -208,7 +208,7 @@ async def test_query_lists_are_repeated_or_separated_by_commas(client: httpx.Asy
         (f"from={'x' * 201}", "query.from: String should have at most 200 characters"),
     ],
 )
-async def test_query_with_an_invalid_value_is_400(client: httpx.AsyncClient, sent: str, error: str) -> None:
+async def test_query_with_an_invalid_value_is_400(client: httpx2.AsyncClient, sent: str, error: str) -> None:
     """The error names the parameter by the name that the caller sent."""
     answer = await client.get(f"/thing/filters/parsed?{sent}")
     assert (answer.status_code, answer.json()) == (400, {"error": error})
@@ -216,7 +216,7 @@ async def test_query_with_an_invalid_value_is_400(client: httpx.AsyncClient, sen
 
 async def test_error_during_a_response_aborts_the_connection(app: FastAPI) -> None:
     """An error in the middle of a response reaches the server, which aborts the connection."""
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://test") as client:
         with pytest.raises(ZeroDivisionError):
             await client.get("/thing/raise/late/bug")
 
@@ -238,14 +238,14 @@ async def test_error_during_a_response_aborts_the_connection(app: FastAPI) -> No
         (b"", ""),
     ],
 )
-async def test_invalid_body_is_a_400(client: httpx.AsyncClient, body: bytes, error: str) -> None:
+async def test_invalid_body_is_a_400(client: httpx2.AsyncClient, body: bytes, error: str) -> None:
     """An invalid body is a 400 that names the field and the reason, never a 422 or a 500."""
     answer = await client.post("/thing", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert error in answer.json()["error"]
 
 
-async def test_error_of_a_very_invalid_request_is_short(client: httpx.AsyncClient) -> None:
+async def test_error_of_a_very_invalid_request_is_short(client: httpx2.AsyncClient) -> None:
     """The error of a request with many invalid values is short, plain ASCII."""
     answer = await client.post("/thing", json={"\u202e" * 40 + str(number): 1 for number in range(5)})
     assert answer.status_code == 400
@@ -253,7 +253,7 @@ async def test_error_of_a_very_invalid_request_is_short(client: httpx.AsyncClien
     assert answer.content.isascii()
 
 
-async def test_invalid_query_is_a_400(client: httpx.AsyncClient) -> None:
+async def test_invalid_query_is_a_400(client: httpx2.AsyncClient) -> None:
     """An invalid query parameter is a 400 that names it."""
     for page in ("0", "x", "", "1.5", "9" * 5000):
         answer = await client.get("/thing", params={"page": page})
@@ -262,19 +262,19 @@ async def test_invalid_query_is_a_400(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("id_", ["0", "-1", "01", "1.0", "x", "%201", "\u0661", str(2**53), "9" * 5000])
-async def test_invalid_path_id_is_a_404(client: httpx.AsyncClient, id_: str) -> None:
+async def test_invalid_path_id_is_a_404(client: httpx2.AsyncClient, id_: str) -> None:
     """An id in a path that is not an integer in canonical form is a 404."""
     answer = await client.get(f"/thing/{id_}")
     assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
 
 
-async def test_path_ids_reach_the_maximum_of_javascript(client: httpx.AsyncClient) -> None:
+async def test_path_ids_reach_the_maximum_of_javascript(client: httpx2.AsyncClient) -> None:
     """The first and the last id are valid."""
     assert (await client.get("/thing/1")).json() == 1
     assert (await client.get(f"/thing/{2**53 - 1}")).json() == 2**53 - 1
 
 
-async def test_unknown_paths_and_verbs(client: httpx.AsyncClient) -> None:
+async def test_unknown_paths_and_verbs(client: httpx2.AsyncClient) -> None:
     """An unknown path is a 404, and a wrong verb a 405 that names every right one."""
     for path in ("/nope", "/thing/", "/docs", "/openapi.json", "/healthz", "/readyz", "/metrics"):
         answer = await client.get(path)
@@ -296,21 +296,21 @@ async def test_head_is_get_without_the_body(app: FastAPI, path: str) -> None:
     assert answer.headers["Content-Type"] == expected.headers["Content-Type"]
 
 
-async def test_head_of_an_endless_answer_ends(client: httpx.AsyncClient) -> None:
+async def test_head_of_an_endless_answer_ends(client: httpx2.AsyncClient) -> None:
     """HEAD of a stream is answered with its headers, and the stream ends."""
     async with asyncio.timeout(10):
         answer = await client.head("/thing/endless/stream")
     assert (answer.status_code, answer.content) == (200, b"")
 
 
-async def test_head_without_a_get_is_405(client: httpx.AsyncClient) -> None:
+async def test_head_without_a_get_is_405(client: httpx2.AsyncClient) -> None:
     """HEAD of a path that has no GET is a 405."""
     assert (await client.head("/guarded")).status_code == 405
 
 
 @pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "nonsense"])
 async def test_body_of_another_content_type_is_refused_by_name(
-    client: httpx.AsyncClient, content_type: str | None
+    client: httpx2.AsyncClient, content_type: str | None
 ) -> None:
     """A JSON body that is not sent as JSON is a 400 that names the header to send."""
     headers = {"Content-Type": content_type} if content_type else {}
@@ -320,7 +320,7 @@ async def test_body_of_another_content_type_is_refused_by_name(
 
 
 @pytest.mark.proves("A29")
-async def test_json_is_printable_ascii(client: httpx.AsyncClient) -> None:
+async def test_json_is_printable_ascii(client: httpx2.AsyncClient) -> None:
     """Control, C1 and bidirectional characters come back as escapes, in answers and in errors."""
     hostile = "\x00\x1b[31m\x7f\x9b31m\u202e\u2066\u2028\U0001f600"
     for answer in (
@@ -332,7 +332,7 @@ async def test_json_is_printable_ascii(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.proves("A16")
-async def test_body_above_the_limit_is_a_413(client: httpx.AsyncClient) -> None:
+async def test_body_above_the_limit_is_a_413(client: httpx2.AsyncClient) -> None:
     """A body of the maximum size is accepted; one byte more is a 413, announced or not."""
 
     async def pieces(count: int) -> AsyncIterator[bytes]:
@@ -348,7 +348,7 @@ async def test_body_above_the_limit_is_a_413(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.proves("A16")
-async def test_body_that_arrives_too_slowly_is_a_408(client: httpx.AsyncClient, app: FastAPI) -> None:
+async def test_body_that_arrives_too_slowly_is_a_408(client: httpx2.AsyncClient, app: FastAPI) -> None:
     """A body that arrives too slowly is a 408 that closes the connection."""
     app.user_middleware[0].kwargs["max_body_seconds"] = 0.02
 
@@ -374,7 +374,7 @@ class Counting:
 
 
 @pytest.mark.proves("A7")
-async def test_invalid_token_is_a_401_before_the_body_is_read(client: httpx.AsyncClient, app: FastAPI) -> None:
+async def test_invalid_token_is_a_401_before_the_body_is_read(client: httpx2.AsyncClient, app: FastAPI) -> None:
     """Without a valid token the answer is 401 whatever the body is, and no byte of it is read."""
     app.state.verifier = Issuer().verifier
 
@@ -391,7 +391,7 @@ async def test_invalid_token_is_a_401_before_the_body_is_read(client: httpx.Asyn
     assert (await client.get("/guarded/1")).status_code == 404
 
 
-async def test_token_is_verified_once_per_request(client: httpx.AsyncClient, app: FastAPI) -> None:
+async def test_token_is_verified_once_per_request(client: httpx2.AsyncClient, app: FastAPI) -> None:
     """A valid token is verified once per request, and the route receives its caller."""
     issuer = Issuer()
     app.state.verifier = counting = Counting(issuer)
@@ -400,14 +400,14 @@ async def test_token_is_verified_once_per_request(client: httpx.AsyncClient, app
     assert len(counting.asked) == 1
 
 
-async def test_unguarded_route_has_no_caller(client: httpx.AsyncClient, app: FastAPI) -> None:
+async def test_unguarded_route_has_no_caller(client: httpx2.AsyncClient, app: FastAPI) -> None:
     """A route that uses the caller without being guarded answers no request."""
     app.add_api_route("/forgotten", create_guarded, methods=["POST"])
     answer = await client.post("/forgotten", json={"size": 3}, headers=Issuer().bearer(7))
     assert answer.status_code == 500
 
 
-async def test_request_id_of_a_trusted_proxy_is_kept(client: httpx.AsyncClient) -> None:
+async def test_request_id_of_a_trusted_proxy_is_kept(client: httpx2.AsyncClient) -> None:
     """A request id of the allowed characters comes back with the answer."""
     for request_id in ("a", "A-z_0.9", "x" * 64):
         assert (await client.get("/thing", headers={"X-Request-ID": request_id})).headers["X-Request-ID"] == request_id
@@ -428,7 +428,7 @@ async def test_request_id_of_a_caller_is_kept_apart(
 
 @pytest.mark.proves("A17")
 @pytest.mark.parametrize("request_id", ["", " ", "a b", "x" * 65, "a\tb", "{}", "\u00e9", "a\x85b"])
-async def test_invalid_request_id_is_replaced(client: httpx.AsyncClient, request_id: str) -> None:
+async def test_invalid_request_id_is_replaced(client: httpx2.AsyncClient, request_id: str) -> None:
     """A request id that is too long or has other characters is replaced by a generated one."""
     raw = [(b"X-Request-ID", request_id.encode("latin-1"))]
     answer = await client.get("/thing", headers=raw)
@@ -442,7 +442,7 @@ async def test_traceparent_of_a_stranger_is_replaced() -> None:
     assert current[3:35] != TRACEPARENT[3:35]
 
 
-async def test_valid_traceparent_is_continued(client: httpx.AsyncClient) -> None:
+async def test_valid_traceparent_is_continued(client: httpx2.AsyncClient) -> None:
     """A valid traceparent is propagated."""
     assert (await client.get("/thing/trace/current", headers={"traceparent": TRACEPARENT})).json() == TRACEPARENT
 
@@ -460,14 +460,14 @@ async def test_valid_traceparent_is_continued(client: httpx.AsyncClient) -> None
         TRACEPARENT[:36] + "0" * 16 + "-01",
     ],
 )
-async def test_invalid_traceparent_is_replaced(client: httpx.AsyncClient, traceparent: str) -> None:
+async def test_invalid_traceparent_is_replaced(client: httpx2.AsyncClient, traceparent: str) -> None:
     """An invalid traceparent is replaced by a new trace."""
     current = (await client.get("/thing/trace/current", headers={"traceparent": traceparent})).json()
     assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-00", current)
     assert current != traceparent
 
 
-async def test_health_is_that_of_the_loops(app: FastAPI, probes: httpx.AsyncClient) -> None:
+async def test_health_is_that_of_the_loops(app: FastAPI, probes: httpx2.AsyncClient) -> None:
     """A service is healthy until a loop that it watches dies."""
     loop = Loop()
     app.state.probes.watch(loop)
@@ -495,7 +495,7 @@ async def test_process_with_a_dead_loop_exits(app: FastAPI) -> None:
         running.remove_signal_handler(signal.SIGTERM)
 
 
-async def test_readiness_is_that_of_the_dependencies(app: FastAPI, probes: httpx.AsyncClient) -> None:
+async def test_readiness_is_that_of_the_dependencies(app: FastAPI, probes: httpx2.AsyncClient) -> None:
     """A service is unready while a loop is or a check fails, and says which, and ready again after."""
     loop, away = Loop(), False
 
@@ -514,7 +514,7 @@ async def test_readiness_is_that_of_the_dependencies(app: FastAPI, probes: httpx
 
 
 @pytest.mark.parametrize("stage", ["starting", "ending"])
-async def test_readiness_while_starting_or_ending_is_503(app: FastAPI, probes: httpx.AsyncClient, stage: str) -> None:
+async def test_readiness_while_starting_or_ending_is_503(app: FastAPI, probes: httpx2.AsyncClient, stage: str) -> None:
     """A process that takes no requests yet or no longer is alive and unready."""
     app.state.probes.stage = stage
     answer = await probes.get("/readyz")
@@ -522,7 +522,7 @@ async def test_readiness_while_starting_or_ending_is_503(app: FastAPI, probes: h
     assert (await probes.get("/healthz")).status_code == 200
 
 
-async def test_readiness_check_that_hangs_counts_as_failed(app: FastAPI, probes: httpx.AsyncClient) -> None:
+async def test_readiness_check_that_hangs_counts_as_failed(app: FastAPI, probes: httpx2.AsyncClient) -> None:
     """A dependency that does not answer counts as unavailable, so that the probe itself always answers."""
 
     async def hang() -> None:
@@ -532,7 +532,7 @@ async def test_readiness_check_that_hangs_counts_as_failed(app: FastAPI, probes:
     assert (await probes.get("/readyz")).json() == {"error": "unavailable: mongodb"}
 
 
-async def test_metrics_are_labelled_by_route_not_path(client: httpx.AsyncClient, probes: httpx.AsyncClient) -> None:
+async def test_metrics_are_labelled_by_route_not_path(client: httpx2.AsyncClient, probes: httpx2.AsyncClient) -> None:
     """Requests are counted by the route's template, so that no caller can create new series."""
     for path in ("/thing/123", "/thing/456", "/never-heard-of"):
         await client.get(path)

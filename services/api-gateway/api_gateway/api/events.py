@@ -14,7 +14,7 @@ import structlog
 from fastapi import Depends, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
-from httpx import codes
+from httpx2 import codes
 from starlette.types import Receive, Scope, Send
 
 from api_gateway.api.state import Handed, State

@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-import httpx
+import httpx2
 import pytest
 
 from api_gateway.connections import connect
@@ -61,8 +61,8 @@ async def serving(*answers: bytes | None) -> AsyncIterator[Server]:
         listener.close()
 
 
-async def read(connections: httpx.AsyncBaseTransport, url: str) -> httpx.Response:
-    answer = await connections.handle_async_request(httpx.Request("GET", url))
+async def read(connections: httpx2.AsyncBaseTransport, url: str) -> httpx2.Response:
+    answer = await connections.handle_async_request(httpx2.Request("GET", url))
     try:
         await answer.aread()
     finally:
@@ -86,7 +86,7 @@ async def test_body_cut_in_the_middle_is_an_error() -> None:
     """A connection that ends before the length of the answer is reached is not the end of the answer."""
     cut = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\nconnection: close\r\n\r\nhalf"
     async with serving(cut) as server, connect(Gateway().settings()) as connections:
-        with pytest.raises(httpx.TransportError):
+        with pytest.raises(httpx2.TransportError):
             await read(connections, server.url)
 
 
@@ -95,7 +95,7 @@ async def test_service_that_stalls_is_an_error() -> None:
     begun = b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhalf"
     async with serving(b"", begun) as server, connect(Gateway().settings(upstream_seconds=0.2)) as connections:
         for _ in range(2):
-            with pytest.raises(httpx.TransportError, match="imeout"):
+            with pytest.raises(httpx2.TransportError, match="imeout"):
                 await read(connections, server.url)
 
 
@@ -103,7 +103,7 @@ async def test_answer_that_is_not_http_is_an_error() -> None:
     """Bytes that are no HTTP answer, and a connection closed without one, are errors of the transport."""
     async with serving(b"SSH-2.0\r\n\r\n", None, None) as server, connect(Gateway().settings()) as connections:
         for _ in range(2):
-            with pytest.raises(httpx.TransportError):
+            with pytest.raises(httpx2.TransportError):
                 await read(connections, server.url)
         assert len(server.requests) == 3  # a GET is sent again
 
@@ -112,8 +112,8 @@ async def test_answer_that_is_not_http_is_an_error() -> None:
 async def test_change_whose_connection_ends_is_not_sent_again(method: str) -> None:
     """A change may have been executed before the connection ended; a second one would be answered 404 or 412."""
     async with serving(None, WHOLE) as server, connect(Gateway().settings()) as connections:
-        with pytest.raises(httpx.TransportError):
-            await connections.handle_async_request(httpx.Request(method, server.url, content=b"{}"))
+        with pytest.raises(httpx2.TransportError):
+            await connections.handle_async_request(httpx2.Request(method, server.url, content=b"{}"))
         assert len(server.requests) == 1
 
 
@@ -121,7 +121,7 @@ async def test_headers_and_body_are_sent_unchanged() -> None:
     """Each header arrives once, in UTF-8, and the body after it."""
     sent = {"if-match": '"é"', "content-type": "application/json", "accept-encoding": "identity"}
     async with serving(WHOLE) as server, connect(Gateway().settings()) as connections:
-        request = httpx.Request("PUT", server.url, headers=httpx.Headers(sent, encoding="utf-8"), content=b'{"a": 1}')
+        request = httpx2.Request("PUT", server.url, headers=httpx2.Headers(sent, encoding="utf-8"), content=b'{"a": 1}')
         await (await connections.handle_async_request(request)).aclose()
         lines = server.requests[0].decode().lower().splitlines()
         assert all(lines.count(f"{name}: {value}") == 1 for name, value in sent.items())
@@ -133,7 +133,7 @@ async def test_answer_that_is_closed_early_closes_its_connection() -> None:
     """A client that disconnects ends the answer of the service too, and its connection is not used again."""
     long = b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\npart"
     async with serving(long, WHOLE) as server, connect(Gateway().settings()) as connections:
-        answer = await connections.handle_async_request(httpx.Request("GET", server.url))
+        answer = await connections.handle_async_request(httpx2.Request("GET", server.url))
         await answer.aclose()
         await server.closed.wait()
         assert (await read(connections, server.url)).content == b"ok"

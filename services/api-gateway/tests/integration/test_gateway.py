@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -70,8 +70,8 @@ async def test_replies_cross_kafka(kafka: str, tmp_path: Path) -> None:
                 transport=Services(gateway.issuer),
             )
             await stack.enter_async_context(app.router.lifespan_context(app))
-            client = httpx.AsyncClient(
-                transport=httpx.ASGITransport(app),
+            client = httpx2.AsyncClient(
+                transport=httpx2.ASGITransport(app),
                 base_url="http://gateway",
                 headers=gateway.issuer.bearer(),
                 timeout=30,
@@ -122,9 +122,9 @@ async def test_aborted_response_of_result_store_aborts_the_clients(tmp_path: Pat
             internal_key_file=InternalKeys(tmp_path).key_file,
         )
         app = create_app(settings, bus=MemoryBus())
-        async with served(app) as address, httpx.AsyncClient(base_url=address) as client:
+        async with served(app) as address, httpx2.AsyncClient(base_url=address) as client:
             received = b""
-            with pytest.raises(httpx.RemoteProtocolError):  # noqa: PT012 # the half before the break is looked at too
+            with pytest.raises(httpx2.RemoteProtocolError):  # noqa: PT012 # the half before the break is looked at too
                 async with client.stream("GET", "/api/v1/task/41/results", headers=gateway.issuer.bearer()) as answer:
                     assert answer.status_code == 200
                     async for piece in answer.aiter_raw():

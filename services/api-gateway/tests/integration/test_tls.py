@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -129,11 +129,11 @@ def ended(reader: asyncio.StreamReader) -> bool:
     return reader.at_eof() or reader.exception() is not None
 
 
-async def ask(server: Server, files: Files) -> httpx.Response:
+async def ask(server: Server, files: Files) -> httpx2.Response:
     """Return the response to the gateway with these files."""
     urls = dict.fromkeys(("orchestrator_url", "result_store_url"), url(server))
     async with connect(Gateway().settings(**urls, **files.settings)) as connections:
-        answer = await connections.handle_async_request(httpx.Request("GET", f"{url(server)}/thing"))
+        answer = await connections.handle_async_request(httpx2.Request("GET", f"{url(server)}/thing"))
         await answer.aread()
         return answer
 
@@ -146,17 +146,17 @@ async def test_gateway_with_its_certificate_is_served(orchestrator: Files, gatew
 
 async def test_probes_stay_without_tls(orchestrator: Files) -> None:
     """The probe port needs no certificate, and the API port answers no request in clear text."""
-    async with serving(orchestrator) as server, httpx.AsyncClient() as client:
+    async with serving(orchestrator) as server, httpx2.AsyncClient() as client:
         assert (await client.get(f"http://127.0.0.1:{server.probe_port}/readyz")).status_code == 200
-        with pytest.raises(httpx.TransportError):
+        with pytest.raises(httpx2.TransportError):
             await client.get(f"{url(server, 'http')}/thing")
 
 
 async def test_client_without_a_certificate_is_refused(orchestrator: Files, gateway: Files) -> None:
     """A client that trusts the authority but has no certificate gets no response."""
     context = ssl.create_default_context(cafile=str(gateway.tls_ca_file))
-    async with serving(orchestrator) as server, httpx.AsyncClient(verify=context) as client:
-        with pytest.raises(httpx.TransportError):
+    async with serving(orchestrator) as server, httpx2.AsyncClient(verify=context) as client:
+        with pytest.raises(httpx2.TransportError):
             await client.get(f"{url(server)}/thing")
 
 
@@ -164,7 +164,7 @@ async def test_client_of_another_authority_is_refused(orchestrator: Files, gatew
     """A client with the right name but a certificate of another authority gets no response."""
     forged = Site(tmp_path).files("api-gateway", ExtendedKeyUsageOID.CLIENT_AUTH)
     async with serving(orchestrator) as server:
-        with pytest.raises(httpx.TransportError):
+        with pytest.raises(httpx2.TransportError):
             await ask(server, replace(forged, tls_ca_file=gateway.tls_ca_file))
 
 
@@ -172,7 +172,7 @@ async def test_server_of_another_authority_gets_no_request(gateway: Files, tmp_p
     """The gateway sends no request to a server whose certificate another authority has signed."""
     forged = Site(tmp_path).files("job-orchestrator", ExtendedKeyUsageOID.SERVER_AUTH)
     async with serving(replace(forged, tls_ca_file=gateway.tls_ca_file)) as server:
-        with pytest.raises(httpx.TransportError, match="CERTIFICATE_VERIFY_FAILED"):
+        with pytest.raises(httpx2.TransportError, match="CERTIFICATE_VERIFY_FAILED"):
             await ask(server, gateway)
 
 
@@ -180,7 +180,7 @@ async def test_server_with_another_name_gets_no_request(site: Site, gateway: Fil
     """The gateway sends no request to a server whose certificate does not have the name in the URL."""
     other = site.files("elsewhere", ExtendedKeyUsageOID.SERVER_AUTH, address=None)
     async with serving(other) as server:
-        with pytest.raises(httpx.TransportError, match=r"not valid for '127\.0\.0\.1'"):
+        with pytest.raises(httpx2.TransportError, match=r"not valid for '127\.0\.0\.1'"):
             await ask(server, gateway)
 
 
@@ -188,7 +188,7 @@ async def test_server_certificate_is_refused_as_a_clients(orchestrator: Files, s
     """The certificate of a service behind the gateway, which is for servers, is refused by another service."""
     result_store = site.files("result-store", ExtendedKeyUsageOID.SERVER_AUTH)
     async with serving(orchestrator) as server:
-        with pytest.raises(httpx.TransportError):
+        with pytest.raises(httpx2.TransportError):
             await ask(server, result_store)
 
 
@@ -242,8 +242,8 @@ async def test_older_tls_is_refused(orchestrator: Files, gateway: Files) -> None
     context = ssl.create_default_context(cafile=str(gateway.tls_ca_file))
     context.load_cert_chain(gateway.tls_certificate_file, gateway.tls_key_file)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    async with serving(orchestrator) as server, httpx.AsyncClient(verify=context) as client:
-        with pytest.raises(httpx.TransportError):
+    async with serving(orchestrator) as server, httpx2.AsyncClient(verify=context) as client:
+        with pytest.raises(httpx2.TransportError):
             await client.get(f"{url(server)}/thing")
 
 

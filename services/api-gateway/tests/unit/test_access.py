@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from api_gateway.auth import MAX_STALE_SECONDS, MAX_USERS, REFRESH_SECONDS, KeyReports, Revocations, UserIds
@@ -34,11 +34,11 @@ UUID = "0f8fad5b-d9cb-469f-a165-70867728950e"
 @pytest.fixture
 async def gateway() -> AsyncIterator[Running]:
     async with Gateway().run() as running:
-        running.services.on("GET", TASKS, httpx.Response(200, json={}))
+        running.services.on("GET", TASKS, httpx2.Response(200, json={}))
         yield running
 
 
-async def ask(gateway: Running, **claims: Any) -> httpx.Response:
+async def ask(gateway: Running, **claims: Any) -> httpx2.Response:
     """Request the caller's tasks with a token of these claims."""
     headers = {"Authorization": f"Bearer {gateway.issuer.token(**claims)}"}
     return await gateway.client.get("/api/v1/task", headers=headers)
@@ -119,8 +119,8 @@ async def test_gateway_whose_key_report_dies_is_unhealthy() -> None:
 
 async def test_services_get_separate_internal_tokens(gateway: Running) -> None:
     """Each service gets a token for the same caller that the other one refuses, and never the user's token."""
-    gateway.services.on("GET", "http://orchestrator/internal/jobs/41/owner", httpx.Response(200, json={"user_id": 7}))
-    gateway.services.on("GET", f"http://result-store{RESULTS}", httpx.Response(200, json=[]))
+    gateway.services.on("GET", "http://orchestrator/internal/jobs/41/owner", httpx2.Response(200, json={"user_id": 7}))
+    gateway.services.on("GET", f"http://result-store{RESULTS}", httpx2.Response(200, json=[]))
     headers = gateway.issuer.bearer(7, admin=True)
     await gateway.client.get(RESULTS, headers=headers)
     owner, results = gateway.services.requests
@@ -133,7 +133,7 @@ async def test_services_get_separate_internal_tokens(gateway: Running) -> None:
 
 async def test_service_that_refuses_the_gateways_token_is_503(gateway: Running) -> None:
     """A 401 of a service concerns the gateway's key, so the caller gets a 503."""
-    gateway.services.on("GET", TASKS, httpx.Response(401, json={"error": "the token is not valid"}))
+    gateway.services.on("GET", TASKS, httpx2.Response(401, json={"error": "the token is not valid"}))
     answer = await ask(gateway)
     assert answer.status_code == 503
     assert "Retry-After" in answer.headers
@@ -144,7 +144,7 @@ async def test_token_for_a_service_follows_its_clock() -> None:
     async with Gateway().run() as gateway:
         ahead = datetime.now(UTC) + timedelta(hours=2)
         date = {"Date": ahead.strftime("%a, %d %b %Y %H:%M:%S GMT")}
-        gateway.services.on("GET", TASKS, httpx.Response(200, json={}, headers=date))
+        gateway.services.on("GET", TASKS, httpx2.Response(200, json={}, headers=date))
         await ask(gateway)
         await ask(gateway)
         first, second = gateway.services.requests
@@ -186,7 +186,7 @@ async def test_token_issued_after_the_revocation_is_accepted(gateway: Running) -
 async def test_revocation_takes_effect_within_seconds() -> None:
     """A token that is revoked while the gateway runs is refused without another event."""
     async with Gateway().run() as gateway:
-        gateway.services.on("GET", TASKS, httpx.Response(200, json={}))
+        gateway.services.on("GET", TASKS, httpx2.Response(200, json={}))
         assert (await ask(gateway)).status_code == 200
         gateway.services.revoked.append(revoked(jti="t-1"))
         deadline = time.monotonic() + 5
@@ -294,8 +294,8 @@ def test_token_is_accepted_for_no_longer_than_documented_after_its_revocation(
 @pytest.fixture
 async def mapped() -> AsyncIterator[Running]:
     async with Gateway().run(jwt_user_ids="mapped") as running:
-        running.services.on("GET", TASKS, httpx.Response(200, json={}))
-        running.services.on("POST", USERS, httpx.Response(200, json={"user_id": 41}))
+        running.services.on("GET", TASKS, httpx2.Response(200, json={}))
+        running.services.on("POST", USERS, httpx2.Response(200, json={"user_id": 41}))
         yield running
 
 
@@ -317,11 +317,11 @@ async def test_command_of_a_mapped_user_has_the_assigned_id(mapped: Running) -> 
     assert [command.user_id for command in mapped.replier.commands] == [41]
 
 
-class Exhausted(httpx.AsyncBaseTransport):
+class Exhausted(httpx2.AsyncBaseTransport):
     """A pool of connections without a free one."""
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        raise httpx.PoolTimeout("no free connection", request=request)
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        raise httpx2.PoolTimeout("no free connection", request=request)
 
 
 @pytest.mark.proves("G8")
@@ -332,20 +332,20 @@ async def test_cancel_of_a_mapped_user_without_connections_for_queries_is_execut
     pools = iter([Exhausted()])
 
     @asynccontextmanager
-    async def connect(_: Settings, services: httpx.AsyncBaseTransport) -> AsyncIterator[httpx.AsyncBaseTransport]:
+    async def connect(_: Settings, services: httpx2.AsyncBaseTransport) -> AsyncIterator[httpx2.AsyncBaseTransport]:
         yield next(pools, services)
 
     monkeypatch.setattr("api_gateway.main.connect", connect)
     async with Gateway().run(jwt_user_ids="mapped") as running:
-        running.services.on("POST", USERS, httpx.Response(200, json={"user_id": 41}))
+        running.services.on("POST", USERS, httpx2.Response(200, json={"user_id": 41}))
         headers = {"Authorization": f"Bearer {running.issuer.token(sub=UUID)}"}
         assert (await running.client.get("/api/v1/task", headers=headers)).status_code == 503
         assert (await running.client.post("/api/v1/task/1/cancel", headers=headers)).status_code == 200
         assert [command.user_id for command in running.replier.commands] == [41]
 
 
-@pytest.mark.parametrize("answer", [httpx.Response(500), httpx.Response(200, json={"user_id": 0}), None])
-async def test_mapped_user_without_an_id_is_503(mapped: Running, answer: httpx.Response | None) -> None:
+@pytest.mark.parametrize("answer", [httpx2.Response(500), httpx2.Response(200, json={"user_id": 0}), None])
+async def test_mapped_user_without_an_id_is_503(mapped: Running, answer: httpx2.Response | None) -> None:
     """While no id can be assigned the response is 503, and nothing is forwarded."""
     if answer is None:
         mapped.services.away.add("orchestrator")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
-import httpx
+import httpx2
 import pytest
 
 from api_gateway.domain.ports import Reply
@@ -20,11 +20,11 @@ async def gateway() -> AsyncIterator[Running]:
         yield running
 
 
-async def post(gateway: Running, user_id: int = 7, **headers: str) -> httpx.Response:
+async def post(gateway: Running, user_id: int = 7, **headers: str) -> httpx2.Response:
     return await gateway.client.post("/api/v1/task", json=BODY, headers=gateway.issuer.bearer(user_id) | headers)
 
 
-async def refused(gateway: Running, method: str, path: str, **headers: str) -> tuple[int, httpx.Response]:
+async def refused(gateway: Running, method: str, path: str, **headers: str) -> tuple[int, httpx2.Response]:
     """Return the number of requests before the first 429, and that response. At the turn of a minute it may be one or two more."""
     for passed in range(10):
         headers["X-Forwarded-For"] = headers["X-Real-IP"] = f"192.0.2.{passed}"
@@ -127,12 +127,12 @@ async def test_cancel_with_all_other_limits_reached_is_executed() -> None:
         await refused(gateway, "POST", "/api/v1/task")
         owner = "http://orchestrator/internal/jobs/41/owner"
         stream = Stream(b"[1", b"]")
-        gateway.services.on("GET", owner, httpx.Response(200, json={"user_id": 7}))
-        gateway.services.on("GET", "http://result-store/api/v1/task/41/results", httpx.Response(200, stream=stream))
+        gateway.services.on("GET", owner, httpx2.Response(200, json={"user_id": 7}))
+        gateway.services.on("GET", "http://result-store/api/v1/task/41/results", httpx2.Response(200, stream=stream))
         gateway.services.on(
             "POST",
             "http://orchestrator/internal/jobs/cancel",
-            httpx.Response(200, json={"job_ids": [1], "more": False}),
+            httpx2.Response(200, json={"job_ids": [1], "more": False}),
         )
         reading = Client(gateway, "/api/v1/task/41/results")
         running = asyncio.create_task(reading.run())

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from prometheus_client import REGISTRY
 
@@ -167,7 +167,7 @@ async def test_rejected_command_that_may_be_retried_has_retry_after(gateway: Run
 
 async def test_command_without_a_reply_is_expired(hasty: Running) -> None:
     """After the timeout the gateway expires the command in the caller's name, and the response is a 503 with Retry-After."""
-    hasty.services.verdict = httpx.Response(200, json={"state": "expired"})
+    hasty.services.verdict = httpx2.Response(200, json={"state": "expired"})
     answer = await hasty.client.post("/api/v1/task", json=BODY)
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1
@@ -183,14 +183,14 @@ async def test_command_without_a_reply_is_expired(hasty: Running) -> None:
 async def test_command_accepted_before_its_expiry_returns_its_jobs(hasty: Running) -> None:
     """A command that cannot expire because its jobs exist is answered 201 with them."""
     jobs = [job(41).model_dump(mode="json")]
-    hasty.services.verdict = httpx.Response(200, json={"state": "accepted", "jobs": jobs})
+    hasty.services.verdict = httpx2.Response(200, json={"state": "accepted", "jobs": jobs})
     answer = await hasty.client.post("/api/v1/task", json=BODY)
     assert (answer.status_code, answer.json()["jobs"]) == (201, jobs)
 
 
 async def test_command_rejected_before_its_expiry_returns_the_rejection(hasty: Running) -> None:
     """A command that cannot expire because it was rejected is answered with the rejection."""
-    hasty.services.verdict = httpx.Response(200, json={"state": "rejected", "status": 400, "error": "no such policy"})
+    hasty.services.verdict = httpx2.Response(200, json={"state": "rejected", "status": 400, "error": "no such policy"})
     answer = await hasty.client.post("/api/v1/task", json=BODY)
     assert (answer.status_code, answer.json()) == (400, {"error": "no such policy"})
 
@@ -199,14 +199,14 @@ async def test_command_rejected_before_its_expiry_returns_the_rejection(hasty: R
     "answer",
     [
         None,
-        httpx.Response(500, json={"error": "Internal Server Error"}),
-        httpx.Response(401, json={"error": "the token has expired"}),
-        httpx.Response(200, text="not JSON"),
-        httpx.Response(200, json={"state": "odd"}),
-        httpx.Response(200, json={"state": "accepted"}),
+        httpx2.Response(500, json={"error": "Internal Server Error"}),
+        httpx2.Response(401, json={"error": "the token has expired"}),
+        httpx2.Response(200, text="not JSON"),
+        httpx2.Response(200, json={"state": "odd"}),
+        httpx2.Response(200, json={"state": "accepted"}),
     ],
 )
-async def test_command_with_an_unknown_outcome_is_503(hasty: Running, answer: httpx.Response | None) -> None:
+async def test_command_with_an_unknown_outcome_is_503(hasty: Running, answer: httpx2.Response | None) -> None:
     """If the orchestrator cannot determine the outcome of a command, the 503 gives that reason and names the Idempotency-Key."""
     if answer is None:
         hasty.services.away.add("orchestrator")
@@ -221,7 +221,7 @@ async def test_command_with_an_unknown_outcome_is_503(hasty: Running, answer: ht
 
 async def test_command_that_was_not_published_is_expired(gateway: Running) -> None:
     """A command whose publication failed may still be delivered, so it is expired as well."""
-    gateway.services.verdict = httpx.Response(200, json={"state": "expired"})
+    gateway.services.verdict = httpx2.Response(200, json={"state": "expired"})
     gateway.broker.away = True
     answer = await gateway.client.post("/api/v1/task", json=BODY)
     gateway.broker.away = False
@@ -360,7 +360,7 @@ CANCEL = "http://orchestrator/internal/jobs/cancel"
 async def test_cancel_tasks_continues_until_no_job_matches(gateway: Running) -> None:
     """The gateway cancels page by page in the caller's name until no job matches, and returns all cancelled jobs."""
     pages = iter([{"job_ids": [1, 2], "more": True}, {"job_ids": [4], "more": False}])
-    gateway.services.on("POST", CANCEL, lambda _request: httpx.Response(200, json=next(pages)))
+    gateway.services.on("POST", CANCEL, lambda _request: httpx2.Response(200, json=next(pages)))
     answer = await gateway.client.post("/api/v1/task/cancel", json={"status": ["pending"], "subnet_id": 5})
     assert (answer.status_code, answer.json()) == (200, {"message": "3 jobs cancelled", "job_ids": [1, 2, 4]})
     for asked in gateway.services.requests:
@@ -372,7 +372,7 @@ async def test_cancel_tasks_continues_until_no_job_matches(gateway: Running) -> 
 @pytest.mark.parametrize(("job_ids", "message"), [([], "0 jobs cancelled"), ([7], "1 job cancelled")])
 async def test_cancel_tasks_counts_the_cancelled_jobs(gateway: Running, job_ids: list[int], message: str) -> None:
     """The message has the number of jobs."""
-    gateway.services.on("POST", CANCEL, httpx.Response(200, json={"job_ids": job_ids, "more": False}))
+    gateway.services.on("POST", CANCEL, httpx2.Response(200, json={"job_ids": job_ids, "more": False}))
     answer = await gateway.client.post("/api/v1/task/cancel", json={"all": True})
     assert answer.json() == {"message": message, "job_ids": job_ids}
 
@@ -385,8 +385,8 @@ async def test_cancel_tasks_with_an_ambiguous_body_is_refused(gateway: Running, 
     assert not gateway.services.requests
 
 
-@pytest.mark.parametrize("answer", [None, httpx.Response(503, json={"error": "x"}), httpx.Response(200, json={})])
-async def test_cancel_tasks_without_the_orchestrator_is_503(gateway: Running, answer: httpx.Response | None) -> None:
+@pytest.mark.parametrize("answer", [None, httpx2.Response(503, json={"error": "x"}), httpx2.Response(200, json={})])
+async def test_cancel_tasks_without_the_orchestrator_is_503(gateway: Running, answer: httpx2.Response | None) -> None:
     """While the orchestrator is unavailable, or its response is invalid, the response is 503 with Retry-After."""
     if answer is None:
         gateway.services.away.add("orchestrator")

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from types import FrameType
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from prometheus_client import REGISTRY
 from starlette.types import Message
@@ -61,9 +61,9 @@ def task(status: JobStatus, progress: int = 0, job_id: int = 41) -> dict[str, An
 SHOWN = {status: job(41, status) for status in JobStatus}
 
 
-def latest(seq: int, status: JobStatus, progress: int = 0, job_id: int = 41) -> httpx.Response:
+def latest(seq: int, status: JobStatus, progress: int = 0, job_id: int = 41) -> httpx2.Response:
     """Return the orchestrator's response for the job."""
-    return httpx.Response(200, json={"seq": seq, "task": task(status, progress, job_id)})
+    return httpx2.Response(200, json={"seq": seq, "task": task(status, progress, job_id)})
 
 
 def event(seq: int, status: JobStatus, progress: int = 0, *, job_id: int = 41) -> JobEvent:
@@ -176,7 +176,7 @@ async def test_stream_of_a_hostile_error_is_printable_ascii(running: tuple[Runni
     hostile = "\x1b[31m\x7f\x9b31m\u202e\u2066\u2028\r\nevent: completed"
     failed = task(JobStatus.FAILED)
     failed["status"]["error"] = hostile
-    gateway.services.on("GET", LATEST, httpx.Response(200, json={"seq": 5, "task": failed}))
+    gateway.services.on("GET", LATEST, httpx2.Response(200, json={"seq": 5, "task": failed}))
     client = Client(gateway, EVENTS)
     await asyncio.wait_for(client.run(), LIMIT)
     body = b"".join(client.messages.get_nowait().get("body", b"") for _ in range(client.messages.qsize()))
@@ -222,9 +222,9 @@ async def test_events_during_the_query_are_sent_after_its_state(running: tuple[R
     answer = Stream(latest(3, RUNNING, 10).content)
     asked = asyncio.Event()
 
-    def say(_request: httpx.Request) -> httpx.Response:
+    def say(_request: httpx2.Request) -> httpx2.Response:
         asked.set()
-        return httpx.Response(200, stream=answer)
+        return httpx2.Response(200, stream=answer)
 
     gateway.services.on("GET", LATEST, say)
     watcher = Watcher(gateway)
@@ -296,7 +296,7 @@ async def test_stream_refused_by_the_orchestrator_returns_its_error(
     """The orchestrator's refusal is the response, and no event is sent."""
     gateway, _ = running
     headers = {"Retry-After": "1"} if status == 503 else {}
-    gateway.services.on("GET", LATEST, httpx.Response(status, json={"error": "not yours"}, headers=headers))
+    gateway.services.on("GET", LATEST, httpx2.Response(status, json={"error": "not yours"}, headers=headers))
     answer = await gateway.client.get(EVENTS)
     assert (answer.status_code, answer.json()) == (status, {"error": "not yours"})
     assert ("Retry-After" in answer.headers) == (status == 503)
@@ -308,7 +308,7 @@ async def test_stream_refused_by_the_orchestrator_returns_its_error(
 async def test_stream_without_the_current_state_is_503(running: tuple[Running, MemoryBus], content: bytes) -> None:
     """While the orchestrator is unavailable, or its response is invalid, the response is 503 with Retry-After."""
     gateway, _ = running
-    gateway.services.on("GET", LATEST, httpx.Response(200, content=content))
+    gateway.services.on("GET", LATEST, httpx2.Response(200, content=content))
     answers = [await gateway.client.get(EVENTS)]
     gateway.services.away.add("orchestrator")
     answers.append(await gateway.client.get(EVENTS))
@@ -376,7 +376,7 @@ async def test_stream_ended_by_an_error_of_the_orchestrator_logs_refusal_or_outa
             while b"event: running" not in (await client.messages.get()).get("body", b""):
                 pass
         for url in (LATEST, PAGE):
-            gateway.services.on("GET", url, httpx.Response(status, json={"error": "no"}))
+            gateway.services.on("GET", url, httpx2.Response(status, json={"error": "no"}))
         await asyncio.wait_for(running, LIMIT)
     logs = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     ends = [(log["level"], log["cause"]) for log in logs if log["event"] == "stream_ended"]
@@ -445,11 +445,11 @@ _ID = re.compile(r"[0-9]{1,14}-[0-9]+-[0-9]+")
 
 def page(
     *jobs: tuple[int, int, JobStatus], after: int | None = None, ended_after: str | None = None, time: datetime = THEN
-) -> httpx.Response:
+) -> httpx2.Response:
     """Return the orchestrator's response for several jobs: id, number of the state and status of each."""
     snapshots = [{"seq": seq, "task": task(status, 0, job_id)} for job_id, seq, status in jobs]
     answer = {"snapshots": snapshots, "next": after, "next_ended": ended_after, "time": time.isoformat()}
-    return httpx.Response(200, json=answer)
+    return httpx2.Response(200, json=answer)
 
 
 class SlowClient(Client):
@@ -567,7 +567,7 @@ async def test_stream_of_all_jobs_cut_during_its_first_look_resumes_from_the_sam
     """A job whose final state was not sent before the cut is requested again, whichever jobs were sent before it."""
     gateway, _ = running
     pages = iter([page((1, 9, RUNNING), after=1)])
-    gateway.services.on("GET", PAGE, lambda _request: next(pages, httpx.Response(503, json={"error": "unavailable"})))
+    gateway.services.on("GET", PAGE, lambda _request: next(pages, httpx2.Response(503, json={"error": "unavailable"})))
     watcher = JobsWatcher(gateway, seen=seen)
     await watcher.begin()
     assert await watcher.next() == (1, 9, "running")
@@ -648,7 +648,7 @@ async def test_stream_of_other_users_jobs_is_for_administrators(running: tuple[R
         assert sorted([await watcher.next() for _ in events]) == events
         await watcher.leave()
     assert asked(gateway) == [{"user_id": "8"}, {"user_id": "all"}]
-    gateway.services.on("GET", PAGE, httpx.Response(403, json={"error": "for administrators"}))
+    gateway.services.on("GET", PAGE, httpx2.Response(403, json={"error": "for administrators"}))
     refused = await gateway.client.get(f"{ALL}?user_id=8")
     assert (refused.status_code, refused.json()) == (403, {"error": "for administrators"})
     for junk in ("0", "x", "ALL", "", "7,8"):

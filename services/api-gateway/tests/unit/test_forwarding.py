@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from api_gateway.upstream import SMALL_BYTES
@@ -41,7 +41,7 @@ PASSED_ON = [
 @pytest.fixture
 async def gateway() -> AsyncIterator[Running]:
     async with Gateway().run() as running:
-        running.services.on("GET", OWNER, httpx.Response(200, json={"user_id": 7}))
+        running.services.on("GET", OWNER, httpx2.Response(200, json={"user_id": 7}))
         yield running
 
 
@@ -49,7 +49,7 @@ async def gateway() -> AsyncIterator[Running]:
 async def test_forward_uses_the_same_path_and_verb(gateway: Running, method: str, path: str) -> None:
     """Every query is forwarded to the orchestrator with its path and verb, and its response is the response."""
     body = b'{"as":  "it is"}'
-    gateway.services.on(method, f"http://orchestrator{path}", httpx.Response(409, content=body))
+    gateway.services.on(method, f"http://orchestrator{path}", httpx2.Response(409, content=body))
     sent = b'{ "any": "thing" }' if method in ("POST", "PUT") else b""
     answer = await gateway.client.request(method, path, content=sent, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.content) == (409, body)
@@ -63,8 +63,8 @@ async def test_estimate_is_forwarded_with_the_roles_that_grants_name(tmp_path: P
     file.write_text('[[grants]]\nname = "ops"\nroles = ["ops", "night"]')
     url = "http://orchestrator/api/v1/task"
     async with Gateway().run(grants_file=file) as gateway:
-        gateway.services.on("POST", f"{url}/estimate", httpx.Response(200, json={"probes": 4}))
-        gateway.services.on("GET", url, httpx.Response(200, json={}))
+        gateway.services.on("POST", f"{url}/estimate", httpx2.Response(200, json={"probes": 4}))
+        gateway.services.on("GET", url, httpx2.Response(200, json={}))
         token = gateway.issuer.token(7, roles=["staff", "ops"])
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         body = b'{"subnet_id": 5,  "policy_id": 3}'
@@ -81,7 +81,7 @@ async def test_estimate_is_forwarded_with_the_roles_that_grants_name(tmp_path: P
 @pytest.mark.parametrize("status", [200, 404])
 async def test_head_is_answered_like_get(gateway: Running, path: str, status: int) -> None:
     """HEAD is forwarded as GET, and returns its status and headers without a body."""
-    gateway.services.on("GET", f"http://orchestrator{path}", httpx.Response(status, json={"error": "x"}))
+    gateway.services.on("GET", f"http://orchestrator{path}", httpx2.Response(status, json={"error": "x"}))
     answer = await gateway.client.head(path, headers={"X-Request-ID": "same"})
     get = await gateway.client.get(path, headers={"X-Request-ID": "same"})
     for each in (answer, get):
@@ -94,7 +94,7 @@ async def test_head_is_answered_like_get(gateway: Running, path: str, status: in
 async def test_head_of_a_streamed_response_reads_no_body(gateway: Running) -> None:
     """HEAD of a streamed response ends after the headers, and the service's response is closed."""
     stream = Stream(b"[1", b",2]")
-    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
+    gateway.services.on("GET", RESULTS, httpx2.Response(200, stream=stream))
     stream.go.release()
     answer = await asyncio.wait_for(gateway.client.head("/api/v1/task/41/results"), 10)
     assert (answer.status_code, answer.content) == (200, b"")
@@ -110,7 +110,7 @@ async def test_head_requires_a_token_like_get(gateway: Running) -> None:
 
 async def test_forward_with_a_non_ascii_header_passes_it_on_unchanged(gateway: Running) -> None:
     """HTTP permits bytes above 0x7f in a header; UTF-8 reaches the service unchanged."""
-    gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx.Response(200, json={}))
+    gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx2.Response(200, json={}))
     answer = await gateway.client.get("/api/v1/task", headers=[(b"Accept", "text/\u00e9, \u20ac".encode())])
     (asked,) = gateway.services.requests
     assert answer.status_code == 200
@@ -173,7 +173,7 @@ async def test_forward_returns_only_the_known_headers(gateway: Running) -> None:
     }
     dropped = {"server": "uvicorn", "set-cookie": "a=1", "x-request-id": "theirs", "x-internal": "1", "keep-alive": "5"}
     gateway.services.on(
-        "GET", "http://orchestrator/api/v1/task", httpx.Response(503, content=b"[]", headers=kept | dropped)
+        "GET", "http://orchestrator/api/v1/task", httpx2.Response(503, content=b"[]", headers=kept | dropped)
     )
     answer = await gateway.client.get("/api/v1/task")
     (asked,) = gateway.services.requests
@@ -183,7 +183,7 @@ async def test_forward_returns_only_the_known_headers(gateway: Running) -> None:
 
 async def test_forward_of_a_304_has_no_body(gateway: Running) -> None:
     """A 304 is forwarded with its tag, as a complete response."""
-    gateway.services.on("GET", "http://orchestrator/api/v1/task/41/map", httpx.Response(304, headers={"ETag": '"3"'}))
+    gateway.services.on("GET", "http://orchestrator/api/v1/task/41/map", httpx2.Response(304, headers={"ETag": '"3"'}))
     answer = await gateway.client.get("/api/v1/task/41/map", headers={"If-None-Match": '"3"'})
     assert (answer.status_code, answer.headers["ETag"], answer.content) == (304, '"3"', b"")
 
@@ -221,7 +221,7 @@ async def test_forward_to_an_unavailable_service_is_503(gateway: Running, method
 
 async def test_results_of_the_owner_are_forwarded(gateway: Running) -> None:
     """Once the orchestrator permits it, results are requested from result-store in the caller's name with the same Accept."""
-    gateway.services.on("GET", RESULTS, httpx.Response(200, content=b'{"id":1}\n', headers={"Content-Type": "x/y"}))
+    gateway.services.on("GET", RESULTS, httpx2.Response(200, content=b'{"id":1}\n', headers={"Content-Type": "x/y"}))
     answer = await gateway.client.get("/api/v1/task/41/results", headers={"Accept": "application/x-ndjson"})
     assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b'{"id":1}\n', "x/y")
     owner, results = gateway.services.requests
@@ -234,12 +234,12 @@ async def test_results_of_the_owner_are_forwarded(gateway: Running) -> None:
 async def test_hosts_of_the_owner_are_forwarded(gateway: Running) -> None:
     """Hosts are requested from result-store with the same query, once the orchestrator permits it."""
     hosts = "http://result-store/api/v1/task/41/hosts"
-    gateway.services.on("GET", f"{OWNER}/hosts", httpx.Response(200, json={"user_id": 7}))
-    gateway.services.on("GET", hosts, httpx.Response(200, json=[]))
+    gateway.services.on("GET", f"{OWNER}/hosts", httpx2.Response(200, json={"user_id": 7}))
+    gateway.services.on("GET", hosts, httpx2.Response(200, json=[]))
     assert (await gateway.client.get("/api/v1/task/41/hosts?limit=2&after=127.9.8.1")).json() == []
     permitted, asked = gateway.services.requests
     assert (permitted.url.path, str(asked.url)) == ("/internal/jobs/41/owner/hosts", f"{hosts}?limit=2&after=127.9.8.1")
-    gateway.services.on("GET", f"{OWNER}/hosts", httpx.Response(403, json={"error": "not yours"}))
+    gateway.services.on("GET", f"{OWNER}/hosts", httpx2.Response(403, json={"error": "not yours"}))
     assert (await gateway.client.get("/api/v1/task/41/hosts")).status_code == 403
     assert len(gateway.services.asked("result-store")) == 1
 
@@ -251,12 +251,12 @@ async def test_nmap_xml_of_a_finished_job_is_streamed(gateway: Running) -> None:
         job_id=41, status=JobStatus.COMPLETED, error="", cidr="127.9.8.0/24", ports="22", start=now, end=now
     )
     export, target = "http://orchestrator/internal/jobs/41/export", "http://result-store/internal/jobs/41/nmap.xml"
-    gateway.services.on("GET", export, httpx.Response(200, content=job.model_dump_json()))
+    gateway.services.on("GET", export, httpx2.Response(200, content=job.model_dump_json()))
     headers = {"Content-Type": "application/xml", "Content-Disposition": "attachment"}
     stream = Stream(b"<nmaprun>", b"</nmaprun>")
     stream.go.release()
     stream.go.release()
-    gateway.services.on("POST", target, httpx.Response(200, headers=headers, stream=stream))
+    gateway.services.on("POST", target, httpx2.Response(200, headers=headers, stream=stream))
     answer = await gateway.client.get("/api/v1/task/41/nmap.xml?hosts=up")
     assert answer.text == "<nmaprun></nmaprun>"
     assert (answer.headers["content-type"], answer.headers["content-disposition"]) == ("application/xml", "attachment")
@@ -269,7 +269,7 @@ async def test_nmap_xml_of_a_finished_job_is_streamed(gateway: Running) -> None:
 @pytest.mark.parametrize("status", [403, 404, 409])
 async def test_nmap_xml_refused_by_the_orchestrator_returns_its_error(gateway: Running, status: int) -> None:
     """The orchestrator's refusal is the response, and result-store is not queried; an unknown selection is a 400."""
-    refusal = httpx.Response(status, json={"error": "not now"})
+    refusal = httpx2.Response(status, json={"error": "not now"})
     gateway.services.on("GET", "http://orchestrator/internal/jobs/41/export", refusal)
     answer = await gateway.client.get("/api/v1/task/41/nmap.xml")
     assert (answer.status_code, answer.json()) == (status, {"error": "not now"})
@@ -280,7 +280,9 @@ async def test_nmap_xml_refused_by_the_orchestrator_returns_its_error(gateway: R
 @pytest.mark.parametrize("status", [403, 404, 503])
 async def test_results_refused_by_the_orchestrator_return_its_error(gateway: Running, status: int) -> None:
     """The orchestrator's refusal is the response, and result-store is not queried."""
-    refusal = httpx.Response(status, json={"error": "not yours"}, headers={"Retry-After": "1"} if status == 503 else {})
+    refusal = httpx2.Response(
+        status, json={"error": "not yours"}, headers={"Retry-After": "1"} if status == 503 else {}
+    )
     gateway.services.on("GET", OWNER, refusal)
     answer = await gateway.client.get("/api/v1/task/41/results")
     assert (answer.status_code, answer.json()) == (status, {"error": "not yours"})
@@ -300,7 +302,7 @@ async def test_results_without_a_service_are_503(gateway: Running, host: str) ->
 async def test_long_response_is_streamed(gateway: Running) -> None:
     """Each piece of a long response reaches the client before the next one exists."""
     stream = Stream(b"[1", b",2", b",3]")
-    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
+    gateway.services.on("GET", RESULTS, httpx2.Response(200, stream=stream))
     client = Client(gateway, "/api/v1/task/41/results")
     task = asyncio.create_task(client.run())
     assert (await client.messages.get())["status"] == 200
@@ -317,7 +319,7 @@ async def test_long_response_of_known_length_is_streamed(gateway: Running) -> No
     """A long response with a Content-Length reaches the client piece by piece too."""
     stream = Stream(b"x" * SMALL_BYTES, b"x")
     headers = {"Content-Length": str(SMALL_BYTES + 1)}
-    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream, headers=headers))
+    gateway.services.on("GET", RESULTS, httpx2.Response(200, stream=stream, headers=headers))
     client = Client(gateway, "/api/v1/task/41/results")
     task = asyncio.create_task(client.run())
     stream.go.release()
@@ -332,7 +334,7 @@ async def test_long_response_of_known_length_is_streamed(gateway: Running) -> No
 async def test_small_response_that_breaks_off_is_503(gateway: Running) -> None:
     """When the service fails in the middle of a small response, nothing of it is forwarded: the response is 503."""
     stream = Stream(b"[1", breaks=True)
-    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream, headers={"Content-Length": "4"}))
+    gateway.services.on("GET", RESULTS, httpx2.Response(200, stream=stream, headers={"Content-Length": "4"}))
     stream.go.release()
     answer = await gateway.client.get("/api/v1/task/41/results")
     assert (answer.status_code, set(answer.json())) == (503, {"error"})
@@ -343,10 +345,10 @@ async def test_small_response_that_breaks_off_is_503(gateway: Running) -> None:
 async def test_long_response_that_breaks_off_is_incomplete(gateway: Running) -> None:
     """When the service fails in the middle of a response, the client's response is cut off without its last piece."""
     stream = Stream(b"[1", breaks=True)
-    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
+    gateway.services.on("GET", RESULTS, httpx2.Response(200, stream=stream))
     client = Client(gateway, "/api/v1/task/41/results")
     stream.go.release()
-    with pytest.raises(httpx.RemoteProtocolError):
+    with pytest.raises(httpx2.RemoteProtocolError):
         await client.run()
     sent = [client.messages.get_nowait() for _ in range(client.messages.qsize())]
     assert [message.get("more_body") for message in sent] == [None, True]
@@ -356,7 +358,7 @@ async def test_long_response_that_breaks_off_is_incomplete(gateway: Running) -> 
 async def test_client_that_disconnects_closes_the_services_response(gateway: Running) -> None:
     """When the client disconnects in the middle of a response, the service's response is closed."""
     stream = Stream(b"[1", b",2]")
-    gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
+    gateway.services.on("GET", RESULTS, httpx2.Response(200, stream=stream))
     client = Client(gateway, "/api/v1/task/41/results")
     task = asyncio.create_task(client.run())
     stream.go.release()
@@ -371,8 +373,8 @@ async def test_client_that_reads_nothing_is_disconnected() -> None:
     """A client that stalls for too long is disconnected, and the service's response is closed."""
     async with Gateway().run(stalled_seconds=0.02) as gateway:
         stream = Stream(b"[1", b",2]")
-        gateway.services.on("GET", OWNER, httpx.Response(200, json={"user_id": 7}))
-        gateway.services.on("GET", RESULTS, httpx.Response(200, stream=stream))
+        gateway.services.on("GET", OWNER, httpx2.Response(200, json={"user_id": 7}))
+        gateway.services.on("GET", RESULTS, httpx2.Response(200, stream=stream))
         client = Client(gateway, "/api/v1/task/41/results")
         task = asyncio.create_task(client.run())
         await client.messages.get()
@@ -386,7 +388,7 @@ async def test_client_that_reads_nothing_is_disconnected() -> None:
 async def test_client_that_reads_nothing_of_a_small_response_is_disconnected() -> None:
     """A client that does not read a small response is disconnected after the same time."""
     async with Gateway().run(stalled_seconds=0.02) as gateway:
-        gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx.Response(200, json=[]))
+        gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx2.Response(200, json=[]))
         client = Client(gateway, "/api/v1/task")
         client.takes.clear()
         with pytest.raises(TimeoutError):

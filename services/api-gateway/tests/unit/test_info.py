@@ -6,7 +6,7 @@ import asyncio
 import time
 from datetime import datetime
 
-import httpx
+import httpx2
 import pytest
 from structlog.testing import capture_logs
 
@@ -17,7 +17,7 @@ from scanfleet.contracts import rest
 from scanfleet.errors import DependencyError
 
 LIMITS = rest.ScanLimits(presets={}, scripts=["banner"], max_addresses=65_536)
-ANSWER = httpx.Response(200, json=LIMITS.model_dump(mode="json"))
+ANSWER = httpx2.Response(200, json=LIMITS.model_dump(mode="json"))
 INTERNAL = "http://orchestrator/internal/limits"
 
 
@@ -186,5 +186,5 @@ async def test_429_has_a_remaining_quota_of_zero() -> None:
         assert "RateLimit" not in (await _without_token(gateway)).headers
 
 
-async def _without_token(gateway: Running) -> httpx.Response:
+async def _without_token(gateway: Running) -> httpx2.Response:
     return await gateway.client.get("/api/v1/me", headers={"Authorization": ""})

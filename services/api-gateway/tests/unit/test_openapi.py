@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from hashlib import sha256
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from api_gateway_testing import Client, Gateway, Running
@@ -218,11 +218,11 @@ async def test_readiness_until_each_service_has_been_ready_is_503(gateway: Runni
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: job-orchestrator, result-store"})
     gateway.services.away.clear()
     gateway.services.on(
-        "GET", "http://orchestrator/internal/ready", httpx.Response(503, json={"error": "unavailable: bus"})
+        "GET", "http://orchestrator/internal/ready", httpx2.Response(503, json={"error": "unavailable: bus"})
     )
     answer = await gateway.probes.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: job-orchestrator"})
-    gateway.services.on("GET", "http://orchestrator/internal/ready", httpx.Response(200, json={"status": "ok"}))
+    gateway.services.on("GET", "http://orchestrator/internal/ready", httpx2.Response(200, json={"status": "ok"}))
     assert (await gateway.probes.get("/readyz")).status_code == 200
 
 
@@ -287,7 +287,7 @@ async def test_documented_query_parameter_is_forwarded(gateway: Running, documen
 
 async def test_import_of_another_content_type_is_400(gateway: Running) -> None:
     """CSV is forwarded unchanged; another body is a 400 that names the right content type."""
-    gateway.services.on("POST", "http://orchestrator/api/v1/subnet/import", httpx.Response(201, json={}))
+    gateway.services.on("POST", "http://orchestrator/api/v1/subnet/import", httpx2.Response(201, json={}))
     for kind, status in (("text/csv", 201), ("text/csv; charset=utf-8", 201), ("application/json", 400), ("", 400)):
         answer = await gateway.client.post(
             "/api/v1/subnet/import", content=b"name,cidr\n", headers={"Content-Type": kind}

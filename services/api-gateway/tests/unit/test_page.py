@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
@@ -26,18 +26,18 @@ async def miss(_request: Request, error: Exception) -> Response:
 
 
 @pytest.fixture
-async def client(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def client(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     (tmp_path / "assets").mkdir()
     (tmp_path / "index.html").write_text("<!doctype html>the page")
     (tmp_path / "assets" / "main-ABC.js").write_text("1")
     app = FastAPI(exception_handlers={HTTPException: miss})
     page.serve(app, tmp_path)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://gateway") as client:
         yield client
 
 
 @pytest.mark.proves("A31")
-async def test_page_response_has_the_restricting_headers(client: httpx.AsyncClient) -> None:
+async def test_page_response_has_the_restricting_headers(client: httpx2.AsyncClient) -> None:
     """Files, the fallback and misses under /app forbid frames, inline code, other hosts and every feature."""
     for path in ("/app/", "/app/jobs/41", "/app/assets/main-ABC.js", "/app/assets/none.js"):
         headers = (await client.get(path, headers=HTML)).headers
@@ -51,7 +51,7 @@ async def test_page_response_has_the_restricting_headers(client: httpx.AsyncClie
         assert "camera=()" in headers["Permissions-Policy"]
 
 
-async def test_page_path_of_the_page_is_its_index(client: httpx.AsyncClient) -> None:
+async def test_page_path_of_the_page_is_its_index(client: httpx2.AsyncClient) -> None:
     """A navigation below /app is answered with the index; any other path without a file is a 404 in the common form."""
     assert (await client.get("/app/jobs/41", headers=HTML)).text == "<!doctype html>the page"
     miss = await client.get("/app/jobs/41", headers={"Accept": "application/json"})
@@ -60,7 +60,7 @@ async def test_page_path_of_the_page_is_its_index(client: httpx.AsyncClient) -> 
     assert (await client.get("/app/%2e%2e/%2e%2e/etc/passwd")).status_code == 404
 
 
-async def test_page_hashed_files_are_kept_and_the_index_is_not(client: httpx.AsyncClient) -> None:
+async def test_page_hashed_files_are_kept_and_the_index_is_not(client: httpx2.AsyncClient) -> None:
     """Browsers cache hashed files, and validate all others each time."""
     kept = (await client.get("/app/assets/main-ABC.js")).headers["Cache-Control"]
     assert kept == "public, max-age=31536000, immutable"
@@ -68,7 +68,7 @@ async def test_page_hashed_files_are_kept_and_the_index_is_not(client: httpx.Asy
         assert (await client.get(path, headers=HTML)).headers["Cache-Control"] == "no-cache"
 
 
-async def test_page_root_redirects_browsers_to_it(client: httpx.AsyncClient) -> None:
+async def test_page_root_redirects_browsers_to_it(client: httpx2.AsyncClient) -> None:
     """A browser is redirected from / and /app to /app/ on the same host; any other client gets a 404."""
     for path in ("/", "/app"):
         answer = await client.get(path, headers=HTML)
@@ -80,7 +80,7 @@ async def test_page_that_is_not_built_is_a_404(tmp_path: Path) -> None:
     """A gateway without the built files serves everything else."""
     app = FastAPI(redirect_slashes=False)
     page.serve(app, tmp_path)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://gateway") as client:
         assert (await client.get("/app/", headers=HTML)).status_code == 404
 
 

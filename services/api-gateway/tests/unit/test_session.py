@@ -9,7 +9,7 @@ from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from cryptography.fernet import Fernet
 
@@ -33,10 +33,10 @@ def key_file(folder: Path, *keys: str) -> Path:
 async def running(folder: Path, *keys: str, **settings: Any) -> AsyncIterator[Running]:
     file = key_file(folder, *(keys or [Fernet.generate_key().decode()]))
     async with Gateway().run(session_keys_file=file, **settings) as gateway:
-        gateway.services.on("GET", TASKS, httpx.Response(200, json={}))
-        gateway.services.on("POST", "http://orchestrator/api/v1/subnet", httpx.Response(201, json={}))
+        gateway.services.on("GET", TASKS, httpx2.Response(200, json={}))
+        gateway.services.on("POST", "http://orchestrator/api/v1/subnet", httpx2.Response(201, json={}))
         for what in ("create", "end"):
-            gateway.services.on("POST", f"{RECORDS}/{what}", httpx.Response(204))
+            gateway.services.on("POST", f"{RECORDS}/{what}", httpx2.Response(204))
         yield gateway
 
 

@@ -16,7 +16,6 @@ from unittest.mock import AsyncMock, Mock
 from urllib.parse import parse_qs, urlsplit
 
 import httpcore2
-import httpx
 import httpx2
 import pytest
 from authlib.oauth2.rfc7636 import create_s256_code_challenge
@@ -115,8 +114,8 @@ async def running(folder: Path, **settings: Any) -> AsyncIterator[tuple[Running,
     settings = {"session_keys_file": keys, "public_url": PUBLIC, "oidc_client_id": "page"} | settings
     async with Gateway(issuer, provider).run(**settings) as gateway:
         for what in ("create", "refresh", "end"):
-            gateway.services.on("POST", f"http://orchestrator/internal/session/{what}", httpx.Response(204))
-        gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx.Response(200, json={}))
+            gateway.services.on("POST", f"http://orchestrator/internal/session/{what}", httpx2.Response(204))
+        gateway.services.on("GET", "http://orchestrator/api/v1/task", httpx2.Response(200, json={}))
         del gateway.client.headers["Authorization"]
         yield gateway, provider
 
@@ -127,7 +126,7 @@ async def both(tmp_path: Path) -> AsyncIterator[tuple[Running, Provider]]:
         yield both
 
 
-def cookies(answer: httpx.Response) -> dict[str, str]:
+def cookies(answer: httpx2.Response) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in answer.headers.get_list("Set-Cookie"):
         found |= {name: morsel.value for name, morsel in SimpleCookie(line).items()}
@@ -142,27 +141,27 @@ async def login(gateway: Running, to: str = "/app/jobs/41") -> tuple[str, str]:
     return answer.headers["Location"], cookies(answer)[LOGIN_COOKIE]
 
 
-async def come_back(gateway: Running, query: str, kept: str | None) -> httpx.Response:
+async def come_back(gateway: Running, query: str, kept: str | None) -> httpx2.Response:
     headers = {} if kept is None else {"Cookie": f"{LOGIN_COOKIE}={kept}"}
     answer = await gateway.client.get(f"{CALLBACK}?{query}", headers=headers)
     gateway.client.cookies.clear()
     return answer
 
 
-async def refresh(gateway: Running, session: str) -> httpx.Response:
+async def refresh(gateway: Running, session: str) -> httpx2.Response:
     answer = await gateway.client.post("/api/v1/session/refresh", headers={"Cookie": f"{COOKIE}={session}", **OWN})
     gateway.client.cookies.clear()
     return answer
 
 
-def failed(answer: httpx.Response, why: str, to: str = "/app/jobs/41") -> None:
+def failed(answer: httpx2.Response, why: str, to: str = "/app/jobs/41") -> None:
     """Assert that the sign-in has failed with a redirect to the path where it began."""
     assert (answer.status_code, answer.headers["Location"]) == (303, f"{to}?sign_in={why}")
     assert COOKIE not in cookies(answer)
     assert cookies(answer)[LOGIN_COOKIE] == ""
 
 
-def unknown(answer: httpx.Response) -> None:
+def unknown(answer: httpx2.Response) -> None:
     """Assert that the callback belongs to no sign-in, and ends none."""
     assert (answer.status_code, answer.headers["Location"]) == (303, "/app/?sign_in=refused")
     assert cookies(answer) == {}

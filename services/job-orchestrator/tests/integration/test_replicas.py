@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
-import httpx
+import httpx2
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
@@ -282,8 +282,8 @@ async def test_replica_for_requests_joins_no_group_and_answers(platform: Platfor
     await platform.submit(1)
     (job,) = await platform.until_ended(1)
     bearer = platform.keys.bearer(ORCHESTRATOR)
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://orchestrator", headers=bearer) as client:
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://orchestrator", headers=bearer) as client:
         listed = (await client.get("/api/v1/task")).json()
         assert [(each["id"], each["status"]) for each in listed["jobs"]] == [(job.id, "completed")]
         assert (await client.delete(f"/api/v1/task/{job.id}")).status_code == 200

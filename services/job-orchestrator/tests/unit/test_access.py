@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI
 
@@ -35,11 +35,11 @@ class Api:
     def __init__(self, app: FastAPI, keys: InternalKeys, store: MemoryStore) -> None:
         self.store = store
         self.keys = keys
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
+        self.http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://orchestrator")
 
     async def __call__(
         self, method: str, path: str, user: int = 9, *, admin: bool = False, json: Any = None
-    ) -> httpx.Response:
+    ) -> httpx2.Response:
         headers = self.keys.bearer(ORCHESTRATOR, user, admin=admin)
         return await self.http.request(method, path, headers=headers, json=json)
 

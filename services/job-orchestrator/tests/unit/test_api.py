@@ -12,7 +12,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI
 
@@ -75,7 +75,7 @@ class Api:
     """Requests of one user after another."""
 
     def __init__(self, app: FastAPI) -> None:
-        self._http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
+        self._http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://orchestrator")
 
     async def __call__(
         self,
@@ -98,7 +98,7 @@ class Api:
             assert parsed["error"]
         return parsed
 
-    async def raw(self, method: str, path: str, **how: Any) -> httpx.Response:
+    async def raw(self, method: str, path: str, **how: Any) -> httpx2.Response:
         return await self._http.request(method, path, **how)
 
 
@@ -554,7 +554,7 @@ async def test_put_with_an_outdated_etag_is_a_412(api: Api, resource: AnyResourc
     """A PUT with the tag of an earlier state is a 412 and changes nothing; with the current tag, `*` or none it succeeds."""
     path, body = resource.path, {"name": "x"} | BODIES[resource.name]
 
-    async def put(tag: str | None, name: str = "y") -> httpx.Response:
+    async def put(tag: str | None, name: str = "y") -> httpx2.Response:
         headers = ISSUER.bearer() | ({"If-Match": tag} if tag else {})
         return await api.raw("PUT", f"{path}/1", json=body | {"name": name}, headers=headers)
 
@@ -629,7 +629,7 @@ async def test_repeated_post_with_a_key_gets_the_first_answer(
     """Concurrent and later repeats create nothing, whether the object was changed or deleted meanwhile."""
     body = {"name": "lab"} | BODIES[resource.name]
 
-    async def post(key: str, body: object = body, *, user: int = 7) -> httpx.Response:
+    async def post(key: str, body: object = body, *, user: int = 7) -> httpx2.Response:
         return await api.raw("POST", resource.path, json=body, headers=ISSUER.bearer(user) | {"Idempotency-Key": key})
 
     answers = await asyncio.gather(*(post("k") for _ in range(20)))
@@ -1143,7 +1143,7 @@ async def test_map_etag_changes_with_each_code(api: Api, store: MemoryStore) -> 
     await store.jobs.insert([job])
     await store.chunks.insert([mapped_chunk(job, 0)])
 
-    async def ask(tag: str = "") -> httpx.Response:
+    async def ask(tag: str = "") -> httpx2.Response:
         headers = ISSUER.bearer() | ({"If-None-Match": tag} if tag else {})
         return await api.raw("GET", "/api/v1/task/1/map", headers=headers)
 
@@ -1166,7 +1166,7 @@ async def test_map_etag_changes_with_each_code(api: Api, store: MemoryStore) -> 
 async def test_map_tag_of_a_settled_job_changes_with_a_late_report(api: Api, store: MemoryStore, world: World) -> None:
     """A chunk of a cancelled job that was stored after all shows its outcomes to a caller who has the map before it."""
 
-    async def ask(tag: str = "") -> httpx.Response:
+    async def ask(tag: str = "") -> httpx2.Response:
         return await api.raw("GET", "/api/v1/task/1/map", headers=ISSUER.bearer() | {"If-None-Match": tag})
 
     world.worker.hold = True

@@ -9,7 +9,7 @@ from datetime import timedelta
 from ipaddress import ip_network
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
@@ -70,7 +70,7 @@ class Caller:
     def __init__(self, app: FastAPI, world: World) -> None:
         self._app = app
         self._world = world
-        self._http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
+        self._http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://orchestrator")
 
     async def __call__(
         self, request: str, body: object = None, *, user: int = 7, admin: bool = False
@@ -245,7 +245,7 @@ async def test_audit_log_is_paged_newest_first(ask: Caller, app: FastAPI) -> Non
     """The log is answered in the documented shape, newest first, by page, by subject and by request."""
     for number in range(3):
         await ask("POST /api/v1/subnet", SUBNET, user=number + 1)
-    http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://orchestrator")
     bearer = ISSUER.bearer(9, admin=True)
     answer = (await http.get("/api/v1/audit?page=2&page_size=3", headers=bearer)).json()
     assert {name: answer[name] for name in ("total", "page", "page_size")} == {"total": 4, "page": 2, "page_size": 3}

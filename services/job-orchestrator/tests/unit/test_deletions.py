@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
@@ -46,7 +46,7 @@ HIDDEN = [
 ]
 
 
-def client(world: World) -> httpx.AsyncClient:
+def client(world: World) -> httpx2.AsyncClient:
     @asynccontextmanager
     async def nothing(_app: FastAPI) -> AsyncIterator[None]:
         yield
@@ -67,10 +67,10 @@ def client(world: World) -> httpx.AsyncClient:
         world.only.checks,
         world.only.backlog,
     )
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://orchestrator")
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://orchestrator")
 
 
-async def delete(http: httpx.AsyncClient, job_id: int = 1, user: int = 7, *, admin: bool = False) -> tuple[int, Any]:
+async def delete(http: httpx2.AsyncClient, job_id: int = 1, user: int = 7, *, admin: bool = False) -> tuple[int, Any]:
     answer = await http.delete(f"/api/v1/task/{job_id}", headers=ISSUER.bearer(user, admin=admin))
     return answer.status_code, answer.json()
 
@@ -79,7 +79,7 @@ async def chunks_of(world: World, job_id: int) -> int:
     return len([each async for each in world.store.chunks.of_job(job_id)])
 
 
-async def assert_hidden(http: httpx.AsyncClient) -> None:
+async def assert_hidden(http: httpx2.AsyncClient) -> None:
     for admin in (False, True):
         for verb, path in HIDDEN:
             answer = await http.request(verb, path, headers=ISSUER.bearer(7, admin=admin))
@@ -126,7 +126,7 @@ async def test_cancel_of_a_deleted_job_is_a_404(world: World) -> None:
         assert [(each.status, each.error) for each in world.replies(command)] == [(404, "Job not found")]
 
 
-async def deletions(http: httpx.AsyncClient, user: int = 7, *, admin: bool = False, **query: Any) -> Any:
+async def deletions(http: httpx2.AsyncClient, user: int = 7, *, admin: bool = False, **query: Any) -> Any:
     answer = await http.get("/api/v1/deletion", params=query, headers=ISSUER.bearer(user, admin=admin))
     return answer.json() if answer.status_code == 200 else answer.status_code
 

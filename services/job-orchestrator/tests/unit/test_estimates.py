@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fastapi import FastAPI
@@ -79,8 +79,8 @@ async def estimate(
 ) -> Any:
     """The answer to this body; of an error its text."""
     bearer = {"Authorization": TOKENS.bearer(caller, with_roles=True)}
-    transport = httpx.ASGITransport(app or app_of(world))
-    async with httpx.AsyncClient(transport=transport, base_url="http://orchestrator") as http:
+    transport = httpx2.ASGITransport(app or app_of(world))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://orchestrator") as http:
         answer = await http.post("/api/v1/task/estimate", json=body, headers=bearer)
     assert answer.status_code == status, answer.text
     return answer.json() if status == 200 else answer.json()["error"]

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -59,7 +59,7 @@ class EndlessStore(MemoryStore):
 
 
 @asynccontextmanager
-async def served(store: MemoryStore) -> AsyncIterator[httpx.AsyncClient]:
+async def served(store: MemoryStore) -> AsyncIterator[httpx2.AsyncClient]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.store = store
@@ -82,7 +82,7 @@ async def served(store: MemoryStore) -> AsyncIterator[httpx.AsyncClient]:
     port = server.servers[0].sockets[0].getsockname()[1]
     # Render nothing: structlog's default logger would print every local of every frame.
     with capture_logs():
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=ISSUER.bearer()) as http:
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=ISSUER.bearer()) as http:
             yield http
         server.should_exit = True
         await serving
@@ -92,7 +92,7 @@ async def served(store: MemoryStore) -> AsyncIterator[httpx.AsyncClient]:
 async def test_stream_store_failure_breaks_the_connection(accept: str) -> None:
     """If the store fails in mid-stream, the connection closes before the end of the body, in every format."""
     async with served(EndlessStore()) as http:
-        with pytest.raises(httpx.RemoteProtocolError):
+        with pytest.raises(httpx2.RemoteProtocolError):
             await http.get(PATH.format(2), headers={"Accept": accept})
         assert (await http.get(PATH.format(3))).status_code == 200
 

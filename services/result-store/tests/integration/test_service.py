@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
 
-import httpx
+import httpx2
 import pytest
 
 from local import ports
@@ -102,13 +102,13 @@ async def test_service_killed_in_mid_batch_stores_each_host_once(kafka: str, mon
         emptied(mongodb, name) as database,
         bus_of_a_worker(kafka, prefix) as (bus, stored),
         running(environment) as service,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+        httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
     ):
 
         async def ready() -> bool:
             try:
                 return (await service.probe("/readyz")).is_success
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 return False
 
         for number in range(CHUNKS):

@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 from xml.sax.saxutils import quoteattr
 
-import httpx
+import httpx2
 import nmap
 import pytest
 from hypothesis import given
@@ -51,7 +51,7 @@ HOSTILE = "]]>&\"'<script>\x00\x1b[31m\x9b\u202e\ufffe\r\n\t\N{SNOWMAN}"
 ESCAPED = quoteattr(HOSTILE.translate({0: "\\x00", 0x1B: "\\x1b", 0xFFFE: "\\ufffe"}))
 
 
-async def post(store: MemoryStore, query: str = "", *, user: int = 7, **changed: Any) -> httpx.Response:
+async def post(store: MemoryStore, query: str = "", *, user: int = 7, **changed: Any) -> httpx2.Response:
     async with client(store) as http:
         path = f"/internal/jobs/1/nmap.xml{query}"
         return await http.post(path, json=JOB | changed, headers=ISSUER.bearer(user))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Final, Protocol
 
-import httpx
+import httpx2
 import jwt
 import structlog
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -127,7 +127,7 @@ class JwksKeys:
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        client: httpx2.AsyncClient,
         url: str,
         *,
         algorithms: tuple[str, ...],
@@ -216,7 +216,7 @@ class JwksKeys:
                     body += part
                     if len(body) > MAX_JWKS_BYTES:
                         raise _FetchError(f"the JWKS has more than {MAX_JWKS_BYTES} bytes", permanent=True)
-        except (httpx.HTTPError, TimeoutError) as error:
+        except (httpx2.HTTPError, TimeoutError) as error:
             raise _FetchError(f"the JWKS URL did not answer: {error!r}", permanent=False) from error
         try:
             return json.loads(body)

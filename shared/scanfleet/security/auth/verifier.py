@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import httpx
+import httpx2
 import structlog
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -159,7 +159,7 @@ async def open_verifier(
     users: Users | None = None,
     revoked: Revoked | None = None,
     roles: AbstractSet[str] = frozenset(),
-    transport: httpx.AsyncBaseTransport | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[TokenVerifier]:
     """Yield the verifier of users' tokens. Problems with the issuer's keys are logged at once.
 
@@ -174,7 +174,7 @@ async def open_verifier(
         ValueError: the PEM file holds no public key for the configured algorithms.
         OSError: it cannot be read.
     """
-    async with httpx.AsyncClient(transport=transport, timeout=JWKS_TIMEOUT_SECONDS) as client:
+    async with httpx2.AsyncClient(transport=transport, timeout=JWKS_TIMEOUT_SECONDS) as client:
         verifier = TokenVerifier(settings, _keys(settings, client), users=users, revoked=revoked, roles=roles)
         try:
             await verifier.check()
@@ -191,7 +191,7 @@ async def open_verifier(
         yield verifier
 
 
-def _keys(settings: AuthSettings, client: httpx.AsyncClient) -> Keys:
+def _keys(settings: AuthSettings, client: httpx2.AsyncClient) -> Keys:
     if settings.jwt_development_secret is not None:
         return FixedKeys(Key(settings.jwt_development_secret.get_secret_value(), ("HS256",)))
     if settings.jwt_public_key_file is not None:
