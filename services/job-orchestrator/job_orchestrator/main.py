@@ -22,6 +22,7 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import Audit
 from job_orchestrator.handlers.backlog import Backlog
+from job_orchestrator.handlers.cancellation import ChunkCanceller
 from job_orchestrator.handlers.chunks import ChunkChanger
 from job_orchestrator.handlers.clocks import UserClocks
 from job_orchestrator.handlers.commands import Commands
@@ -104,12 +105,12 @@ class Orchestrator:
             faults=faults,
             clock=clock,
         )
+        canceller = ChunkCanceller(chunks=store.chunks, changer=changer, publisher=publisher, clock=clock)
         self.reconciler = Reconciler(
             jobs=store.jobs,
             chunks=store.chunks,
             dispatch=store.dispatch,
-            changer=changer,
-            publisher=publisher,
+            canceller=canceller,
             outbox=self.outbox,
             reporter=self.reporter,
             faults=faults,
@@ -133,6 +134,7 @@ class Orchestrator:
             publisher=publisher,
             outbox=self.outbox,
             reconciler=self.reconciler,
+            canceller=canceller,
             faults=faults,
             submits=self.submits,
             clock=clock,
@@ -146,7 +148,7 @@ class Orchestrator:
             publisher=publisher,
             outbox=self.outbox,
             clock=clock,
-            cancel_chunks=self.reconciler.cancel_chunks,
+            cancel_chunks=canceller.cancel_page,
             keep=keep,
             per_second=deletes_per_second,
         )

@@ -19,6 +19,7 @@ from job_orchestrator.domain.ports import (
 )
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
+from job_orchestrator.handlers.cancellation import ChunkCanceller, reasons
 from job_orchestrator.handlers.isolation import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
@@ -60,6 +61,7 @@ class Commands(PartitionListener):
         publisher: Publisher,
         outbox: Outbox,
         reconciler: Reconciler,
+        canceller: ChunkCanceller,
         faults: Faults,
         submits: Submits,
         clock: PlatformTime,
@@ -70,6 +72,7 @@ class Commands(PartitionListener):
         self._publisher = publisher
         self._outbox = outbox
         self._reconciler = reconciler
+        self._canceller = canceller
         self._faults = faults
         self._submits = submits
         self._clock = clock
@@ -273,7 +276,7 @@ class Commands(PartitionListener):
         # The first of several commands for one job cancels it.
         ended = await self._end({job_id: id_ for id_, job_id in reversed(allowed.items())})
         # Before the reply, so that packets usually end even if every orchestrator stops then; the reconciler repeats what failed.
-        await self._reconciler.stop_scans(ended.values())
+        await self._canceller.stop_scans(reasons(ended.values()))
         answers: dict[str, Reply] = {}
         rejected: list[Command] = []
         for command in commands:

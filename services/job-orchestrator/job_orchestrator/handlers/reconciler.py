@@ -10,27 +10,26 @@ from typing import Final
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.census import Standing
-from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, cancel
+from job_orchestrator.domain.chunk import OPEN, Chunk, ChunkState, cancel
 from job_orchestrator.domain.job import JobTrigger, ScanJob
 from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.totals import EMPTY
-from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stops
+from job_orchestrator.domain.work_queue import WorkQueue
+from job_orchestrator.handlers.cancellation import ChunkCanceller, reason, reasons
+from job_orchestrator.handlers.chunks import Changed
 from job_orchestrator.handlers.isolation import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reporter import Reporter
 from job_orchestrator.metrics import PROBES, count_transition
 from scanfleet.contracts.messages import JobStatus
-from scanfleet.contracts.messages.topics import SCAN_TASKS
 from scanfleet.errors import DependencyError
-from scanfleet.runtime.best_effort import try_publish
-from scanfleet.runtime.bus import Publisher
 from scanfleet.runtime.loop import Loop
 
 _ROUNDS: Final = 50  # a job needs about five; more means that other replicas win every race
-_PAGE: Final = 1_000  # chunks counted or cancelled at once: about 50 ms, then other jobs are processed
+_PAGE: Final = 1_000  # chunks counted or created at once: about 50 ms, then other jobs are processed
 _WORK_SECONDS: Final = 10.0  # interval of the work loop, which is also woken when there is work
 _STARTED: Final = 10_000  # started jobs that are cached, so that their claims need no query
 
@@ -68,7 +67,6 @@ class Reconciler:
     continues work that is too large for one step, so that neither handlers nor small jobs wait for a large job.
 
     Args:
-        publisher: publishes stops.
         wake: called with the users who have new chunks to dispatch.
     """
 
@@ -78,8 +76,7 @@ class Reconciler:
         jobs: JobRepository,
         chunks: ChunkRepository,
         dispatch: DispatchRepository,
-        changer: ChunkChanger,
-        publisher: Publisher,
+        canceller: ChunkCanceller,
         outbox: Outbox,
         reporter: Reporter,
         faults: Faults,
@@ -89,15 +86,13 @@ class Reconciler:
         self._jobs = jobs
         self._chunks = chunks
         self._dispatch = dispatch
-        self._changer = changer
-        self._publisher = publisher
+        self._canceller = canceller
         self._outbox = outbox
         self._reporter = reporter
         self._faults = faults
         self._wake = wake
         self._clock = clock
-        self._unfinished: dict[int, dict[int, int]] = {}
-        """By user, in the order of their turns, and by job: the maximum number of its chunks that are open at once."""
+        self._queue = WorkQueue()
         self._ended: dict[int, str] = {}
         """By job, whose scans are to be stopped before anything else: the reason."""
         self._started: dict[int, None] = {}
@@ -126,7 +121,7 @@ class Reconciler:
         for _ in range(_ROUNDS):
             if not jobs:
                 return updated
-            if await self._stop_scans({job.id: _ended(job) for job in jobs.values() if job.final and not job.settled}):
+            if await self._canceller.stop_scans(reasons(jobs.values())):
                 known = {}
             standings = await self._standings(jobs.values(), known)
             turns = await self._first_turns(jobs.values())
@@ -164,7 +159,7 @@ class Reconciler:
         """Schedule the first chunks of new jobs and the cancellation of those of ended ones before the next `reconcile`."""
         for job in jobs:
             if job.final:
-                self._ended[job.id] = _ended(job)
+                self._ended[job.id] = reason(job)
             self._continue(job)
 
     async def work(self) -> None:
@@ -174,15 +169,15 @@ class Reconciler:
             DependencyError: `reconcile` finds the remaining work again.
         """
         ended, self._ended = self._ended, {}
-        await self._stop_scans(ended)
-        await self.reconcile(self._few())
+        await self._canceller.stop_scans(ended)
+        await self.reconcile(self._queue.take(_PAGE))
         if self.busy:
             self.loop.wake()
 
     @property
     def busy(self) -> bool:
         """Whether the work loop has more to do."""
-        return bool(self._ended or self._unfinished)
+        return bool(self._ended or self._queue)
 
     async def follow(self, changes: Iterable[Changed]) -> None:
         """Update the jobs of these changed chunks, and publish their progress.
@@ -234,62 +229,9 @@ class Reconciler:
             return True
         return False
 
-    async def stop_scans(self, jobs: Iterable[ScanJob]) -> None:
-        """Cancel the chunks of these ended jobs that workers hold.
-
-        Raises:
-            DependencyError: the next sweep stops the others.
-        """
-        await self._stop_scans({job.id: _ended(job) for job in jobs if not job.settled})
-
-    async def cancel_chunks(self, job_id: int, reason: str) -> bool:
-        """Cancel a page of the job's chunks that are not final, first those that are being scanned.
-
-        Args:
-            job_id: id of the job, which has ended and may be deleted.
-            reason: for the workers that scan.
-
-        Returns:
-            Whether any chunk was cancelled; then there may be more.
-        """
-        stopped = await self._stop_scans({job_id: reason})
-        return await self._cancel({job_id: reason}, OPEN - HELD) or stopped
-
-    async def _stop_scans(self, reasons: Mapping[int, str]) -> bool:
-        """Cancel all chunks of these ended jobs that workers hold; return whether there were any."""
-        stopped = False
-        while reasons and await self._cancel(reasons, HELD):
-            stopped = True
-        return stopped
-
-    async def _cancel(self, reasons: Mapping[int, str], states: Collection[ChunkState]) -> bool:
-        changed = await self._changer.change(
-            await self._chunks.ids_in(reasons, states, _PAGE),
-            lambda chunk: cancel(chunk) if chunk.state in OPEN else chunk,
-            self._clock.now(),
-        )
-        held = [each.before for each in changed if each.moved and each.before.state in HELD]
-        stopped = stops((chunk.token, reasons[chunk.job_id]) for chunk in held)
-        await try_publish(self._publisher, SCAN_TASKS, stopped, STOPPED_LATER)
-        return any(each.moved for each in changed)
-
     def _continue(self, job: ScanJob) -> None:
-        self._unfinished.setdefault(job.user_id, {})[job.id] = min(plan.width(job.policy), job.plan.chunk_count)
+        self._queue.add(job)
         self.loop.wake()
-
-    def _few(self) -> list[int]:
-        """Take unfinished jobs with about a page of chunks, one of each user in turn."""
-        few: list[int] = []
-        size = 0
-        while self._unfinished and size < _PAGE:
-            user = next(iter(self._unfinished))
-            jobs = self._unfinished.pop(user)
-            job_id = next(iter(jobs))
-            size += jobs.pop(job_id)
-            few.append(job_id)
-            if jobs:
-                self._unfinished[user] = jobs  # behind the other users
-        return few
 
     def _matters(self, changed: Changed) -> bool:
         """Return whether the change may start, continue or end the job.
@@ -333,7 +275,7 @@ class Reconciler:
         """Derive the job's versions from its chunks, from its start to its end if it is over, and the chunks to create."""
         if job.final:
             # Those that are held too: one may have been dispatched since the scans were stopped.
-            if standing.open and await self._cancel({job.id: _ended(job)}, OPEN):
+            if standing.open and await self._canceller.cancel({job.id: reason(job)}):
                 self._continue(job)  # it is settled only when a query finds none
             counted = await self._count(job, standing, known)
             # After a full page there may be more chunks that a replica created without counting them in `made`.
@@ -450,11 +392,6 @@ class Reconciler:
 def _is_late(changed: Changed) -> bool:
     """Return whether a cancelled chunk, which may be counted already, gets another map."""
     return changed.before.state is ChunkState.CANCELLED and changed.after.outcomes != changed.before.outcomes
-
-
-def _ended(job: ScanJob) -> str:
-    """Return why its scans are stopped."""
-    return f"job {job.status}"
 
 
 def _uncounted(job: ScanJob, known: Known) -> list[Chunk] | None:
