@@ -18,7 +18,8 @@ from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Consumer, DeadLetterCallback, Handler, M
-from scanfleet.runtime.consumer import BatchDroppedError, ConsumerLoop, Listener, Rejected
+from scanfleet.runtime.consumer import ConsumerLoop, Rejected
+from scanfleet.runtime.source import BatchDroppedError, Listener
 
 BATCH: Final = 500  # records per poll, as in Kafka's consumers
 
@@ -146,7 +147,7 @@ class MemoryBus:
 
 
 class _Tail:
-    """A `scanfleet.runtime.consumer.Source` of every partition, from the end."""
+    """A `scanfleet.runtime.source.Source` of every partition, from the end."""
 
     def __init__(self, broker: MemoryBroker, topic: Topic) -> None:
         self._broker = broker
@@ -192,7 +193,7 @@ class _Tail:
 
 
 class _Member(_Tail):
-    """A `scanfleet.runtime.consumer.Source`: a group member's share of the partitions, from the committed offsets."""
+    """A `scanfleet.runtime.source.Source`: a group member's share of the partitions, from the committed offsets."""
 
     def __init__(self, broker: MemoryBroker, topic: Topic, group: str) -> None:
         super().__init__(broker, topic)

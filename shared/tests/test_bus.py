@@ -26,7 +26,8 @@ from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Bus, Record
-from scanfleet.runtime.consumer import STALE_SECONDS, ConsumerLoop
+from scanfleet.runtime.consumer import ConsumerLoop
+from scanfleet.runtime.end_offsets import STALE_SECONDS
 from scanfleet.runtime.settings import KafkaSettings
 from scanfleet_testing.bus import MemoryBroker, MemoryBus
 from scanfleet_testing.consumers import Recorder, Running

@@ -35,8 +35,9 @@ from scanfleet.kafka.sources import Member, Past, Tail
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Consumer, DeadLetterCallback, Handler, M
-from scanfleet.runtime.consumer import ConsumerLoop, Rejected, Source
+from scanfleet.runtime.consumer import ConsumerLoop, Rejected
 from scanfleet.runtime.settings import KafkaSettings
+from scanfleet.runtime.source import Source
 
 START_SECONDS: Final = 30.0  # timeout for a broker that starts at the same time; it takes 3 to 10 s
 SEND_SECONDS: Final = 10.0  # timeout of an acknowledgement; long enough for a broker's restart

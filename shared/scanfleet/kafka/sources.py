@@ -1,4 +1,4 @@
-"""Kafka implementations of `scanfleet.runtime.consumer.Source`: a tail and a member of a group."""
+"""Kafka implementations of `scanfleet.runtime.source.Source`: a tail and a member of a group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import batches
 from scanfleet.kafka.broker import BACKOFF_MS, connect, depending
-from scanfleet.runtime.consumer import REBALANCE_BATCH_SECONDS, BatchDroppedError, Listener
+from scanfleet.runtime.consumer import REBALANCE_BATCH_SECONDS
+from scanfleet.runtime.source import BatchDroppedError, Listener
 
 EndOffsets = Callable[[Collection[TopicPartition]], Awaitable[Mapping[TopicPartition, int]]]
 
@@ -40,7 +41,7 @@ MAX_POLL_MS: Final = (
 
 
 class Tail:
-    """A `scanfleet.runtime.consumer.Source`: every partition, from the end, no commits."""
+    """A `scanfleet.runtime.source.Source`: every partition, from the end, no commits."""
 
     def __init__(
         self, topic: Topic, *, name: str, client_id: str, access: Mapping[str, Any], end_offsets: EndOffsets
@@ -167,7 +168,7 @@ class Past(Tail):
 
 
 class Member(Tail):
-    """A `scanfleet.runtime.consumer.Source`: a group member's share of the partitions, from the committed offsets."""
+    """A `scanfleet.runtime.source.Source`: a group member's share of the partitions, from the committed offsets."""
 
     def __init__(self, topic: Topic, *, group: str, instance: str, **more: Any) -> None:
         super().__init__(topic, client_id=instance, **more)

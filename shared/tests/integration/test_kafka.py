@@ -38,7 +38,8 @@ from scanfleet.kafka.bus import NO_LEADER, SEND_SECONDS
 from scanfleet.kafka.sources import POLL_MS, Member
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
 from scanfleet.runtime.bus import Record
-from scanfleet.runtime.consumer import BatchDroppedError, ConsumerLoop
+from scanfleet.runtime.consumer import ConsumerLoop
+from scanfleet.runtime.source import BatchDroppedError
 from scanfleet_testing.batches import compressed, counted, damaged, encoded, expanding, sealed, unreadable
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until

@@ -17,14 +17,9 @@ from scanfleet.contracts.messages.envelope import RawRecord, encode
 from scanfleet.contracts.messages.topics import SCAN_STORED, SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
-from scanfleet.runtime.consumer import (
-    COMMIT_SECONDS,
-    LOOK_SECONDS,
-    BatchDroppedError,
-    ConsumerLoop,
-    Listener,
-    Rejected,
-)
+from scanfleet.runtime.consumer import COMMIT_SECONDS, ConsumerLoop, Rejected
+from scanfleet.runtime.end_offsets import LOOK_SECONDS
+from scanfleet.runtime.source import BatchDroppedError, Listener
 from scanfleet_testing.consumers import Recorder, Running
 from scanfleet_testing.waiting import until
 
