@@ -77,6 +77,9 @@ class Credentials:
 class Authority:
     """Signs certificates for the lifetime of this object: its key is not stored.
 
+    trustme, the usual library for test certificates, cannot replace it: each of its certificates is for clients, servers and code
+    signing, whereas a service's certificate must be refused for any other purpose than its own.
+
     Args:
         name: its common name.
         life: how long it and what it signs is valid.
