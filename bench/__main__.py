@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from bench import capacity, command, control, fleet, platform, silent, xml_reader
+from bench import capacity, command, control, fleet, http_client, platform, silent, xml_reader
 from bench.figures import Figure, show
 
 Part = Callable[[], Iterable[Figure]]
@@ -20,6 +20,7 @@ PARTS: Final[Mapping[str, Part]] = {
     "fleet": fleet.measure,
     "silent": silent.measure,
     "xml_reader": xml_reader.measure,
+    "http_client": http_client.measure,
     "command": command.measure,
 }
 
