@@ -107,6 +107,11 @@ class Plan:
         """Number of slices of addresses, each scanned block by block."""
         return self.chunk_count // self.blocks
 
+    @property
+    def parallel(self) -> int:
+        """Maximum number of chunks at once, at any rate: one of each slice, but all of a job of release 0.1."""
+        return self.slice_count if self.blockwise else self.chunk_count
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanJob:

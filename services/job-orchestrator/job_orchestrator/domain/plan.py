@@ -91,24 +91,22 @@ def width(policy: ScanPolicy) -> int:
     return min(WINDOW, max(1, policy.max_rate // _RATE_OF_NMAP)) if policy.max_rate else WINDOW
 
 
-def nmap_rate(policy: ScanPolicy) -> int | None:
-    """Return the maximum probes per second of each nmap of a job with a `max_rate`."""
-    return policy.max_rate // width(policy) if policy.max_rate else None
+def nmap_rate(policy: ScanPolicy, parallel: int = WINDOW) -> int | None:
+    """Return the maximum probes per second of each nmap of a job with a `max_rate` and up to `parallel` chunks at once."""
+    return policy.max_rate // min(width(policy), parallel) if policy.max_rate else None
 
 
-def min_rate(policy: ScanPolicy, ports: PortSet, slices: int = WINDOW) -> int | None:
-    """Return the minimum probes per second of each nmap of a job with `slices`, kept even if nothing answers.
+def min_rate(policy: ScanPolicy, ports: PortSet, parallel: int = WINDOW) -> int | None:
+    """Return the minimum probes per second of each nmap, kept even if nothing answers, with up to `parallel` chunks at once.
 
     It is the nmap's share of the policy's `min_rate`, but no less than without one, unless that is all of it: fewer nmap processes
     than expected may run, and a minimum may be exceeded.
     """
     floor = None if ports.udp_count else FLOORS[policy.timing]
     if policy.min_rate:
-        share = policy.min_rate // min(
-            width(policy), slices
-        )  # port blocks of one slice are scanned one after the other
+        share = policy.min_rate // min(width(policy), parallel)
         floor = max(share, min(policy.min_rate, max(_RATE_OF_NMAP, floor or 0)))
-    limit = nmap_rate(policy)
+    limit = nmap_rate(policy, parallel)
     return min(floor, limit) if floor and limit else floor
 
 

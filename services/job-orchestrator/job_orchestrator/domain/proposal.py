@@ -97,7 +97,7 @@ class Checks:
             ports,
             addresses=min(proposal.plan.chunk_addresses, proposal.target.included),
             family=proposal.target.network.version,
-            min_rate=plan.min_rate(policy, ports, proposal.plan.slice_count),
-            max_rate=plan.nmap_rate(policy),
+            min_rate=plan.min_rate(policy, ports, proposal.plan.parallel),
+            max_rate=plan.nmap_rate(policy, proposal.plan.parallel),
             raw=policy.needs_raw_for(ports),
         )

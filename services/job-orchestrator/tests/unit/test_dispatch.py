@@ -341,6 +341,22 @@ async def test_rates_of_a_job_add_up_to_its_max_rate(world: World, max_rate: int
         assert len(tasks(world)) == width + number
 
 
+@pytest.mark.proves("G18")
+@pytest.mark.parametrize(
+    ("cidr", "ports", "rates"), [("127.9.8.0/32", "1-20000", [5_000]), ("127.9.8.0/30", "1-1000", [2_500] * 2)]
+)
+async def test_job_of_few_chunks_at_once_uses_its_max_rate(
+    world: World, cidr: str, ports: str, rates: list[int]
+) -> None:
+    """A job that has fewer chunks at once than its `max_rate` allows shares it among these."""
+    world.worker.slots = 20
+    await world.start()
+    await world.worker.announce()
+    await world.submit(cidr, policy=scan_policy(ports=ports, max_rate=5_000))
+    await world.settle()
+    assert [task.max_rate for task in tasks(world)] == rates
+
+
 @pytest.mark.proves("F30")
 async def test_port_blocks_of_an_address_are_scanned_one_at_a_time(world: World) -> None:
     """All ports of a host are scanned block after block, whatever the number of free slots."""

@@ -164,16 +164,16 @@ def test_chunks_are_short_even_where_nothing_answers(policy: ScanPolicy, target:
 @settings(max_examples=50, deadline=None)
 @given(policies())
 def test_rates_of_all_nmaps_stay_within_the_policys(policy: ScanPolicy) -> None:
-    """Width times the rate of one nmap is never above max_rate, and no floor is above the limit of its nmap."""
-    rate = plan.nmap_rate(policy)
-    assert (rate is None) is (policy.max_rate is None)
+    """The rates of all nmaps at once add up to max_rate, less a remainder, and no floor is above the limit of its nmap."""
     assert 1 <= plan.width(policy) <= plan.WINDOW
-    if policy.max_rate and rate:
-        assert rate >= 1
-        assert plan.width(policy) * rate <= policy.max_rate
-    for slices in (1, 3, plan.WINDOW):
+    for parallel in (1, 3, plan.WINDOW):
+        rate = plan.nmap_rate(policy, parallel)
+        assert (rate is None) is (policy.max_rate is None)
+        if policy.max_rate and rate:
+            nmaps = min(plan.width(policy), parallel)
+            assert policy.max_rate - nmaps < nmaps * rate <= policy.max_rate
         for block in policy.port_set.blocks(plan.MAX_PORTS):
-            floor = plan.min_rate(policy, block, slices)
+            floor = plan.min_rate(policy, block, parallel)
             assert floor is None or 1 <= floor <= (rate or floor)
 
 
