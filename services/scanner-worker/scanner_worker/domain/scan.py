@@ -160,7 +160,9 @@ def permit(chunk: ScanChunk, rules: TargetRules, grants: UserGrants | None = Non
     # Only the chunk's own ports count: the TCP part of a policy with UDP ports does not need raw packets.
     here = chunk.policy.model_copy(update={"ports": chunk.ports})
     refused: list[Network] = []
-    unable = f"{_needs(here)} raw packets, which this worker may not send" if here.needs_raw and not raw else ""
+    # The orchestrator dispatches no such chunk, unless its document is damaged: nmap would not start, for which the worker would
+    # exclude itself, and so would the next one.
+    unable = "the chunk needs raw packets, which this worker may not send" if here.needs_raw and not raw else ""
     denied, rule = "", Rule.TARGETS
     # The rate that nmap gets: its part of the job's, if the job has one.
     asked = chunk.policy.model_copy(update={"max_rate": chunk.max_rate or chunk.policy.max_rate})
@@ -181,12 +183,6 @@ def permit(chunk: ScanChunk, rules: TargetRules, grants: UserGrants | None = Non
         start = index_of(chunk.first_address, str(network.network_address))
         codes[start : start + network.num_addresses] = Outcome.REFUSED * network.num_addresses
     return Permitted("".join(codes), unable or denied, denied, rule)
-
-
-def _needs(policy: ScanPolicy) -> str:
-    if policy.technique == "syn":
-        return "technique syn needs"
-    return "OS detection needs" if policy.os_detection else "UDP ports need"
 
 
 def _judged(network: Network, refusal: Callable[[Network], str | None]) -> Iterable[tuple[Network, str]]:
