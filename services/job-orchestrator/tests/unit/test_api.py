@@ -500,11 +500,21 @@ async def test_policy_accepts_every_documented_field(api: Api) -> None:
         "scripts": ["banner", "ssl-cert"],
         "timing": 2,
         "max_rate": 100,
+        "min_rate": 50,
+        "max_rtt_timeout": 250,
         "max_retries": 0,
         "host_timeout": 30,
     }
+    assert given.keys() == POLICY - {"id", "user_id", "created_at", "updated_at"}
     made = await api("POST /api/v1/policy", given, status=201)
     assert {name: made[name] for name in given} == given
+
+
+@pytest.mark.parametrize("given", [{}, {"host_timeout": None}])
+async def test_policy_without_a_host_timeout_shows_the_default(api: Api, given: dict[str, None]) -> None:
+    """A policy without a host timeout, or with null, is returned with the 15 minutes that apply."""
+    made = await api("POST /api/v1/policy", {"name": "lab", **given}, status=201)
+    assert made["host_timeout"] == (await api("GET /api/v1/policy/1"))["host_timeout"] == 900
 
 
 @pytest.mark.parametrize(
