@@ -785,14 +785,26 @@ async def test_guard_killed_worker_leaves_no_forked_process(stand_in: Callable[[
 
 
 @pytest.mark.proves("F2")
-async def test_guard_worker_killed_during_start_leaves_no_nmap() -> None:
-    """A worker killed while it starts nmap, before it has the process id, leaves no process."""
+async def test_guard_worker_killed_during_start_leaves_no_nmap(stand_in: Callable[[str], Path]) -> None:
+    """A worker killed as soon as it has forked, before it has nmap's process id, leaves no process."""
+    program = str(stand_in("time.sleep(600)"))  # nmap itself may end without its reader
+    killed = []
     for _ in range(4):
-        process, theirs = await start_scanning(NMAP, *SLOW)
-        process.kill()
-        await process.wait()
-        await until(lambda theirs=theirs: not guards(theirs), 5)  # type: ignore[misc] # mypy infers no type for a lambda with a default
+        worker, theirs = await start_scanning(program, *SLOW)
+        await asyncio.to_thread(_kill_after_fork, worker.pid)
+        await worker.wait()
+        killed.append(theirs)
+    for theirs in killed:
+        await until(lambda: not guards(theirs), 5)  # noqa: B023 # called before the next turn
         assert marked(theirs) == []
+
+
+def _kill_after_fork(pid: int) -> None:
+    """Kill a worker once it has a child besides its guard, with no pause between checks: a program starts in a millisecond."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    while len(children.read_text().split()) < 2:
+        pass
+    os.kill(pid, signal.SIGKILL)
 
 
 async def test_guard_identifies_processes_by_command_line() -> None:
