@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -18,6 +19,7 @@ from job_orchestrator.api.state import Recorder, State
 from job_orchestrator.api.tasks import read_ledger, read_waiting
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.attempts import Attempt
+from job_orchestrator.domain.census import MAX_COUNTED
 from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion, Stage
@@ -26,7 +28,7 @@ from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.repository import MongoStore
-from job_orchestrator_testing import World, chunk, scan_job, scan_policy
+from job_orchestrator_testing import World, chunk, replanned, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts import queries
@@ -547,3 +549,42 @@ async def test_map_reads_only_the_shown_fields_of_each_chunk(mongo_store: MongoS
     reads = await database["system.profile"].find({"ns": f"{database.name}.chunks"}).to_list(None)
     assert sum(each["docsExamined"] for each in reads) == 512
     assert sum(each["responseLength"] for each in reads) <= 200 * 512
+
+
+async def test_sweep_of_many_large_waiting_jobs_has_bounded_cost(mongo_store: MongoStore, database: Database) -> None:
+    """Of 500 waiting jobs of a /16 a sweep reads the documents, and only keys of their chunks, in steps below 0.1 s of CPU time."""
+    count = 500
+    first = replanned(scan_job(1, cidr="127.9.0.0/16", policy=scan_policy(ports="1-65535")))
+    waiting = replace(first, made=plan.WINDOW, outbox=(), waiting="no_worker", waiting_since=THEN)
+    jobs = [replace(waiting, id=n, user_id=n % 20 + 1) for n in range(1, count + 1)]
+    await mongo_store.jobs.insert(jobs)
+    for job in jobs:
+        await mongo_store.chunks.insert(list(plan.chunks(job, 0, job.made)))
+    world = World(mongo_store)
+    await world.start()
+    blocked = [0.0]
+
+    async def measure() -> None:
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0)
+            blocked.append(time.thread_time() - before)
+
+    for _ in range(2):
+        measuring = asyncio.create_task(measure())
+        await database.command("profile", 2)
+        try:
+            await world.only.sweeper.sweep()
+        finally:
+            measuring.cancel()
+        await database.command("profile", 0)
+        reads = await database["system.profile"].find({"keysExamined": {"$exists": True}}).to_list(None)
+        await database["system.profile"].drop()
+        of = {name: [each for each in reads if each["ns"] == f"{database.name}.{name}"] for name in ("jobs", "chunks")}
+        assert sum(each["docsExamined"] for each in of["chunks"]) == 0
+        assert sum(each["docsExamined"] for each in of["jobs"]) <= count
+        # The chunks of the jobs once, and those of the census up to its limit.
+        assert sum(each["keysExamined"] for each in of["chunks"]) <= 1.01 * count * plan.WINDOW + MAX_COUNTED
+        assert len(reads) <= 50
+        world.now += 11
+    assert max(blocked) < 0.1
