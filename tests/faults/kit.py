@@ -16,6 +16,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,7 +34,7 @@ from local import kafka, mongod, nmap, ports
 from local.stack import Stack
 from local.supervisor import Program, Supervisor
 from local.wait import until
-from scanfleet.contracts.messages import Message
+from scanfleet.contracts.messages import HostScanned, Message
 from scanfleet.contracts.messages.envelope import RawRecord, decode
 from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_REPLIES, SCAN_RESULTS, TOPICS, Topic
 from scanfleet.errors import MessageError
@@ -46,6 +47,10 @@ from tests.faults.proxies import FaultProxies, FaultProxy
 from tests.faults.releases import write_next_release
 
 LEASE: Final = 5  # seconds: longer than a busy machine delays a heartbeat, and short to wait for
+REQUEUE_SECONDS: Final = LEASE + 1 + 1  # the promise: a lease and a sweep; one more for a busy machine
+COOLDOWN_SECONDS: Final = 1  # of the gateways, between two fetches of the issuer's keys
+MAX_AGE_SECONDS: Final = 2  # of the keys that the second gateway knows
+MAX_STALE_SECONDS: Final = 6  # while it cannot fetch them
 SLOTS: Final = 3
 REPLICAS: Final = dict.fromkeys(SERVICES, 2)
 OFF: Final = 7_200  # seconds by which some clocks are wrong
@@ -197,7 +202,7 @@ class Platform:
                 "SCANFLEET_MAX_HOST_BYTES": str(1 << 20),
                 "SCANFLEET_DENIED_NETWORKS": f"{self.net}.66.0/24",
                 "SCANFLEET_JWT_JWKS_URL": self.keys.url,
-                "SCANFLEET_JWT_JWKS_COOLDOWN_SECONDS": "1",
+                "SCANFLEET_JWT_JWKS_COOLDOWN_SECONDS": str(COOLDOWN_SECONDS),
             },
             settings_of=self._settings_of(),
         )
@@ -515,7 +520,11 @@ class Platform:
                 "SCANFLEET_NMAP": str(self._nmaps["scanner-worker-2"]),
                 "SCANFLEET_STOP_GRACE_SECONDS": "0",
             },
-            "api-gateway-2": shifted(-OFF),
+            "api-gateway-2": {
+                **shifted(-OFF),
+                "SCANFLEET_JWT_JWKS_MAX_AGE_SECONDS": str(MAX_AGE_SECONDS),
+                "SCANFLEET_JWT_JWKS_MAX_STALE_SECONDS": str(MAX_STALE_SECONDS),
+            },
         }
         for service in SERVICES:
             found.setdefault(f"{service}-2", {})["PYTHONPATH"] = str(self._releases / "next")
@@ -548,15 +557,30 @@ class Platform:
         return [*command, "--setParameter", "enableTestCommands=1"]  # required by failCommand
 
 
-def scanned(user: Client, job_id: int) -> tuple[dict[str, int], set[tuple[str, ...]]]:
+def scanned(user: Client, job_id: int, limit: float = 120.0) -> tuple[dict[str, int], set[tuple[str, ...]]]:
     """Wait for a job to complete; return the counts of its ledger and its results without ids, so that jobs can be compared."""
-    task = user.finished(job_id)
+    task = user.finished(job_id, limit)
     assert task["status"]["status"] == "completed", task["status"]["error"]
     results = user.results(job_id)
     names = ("ip_address", "protocol", "port", "status", "service")
     found = {tuple(str(each[name]) for name in names) for each in results}
     assert len(found) == len(results)
     return user.ledger(job_id)["counts"], found
+
+
+def assert_scanned_once(platform: Platform, jobs: Collection[int]) -> None:
+    """Check that no address of these jobs was reported twice."""
+    hosts = [each.message for each in platform.messages(SCAN_RESULTS, HostScanned)]
+    reports = Counter(
+        (host.chunk_id, host.address) for host in hosts if isinstance(host, HostScanned) and host.job_id in jobs
+    )
+    assert set(reports.values()) == {1}
+
+
+def requeued(platform: Platform, chunk: Document) -> bool:
+    """Return whether the chunk is no longer held by the worker that held it, because its lease has expired."""
+    (now,) = [each for each in platform.chunks(chunk["job_id"]) if each["_id"] == chunk["_id"]]
+    return bool(now["failures"] > chunk["failures"])
 
 
 async def _write(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from threading import Event
+from time import monotonic as clock
 
 import httpx2
 import pytest
@@ -17,7 +20,18 @@ from tests.client import FINAL
 from tests.faults import faulty_nmap
 from tests.faults.faulty_nmap import FAULTS
 from tests.faults.invariants import Invariants
-from tests.faults.kit import FAILING, LIMIT, STEADY, TINY, Caller, Platform, scanned
+from tests.faults.kit import (
+    COOLDOWN_SECONDS,
+    FAILING,
+    LIMIT,
+    MAX_AGE_SECONDS,
+    MAX_STALE_SECONDS,
+    STEADY,
+    TINY,
+    Caller,
+    Platform,
+    scanned,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -171,9 +185,95 @@ def test_keys_rotate_during_endpoint_outage(platform: Platform) -> None:
         assert status(before) == httpx2.codes.OK
         assert status(after) == httpx2.codes.UNAUTHORIZED
         keys.away = False
-        until(lambda: status(after) == httpx2.codes.OK, 10, "the new key to be accepted")
+        until(lambda: status(after) == httpx2.codes.OK, COOLDOWN_SECONDS + 1, "the new key to be accepted")
         assert status(before) == httpx2.codes.UNAUTHORIZED
     finally:
         keys.away, keys.issuer = False, old
     until(lambda: status(before) == httpx2.codes.OK, 10, "the old key to be back")
+    caller.close()
+
+
+@pytest.mark.proves("A9", "F23", "G14")
+def test_keys_rotate_during_traffic(platform: Platform) -> None:
+    """During continuous requests a new key is accepted and the old one refused within the cooldown; no request has another error."""
+    keys, old, new = platform.keys, platform.keys.issuer, Issuer("key-2")
+    before, after = platform.token(7), new.token(7)
+    answered: list[tuple[str, int]] = []
+    over = Event()
+
+    def ask(token: str) -> None:
+        caller = platform.caller(token=token)
+        while not over.is_set():
+            answered.append((token, caller.http.get("/api/v1/task").status_code))
+        caller.close()
+
+    def latest(token: str) -> int:
+        return next(status for each, status in reversed(answered) if each == token)
+
+    with ThreadPoolExecutor() as threads:
+        asked = [threads.submit(ask, token) for token in (before, before, after)]
+        try:
+            until(lambda: {token for token, _ in answered} == {before, after}, LIMIT, "the first answers")
+            assert set(answered) == {(before, 200), (after, 401)}
+            keys.issuer = new
+            until(lambda: latest(after) == 200, COOLDOWN_SECONDS + 1, "the new key to be accepted", 0.02)
+            until(lambda: latest(before) == 401, 1, "the old key to be refused", 0.02)
+        finally:
+            keys.issuer = old
+            over.set()
+    for each in asked:
+        each.result()
+    assert {status for _, status in answered} == {200, 401}
+    caller = platform.caller(token=before)
+    until(lambda: caller.http.get("/api/v1/task").is_success, COOLDOWN_SECONDS + 1, "the old key to be back")
+    caller.close()
+
+
+@pytest.mark.proves("A8", "G14")
+def test_unknown_keys_cause_one_fetch_per_cooldown(platform: Platform) -> None:
+    """A thousand tokens with unknown keys cause one fetch per cooldown, and another user's requests are answered meanwhile."""
+    forger, caller = Issuer(), platform.caller(7)
+    tokens = [forger.token(7, headers={"kid": f"unknown-{number}"}) for number in range(1_000)]
+    refused: list[int] = []
+
+    def forge(some: list[str]) -> None:
+        with httpx2.Client(base_url=str(caller.http.base_url)) as http:
+            refused.extend(
+                http.get("/api/v1/task", headers={"Authorization": f"Bearer {token}"}).status_code for token in some
+            )
+
+    fetched, began, waits = platform.keys.asked, clock(), []
+    with ThreadPoolExecutor() as threads:
+        forging = [threads.submit(forge, tokens[number::8]) for number in range(8)]
+        while not all(each.done() for each in forging):
+            asked = clock()
+            assert caller.http.get("/api/v1/task").status_code == 200
+            waits.append(clock() - asked)
+    lasted = clock() - began
+    assert refused == [401] * 1_000
+    # The second gateway fetches the keys at the latest when they are as old as it allows.
+    assert 1 <= platform.keys.asked - fetched <= 1 + lasted / COOLDOWN_SECONDS + 1 + lasted / MAX_AGE_SECONDS
+    assert len(waits) > 10
+    assert max(waits) < 1
+    caller.close()
+
+
+@pytest.mark.proves("A28", "G14")
+def test_known_key_is_refused_once_it_is_too_stale(platform: Platform) -> None:
+    """While the endpoint is unavailable a gateway accepts known keys for the set time and no longer."""
+    caller = platform.caller(7, "api-gateway-2")
+
+    def status() -> int:
+        return caller.http.get("/api/v1/task").status_code
+
+    until(lambda: status() == 200, 10, "the key to be known")
+    platform.keys.away = True
+    began = clock()
+    try:
+        while clock() - began < MAX_STALE_SECONDS - MAX_AGE_SECONDS - 1:
+            assert status() == 200
+        until(lambda: status() == 503, began + MAX_STALE_SECONDS + 1 - clock(), "the key to be refused")
+    finally:
+        platform.keys.away = False
+    until(lambda: status() == 200, COOLDOWN_SECONDS + 1, "the key to be accepted again")
     caller.close()

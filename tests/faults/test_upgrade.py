@@ -26,7 +26,7 @@ from scanfleet.contracts.messages.topics import (
 from scanfleet.services import SERVICES
 from tests.faults.conftest import Shared
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LIMIT, REPLICAS, STEADY, TINY, Caller, Platform, scanned
+from tests.faults.kit import LIMIT, REPLICAS, STEADY, TINY, Caller, Platform, assert_scanned_once, scanned
 from tests.faults.releases import FIELD, ROOT, copy_packages
 
 pytestmark = pytest.mark.e2e
@@ -136,6 +136,7 @@ def test_jobs_on_processes_of_two_releases_lose_nothing(
     with platform.servers((1, 7)) as servers:
         until(both_work, LIMIT, "both releases to work")
     invariants.check()
+    assert_scanned_once(platform, jobs)
     assert refused(platform) == before
     assert complete(platform, jobs) >= of_next_release(platform, jobs)
     callers[1].close()
@@ -162,6 +163,7 @@ def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Shared[
             assert user.finished(job_id)["status"]["status"] == "completed"
             assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
     invariants.check()
+    assert_scanned_once(platform, jobs)
     assert not any(platform.records(topic, letters=True) for topic in TOPICS)
     tasks = [record.value or b"" for record in platform.records(SCAN_TASKS)]
     assert any(FIELD.encode() in task and json.loads(task)["job_id"] in jobs for task in tasks)
