@@ -137,8 +137,9 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "other jobs are unaffected; a counter and a log line name it",
     ),
     "F28": Trial(
-        "a rolling upgrade between two releases in both orders, with unknown fields everywhere",
-        "each reads the other's messages and documents; jobs finish; nothing is refused or dead-lettered",
+        "a rolling upgrade between two releases in both orders, with unknown fields everywhere; the only worker with raw packets "
+        "drains beside a plain one",
+        "each reads the other's messages and documents; jobs finish, or wait with the reason; nothing is refused or dead-lettered",
     ),
     "F29": Trial(
         "rebalances in quick succession while a worker is dead; scan-progress unread for two leases",

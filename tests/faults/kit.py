@@ -76,6 +76,11 @@ exec nmap "$@"
 FAILING: Final = "#!/bin/sh\nexit 1\n"
 """A program that fails in place of nmap."""
 
+WITHOUT_RAW: Final = """\
+import ctypes
+assert ctypes.CDLL(None).prctl(24, 13) == 0  # drops CAP_NET_RAW from what programs may get
+"""
+
 Document = dict[str, Any]
 
 
@@ -341,6 +346,22 @@ class Platform:
         finally:
             for path in paths:
                 path.unlink()
+
+    @contextmanager
+    def without_raw_packets(self) -> Iterator[None]:
+        """Have the second worker, started again, be one that may not send raw packets for the duration of the block."""
+        customized = self._releases / "next" / "sitecustomize.py"
+        customized.write_text(WITHOUT_RAW)
+        try:
+            self.stack.stop("scanner-worker-2")
+            self.stack.start("scanner-worker-2")
+            self.stack.wait_until_ready()
+            yield
+        finally:
+            customized.unlink()
+            self.stack.stop("scanner-worker-2")
+            self.stack.start("scanner-worker-2")
+            self.stack.wait_until_ready()
 
     @staticmethod
     def wait(seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from scanfleet.contracts.messages.topics import (
     SCAN_PROGRESS,
     SCAN_RESULTS,
     SCAN_TASKS,
+    TOPICS,
 )
 from scanfleet.scanning.outcomes import Outcome
 from tests.faults.invariants import Invariants
@@ -368,6 +370,44 @@ def test_worker_sigterm_finishes_or_releases_chunks(
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
     assert platform.exits(name)[-1] == 0
     assert_scanned_once(platform, jobs)
+    invariants.check()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may send raw packets here")
+@pytest.mark.proves("F28", "G10")
+def test_job_of_the_only_raw_worker_waits_while_it_is_away(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """When the only worker with raw packets drains, its job waits with the reason beside a plain worker, and continues on its return."""
+
+    def reasons() -> set[str]:
+        return {each["kind"] for each in user.http.get(f"/api/v1/task/{job_id}/waiting").json()["reasons"]}
+
+    def holders() -> set[str]:
+        return {each.worker_id.rpartition("-")[0] for each in reported(platform, ChunkClaimed) if each.job_id == job_id}
+
+    def dead_lettered() -> int:
+        return sum(len(platform.records(topic, letters=True)) for topic in TOPICS)
+
+    before = dead_lettered()
+    with platform.servers() as servers, platform.without_raw_packets():
+        job_id = user.scan(platform.network(22), **STEADY, technique="syn")
+        until(lambda: bool(platform.nmaps_of("scanner-worker-1")), LIMIT, "the raw worker to scan")
+        platform.stack.stop("scanner-worker-1")
+        try:
+            until(lambda: reasons() == {"no_raw_worker"}, LIMIT, "the job to have the reason")
+            for _ in range(3):  # jobs that need none are scanned meanwhile
+                _, found = scanned(user, user.scan(platform.network(29), **TINY, technique="connect"))
+                assert {(address, int(port)) for address, _, port, *_ in found} < servers
+            assert reasons() == {"no_raw_worker"}
+        finally:
+            platform.stack.start("scanner-worker-1")
+        assert user.finished(job_id)["status"]["status"] == "completed"
+        assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
+        assert holders() == {"scanner-worker-1"}
+    assert dead_lettered() == before
+    assert_scanned_once(platform, [job_id])
     invariants.check()
 
 
