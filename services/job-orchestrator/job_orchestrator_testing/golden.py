@@ -67,6 +67,15 @@ def _commands() -> dict[str, dict[str, Any]]:
     submit: dict[str, Any] = {"body": "5d41402a", "idempotency_key": "nightly-2026-03-14"}
     commands = {
         "submit": Command(id=_REQUEST, user_id=7, state="accepted", jobs=(job,), **submit),
+        "created": Command(
+            id="c-6",
+            user_id=7,
+            state="accepted",
+            body="7d793037",
+            idempotency_key="lab",
+            created='{"id":5,"user_id":7,"name":"lab","cidr":"127.9.8.0/24","exclude":[],'
+            '"created_at":"2026-03-14T09:00:00Z","updated_at":"2026-03-14T09:00:00Z"}',
+        ),
         "cancel": Command(id="c-7", user_id=7, state="accepted", cancels=41),
         "rejected": Command(id="c-8", user_id=7, state="rejected", status=400, error="not yours", rule="owner"),
         "expired": Command(id="c-9", user_id=7, state="expired"),
