@@ -429,7 +429,7 @@ def test_page_replacement_whose_answer_was_lost_is_no_conflict(page: Page, stack
 
 
 def test_page_scan_whose_answer_was_lost_is_started_once(page: Page, stack: Stack, user: Client) -> None:
-    """A scan form that is sent again starts no second job; changed, it starts further jobs only after it says so."""
+    """A scan form that is sent again starts no second job; changed, it starts further jobs only after a notice."""
     refusal = "was sent before with other values, and has created jobs"
     page.add_init_script(LOSE_ANSWERS)
     subnet_id = user.subnet("127.44.12.3")

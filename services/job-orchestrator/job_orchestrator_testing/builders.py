@@ -1,4 +1,4 @@
-"""Jobs and chunks as small as they can be."""
+"""Jobs, chunks and audit entries as small as they can be."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.job import Plan, ScanJob, create
+from scanfleet.contracts.messages import AuditEntry
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.scanning.policy import Preset, ScanPolicy, fill_in
 from scanfleet.scanning.targets import Target
@@ -74,3 +75,19 @@ def chunk(**changed: Any) -> Chunk:
         "needs_raw": False,
     }
     return Chunk(**(fields | changed))
+
+
+def audit_entry(id_: str, **changed: Any) -> AuditEntry:
+    """An accepted change of a user."""
+    fields: dict[str, Any] = {
+        "time": THEN,
+        "service": "job-orchestrator",
+        "subject": "7",
+        "source": "192.0.2.17",
+        "action": "create_subnet",
+        "target": "/api/v1/subnet/1",
+        "decision": "allowed",
+        "rule": "",
+        "request_id": "r-1",
+    }
+    return AuditEntry(id=id_, **(fields | changed))

@@ -248,9 +248,9 @@ class Life(RuleBasedStateMachine):
         data=st.data(),
         what=st.sampled_from(["claim", "progress", "scanned", "release", "fail"]),
         codes=st.text("asdtr.", min_size=2, max_size=2),
-        heard=st.sampled_from([True, True, False]),
+        delivered=st.sampled_from([True, True, False]),
     )
-    def work(self, data: st.DataObject, what: str, codes: str, heard: bool) -> None:
+    def work(self, data: st.DataObject, what: str, codes: str, delivered: bool) -> None:
         """A worker reports on any task that it has received, most likely on one of the last."""
         if not self.tasks:
             return
@@ -269,11 +269,11 @@ class Life(RuleBasedStateMachine):
             await actions[what]()
 
         self.run(say())
-        if heard:
+        if delivered:
             self.go_on()
 
-    @rule(data=st.data(), complete=st.booleans(), heard=st.booleans())
-    def store_results(self, data: st.DataObject, complete: bool, heard: bool) -> None:
+    @rule(data=st.data(), complete=st.booleans(), delivered=st.booleans())
+    def store_results(self, data: st.DataObject, complete: bool, delivered: bool) -> None:
         if not self.scanned:
             return
         scanned = data.draw(st.sampled_from(self.scanned))
@@ -289,7 +289,7 @@ class Life(RuleBasedStateMachine):
                 addresses=(scanned.first_address,),
             )
         self.run(self.world.bus.publish(SCAN_STORED, [answer]))
-        if heard:
+        if delivered:
             self.go_on()
 
     # Time and replicas

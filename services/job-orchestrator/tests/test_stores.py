@@ -32,10 +32,10 @@ from job_orchestrator.domain.totals import Effort, Totals
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore, documents
 from job_orchestrator_testing import KEYS, chunk, replanned, scan_job, scan_policy
-from job_orchestrator_testing.builders import THEN
+from job_orchestrator_testing.builders import THEN, audit_entry
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
-from scanfleet.contracts.messages import AuditEntry, JobStatus, Run
+from scanfleet.contracts.messages import JobStatus, Run
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.runtime.mongo import Database
 
@@ -176,35 +176,20 @@ async def test_resource_of_any_user_exists(store: Store, kind: Kind) -> None:
 # The audit log
 
 
-def entry(id_: str, **changed: Any) -> AuditEntry:
-    fields: dict[str, Any] = {
-        "time": THEN,
-        "service": "job-orchestrator",
-        "subject": "7",
-        "source": "192.0.2.17",
-        "action": "create_subnet",
-        "target": "/api/v1/subnet/1",
-        "decision": "allowed",
-        "rule": "",
-        "request_id": "r-1",
-    }
-    return AuditEntry(id=id_, **(fields | changed))
-
-
 @pytest.mark.proves("G15", "A26")
 async def test_list_audit_is_ordered_by_the_time_received(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries are complete, the last received first whatever their time is; a second one with the same id is ignored."""
     begin = utc_now()
     added = [
-        entry("a", time=datetime(9999, 1, 1, tzinfo=UTC)),
-        entry("b", subject="", rule="token", decision="refused", count=9, request_id="r-2"),
-        entry("c", subject="8"),
+        audit_entry("a", time=datetime(9999, 1, 1, tzinfo=UTC)),
+        audit_entry("b", subject="", rule="token", decision="refused", count=9, request_id="r-2"),
+        audit_entry("c", subject="8"),
     ]
     kept = []
     for number, each in enumerate(added):
         now = begin + timedelta(seconds=number)
         stop_clock(store, now, monkeypatch)
-        await store.audit.add([each, entry("a", subject="9")])
+        await store.audit.add([each, audit_entry("a", subject="9")])
         kept.append(rest.AuditEntry(**each.model_dump() | {"id": f"job-orchestrator/{each.id}", "received_at": now}))
     a, b, c = kept
     assert await store.audit.page(0, 10) == ([c, b, a], 3)
@@ -221,8 +206,8 @@ async def test_list_audit_is_ordered_by_the_time_received(store: Store, monkeypa
 
 async def test_add_audit_of_an_id_that_another_service_has_keeps_both(store: Store) -> None:
     """Ids are in the namespace of their service: none suppresses the entry of another."""
-    await store.audit.add([entry("a", service="api-gateway", decision="refused")])
-    await store.audit.add([entry("a")])
+    await store.audit.add([audit_entry("a", service="api-gateway", decision="refused")])
+    await store.audit.add([audit_entry("a")])
     entries, total = await store.audit.page(0, 10)
     assert total == 2
     assert {each.id for each in entries} == {"api-gateway/a", "job-orchestrator/a"}

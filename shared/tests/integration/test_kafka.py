@@ -390,7 +390,7 @@ async def test_commit_after_revocation_drops_the_batch(bench: Bench) -> None:
 
 
 async def test_offsets_of_foreign_partitions_cannot_be_committed(bench: Bench) -> None:
-    """A commit for partitions that another member has says that the batch was dropped."""
+    """A commit for partitions that another member has raises the error of a dropped batch."""
     bus, other = await bench.bus("one"), await bench.bus("two")
 
     def member(instance: str) -> Member:

@@ -25,7 +25,7 @@ from scanfleet_testing.waiting import until
 
 
 class Script:
-    """A source of one partition: `polls` says what each poll does; afterwards nothing comes."""
+    """A source of one partition: `polls` yields the result of each poll; later polls are empty."""
 
     def __init__(self, polls: AsyncIterator[Sequence[RawRecord]]) -> None:
         self._polls = polls
@@ -71,7 +71,7 @@ def metric(name: str, group: str) -> float | None:
 
 
 async def test_records_polled_before_a_revocation_are_not_handled_after_it() -> None:
-    """A batch whose partitions are revoked between its poll and its turn belongs to somebody else."""
+    """A batch whose partitions are revoked between its poll and its turn belongs to another member."""
 
     class Slow(Recorder):
         async def assigned(self, partitions: Collection[int]) -> None:

@@ -496,7 +496,7 @@ async def test_process_with_a_dead_loop_exits(app: FastAPI) -> None:
 
 
 async def test_readiness_is_that_of_the_dependencies(app: FastAPI, probes: httpx2.AsyncClient) -> None:
-    """A service is unready while a loop is or a check fails, and says which, and ready again after."""
+    """A service is unready while a loop is or a check fails, with its name in the answer, and ready again after."""
     loop, away = Loop(), False
 
     async def check() -> None:

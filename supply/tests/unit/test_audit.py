@@ -147,7 +147,7 @@ def test_command_fails_on_a_finding_that_a_release_fixes(tmp_path: Path) -> None
 
 
 def test_command_says_that_nothing_was_audited(tmp_path: Path) -> None:
-    """Without advisories of an ecosystem the command says so, and fails only where they are required."""
+    """Without advisories of an ecosystem the command reports it, and fails only where they are required."""
     export = archive(tmp_path, advisory())
     for required, status in (((), 0), (("--required",), 1)):
         run = command(export, tmp_path / "missing.zip", *required)

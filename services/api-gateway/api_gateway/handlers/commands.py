@@ -53,7 +53,7 @@ class Commands:
             headers: the caller's identity, for the arbiter.
 
         Raises:
-            PublicError: the command was rejected or expired, or its outcome is unknown; the message says which.
+            PublicError: the command was rejected or expired, or its outcome is unknown, as its message states.
         """
         structlog.contextvars.bind_contextvars(command_id=command.command_id)  # for the access log line
         reply = await self._ask(command) or await _expire(command.command_id, arbiter, headers)

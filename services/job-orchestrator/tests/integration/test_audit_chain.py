@@ -21,6 +21,7 @@ from bson.raw_bson import RawBSONDocument
 from job_orchestrator.domain.chain import ChainKeys
 from job_orchestrator.repository import MongoStore, audit
 from job_orchestrator_testing import KEYS
+from job_orchestrator_testing.builders import audit_entry
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry
 from scanfleet.runtime import mongo
@@ -42,18 +43,7 @@ async def mongo_store(database: Database) -> MongoStore:
 
 
 def entry(id_: int, **changed: Any) -> AuditEntry:
-    fields: dict[str, Any] = {
-        "time": utc_now(),
-        "service": "job-orchestrator",
-        "subject": "7",
-        "source": "192.0.2.17",
-        "action": "create_subnet",
-        "target": "/api/v1/subnet/1",
-        "decision": "allowed",
-        "rule": "",
-        "request_id": "r-1",
-    }
-    return AuditEntry(id=f"{id_}", **fields | changed)
+    return audit_entry(f"{id_}", **{"time": utc_now()} | changed)
 
 
 async def filled(store: MongoStore) -> None:

@@ -15,7 +15,7 @@ import pytest
 from fastapi import Request
 
 from job_orchestrator.api.coverage import read_map
-from job_orchestrator.api.state import Recorder, State
+from job_orchestrator.api.state import Recorder
 from job_orchestrator.api.tasks import read_ledger, read_waiting
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.attempts import Attempt
@@ -29,6 +29,7 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import World, chunk, replanned, scan_job, scan_policy
+from job_orchestrator_testing.api import state_of
 from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts import queries
@@ -425,8 +426,7 @@ async def test_ledger_page_after_a_position_reads_four_chunks_for_each_of_its_ad
         await mongo_store.chunks.insert(few)
     job = change(replace(job, totals=sparse.totals), JobTrigger.FAIL, THEN, settled=True)
     await mongo_store.jobs.insert([job])
-    parts = World(mongo_store).only
-    state = State(mongo_store, parts.commands, parts.submits, parts.deletions, parts.checks, parts.backlog)
+    state = state_of(World(mongo_store))
     record = Recorder(Request({"type": "http"}), mongo_store.audit)
 
     async def listed(size: int) -> list[str]:
@@ -500,8 +500,7 @@ async def test_waiting_of_many_jobs_reads_the_backlog_once_a_second(
     await mongo_store.jobs.insert([scan_job(n, user_id=7) for n in range(1, jobs + 1)])
     world = World(mongo_store)
     await mongo_store.dispatch.seen_workers([Credit("w-1", "w-1", 2, raw=True, partition=1)])
-    parts = world.only
-    state = State(mongo_store, parts.commands, parts.submits, parts.deletions, parts.checks, parts.backlog)
+    state = state_of(world)
     record = Recorder(Request({"type": "http"}), mongo_store.audit)
 
     async def ask(job_id: int) -> str:
@@ -536,8 +535,7 @@ async def test_map_reads_only_the_shown_fields_of_each_chunk(mongo_store: MongoS
             for each in plan.chunks(job, 0, 512)
         ]
     )
-    parts = World(mongo_store).only
-    state = State(mongo_store, parts.commands, parts.submits, parts.deletions, parts.checks, parts.backlog)
+    state = state_of(World(mongo_store))
     request = Request({"type": "http", "headers": []})
     record = Recorder(request, mongo_store.audit)
     await database.command("profile", 2)

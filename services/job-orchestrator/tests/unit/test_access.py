@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -12,15 +12,11 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
-from job_orchestrator.api import ROUTERS
-from job_orchestrator.api.state import State
 from job_orchestrator.domain import access
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator_testing import RULES, MemoryStore, World
+from job_orchestrator_testing.api import app_of, state_of
 from scanfleet.clock import utc_now
-from scanfleet.runtime import service
-from scanfleet.runtime.settings import FrontSettings
-from scanfleet.security.audit import Refusals
 from scanfleet.security.auth import InternalVerifier, read_public_keys
 from scanfleet.services import ORCHESTRATOR
 from scanfleet_testing.tokens import InternalKeys, Issuer
@@ -46,24 +42,12 @@ class Api:
 
 @pytest.fixture
 async def api(tmp_path: Path) -> AsyncIterator[Api]:
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-
     store = MemoryStore()
     keys = InternalKeys(tmp_path)
-    app = service.create_app(
-        name="job-orchestrator",
-        refusals=Refusals("job-orchestrator"),
-        settings=FrontSettings(),
-        lifespan=lifespan,
-        routers=ROUTERS,
-    )
-    app.state.verifier = InternalVerifier(read_public_keys(keys.public_keys_file), ORCHESTRATOR)
-    only = World(store).only
     slow = lambda: utc_now() - SLOW  # noqa: E731 # the platform's time differs from the process's
-    app.state.orchestrator = State(
-        store, only.commands, only.submits, only.deletions, only.checks, only.backlog, now=slow
+    app = app_of(
+        replace(state_of(World(store)), now=slow),
+        InternalVerifier(read_public_keys(keys.public_keys_file), ORCHESTRATOR),
     )
     running = Api(app, keys, store)
     async with running.http:

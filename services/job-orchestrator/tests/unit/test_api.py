@@ -7,7 +7,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 from fastapi import FastAPI
 
 from job_orchestrator.api import ROUTERS
-from job_orchestrator.api.state import State
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Credit
@@ -26,15 +24,13 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.resources import Owned, Subnet
 from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS
 from scanfleet.errors import DependencyError
-from scanfleet.runtime import service
-from scanfleet.runtime.settings import FrontSettings
-from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()
@@ -118,24 +114,9 @@ def quotas() -> Quotas:
 
 
 @pytest.fixture
-def api(store: MemoryStore, world: World, quotas: Quotas) -> Api:
-    @asynccontextmanager
-    async def nothing(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-
-    app = service.create_app(
-        name="job-orchestrator",
-        refusals=Refusals("job-orchestrator"),
-        settings=FrontSettings(),
-        lifespan=nothing,
-        routers=ROUTERS,
-    )
-    app.state.verifier = ISSUER.verifier
+def api(world: World, quotas: Quotas) -> Api:
     checks = replace(world.only.checks, quotas=quotas)
-    app.state.orchestrator = State(
-        store, world.only.commands, world.only.submits, world.only.deletions, checks, world.only.backlog
-    )
-    return Api(app)
+    return Api(app_of(replace(state_of(world), checks=checks), ISSUER.verifier))
 
 
 def times(answer: dict[str, Any]) -> None:
@@ -409,7 +390,7 @@ async def test_import_with_update_changes_the_subnets_of_the_same_name(api: Api,
 async def test_import_with_update_of_a_subnet_that_is_deleted_meanwhile_is_a_409(
     api: Api, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All existing subnets are updated by one call of the store, and the answer says that one no longer exists."""
+    """All existing subnets are updated by one call of the store, and the answer states that one no longer exists."""
     await imported(api, "name,cidr\nlab,127.9.1.0/24\nweb,127.9.2.0/24\n")
     replace_all = store.subnets.replace_all
     calls: list[int] = []

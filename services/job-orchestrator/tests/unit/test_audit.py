@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from ipaddress import ip_network
 from typing import Any
@@ -14,21 +13,18 @@ import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from job_orchestrator.api import ROUTERS
-from job_orchestrator.api.state import State
 from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.handlers.audit import record
 from job_orchestrator_testing import World, scan_job
+from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts.messages import Audited, AuditEntry, CancelJob, OperatorActed
 from scanfleet.contracts.messages.acls import acls_of
 from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_AUDIT_OPERATOR, SCAN_COMMANDS
 from scanfleet.errors import DependencyError, MessageError
-from scanfleet.runtime import service
 from scanfleet.runtime.settings import FrontSettings
-from scanfleet.security.audit import Refusals
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WORKER
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import Issuer
@@ -41,27 +37,8 @@ pytestmark = pytest.mark.proves("G15")
 
 @pytest.fixture
 def app(world: World) -> FastAPI:
-    @asynccontextmanager
-    async def nothing(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-
-    app = service.create_app(
-        name="job-orchestrator",
-        refusals=Refusals("job-orchestrator"),
-        settings=FrontSettings(trusted_proxies=(ip_network("127.0.0.1"),)),
-        lifespan=nothing,
-        routers=ROUTERS,
-    )
-    app.state.verifier = ISSUER.verifier
-    app.state.orchestrator = State(
-        world.store,
-        world.only.commands,
-        world.only.submits,
-        world.only.deletions,
-        world.only.checks,
-        world.only.backlog,
-    )
-    return app
+    settings = FrontSettings(trusted_proxies=(ip_network("127.0.0.1"),))
+    return app_of(state_of(world), ISSUER.verifier, settings)
 
 
 class Caller:

@@ -140,10 +140,10 @@ class CrashingWorld(World):
 
     async def settle(self) -> None:
         for _ in range(1_000):
-            heard = await self.deliver()
+            delivered = await self.deliver()
             await self.step(lambda replica: replica.reconciler.work())
             await self.step(lambda replica: replica.dispatcher.fill())
-            if not heard and not self._waiting():
+            if not delivered and not self._waiting():
                 return
         raise AssertionError("the world did not reach a stable state")
 

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import httpx2
 import pytest
-from fastapi import FastAPI
 from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
-from job_orchestrator.api import ROUTERS
-from job_orchestrator.api.state import State
 from job_orchestrator.domain.chunk import OPEN, ChunkState
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator_testing import MemoryStore, ResultStore, World, chunk, scan_job
+from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import CommandAccepted, DeleteResults, StopChunk
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS, SCAN_TASKS
-from scanfleet.runtime import service
-from scanfleet.runtime.settings import FrontSettings
-from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()
@@ -47,26 +41,7 @@ HIDDEN = [
 
 
 def client(world: World) -> httpx2.AsyncClient:
-    @asynccontextmanager
-    async def nothing(_app: FastAPI) -> AsyncIterator[None]:
-        yield
-
-    app = service.create_app(
-        name="job-orchestrator",
-        refusals=Refusals("job-orchestrator"),
-        settings=FrontSettings(),
-        lifespan=nothing,
-        routers=ROUTERS,
-    )
-    app.state.verifier = ISSUER.verifier
-    app.state.orchestrator = State(
-        world.store,
-        world.only.commands,
-        world.only.submits,
-        world.only.deletions,
-        world.only.checks,
-        world.only.backlog,
-    )
+    app = app_of(state_of(world), ISSUER.verifier)
     return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://orchestrator")
 
 

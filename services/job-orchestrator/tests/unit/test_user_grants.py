@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from job_orchestrator.api.state import State
 from job_orchestrator.api.tasks import read_waiting
 from job_orchestrator.domain.fairness import Candidate
 from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
+from job_orchestrator_testing.api import state_of
 from job_orchestrator_testing.repository import MemoryDispatch
 from scanfleet.contracts.messages import AuditEntry, ChunkIncomplete, CommandRejected, JobStatus, ScanChunk
 from scanfleet.contracts.messages.topics import SCAN_STORED, SCAN_TASKS
@@ -274,16 +274,7 @@ async def test_dispatch_does_not_count_closed_hours_as_waiting_while_a_result_is
 
 
 async def why(world: World, job_id: int) -> tuple[WaitingReason, datetime | None]:
-    state = State(
-        world.store,
-        world.only.commands,
-        world.only.submits,
-        world.only.deletions,
-        world.only.checks,
-        world.only.backlog,
-        grants=world.only.grants,
-        now=lambda: world.time,
-    )
+    state = replace(state_of(world), grants=world.only.grants, now=lambda: world.time)
     answer = await read_waiting(job_id=job_id, caller=Principal(7), state=state, record=None)  # type: ignore[arg-type] # the owner's reads are not recorded
     return answer.reasons[0], answer.next_possible_start
 

@@ -1,0 +1,42 @@
+"""The orchestrator's API over the handlers of a `World`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from job_orchestrator.api import ROUTERS
+from job_orchestrator.api.state import State
+from job_orchestrator_testing.world import World
+from scanfleet.runtime import service
+from scanfleet.runtime.settings import FrontSettings
+from scanfleet.security.audit import Refusals
+from scanfleet.security.auth import Verifier
+from scanfleet.services import ORCHESTRATOR
+
+
+def state_of(world: World) -> State:
+    """Return the state of the only replica's routes."""
+    only = world.only
+    return State(world.store, only.commands, only.submits, only.deletions, only.checks, only.backlog)
+
+
+def app_of(state: State, verifier: Verifier, settings: FrontSettings | None = None) -> FastAPI:
+    """Return the application with this state."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = service.create_app(
+        name=ORCHESTRATOR,
+        refusals=Refusals(ORCHESTRATOR),
+        settings=settings or FrontSettings(),
+        lifespan=lifespan,
+        routers=ROUTERS,
+    )
+    app.state.verifier = verifier
+    app.state.orchestrator = state
+    return app
