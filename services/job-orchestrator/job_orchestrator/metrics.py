@@ -17,6 +17,7 @@ from job_orchestrator.domain.deletion import REASONS
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.ledger import NAMES
 from scanfleet.contracts.messages import JobStatus
+from scanfleet.contracts.rest import RESOURCES
 
 _FRESH_SECONDS: Final = 30.0  # maximum age of an exported census; they are 10 s apart
 _SECONDS: Final = (0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400, 86_400)  # a scan takes from a second to a day
@@ -75,7 +76,8 @@ _JOB_RUN: Final = Histogram("scanfleet_job_run_seconds", "Time from the start of
 # Exported from the start: otherwise Prometheus would not see the first event as an increase.
 for _state in ChunkState:
     CHUNK_TRANSITIONS.labels(_state)
-for _collection in ("jobs", "chunks", "clocks", "workers", "audit", "deletions", "subnets", "policies", "revocations"):
+_COLLECTIONS: Final = ("jobs", "chunks", "clocks", "workers", "audit", "deletions", "revocations")
+for _collection in (*_COLLECTIONS, *(each.plural for each in RESOURCES)):
     UNREADABLE.labels(_collection)
 for _reason in REASONS:
     DELETIONS.labels(_reason)
