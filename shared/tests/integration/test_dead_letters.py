@@ -34,14 +34,14 @@ HERE: Final = (SCAN_WORKERS, SCAN_COMMANDS)
 HOSTILE: Final = "\x1b]0;mine\x07 \u202eevil\u2028\n\r\t\x9b31m".encode() + b"\xff\x00"
 
 
-class Desk:
-    """An operator, and strangers who write whatever they like."""
+class Operator:
+    """An operator at the command line, and other users who write arbitrary dead letters."""
 
     def __init__(self, settings: TopicSettings, bus: KafkaBus) -> None:
         self.settings = settings
         self.bus = bus
 
-    async def types(self, *words: str) -> tuple[int, list[str]]:
+    async def runs(self, *words: str) -> tuple[int, list[str]]:
         """The exit code of `python -m scanfleet.kafka` with these words, and its lines, on standard error if on no other."""
         done = await asyncio.to_thread(
             subprocess.run,
@@ -97,12 +97,12 @@ class Desk:
 
 
 @pytest.fixture
-async def desk(kafka: str) -> AsyncIterator[Desk]:
+async def operator(kafka: str) -> AsyncIterator[Operator]:
     settings = TopicSettings(kafka=kafka, topic_prefix=f"{uuid4().hex}-")
     await create_topics(settings, (*HERE, SCAN_AUDIT_OPERATOR))
     bus = KafkaBus(settings, source="test", instance="test")
     await bus.start()
-    yield Desk(settings, bus)
+    yield Operator(settings, bus)
     await bus.stop()
 
 
@@ -110,19 +110,19 @@ def refuse(_: Sequence[Record]) -> None:
     raise ValueError("not today")
 
 
-async def test_replay_after_a_fix_is_handled(desk: Desk) -> None:
+async def test_replay_after_a_fix_is_handled(operator: Operator) -> None:
     """A message that a faulty reader refused is listed with its origin, replayed unchanged, handled, and still kept."""
     message, reader = WorkerReady(worker_id="w-1", slots=3, raw=False), Recorder(refuse)
-    async with Running(desk.bus.consume(SCAN_WORKERS, GROUP, reader)):
-        await desk.bus.publish(SCAN_WORKERS, [message])
+    async with Running(operator.bus.consume(SCAN_WORKERS, GROUP, reader)):
+        await operator.bus.publish(SCAN_WORKERS, [message])
         await until(lambda: len(reader.tries) == 2)  # with its batch, and alone
         reader._does = lambda _: None
-        await until(lambda: desk.written(1))
-        (only,) = await desk.letters()
-        (origin,) = [record for record in await desk.records() if record.topic == SCAN_WORKERS.name]
+        await until(lambda: operator.written(1))
+        (only,) = await operator.letters()
+        (origin,) = [record for record in await operator.records() if record.topic == SCAN_WORKERS.name]
 
-        await create_topics(desk.settings)
-        code, (line,) = await desk.types("list")
+        await create_topics(operator.settings)
+        code, (line,) = await operator.runs("list")
         assert code == 0
         assert line.split("\t") == [
             "scan-workers-dlq/0/0",
@@ -133,30 +133,30 @@ async def test_replay_after_a_fix_is_handled(desk: Desk) -> None:
             "-",
             "ValueError('not today')",
         ]
-        assert await desk.types("list", "scan-commands") == (0, [])
+        assert await operator.runs("list", "scan-commands") == (0, [])
 
-        code, printed = await desk.types("replay", only.id)
+        code, printed = await operator.runs("replay", only.id)
         assert (code, printed) == (0, ["scan-workers-dlq/0/0 was sent to scan-workers"])
         await until(lambda: reader.handled)
     assert reader.messages == [message]
-    first, again = [record for record in await desk.records() if record.topic == SCAN_WORKERS.name]
+    first, again = [record for record in await operator.records() if record.topic == SCAN_WORKERS.name]
     assert (again.partition, again.key, again.value) == (first.partition, first.key, first.value)
     assert again.headers == (*first.headers, (REPLAY, only.id.encode()))
-    assert len(await desk.letters()) == 1
+    assert len(await operator.letters()) == 1
 
 
-async def test_replay_refused_again_names_its_dead_letter(desk: Desk) -> None:
+async def test_replay_refused_again_names_its_dead_letter(operator: Operator) -> None:
     """A replayed message that is refused again becomes a dead letter that names only the previous one."""
-    async with Running(desk.bus.consume(SCAN_WORKERS, GROUP, Recorder())):
-        await desk.put(SCAN_WORKERS.name, b"poison", [("theirs", b"1"), ("dlq_topic", b"scan-commands")])
-        await until(lambda: desk.written(1))
-        assert (await desk.types("replay", "--all", "scan-workers"))[0] == 0
-        await until(lambda: desk.written(2))
-        assert (await desk.types("replay", "scan-workers-dlq/0/1"))[0] == 0
-        await until(lambda: desk.written(3))
-    _, lines = await desk.types("list", "scan-workers")
+    async with Running(operator.bus.consume(SCAN_WORKERS, GROUP, Recorder())):
+        await operator.put(SCAN_WORKERS.name, b"poison", [("theirs", b"1"), ("dlq_topic", b"scan-commands")])
+        await until(lambda: operator.written(1))
+        assert (await operator.runs("replay", "--all", "scan-workers"))[0] == 0
+        await until(lambda: operator.written(2))
+        assert (await operator.runs("replay", "scan-workers-dlq/0/1"))[0] == 0
+        await until(lambda: operator.written(3))
+    _, lines = await operator.runs("list", "scan-workers")
     assert [line.split("\t")[5] for line in lines] == ["-", "scan-workers-dlq/0/0", "scan-workers-dlq/0/1"]
-    names = [name for name, _ in (await desk.letters())[2].record.headers]
+    names = [name for name, _ in (await operator.letters())[2].record.headers]
     assert names[:3] == ["theirs", "dlq_topic", REPLAY]
     assert names.count(REPLAY) == 1
 
@@ -168,11 +168,11 @@ def refused_by_a_reader(topic: str, partition: bytes = b"0", offset: bytes = b"0
 
 
 @pytest.mark.proves("A27")
-async def test_replay_of_forged_dead_letters_sends_only_verified_copies(desk: Desk) -> None:
+async def test_replay_of_forged_dead_letters_sends_only_verified_copies(operator: Operator) -> None:
     """Dead letters are shown as text; only a copy of the record at its origin is sent."""
     here, topic = refused_by_a_reader("scan-workers"), SCAN_WORKERS.dead_letter
     own: list[tuple[str, bytes | None]] = [("own", b"1")]
-    await desk.put(SCAN_WORKERS.name, b"good", own)
+    await operator.put(SCAN_WORKERS.name, b"good", own)
     forged: list[tuple[bytes | None, list[tuple[str, bytes | None]], str]] = [
         (HOSTILE, [], "not dead-lettered by a reader of scan-workers"),
         (b"x", refused_by_a_reader("scan-commands"), "not dead-lettered by a reader of scan-workers"),
@@ -193,20 +193,20 @@ async def test_replay_of_forged_dead_letters_sends_only_verified_copies(desk: De
         (b"good", [*own, *refused_by_a_reader("scan-workers", b"0", b"9" * 30)], "no partition and offset"),
     ]
     for value, headers, _ in forged:
-        await desk.put(topic, value, headers)
-    await desk.put_unreadable(topic)
-    await desk.put(topic, b"good", [*own, *here], key=b"another")
-    await desk.put(topic, b"good", [*own, *here])
-    before = await desk.records()
+        await operator.put(topic, value, headers)
+    await operator.put_unreadable(topic)
+    await operator.put(topic, b"good", [*own, *here], key=b"another")
+    await operator.put(topic, b"good", [*own, *here])
+    before = await operator.records()
 
-    code, lines = await desk.types("list", "scan-workers")
+    code, lines = await operator.runs("list", "scan-workers")
     assert code == 0
     assert [line.split("\t")[0] for line in lines] == [f"{topic}/0/{n}" for n in range(len(forged) + 3)]
     for number in (0, 5, len(forged)):
-        code, lines = await desk.types("show", f"{topic}/0/{number}")
+        code, lines = await operator.runs("show", f"{topic}/0/{number}")
         assert code == 0
         assert all(line.isprintable() for line in lines)
-    code, printed = await desk.types("replay", "--all", "scan-workers")
+    code, printed = await operator.runs("replay", "--all", "scan-workers")
     assert code == 1
     for (_, _, reason), line in zip(forged, printed, strict=False):
         assert "was not sent" in line
@@ -214,25 +214,25 @@ async def test_replay_of_forged_dead_letters_sends_only_verified_copies(desk: De
     assert "not dead-lettered by a reader of scan-workers" in printed[-3]
     assert "holds another record" in printed[-2]
     assert printed[-1].endswith("was sent to scan-workers")
-    (sent,) = [record for record in await desk.records() if record not in before]
+    (sent,) = [record for record in await operator.records() if record not in before]
     assert (sent.topic, sent.key, sent.value, sent.headers[0]) == ("scan-workers", b"k", b"good", ("own", b"1"))
 
 
 @pytest.mark.proves("A27")
-async def test_replay_unverified_sends_only_the_named_dead_letter(desk: Desk) -> None:
+async def test_replay_unverified_sends_only_the_named_dead_letter(operator: Operator) -> None:
     """A dead letter whose record is gone is sent only by its id; no option sends all of them unverified."""
     topic = SCAN_WORKERS.dead_letter
     for value in (b"one", b"two"):
-        await desk.put(topic, value, refused_by_a_reader("scan-workers"))
-    before = await desk.records()
-    assert (await desk.types("replay", f"{topic}/0/0", f"{topic}/0/1"))[0] == 1
-    assert (await desk.types("replay", "--all", "scan-workers", "--unverified", f"{topic}/0/0"))[0] == 2
-    assert (await desk.types("replay", "--unverified", "scan-workers"))[0] == 1
-    assert await desk.records() == before
-    assert (await desk.types("replay", "--unverified", f"{topic}/0/1"))[0] == 0
-    (sent,) = [record for record in await desk.records() if record not in before]
+        await operator.put(topic, value, refused_by_a_reader("scan-workers"))
+    before = await operator.records()
+    assert (await operator.runs("replay", f"{topic}/0/0", f"{topic}/0/1"))[0] == 1
+    assert (await operator.runs("replay", "--all", "scan-workers", "--unverified", f"{topic}/0/0"))[0] == 2
+    assert (await operator.runs("replay", "--unverified", "scan-workers"))[0] == 1
+    assert await operator.records() == before
+    assert (await operator.runs("replay", "--unverified", f"{topic}/0/1"))[0] == 0
+    (sent,) = [record for record in await operator.records() if record not in before]
     assert sent.value == b"two"
-    assert [(*entry[:3], bool(entry[3])) for entry in await desk.recorded()] == [
+    assert [(*entry[:3], bool(entry[3])) for entry in await operator.recorded()] == [
         ("replay_dead_letter", f"{topic}/0/0", "refused", True),
         ("replay_dead_letter", f"{topic}/0/1", "refused", True),
         ("replay_unverified_dead_letter", f"{topic}/0/1", "allowed", False),
@@ -240,11 +240,11 @@ async def test_replay_unverified_sends_only_the_named_dead_letter(desk: Desk) ->
 
 
 @pytest.mark.proves("G15")
-async def test_create_acls_that_fails_is_recorded(desk: Desk) -> None:
+async def test_create_acls_that_fails_is_recorded(operator: Operator) -> None:
     """A command that fails halfway is in the audit log too."""
-    assert (await desk.types("create-acls"))[0] == 1  # this broker has no authorizer
-    prefix = desk.settings.topic_prefix
-    assert await desk.recorded() == [("create_acls", f"users of the services, prefix '{prefix}'", "allowed", "")]
+    assert (await operator.runs("create-acls"))[0] == 1  # this broker has no authorizer
+    prefix = operator.settings.topic_prefix
+    assert await operator.recorded() == [("create_acls", f"users of the services, prefix '{prefix}'", "allowed", "")]
 
 
 @pytest.mark.proves("G15")
@@ -254,10 +254,10 @@ async def test_create_topics_without_topics_is_recorded(kafka: str) -> None:
     bus = KafkaBus(settings, source="test", instance="test")
     await bus.start()
     try:
-        desk = Desk(settings, bus)
-        assert await desk.types("create-topics") == (0, [])
+        operator = Operator(settings, bus)
+        assert await operator.runs("create-topics") == (0, [])
         target = f"topics of the services, prefix '{settings.topic_prefix}'"
-        assert await desk.recorded() == [("create_topics", target, "allowed", "")]
+        assert await operator.recorded() == [("create_topics", target, "allowed", "")]
     finally:
         await bus.stop()
 
@@ -282,39 +282,39 @@ class Unrecorded(KafkaBus):
     ],
 )
 async def test_command_without_its_audit_entry_does_nothing(
-    desk: Desk, words: list[str], capsys: pytest.CaptureFixture[str]
+    operator: Operator, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without an entry in the audit log no ACL is created and no dead letter is printed or sent."""
-    await desk.put(SCAN_WORKERS.dead_letter, b"x", refused_by_a_reader("scan-workers"))
-    before = await desk.records()
-    bus = Unrecorded(desk.settings, source="test", instance="test")
+    await operator.put(SCAN_WORKERS.dead_letter, b"x", refused_by_a_reader("scan-workers"))
+    before = await operator.records()
+    bus = Unrecorded(operator.settings, source="test", instance="test")
     await bus.start()
     try:
         with pytest.raises(DependencyError, match="not recorded"):
-            await _on_bus(bus, desk.settings, _parser().parse_args(words))
+            await _on_bus(bus, operator.settings, _parser().parse_args(words))
     finally:
         await bus.stop()
-    assert await desk.records() == before
+    assert await operator.records() == before
     assert capsys.readouterr().out == ""
 
 
-async def test_show_prints_key_headers_and_value(desk: Desk) -> None:
+async def test_show_prints_key_headers_and_value(operator: Operator) -> None:
     """`show` prints key, headers and value, with bytes that are not text escaped."""
-    await desk.put(SCAN_WORKERS.dead_letter, b'{"name": "caf\xc3\xa9\x1b[2J"}', [("h", b"\xff"), ("none", None)])
-    code, lines = await desk.types("show", "scan-workers-dlq/0/0")
+    await operator.put(SCAN_WORKERS.dead_letter, b'{"name": "caf\xc3\xa9\x1b[2J"}', [("h", b"\xff"), ("none", None)])
+    code, lines = await operator.runs("show", "scan-workers-dlq/0/0")
     assert code == 0
     assert lines[0] == "dead letter: scan-workers-dlq/0/0"
     assert lines[2:] == ["key: k", r"header h: \xff", "header none: -", r'value: {"name": "café\x1b[2J"}']
-    assert await desk.recorded() == [("show_dead_letter", "scan-workers-dlq/0/0", "allowed", "")]
+    assert await operator.recorded() == [("show_dead_letter", "scan-workers-dlq/0/0", "allowed", "")]
 
 
-async def test_show_unknown_id_fails(desk: Desk) -> None:
+async def test_show_unknown_id_fails(operator: Operator) -> None:
     """An id of no dead letter is an error, and no other dead letter is used instead."""
     for topic in (SCAN_WORKERS.dead_letter, SCAN_WORKERS.name, SCAN_COMMANDS.dead_letter):
-        await desk.put(topic, b"x")
+        await operator.put(topic, b"x")
     for id_ in ("scan-workers-dlq/1/0", "scan-workers-dlq", "scan-workers/0/0", "x/0/0", "scan-workers-dlq/0/-1"):
         with pytest.raises(LookupError, match=id_):
-            await dead_letter(desk.bus, id_)
+            await dead_letter(operator.bus, id_)
     for verb in ("show", "replay"):
-        code, printed = await desk.types(verb, "scan-workers-dlq/0/7")
+        code, printed = await operator.runs(verb, "scan-workers-dlq/0/7")
         assert (code, printed[-1]) == (1, "there is no dead letter scan-workers-dlq/0/7")

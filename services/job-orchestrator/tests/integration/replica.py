@@ -29,7 +29,7 @@ from scanfleet.services import ORCHESTRATOR
 from scanfleet_testing.chunk_grants import signer
 
 
-class Mortal:
+class KillingPublisher:
     """A publisher that kills its process at one kind of event."""
 
     def __init__(self, bus: KafkaBus, kind: str, moment: str) -> None:
@@ -57,7 +57,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
     await clock.refresh()
     orchestrator = Orchestrator(
         store,
-        Mortal(bus, kind, moment),
+        KillingPublisher(bus, kind, moment),
         rules=RULES,
         signer=signer(),
         clock=clock,

@@ -415,7 +415,7 @@ async def test_adopt_signs_the_entries_of_an_earlier_release(mongo_store: MongoS
     assert all(each.received_at <= utc_now() for each in entries)
 
 
-class Desk:
+class Operator:
     """An operator at the command line."""
 
     def __init__(self, mongodb: str, database: str, key_file: Path) -> None:
@@ -425,7 +425,7 @@ class Desk:
             "SCANFLEET_AUDIT_KEY_FILE": str(key_file),
         }
 
-    async def types(self, *words: str, command: str = "audit") -> tuple[int, list[str]]:
+    async def runs(self, *words: str, command: str = "audit") -> tuple[int, list[str]]:
         done = await asyncio.to_thread(
             subprocess.run,
             [sys.executable, "-m", f"job_orchestrator.{command}", *words],
@@ -445,10 +445,10 @@ async def test_command_resumes_retention_under_audit(database: Database, mongodb
     store = MongoStore(database, ChainKeys([KEY]), now=utc_now)
     await store.prepare()
     await store.retention.halt(timedelta(days=1))
-    desk = Desk(mongodb, database.name, file)
-    assert await desk.types("resume", command="retention") == (0, ["deletion by age continues within ten minutes"])
+    operator = Operator(mongodb, database.name, file)
+    assert await operator.runs("resume", command="retention") == (0, ["deletion by age continues within ten minutes"])
     assert await store.retention.halted() is None
-    assert await desk.types("resume", command="retention") == (0, ["deletion by age is not halted"])
+    assert await operator.runs("resume", command="retention") == (0, ["deletion by age is not halted"])
     entries, total = await store.audit.page(0, 10)
     assert total == 1
     assert [(each.action, each.decision, each.rule) for each in entries] == [
@@ -463,33 +463,33 @@ async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_
     file.write_text(KEY)
     store = MongoStore(database, ChainKeys([KEY]), now=utc_now)
     await store.prepare()
-    desk = Desk(mongodb, database.name, file)
+    operator = Operator(mongodb, database.name, file)
     await filled(store)
     await store.audit.add([entry(8, target="\x1b[31m\x9b31m\u202e\x7f")])
-    code, (summary,) = await desk.types("verify")
+    code, (summary,) = await operator.runs("verify")
     assert code == 0
     assert summary.startswith(
         "3 blocks; entries: 6 sealed, 3 not sealed yet; head 3/"
     )  # with the entry of this command
     head = summary.rpartition(" ")[2]
     await store.audit.seal()
-    assert (await desk.types("verify", "--head", head))[0] == 0
-    assert (await desk.types("verify", "--head", head[:-1] + "x"))[0] == 2
+    assert (await operator.runs("verify", "--head", head))[0] == 0
+    assert (await operator.runs("verify", "--head", head[:-1] + "x"))[0] == 2
 
-    code, lines = await desk.types("export", "--after", "3")
+    code, lines = await operator.runs("export", "--after", "3")
     exported = [json.loads(line) for line in lines]
     assert [each["id"] for each in exported[:2]] == ["job-orchestrator/6", "job-orchestrator/8"]
     assert [(each["action"], each["rule"], each["block"]) for each in exported[2:]] == [("verify_audit", "operator", 4)]
     assert exported[1]["target"] == "\x1b[31m\x9b31m\u202e\x7f"
     assert {each["block_signature"] for each in exported} == {await store.audit.block_signature(4)}
-    assert len((await desk.types("export"))[1]) == 9
+    assert len((await operator.runs("export"))[1]) == 9
     read = [each.action for each in (await store.audit.page(0, 5))[0]]
     assert read == ["export_audit", "export_audit", "verify_audit", "verify_audit", "verify_audit"]
 
     await database["audit"].update_one({"_id": "job-orchestrator/0"}, {"$set": {"subject": "8"}})
     await database["audit"].insert_one({"_id": "\x1b[2J\u202e"})
-    code, lines = await desk.types("verify")
+    code, lines = await operator.runs("verify")
     assert code == 2
     assert "entry job-orchestrator/0: changed" in lines
     assert [line for line in lines if line.startswith(r"entry \u001b[2J\u202e: added")]
-    assert await desk.types("adopt") == (0, ["0 entries were signed"])
+    assert await operator.runs("adopt") == (0, ["0 entries were signed"])

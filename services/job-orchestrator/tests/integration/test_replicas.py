@@ -371,10 +371,10 @@ async def test_invalid_and_replayed_messages_change_nothing(platform: Platform) 
 @pytest.mark.parametrize("kind", ["JobCreated", "JobStarted", "JobCompleted"])
 async def test_replica_killed_around_a_publish_loses_no_event(platform: Platform, kind: str, moment: str) -> None:
     """After SIGKILL between write and publish, or before the outbox is emptied, another replica continues."""
-    mortal = await platform.process("one", kind, moment)
+    killed = await platform.process("one", kind, moment)
     await platform.submit(3)
     async with asyncio.timeout(PATIENCE):
-        assert await mortal.wait() == -9
+        assert await killed.wait() == -9
     await platform.process("one")
     jobs = await platform.until_ended(3)
     assert {job.status for job in jobs} == {JobStatus.COMPLETED}
