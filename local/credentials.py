@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from scanfleet.services import GATEWAY, WITH_API
+from scanfleet.services import GATEWAY, ORCHESTRATOR, WITH_API
 
 ADMIN: Final = "admin"
 LIFE: Final = timedelta(days=365)
@@ -140,7 +140,8 @@ def make_service_certificates(
         return
     authority = Authority("scanfleet services", life)
     for service, purpose in _PURPOSES.items():
-        named = x509.SubjectAlternativeName([x509.DNSName(service), *addresses])
+        names = [service, f"{service}-queries"] if service == ORCHESTRATOR else [service]  # as in k8s/queries
+        named = x509.SubjectAlternativeName([*map(x509.DNSName, names), *addresses])
         key, certificate = authority.issue(service, named, x509.ExtendedKeyUsage([purpose]))
         (folder / service).mkdir(parents=True, exist_ok=True)
         for name, text in {"tls.key": key, "tls.crt": certificate, "ca.crt": authority.certificate}.items():

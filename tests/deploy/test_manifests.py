@@ -35,7 +35,9 @@ RAW: Final = "-raw-packets"
 OVERLAYS: Final = sorted(path.name for path in (K8S / "overlays").iterdir() if not path.name.endswith(RAW))
 OPTIONAL: Final = ("certificates", "grants", "hpa", "ingress", "keda", "monitoring", "tls")
 """Components that an operator may add."""
-WORKLOADS: Final = (*SERVICES, "topics")
+QUERIES: Final = "job-orchestrator-queries"
+"""The processes of the orchestrator that only answer queries, in production."""
+WORKLOADS: Final = (*SERVICES, QUERIES, "topics")
 FOREIGN: Final = {
     "cert-manager.io/v1/Certificate",
     "cert-manager.io/v1/Issuer",
@@ -52,8 +54,10 @@ FOREIGN: Final = {
 # Exactly the connections of the architecture.
 FLOWS: Final = {
     ("api-gateway", "job-orchestrator", 8080),
+    ("api-gateway", QUERIES, 8080),
     ("api-gateway", "result-store", 8080),
     ("job-orchestrator", "mongodb", 27017),
+    (QUERIES, "mongodb", 27017),
     ("result-store", "mongodb", 27017),
     *((service, "kafka", 9092) for service in WORKLOADS),
 }
@@ -115,6 +119,10 @@ def name_of(manifest: Manifest) -> str:
     return name
 
 
+def service_of(workload: Manifest) -> str:
+    return name_of(workload).removesuffix("-queries")
+
+
 def namespace_of(manifest: Manifest) -> str:
     namespace: str = manifest["metadata"]["namespace"]
     return namespace
@@ -157,9 +165,9 @@ def test_objects_are_unique(manifests: list[Manifest]) -> None:
 def test_service_environment_is_complete_and_minimal(manifests: list[Manifest], judge: Judge) -> None:
     """Every service starts with its variables, and each variable is read by a service."""
     ours = [
-        (name_of(each), environment(each, manifests)) for each in workloads(manifests) if name_of(each) in WORKLOADS
+        (service_of(each), environment(each, manifests)) for each in workloads(manifests) if name_of(each) in WORKLOADS
     ]
-    assert set(WORKLOADS) - {service for service, _ in ours} <= {"topics"}
+    assert set(SERVICES) <= {service for service, _ in ours}
     assert [wrong for service, variables in ours for wrong in judge(service, variables)] == []
 
 
@@ -188,7 +196,7 @@ def test_secrets_are_files(manifests: list[Manifest], reads: Reads) -> None:
             files = {
                 value
                 for name, value in environment(workload, manifests).items()
-                if name.endswith("_FILE") and reads(name_of(workload), name)
+                if name.endswith("_FILE") and reads(service_of(workload), name)
             }
             assert {str(Path(file).parent) for file in files} <= mounts
             volumes = {volume["name"] for volume in pod(workload)["spec"].get("volumes", ())}
@@ -204,7 +212,9 @@ def production() -> list[Manifest]:
 def test_production_is_spread_over_machines(production: list[Manifest]) -> None:
     """There are three gateways and two of each other service, spread over machines and zones where possible."""
     replicas = {name_of(each): each["spec"]["replicas"] for each in workloads(production)}
-    assert replicas == {"api-gateway": 3, "job-orchestrator": 2, "scanner-worker": 2, "result-store": 2}
+    assert replicas == {"api-gateway": 3} | dict.fromkeys(
+        ("job-orchestrator", QUERIES, "scanner-worker", "result-store"), 2
+    )
     for workload in workloads(production):
         template = pod(workload)
         (term,) = template["spec"]["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
@@ -253,16 +263,17 @@ def test_production_kafka_requires_authentication(production: list[Manifest]) ->
     owner = {"strimzi.io/cluster": name_of(cluster)}
     for kind in ("KafkaNodePool", "KafkaTopic", "KafkaUser"):
         assert all(owner.items() <= each["metadata"]["labels"].items() for each in of_kind(production, kind))
-    services = {name_of(each): each for each in workloads(production)}
-    assert {name_of(user) for user in of_kind(production, "KafkaUser")} == services.keys()
+    assert {name_of(user) for user in of_kind(production, "KafkaUser")} == {
+        service_of(each) for each in workloads(production)
+    }
     node = Pod("scanfleet", owner | {"app.kubernetes.io/name": "kafka"})  # as Strimzi labels them
     policies = of_kind(production, "NetworkPolicy")
     inward = {"ingress": [{"from": listener["networkPolicyPeers"]}], "podSelector": {}, "policyTypes": ["Ingress"]}
     policies.append({"metadata": {"namespace": "scanfleet"}, "spec": inward})  # as Strimzi makes it
     raw = build(K8S / "overlays" / f"production{RAW}")
     policies += of_kind(raw, "NetworkPolicy")
-    for workload in [*services.values(), *workloads(raw)]:
-        name = name_of(workload)
+    for workload in [*workloads(production), *workloads(raw)]:
+        name = service_of(workload)
         variables = environment(workload, [*production, *raw])
         elsewhere = ".scanfleet" if is_raw(workload) else ""
         assert variables["SCANFLEET_KAFKA"] == f"{name_of(cluster)}-kafka-bootstrap{elsewhere}:{listener['port']}"
@@ -285,21 +296,35 @@ def test_production_encrypts_requests_between_services(production: list[Manifest
     }
     ports = {name_of(each): each["spec"]["ports"][0]["port"] for each in of_kind(production, "Service")}
     for workload in workloads(production):
-        service = name_of(workload)
+        service = service_of(workload)
         secrets = {volume["secret"]["secretName"] for volume in pod(workload)["spec"]["volumes"] if "secret" in volume}
         if service not in WITH_API:
             assert not secrets & made.keys()
             continue
         assert secrets & made.keys() == {f"{service}-certificate"}
-        assert made[f"{service}-certificate"]["dnsNames"] == [service]
+        assert name_of(workload) in made[f"{service}-certificate"]["dnsNames"]
         side = "client" if service == "api-gateway" else "server"
         assert made[f"{service}-certificate"]["usages"] == ["digital signature", f"{side} auth"]
         if side == "server":
-            assert ports[service] == 443
+            assert ports[name_of(workload)] == 443
     (gateway,) = (each for each in workloads(production) if name_of(each) == "api-gateway")
     variables = environment(gateway, production)
-    assert variables["SCANFLEET_ORCHESTRATOR_URL"] == "https://job-orchestrator"
+    assert variables["SCANFLEET_ORCHESTRATOR_URL"] == f"https://{QUERIES}"
     assert variables["SCANFLEET_RESULT_STORE_URL"] == "https://result-store"
+
+
+def test_production_answers_queries_in_processes_without_consumers(production: list[Manifest]) -> None:
+    """They differ from the other processes of the orchestrator in their name and in this setting only."""
+    (others, queries) = (each for each in of_kind(production, "StatefulSet") if service_of(each) == "job-orchestrator")
+    settings = [environment(each, production) for each in (others, queries)]
+    assert settings[1] == settings[0] | {"SCANFLEET_REQUESTS_ONLY": "true"}
+    assert yaml.safe_dump(pod(queries)["spec"]["volumes"]) == yaml.safe_dump(pod(others)["spec"]["volumes"])
+    (certificate,) = (
+        each
+        for each in yaml.safe_load_all((K8S / "components/certificates/certificates.yaml").read_text(encoding="utf-8"))
+        if name_of(each) == "job-orchestrator-certificate"
+    )
+    assert certificate["spec"]["dnsNames"] == ["job-orchestrator", QUERIES]
 
 
 def test_session_keys_are_in_the_gateway_only() -> None:
@@ -375,7 +400,7 @@ def _mebibytes(text: str) -> int:
 
 def test_production_allows_no_egress_by_default(production: list[Manifest]) -> None:
     """Services reach nothing outside the cluster until a site configures its issuer, MongoDB and the networks to scan."""
-    services = {name_of(each) for each in workloads(production)}
+    services = {service_of(each) for each in workloads(production)}
     for policy in of_kind([*production, *build(K8S / "overlays" / f"production{RAW}")], "NetworkPolicy"):
         for rule in policy["spec"].get("egress", ()):
             strimzi = policy["spec"]["podSelector"] == {"matchLabels": {"strimzi.io/cluster": "scanfleet"}}
@@ -413,7 +438,7 @@ def test_probes_have_a_port_of_their_own(manifests: list[Manifest]) -> None:
     for workload in ours:
         (container,) = pod(workload)["spec"]["containers"]
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        api = {"http": 8080} if name_of(workload) in WITH_API else {}
+        api = {"http": 8080} if service_of(workload) in WITH_API else {}
         assert ports == {"probes": ServerSettings.model_fields["probe_port"].default, **api}
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             assert container[probe]["httpGet"]["port"] == "probes"
@@ -452,7 +477,7 @@ def test_production_example_trusts_the_ingress_in_the_gateway_only(tmp_path: Pat
     trusted = {name_of(each): environment(each, built).get("SCANFLEET_TRUSTED_PROXIES") for each in workloads(built)}
     anyone = "0.0.0.0/0,::/0"  # the network policy admits the gateway only
     assert trusted.pop("api-gateway") not in (None, anyone)
-    assert trusted == {"job-orchestrator": anyone, "result-store": anyone, "scanner-worker": None}
+    assert trusted == dict.fromkeys(("job-orchestrator", QUERIES, "result-store"), anyone) | {"scanner-worker": None}
 
 
 def test_labels_follow_the_convention(manifests: list[Manifest]) -> None:
@@ -468,7 +493,8 @@ def test_labels_follow_the_convention(manifests: list[Manifest]) -> None:
 def test_services_have_a_disruption_budget(manifests: list[Manifest]) -> None:
     """A drain evicts one pod of a service at a time."""
     budgets = {name_of(each): each["spec"]["maxUnavailable"] for each in of_kind(manifests, "PodDisruptionBudget")}
-    assert budgets == dict.fromkeys(set(WORKLOADS) - {"topics"}, 1)
+    services = {name_of(each) for each in workloads(manifests)} & set(WORKLOADS)
+    assert budgets == dict.fromkeys(services - {"topics"}, 1)
 
 
 def test_static_group_members_are_stateful_sets(manifests: list[Manifest]) -> None:

@@ -76,8 +76,9 @@ LISTS: Final[dict[str, Callable[[], set[str]]]] = {
             "names"
         ]
     ),
-    "k8s/base and k8s/worker": lambda: (
-        {path.stem for folder in ("base", "worker") for path in (ROOT / "k8s" / folder).glob("*.yaml")} & set(SERVICES)
+    "k8s/base, k8s/orchestrator and k8s/worker": lambda: (
+        {path.stem for folder in ("base", "orchestrator", "worker") for path in (ROOT / "k8s" / folder).glob("*.yaml")}
+        & set(SERVICES)
     ),
 }
 

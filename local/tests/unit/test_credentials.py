@@ -32,7 +32,8 @@ def test_certificate_is_for_one_service_and_one_side(
     own, authority = certificate(tmp_path / service / "tls.crt"), certificate(tmp_path / service / "ca.crt")
     own.verify_directly_issued_by(authority)
     names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == [service]
+    further = [f"{service}-queries"] if service == "job-orchestrator" else []  # processes in Kubernetes
+    assert names.get_values_for_type(x509.DNSName) == [service, *further]
     assert list(own.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [purpose]
     assert (tmp_path / service / "tls.key").stat().st_mode & 0o777 == 0o600
 
