@@ -86,6 +86,7 @@ class Orchestrator:
         lease_seconds: float,
         stored_seconds: float,
         raw_worker_seconds: float,
+        max_workers: int,
         grants: UserGrants | None = None,
         quotas: Quotas,
         keep: timedelta | None,
@@ -166,6 +167,7 @@ class Orchestrator:
             dispatch=store.dispatch,
             held=held,
             lease_seconds=lease_seconds,
+            max_workers=max_workers,
             clock=clock,
             requeue_lost=self.progress.requeue_lost,
             wake=lambda: self.dispatcher.wake(),  # noqa: PLW0108 # the dispatcher is created below
@@ -291,6 +293,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 lease_seconds=settings.lease_seconds,
                 stored_seconds=settings.stored_seconds,
                 raw_worker_seconds=settings.raw_worker_seconds,
+                max_workers=settings.max_workers,
                 grants=grants,
                 quotas=settings.quotas,
                 keep=settings.keep_results,

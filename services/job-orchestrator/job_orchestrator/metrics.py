@@ -32,6 +32,10 @@ DUPLICATE_WORKERS: Final = Counter(
     "scanfleet_duplicate_workers_total",
     "Announcements of a worker process after another process had replaced it under the same name; the log has the name.",
 )
+IGNORED_WORKERS: Final = Counter(
+    "scanfleet_ignored_workers_total",
+    "Announcements of workers that were ignored since the replica had the maximum number of worker instances.",
+)
 STALE_REPORTS: Final = Counter(
     "scanfleet_stale_reports_total", "Worker reports rejected because their token was not current."
 )

@@ -69,6 +69,12 @@ class Settings(
         description="Seconds that a job waits for a raw-packet worker when none is available; then the job fails. A "
         "restart of the orchestrator that owns the job restarts the timeout.",
     )
+    max_workers: int = Field(
+        2_000,
+        ge=1,
+        description="Maximum number of worker instances whose announcements an orchestrator replica accepts. While it has as many, it "
+        "ignores other instances; those that it has continue to get chunks.",
+    )
     keep_results_days: int = Field(
         365,
         ge=0,

@@ -211,6 +211,7 @@ class World:
         replicas: int = 1,
         bus: MemoryBus | None = None,
         lease_seconds: float = 30.0,
+        max_workers: int = 2_000,
         rules: TargetRules = RULES,
         scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
         grants: UserGrants | None = None,
@@ -228,6 +229,7 @@ class World:
         self.deletes_per_second = deletes_per_second
         self._clock = _Time(self)
         self.lease_seconds = lease_seconds
+        self.max_workers = max_workers
         self.bus = bus or MemoryBus()
         self.worker = Worker(self.bus)
         self.workers = [self.worker]
@@ -248,6 +250,7 @@ class World:
             lease_seconds=self.lease_seconds,
             stored_seconds=60.0,
             raw_worker_seconds=600.0,
+            max_workers=self.max_workers,
             grants=self.grants,
             quotas=self.quotas,
             keep=self.keep,

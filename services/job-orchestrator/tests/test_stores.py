@@ -1084,6 +1084,8 @@ async def test_live_workers_returns_workers_with_recent_announcements(store: Sto
     assert await store.dispatch.live_workers(timedelta(seconds=-1)) == []
     await store.dispatch.seen_workers([worker("w-3", 0, raw=True)])
     assert [each.instance for each in await store.dispatch.live_workers(minute)] == ["w-1"]
+    await store.dispatch.seen_workers([Credit("w-1-00000002", "w-1", 3, raw=True, partition=2)])
+    assert await store.dispatch.live_workers(minute) == [Credit("w-1-00000002", "w-1", 3, raw=True, partition=-1)]
     await store.dispatch.seen_workers([])
 
 

@@ -132,6 +132,10 @@ def _seconds_left(held: Held, now: datetime) -> float:
     return abs(held.estimate - elapsed)
 
 
+_Free = tuple[bool, float, int, Credit]
+"""A worker with room: its load, and its place among the workers of the round."""
+
+
 class Round:
     """Assigns queued chunks, one after the other, to the workers with capacity.
 
@@ -149,16 +153,17 @@ class Round:
         occupied: Mapping[int, float],
         fleet: Collection[Credit],
     ) -> None:
-        self._workers = {worker.worker_id: worker for worker in workers}
+        self._free = [(*_load(worker), place, worker) for place, worker in enumerate(workers) if has_room(worker)]
+        """A heap: first the workers with free slots, the least loaded one first, then those with the least prefetched work."""
+        heapq.heapify(self._free)
         self._times = dict(times)
         self._occupied = defaultdict(float, occupied)
-        self._instances = {worker.instance: worker.raw for worker in fleet}
+        self._raw = {worker.instance for worker in fleet if worker.raw}
+        self._instances = {worker.instance for worker in fleet}
         slots = sum(worker.slots for worker in fleet)
         users = len(self._times.keys() | {user for user, share in occupied.items() if share})
         # While others wait, no user holds more than their share of the slots plus one.
         self._most = slots / users + 1 if users > 1 else float("inf")
-        self._reserved: set[str] = set()
-        """Workers whose next free slot is reserved for a chunk that is too long to be prefetched."""
         self.virtual = 0.0
         """The highest virtual time of a user served in this round."""
 
@@ -180,26 +185,38 @@ class Round:
     ) -> Iterable[tuple[Candidate, Credit, float]]:
         heap = [(self._times[user], user) for user in queues]
         heapq.heapify(heap)
-        while heap:
+        while heap and self._free:
             time, user = heapq.heappop(heap)
-            free = [each for each in self._workers.values() if has_room(each) and each.worker_id not in self._reserved]
-            if not free:
-                return
             candidate = queues[user].popleft()
-            able = [worker for worker in free if _in_time(worker, candidate) and self._may_take(worker, candidate)]
+            able = self._find(candidate)
             within = self._occupied[user] + 1 <= most
             if able and within:
-                worker = min(able, key=lambda worker: worker.held / worker.slots)
-                share = self._give(worker, candidate)
+                worker, share = self._give(able, candidate)
                 self.virtual = max(self.virtual, time)
                 self._times[user] = time = time + candidate.estimate * share
                 yield candidate, worker, share
             elif able:
                 left[user].append(candidate)
+                heapq.heappush(self._free, able)
             elif within:  # prefetched short chunks of others would take each slot as it becomes free
-                self._reserved |= {worker.worker_id for worker in free if self._may_take(worker, candidate)}
+                self._free = [entry for entry in self._free if not self._may_take(entry[-1], candidate)]
+                heapq.heapify(self._free)
             if queues[user]:
                 heapq.heappush(heap, (time, user))
+
+    def _find(self, candidate: Candidate) -> _Free | None:
+        """Remove and return the first worker that may get the chunk now."""
+        passed: list[_Free] = []
+        found = None
+        while not found and self._free and _in_time(self._free[0][-1], candidate):
+            entry = heapq.heappop(self._free)
+            if self._may_take(entry[-1], candidate):
+                found = entry
+            else:
+                passed.append(entry)
+        for entry in passed:
+            heapq.heappush(self._free, entry)
+        return found
 
     def _may_take(self, worker: Credit, candidate: Candidate) -> bool:
         """Whether the worker may get the chunk; one that failed it only if no other live worker can run it.
@@ -210,10 +227,11 @@ class Round:
             return False
         if worker.instance not in candidate.failed_by:
             return True
-        able = {instance for instance, raw in self._instances.items() if raw or not candidate.needs_raw}
+        able = self._raw if candidate.needs_raw else self._instances
         return able <= set(candidate.no_route if worker.instance in candidate.no_route else candidate.failed_by)
 
-    def _give(self, worker: Credit, candidate: Candidate) -> float:
+    def _give(self, free: _Free, candidate: Candidate) -> tuple[Credit, float]:
+        *_, place, worker = free
         share = min(1.0, worker.slots / (worker.held + 1))
         if worker.held >= worker.slots:
             taken = replace(worker, ahead_seconds=worker.ahead_seconds + candidate.estimate)
@@ -221,9 +239,17 @@ class Round:
             taken = replace(
                 worker, free_in=min(worker.free_in, candidate.estimate) if worker.held else candidate.estimate
             )
-        self._workers[worker.worker_id] = replace(taken, held=worker.held + 1)
+        taken = replace(taken, held=worker.held + 1)
+        if has_room(taken):
+            heapq.heappush(self._free, (*_load(taken), place, taken))
         self._occupied[candidate.user_id] += share
-        return share
+        return worker, share
+
+
+def _load(worker: Credit) -> tuple[bool, float]:
+    """Return the order in which workers get chunks; if one of the full workers is not in time for a chunk, none after it is."""
+    full = worker.held >= worker.slots
+    return full, worker.ahead_seconds if full else worker.held / worker.slots
 
 
 def _in_time(worker: Credit, candidate: Candidate) -> bool:

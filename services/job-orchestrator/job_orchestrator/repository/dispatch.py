@@ -17,9 +17,9 @@ _VIRTUAL: Final = "virtual"  # the document of the global virtual time, among th
 
 INDEXES: Final = {
     "clocks": [IndexModel([("active", 1), ("time", 1)], name="active_1_v2")],
-    # A worker without announcements for an hour has ended: a new process has a new id.
+    # Only the announcements of the last seconds count.
     "workers": [
-        IndexModel([("seen", 1)], expireAfterSeconds=3_600),
+        IndexModel([("seen", 1)], name="seen_1_v2", expireAfterSeconds=60),
     ],
 }
 
@@ -134,8 +134,11 @@ class MongoDispatch:
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
         writes = [
             UpdateOne(
-                {"_id": worker.worker_id},
-                {"$set": {"slots": worker.slots, "raw": worker.raw}, "$currentDate": {"seen": True}},
+                {"_id": worker.instance},
+                {
+                    "$set": {"worker_id": worker.worker_id, "slots": worker.slots, "raw": worker.raw},
+                    "$currentDate": {"seen": True},
+                },
                 upsert=True,
             )
             for worker in workers

@@ -258,8 +258,11 @@ HELD_FIELDS: Final = dict.fromkeys(
 
 
 def read_worker(document: Document) -> Credit:
-    id_ = document["_id"]
-    return _CREDIT.validate_python(document | {"worker_id": id_, "instance": instance_of(id_), "partition": -1})
+    # A replica of 0.2 stores a document for each process.
+    worker_id = document["worker_id"] if "worker_id" in document else document["_id"]
+    return _CREDIT.validate_python(
+        document | {"worker_id": worker_id, "instance": instance_of(worker_id), "partition": -1}
+    )
 
 
 def write_command(command: Command, at: datetime) -> Document:

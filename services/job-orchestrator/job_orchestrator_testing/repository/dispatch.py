@@ -92,7 +92,7 @@ class MemoryDispatch(MemoryRepository):
             self._data.clocks[user] = replace(clock, time=clock.time + more)
 
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
-        self._data.workers |= {worker.worker_id: (worker, time.monotonic()) for worker in workers}
+        self._data.workers |= {worker.instance: (worker, time.monotonic()) for worker in workers}
 
     async def live_workers(self, within: timedelta) -> list[Credit]:
         since = time.monotonic() - within.total_seconds()

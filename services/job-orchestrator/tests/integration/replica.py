@@ -67,6 +67,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
         keep=None,
         deletes_per_second=2_000,
         raw_worker_seconds=600.0,
+        max_workers=2_000,
     )
     consumers = [
         bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler) for topic, handler in orchestrator.handlers.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
@@ -737,6 +738,57 @@ async def test_workers_with_the_same_name_are_reported(
     assert {log["instance"] for log in logs if log["event"] == "duplicate_worker_name"} <= {"w"}
     await handler.handle(records)
     assert reported() - before == reports
+
+
+@pytest.mark.proves("G17", "A25")
+async def test_invented_workers_neither_block_dispatch_nor_fill_the_database() -> None:
+    """Among 100,000 invented workers no step takes long, at most 2,000 are stored, and a known worker gets its chunks."""
+    store = MemoryStore()
+    world = World(store)
+    world.worker.hold = True
+    await queue(world, 7, 200)
+    await world.start()
+    await world.worker.announce()
+    await world.settle()
+    handler = world.only.handlers[SCAN_WORKERS]
+    ignored = REGISTRY.get_sample_value("scanfleet_ignored_workers_total") or 0.0
+    longest = 0.0
+    with capture_logs() as logs:
+        for first in range(0, 100_000, 500):
+            records = [
+                Record(
+                    WorkerReady(worker_id=f"x-{number:08x}-{number:08x}", slots=256, raw=True), "", 0, number, utc_now()
+                )
+                for number in range(first, first + 500)
+            ]
+            began = time.thread_time()
+            await handler.handle(records)
+            longest = max(longest, time.thread_time() - began)
+    world.only.dispatcher.wake()
+    began = time.thread_time()
+    await world.only.dispatcher.fill()
+    longest = max(longest, time.thread_time() - began)
+    assert longest < 0.2
+    assert len(store.data.workers) == 2_000
+    assert (REGISTRY.get_sample_value("scanfleet_ignored_workers_total") or 0.0) - ignored == 98_001
+    assert [log["event"] for log in logs] == ["too_many_workers"] * 20
+    assert "w-1" in {credit.instance for credit in world.only.fleet.credits()}
+    world.now += 8.0
+    await world.worker.announce()
+    await world.settle()
+    assert [credit.instance for credit in world.only.fleet.credits()] == ["w-1"]
+
+
+async def test_processes_of_an_instance_are_one_worker() -> None:
+    """A worker that announces a new process id each time takes one place and one document."""
+    store = MemoryStore()
+    world = World(store, max_workers=1)
+    await world.start()
+    for number in range(100):
+        await world.bus.publish(SCAN_WORKERS, [WorkerReady(worker_id=f"w-{number:08x}", slots=1, raw=False)])
+        await world.settle()
+    assert [credit.worker_id for credit in world.only.fleet.credits()] == ["w-00000063"]
+    assert len(store.data.workers) == 1
 
 
 class Noting(MemoryDispatch):
