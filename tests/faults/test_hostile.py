@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 from xml.etree import ElementTree as ET
 
 import pytest
 
+from local.paths import SCANFLEET
 from local.wait import until
 from scanfleet.contracts.messages import (
     CancelJob,
@@ -262,9 +267,53 @@ def banner_server(place: tuple[str, int], words: bytes) -> Iterator[None]:
     thread.join()
 
 
-@pytest.mark.proves("A15", "G16")
-def test_hostile_banner_is_escaped(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """A banner with markup, terminal escapes and direction marks is plain text in every format of results and hosts."""
+def printed(user: Caller, folder: Path, *arguments: str) -> str:
+    """Return what `scanfleet ARGUMENTS` prints, on both streams."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "SCANFLEET_URL": str(user.http.base_url),
+        "SCANFLEET_TOKEN": user.http.headers["Authorization"].removeprefix("Bearer "),
+        "XDG_CONFIG_HOME": str(folder),
+    }
+    ended = subprocess.run([SCANFLEET, *arguments], env=environment, capture_output=True, check=False, timeout=LIMIT)
+    return (ended.stdout + ended.stderr).decode()
+
+
+def unprintable(text: str) -> list[str]:
+    """Return the characters that act on a terminal; separators of lines and cells do not count."""
+    return [letter for letter in text if not letter.isprintable() and letter not in "\r\n\t"]
+
+
+@pytest.mark.proves("A29")
+def test_hostile_names_and_errors_are_printable(platform: Platform, user: Caller, tmp_path: Path) -> None:
+    """Escapes, C1 and direction characters in names, paths, filters and errors are ASCII in JSON and printable in the command."""
+    hostile = "x\x9b31m\u202ey\u2066\x85z"
+    user.http.post("/api/v1/subnet", json={"name": hostile, "cidr": platform.network(30)})
+    user.http.post("/api/v1/policy", json={"name": hostile} | dict(TINY))
+    asked = {
+        "GET": ("subnet", "policy", "task", f"task/{quote(hostile)}", f"task?status={quote(hostile)}", quote(hostile)),
+        "POST": ("subnet", "policy", "task", "task/cancel", "task/estimate"),
+    }
+    for method, paths in asked.items():
+        for path in paths:
+            body = {hostile: hostile, "name": hostile, "cidr": hostile} if method == "POST" else None
+            answer = user.http.request(method, f"/api/v1/{path}", json=body)
+            assert answer.is_success is (method == "GET" and path in ("subnet", "policy", "task")), path
+            assert answer.content.isascii(), path
+            assert not unprintable(answer.text), path
+    for arguments in (
+        ["subnet", "list"],
+        ["policy", "list", "-o", "wide"],
+        ["subnet", "show", hostile],
+    ):
+        text = printed(user, tmp_path, *arguments)
+        assert "31m" in text, arguments
+        assert not unprintable(text), arguments
+
+
+@pytest.mark.proves("A15", "A29", "G16")
+def test_hostile_banner_is_escaped(platform: Platform, user: Caller, invariants: Invariants, tmp_path: Path) -> None:
+    """A banner with markup, terminal escapes and direction marks is plain text in every format of results and hosts, and in the command."""
     words = "SSH-2.0-<script>alert(1)</script> \x1b]0;owned\x07\x1b[31m \u202eexe.txt \x00\r\n".encode()
     name = "220 <b>\x1b[31m\u202e ESMTP Postfix (Debian)\r\n".encode()  # which nmap reports as the name of the host
     with banner_server((f"{platform.net}.8.1", 8022), words), banner_server((f"{platform.net}.8.1", 8025), name):
@@ -307,4 +356,9 @@ def test_hostile_banner_is_escaped(platform: Platform, user: Caller, invariants:
     assert "<b>" in service.attrib["hostname"]
     assert [each.get("exit") for each in root.iter("finished")] == ["success"]
     assert len(root.findall("host")) == 4
+    for kind in ("results", "hosts"):
+        for form in ("table", "wide", "csv", "jsonl"):
+            text = printed(user, tmp_path, "job", kind, str(job_id), "-o", form)
+            assert "8022" in text
+            assert not unprintable(text), (kind, form)
     invariants.check()
