@@ -159,8 +159,9 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "nothing is dead-lettered; services are unready, then become ready by themselves",
     ),
     "F34": Trial(
-        "a job of 65,536 chunks beside small ones",
-        "only a window of its chunks exists at any time; each is created, scanned and counted once",
+        "a job of 65,536 chunks beside small ones; 500 jobs of 32,768 addresses and all ports while the ledger of one is polled",
+        "only a window of its chunks exists at any time; each is created, scanned and counted once; probes succeed, and a "
+        "cancel is carried out within its bound",
     ),
     "F38": Trial(
         "orchestrators and result-stores are killed during a deletion, or restored beside one",
@@ -210,7 +211,7 @@ ABUSE: Final[Mapping[str, Trial]] = {
         "dead-lettered or accepted in bounded time; the next record is handled",
     ),
     "A22": Trial(
-        "one user who continuously submits large requests, repeats them, and opens every allowed stream",
+        "one user who continuously submits large requests, also at timing 0, repeats them, and opens every allowed stream",
         "requests above the quota are refused without being planned; cancels are carried out first, and others' requests pass",
     ),
     "A23": Trial(

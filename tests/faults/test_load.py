@@ -1,0 +1,115 @@
+"""One user who uses everything that the quotas and limits allow."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from threading import Event
+from time import monotonic as clock
+from typing import Final
+
+import httpx2
+import pytest
+
+from local.wait import until
+from scanfleet.services import SERVICES
+from tests.faults.invariants import Invariants
+from tests.faults.kit import LIMIT, STEADY, TINY, Caller, Platform, scanned
+
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
+
+JOBS: Final = 500
+STREAMS: Final = 64  # open at once, the limit of a user of one gateway
+CANCEL_SECONDS: Final = 10.0  # the promise
+ATTEMPT_SECONDS: Final = 120.0  # longest attempt: a free slot is shared fairly, and a used one ends by then
+PROBE_SECONDS: Final = 3.0  # after which Kubernetes counts a probe as failed
+LARGEST: Final = {"ports": "1-65535", "service_detection": False}
+SLOWEST: Final = {"ports": "1-100", "service_detection": False, "timing": 0}
+
+
+@contextmanager
+def repeated(*actions: Callable[[], None]) -> Iterator[None]:
+    """Repeat each action in a thread of its own for the duration of the block."""
+    over = Event()
+
+    def repeat(action: Callable[[], None]) -> None:
+        while not over.is_set():
+            action()
+
+    with ThreadPoolExecutor(len(actions)) as threads:
+        running = [threads.submit(repeat, action) for action in actions]
+        try:
+            yield
+        finally:
+            over.set()
+        for each in running:
+            each.result()
+
+
+@pytest.mark.proves("F34", "A22", "G8", "G11", "G20")
+def test_user_with_the_largest_jobs_delays_others_within_bounds(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """Beside 500 jobs of 32,768 addresses and all ports, others' scans complete, cancels stop packets, and probes succeed."""
+    heavy = platform.caller()
+    number = int(heavy.http.get("/api/v1/me").json()["user_id"])
+    lines = "\n".join(f"large {line},{platform.net}.128.0/17" for line in range(JOBS))
+    headers = {"Content-Type": "text/csv"}
+    imported = heavy.http.post("/api/v1/subnet/import", content=f"name,cidr\n{lines}", headers=headers, timeout=LIMIT)
+    large = [each["id"] for each in imported.raise_for_status().json()["subnets"]]
+    policy = heavy.policy(**LARGEST)
+    refused = heavy.http.post("/api/v1/task", json={"subnet_ids": large[:1], "policy_id": heavy.policy(**SLOWEST)})
+    assert refused.status_code == 400  # more chunks than a job may have
+    assert "limit" in refused.json()["error"]
+    slow = heavy.submit([heavy.subnet(platform.network(30))], heavy.policy(**SLOWEST))[0]["id"]
+    answer = heavy.http.post("/api/v1/task", json={"subnet_ids": large, "policy_id": policy}, timeout=LIMIT)
+    jobs = [each["id"] for each in answer.raise_for_status().json()["jobs"]]
+    until(lambda: bool(platform.nmaps()), LIMIT, "a scan to run")
+    statuses: Counter[tuple[str, int]] = Counter()
+    waits: list[float] = []
+
+    def submit() -> None:
+        body = {"subnet_ids": large[:1], "policy_id": policy}
+        statuses["submit", heavy.http.post("/api/v1/task", json=body).status_code] += 1
+
+    def read() -> None:
+        statuses["read", heavy.http.get(f"/api/v1/task/{jobs[0]}/ledger").status_code] += 1
+
+    def probe() -> None:
+        for name in (each for service in SERVICES for each in platform.names(service)):
+            for path in ("healthz", "readyz"):
+                began = clock()
+                assert prober.get(f"{platform.stack.probes(name)}/{path}").status_code == 200, name
+                waits.append(clock() - began)
+
+    with platform.servers((1, 2)) as servers, httpx2.Client() as prober, ExitStack() as opened:
+        streaming = [
+            opened.enter_context(heavy.http.stream("GET", f"/api/v1/task/{slow}/events")) for _ in range(STREAMS + 1)
+        ]
+        assert Counter(stream.status_code for stream in streaming) == {200: STREAMS, 429: 1}
+        with repeated(submit, submit, read, read, probe):
+            _, found = scanned(user, user.scan(platform.network(29), **TINY), ATTEMPT_SECONDS)
+            assert {(address, int(port)) for address, _, port, *_ in found} == servers
+            mine = user.scan(platform.network(25), **STEADY)
+            until(lambda: user.status(mine) == "running", ATTEMPT_SECONDS, "the other scan to run")
+            for caller, job in ((user, mine), (heavy, slow), (heavy, jobs[0])):
+                began = clock()
+                caller.cancel(job)
+                ids = {chunk["_id"] for chunk in platform.chunks(job)}
+                until(
+                    lambda: not [each for each in platform.chunks(job) if each["state"] in ("dispatched", "running")],  # noqa: B023 # called before the next turn
+                    began + CANCEL_SECONDS - clock(),
+                    f"the {len(ids)} chunks of the job to be stopped",
+                )
+    assert statuses["read", 200] > 0
+    assert statuses["submit", 201] > 0
+    assert {status for _, status in statuses} <= {200, 201, 429}
+    assert max(waits) < PROBE_SECONDS
+    until(
+        lambda: heavy.http.post("/api/v1/task/cancel", json={"all": True}, timeout=LIMIT).is_success, LIMIT, "cancels"
+    )
+    until(lambda: not platform.jobs(user_id=number, status={"$in": ["pending", "running"]}), LIMIT, "every job to end")
+    heavy.close()
+    invariants.check()
