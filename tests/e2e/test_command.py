@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -18,6 +19,7 @@ from local.paths import SCANFLEET
 from local.stack import Stack
 from local.wait import until
 from tests.client import Client
+from tests.faults.proxies import FaultProxies, FaultProxy
 
 pytestmark = pytest.mark.e2e
 
@@ -152,6 +154,51 @@ def test_watch_continues_after_an_outage_of_the_gateway(stack: Stack, start: Sta
     assert err.count("reconnected") == 1, err
     assert err.count("connection lost") == 1, err
     assert "completed 100%" in err
+
+
+@pytest.fixture
+def proxy(stack: Stack) -> Iterator[FaultProxy]:
+    """A proxy between the command and the gateway."""
+    gateway = urlsplit(stack.url)
+    proxies = FaultProxies()
+    yield proxies.open(gateway.hostname or "", gateway.port or 0)
+    proxies.close()
+
+
+@pytest.mark.proves("G2")
+@pytest.mark.parametrize("kind", ["subnet", "policy", "task"])
+def test_post_that_is_cut_off_creates_one_object(
+    environment: dict[str, str], start: Start, owner: Client, proxy: FaultProxy, kind: str
+) -> None:
+    """A command whose connection is cut between the request and its answer repeats the request, which creates nothing else."""
+    commands = {
+        "subnet": ("subnet", "create", "cut", "127.9.8.0/30"),
+        "policy": ("policy", "create", "cut", "--preset", "quick"),
+        "task": (
+            "job",
+            "submit",
+            "--subnet",
+            str(owner.subnet("127.9.8.0/30")),
+            "--policy",
+            str(owner.policy(ports="1")),
+        ),
+    }
+
+    def total() -> int:
+        found: int = owner.http.get(f"/api/v1/{kind}").raise_for_status().json()["total"]
+        return found
+
+    before = total()
+    environment["SCANFLEET_URL"] = f"http://127.0.0.1:{proxy.port}"
+    proxy.delay(1)  # leaves time between the creation and the arrival of the answer
+    command = start(*commands[kind])
+    until(lambda: total() > before, LIMIT, "the object to be created", 0.02)
+    proxy.cut()
+    proxy.heal()
+    _, err = command.communicate(timeout=LIMIT)
+    assert command.returncode == 0, err
+    assert "repeating" in err
+    assert total() == before + 1
 
 
 def test_ctrl_c_leaves_the_job_running(environment: dict[str, str], owner: Client) -> None:
