@@ -48,6 +48,9 @@ FROM_HOST: Final = frozenset(
 )
 """nmap's reasons that only the address itself can cause: a closed list for nmap 7.92 and newer."""
 
+UNREACHABLE: Final = frozenset({b"net-unreach", b"host-unreach"})
+"""nmap's reasons for an address to which a router, or in a connect scan this machine, has no route."""
+
 # Characters that are not plain text: they affect a terminal or a page (control characters including C1, separators,
 # zero-width and direction marks), or they are invalid (surrogates, non-characters).
 _NO_TEXT: Final = re.compile(

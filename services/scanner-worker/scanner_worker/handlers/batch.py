@@ -19,7 +19,7 @@ from scanfleet.scanning.policy import ADMITTED_SCRIPTS
 from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Network, TargetRules
 from scanner_worker.domain.ports import Found, Scanner
-from scanner_worker.domain.scan import Host, ScanError, arguments, digest, services
+from scanner_worker.domain.scan import UNREACHABLE, Host, NoRouteError, ScanError, arguments, digest, services
 
 SLACK_SECONDS: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
 
@@ -181,18 +181,27 @@ class Batch:
         if not self.arguments:
             self._rules, self._began = self._abilities.rules.digest, asyncio.get_running_loop().time()
         self.arguments = digest(line)
-        loop, timeout, early = asyncio.get_running_loop(), self._chunk.policy.host_timeout, False
-        due = loop.time() + timeout
+        due = asyncio.get_running_loop().time() + self._chunk.policy.host_timeout
+        fault: Exception | None = None
         async with aclosing(self._scanner.scan(line, services(ports))) as found:
             async for hosts in found:
-                now = loop.time()
-                valid = [each for each in hosts if now >= due or not each[0].timed_out]
-                early |= len(valid) < len(hosts)
+                faults = [self._fault(host, due) for host, _ in hosts]
+                fault = next(filter(None, faults), fault)
+                valid = [each for each, invalid in zip(hosts, faults, strict=True) if not invalid]
                 for share, own in self._sorted(valid).items():
                     if share in self._active:
                         await share.put(own)
-        if early:
-            raise ClockStepError(f"nmap ended hosts before their timeout of {timeout} s: the clock was set forward")
+        if fault:
+            raise fault
+
+    def _fault(self, host: Host, due: float) -> Exception | None:
+        """Return why nmap's result for the host is invalid; None if it is valid. `due` is when a host may have timed out."""
+        if host.timed_out and asyncio.get_running_loop().time() < due:
+            timeout = self._chunk.policy.host_timeout
+            return ClockStepError(f"nmap ended hosts before their timeout of {timeout} s: the clock was set forward")
+        if not host.answered and host.reasons & UNREACHABLE and self._scanner.source(host.address) is None:
+            return NoRouteError(f"nmap reported {host.address} as unreachable, and the worker has no route to it")
+        return None
 
     def _sorted(self, hosts: Found) -> Mapping[Share, Found]:
         sorted_: defaultdict[Share, Found] = defaultdict(list)

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-from scanfleet.contracts.messages import HostScanned, PortFound, ScanChunk
+from scanfleet.contracts.messages import ChunkFailed, HostScanned, PortFound, ScanChunk
 from scanfleet.scanning.outcomes import Outcome
 from scanner_worker.domain.scan import Host, NoRouteError, arguments, fit, outcome, services
 from scanner_worker.scanner.process import Limits, Nmap
@@ -140,6 +140,42 @@ async def test_scan_without_a_route_raises_no_route(
     ):
         assert [hosts async for hosts in nmap.scan(line, services(chunk.policy.port_set))] == []
     await nmap.stop()
+
+
+async def test_connect_scan_without_a_route_fails_with_no_route(make_chunk: MakeChunk) -> None:
+    """A worker without raw packets and without a route to its targets reports that, although nmap reports them as down."""
+    chunk = make_chunk({"ports": "1-3"}, first_address="10.88.0.0")
+    command = (shutil.which("unshare") or "unshare", "--net", sys.executable, "-c", CONNECTING, chunk.model_dump_json())
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    end = ChunkFailed.model_validate_json(out.splitlines()[-1])
+    assert (end.no_route, end.outcomes) == (True, "....")
+    assert end.reason == "nmap reported 10.88.0.0 as unreachable, and the worker has no route to it"
+
+
+CONNECTING = """
+import asyncio, sys
+from ipaddress import ip_network
+from scanfleet.contracts.messages import ScanChunk
+from scanfleet.scanning.targets import TargetRules
+from scanfleet_testing.bus import MemoryBus
+from scanner_worker.handlers.batch import Abilities, Batch
+from scanner_worker.handlers.chunk import ChunkScan
+from scanner_worker.scanner.process import Limits, Nmap
+
+async def main():
+    chunk = ScanChunk.model_validate_json(sys.argv[1])
+    nmap = Nmap("/usr/bin/nmap", Limits(1 << 20, 1 << 20, 60))
+    await nmap.start()
+    abilities = Abilities(1, False, TargetRules((ip_network("10.88.0.0/24"),)), attempt_seconds=60)
+    batch = Batch([chunk], abilities, nmap)
+    scan = ChunkScan(chunk, abilities, MemoryBus(), lambda *_: None)
+    _, end = await asyncio.gather(batch.run(), scan.run(batch.shares[0]))
+    await nmap.stop()
+    print(end.model_dump_json())
+
+asyncio.run(main())
+"""
 
 
 @pytest.mark.proves("G16")

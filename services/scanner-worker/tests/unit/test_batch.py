@@ -53,6 +53,8 @@ class Stepping:
 
     Attributes:
         late: addresses that it reports as timed out.
+        unreachable: addresses that it reports as down, since a router or this machine has no route to them.
+        routed: whether this machine has a route.
     """
 
     version = "7.95"
@@ -64,6 +66,8 @@ class Stepping:
         self.most = 0
         self.fault: Exception | None = None
         self.late: set[str] = set()
+        self.unreachable: set[str] = set()
+        self.routed = True
         self._steps = asyncio.Semaphore(0)
 
     @property
@@ -93,12 +97,15 @@ class Stepping:
                 if self.fault:
                     raise self.fault
                 yielded.append(address)
-                yield [(Host(address, True, address in self.late, 2, {b"reset"}, b""), ())]
+                up = address not in self.unreachable
+                yield [(Host(address, up, address in self.late, 2, {b"reset" if up else b"net-unreach"}, b""), ())]
         finally:
             await asyncio.sleep(0)  # killing is not immediate
             self.running -= 1
 
     def source(self, address: str) -> str | None:
+        if not self.routed:
+            return None
         return address if ":" in address else address.rpartition(".")[0] + ".250"
 
     async def ranked(self, ports: PortSet) -> PortSet:
@@ -396,6 +403,21 @@ async def test_scan_of_hosts_that_time_out_early_leaves_them_blank(
     if isinstance(end, ChunkReleased):
         assert not end.too_slow
         assert end.reason == "nmap ended hosts before their timeout of 60 s: the clock was set forward"
+
+
+@pytest.mark.parametrize(("routed", "ends"), [(False, (ChunkFailed, "a.a")), (True, (ChunkScanned, "ada"))])
+async def test_scan_of_unreachable_hosts_leaves_them_blank_without_a_route(
+    make: MakeChunk, *, routed: bool, ends: tuple[type[Message], str]
+) -> None:
+    """A connect scan reports addresses as down to which the worker itself has no route: another worker may have one."""
+    async with scanning(make(1, outcomes="...")) as rig:
+        rig.scanner.unreachable, rig.scanner.routed = {"127.9.1.11"}, routed
+        rig.scanner.let()
+    assert rig.ends() == {"1-1": ends}
+    (end,) = rig.final_reports()
+    if isinstance(end, ChunkFailed):
+        assert end.no_route
+        assert end.reason == "nmap reported 127.9.1.11 as unreachable, and the worker has no route to it"
 
 
 async def test_scan_of_a_part_of_the_top_ports_names_them(make: MakeChunk) -> None:
