@@ -41,6 +41,7 @@ class Guard:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
+        assert await self.killed_at() == 0  # it is ready
 
     async def start_marked(self) -> asyncio.subprocess.Process:
         self.marked.append(process := await asyncio.create_subprocess_exec("sleep", "600", env={"MARK": self.mark}))
