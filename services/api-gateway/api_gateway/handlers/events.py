@@ -15,8 +15,9 @@ from scanfleet.contracts.rest import Snapshot, TaskStatus
 from scanfleet.errors import UnavailableError
 from scanfleet.runtime.bus import Record
 
-MAX_WAITING: Final = 10_000  # states not sent to the client yet: 20 MB
-MAX_JOBS: Final = 100_000  # maximum jobs per subscription: 10 MB
+# Of each subscription, of which a user may have 64; together they take up to 60 MB for states and 40 MB for numbers.
+MAX_WAITING: Final = 5_000  # states not sent to the client yet
+KEPT_JOBS: Final = 10_000  # jobs whose numbers are kept at least: the unfinished jobs that a user may have
 
 Subscribed = tuple[Literal["job", "user", "all"], int]
 """Which jobs: one, those of a user, or all."""
@@ -30,7 +31,10 @@ class Subscription:
     def __init__(self) -> None:
         self.ended = False
         self._seqs: dict[int, int] = {}
-        """The highest `seq` received of each job."""
+        """The highest `seq` received of the jobs that changed last."""
+
+        self._older_seqs: dict[int, int] = {}
+        """The same of those before them; a duplicate of an even older job's state is sent again."""
 
         self._waiting: dict[tuple[int, JobStatus], Snapshot] = {}
         self._news = asyncio.Event()
@@ -41,19 +45,27 @@ class Subscription:
         newer = [self._waiting.pop(key) for key in list(self._waiting) if key[0] == job_id]
         for snapshot in (now, *(later for later in newer if later.seq > now.seq)):
             self._waiting[job_id, snapshot.task.status.status] = snapshot
-        self._seqs[job_id] = max(self._seqs.get(job_id, 0), now.seq)
+        self._keep(job_id, max(self._seq(job_id), now.seq))
         self._news.set()
 
     def add(self, snapshot: Snapshot) -> None:
         """Queue this state, unless it is old or a duplicate."""
         job_id = snapshot.task.job.id
-        if self.ended or snapshot.seq <= self._seqs.get(job_id, 0):
+        if self.ended or snapshot.seq <= self._seq(job_id):
             return
-        self._seqs[job_id] = snapshot.seq
+        self._keep(job_id, snapshot.seq)
         self._waiting[job_id, snapshot.task.status.status] = snapshot
-        if len(self._waiting) > MAX_WAITING or len(self._seqs) > MAX_JOBS:
+        if len(self._waiting) > MAX_WAITING:
             self.end()  # the client reconnects and gets the current state
         self._news.set()
+
+    def _seq(self, job_id: int) -> int:
+        return self._seqs.get(job_id) or self._older_seqs.get(job_id, 0)
+
+    def _keep(self, job_id: int, seq: int) -> None:
+        self._seqs[job_id] = seq
+        if len(self._seqs) == KEPT_JOBS:
+            self._seqs, self._older_seqs = {}, self._seqs
 
     def end(self) -> None:
         self.ended = True

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import signal
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ import pytest
 from prometheus_client import REGISTRY
 from starlette.types import Message
 
-from api_gateway.handlers.events import MAX_WAITING, Subscription, Subscriptions
+from api_gateway.handlers.events import KEPT_JOBS, MAX_WAITING, Subscription, Subscriptions
 from api_gateway_testing import Client, Gateway, Running, Stream, job
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
@@ -675,6 +676,45 @@ def test_watch_with_too_many_waiting_states_ends() -> None:
     assert not subscription.ended
     subscription.add(snapshot(MAX_WAITING + 1))
     assert (subscription.ended, subscription.take()) == (True, None)
+
+
+@pytest.mark.proves("G20", "A22")
+def test_streams_of_a_user_use_bounded_memory_for_any_number_of_jobs() -> None:
+    """A stream takes at most half a megabyte for 30,000 jobs, so 64 take 32 MB, and sends no recent state twice."""
+    subscriptions = [Subscription() for _ in range(8)]
+    base = snapshot(1)
+    tracemalloc.start()
+    try:
+        for job_id in range(1, 30_001):
+            task = base.task.model_copy(update={"job": base.task.job.model_copy(update={"id": job_id})})
+            changed = Snapshot.model_construct(seq=1, task=task)
+            for subscription in subscriptions:
+                subscription.add(changed)
+                assert subscription.take() is not None
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 500_000 * len(subscriptions)
+    for job_id in range(30_001 - KEPT_JOBS, 30_001):
+        subscriptions[0].add(snapshot(job_id))
+    assert subscriptions[0].take() is None
+
+
+@pytest.mark.proves("G20", "A22")
+def test_streams_of_a_user_use_bounded_memory_for_unread_states() -> None:
+    """All streams that a user may open take at most 64 MB together for states that their clients do not read."""
+    subscriptions = [Subscription() for _ in range(64)]
+    tracemalloc.start()
+    try:
+        for job_id in range(1, MAX_WAITING + 1):
+            shared = snapshot(job_id)
+            for subscription in subscriptions:
+                subscription.add(shared)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 64_000_000
+    assert not any(subscription.ended for subscription in subscriptions)
 
 
 def test_take_waiting_with_states_that_arrive_meanwhile_leaves_those() -> None:
