@@ -59,12 +59,17 @@ async def _root(request: Request) -> Response:
 
 
 class _Headers:
-    """Adds the headers of the page to every response under /app."""
+    """Adds the headers of the page to every response under /app, and answers with whole files everywhere.
+
+    No client needs a part of a file, and Starlette's errors for a Range header are not in the common form.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["headers"] = [each for each in scope["headers"] if each[0] != b"range"]
         if scope["type"] != "http" or not scope["path"].startswith("/app/"):
             await self._app(scope, receive, send)
             return

@@ -180,6 +180,12 @@ async def test_docs_page_uses_only_the_gateways_files(gateway: Running) -> None:
     assert "/openapi.json" in page
 
 
+async def test_docs_page_range_of_a_file_is_ignored(gateway: Running) -> None:
+    """A malformed Range header of a file of /docs has no effect."""
+    answer = await gateway.client.get("/docs/assets/swagger-ui.css", headers={"Range": "bytes=x"})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/css; charset=utf-8")
+
+
 @pytest.mark.parametrize(
     "path", ["/", "/nope", "/api/v1/task/", "/redoc", "/docs/assets/nope", "/internal/jobs/1/owner", "//"]
 )

@@ -60,6 +60,13 @@ async def test_page_path_of_the_page_is_its_index(client: httpx2.AsyncClient) ->
     assert (await client.get("/app/%2e%2e/%2e%2e/etc/passwd")).status_code == 404
 
 
+@pytest.mark.parametrize("requested", ["bytes=x", "bytes=9999999-", "bytes=0-1,3-4", "bytes=0-0"])
+async def test_page_request_for_a_range_returns_the_whole_file(client: httpx2.AsyncClient, requested: str) -> None:
+    """A Range header has no effect, also if it is malformed, beyond the end, or asks for many parts."""
+    answer = await client.get("/app/index.html", headers={"Range": requested})
+    assert (answer.status_code, answer.text) == (200, "<!doctype html>the page")
+
+
 async def test_page_hashed_files_are_kept_and_the_index_is_not(client: httpx2.AsyncClient) -> None:
     """Browsers cache hashed files, and validate all others each time."""
     kept = (await client.get("/app/assets/main-ABC.js")).headers["Cache-Control"]
