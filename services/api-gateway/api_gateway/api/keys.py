@@ -7,6 +7,7 @@ from typing import Annotated, Final
 from fastapi import Depends, Header, Request
 
 from scanfleet.contracts import rest
+from scanfleet.contracts.messages.commands import MAX_KEY_CHARS
 from scanfleet.errors import BadRequestError
 
 _KEY: Final = r"^[\x21-\x7e]+$"
@@ -16,7 +17,7 @@ IdempotencyKey = Annotated[
     Header(
         alias="Idempotency-Key",
         min_length=1,
-        max_length=255,
+        max_length=MAX_KEY_CHARS,
         pattern=_KEY,
         description="Visible ASCII, sent once and compared character by character, quotation marks included. A request with "
         "the same key and the same body within 7 days gets the same response and creates nothing.",

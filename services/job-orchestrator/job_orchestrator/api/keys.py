@@ -12,9 +12,10 @@ from pydantic import BaseModel
 
 from job_orchestrator.domain.command import KEY_REUSED, Command
 from job_orchestrator.domain.ports import CommandRepository
+from scanfleet.contracts.messages.commands import MAX_KEY_CHARS
 from scanfleet.errors import BadRequestError, Rule
 
-IdempotencyKey = Annotated[str | None, Header(max_length=255)]
+IdempotencyKey = Annotated[str | None, Header(max_length=MAX_KEY_CHARS)]
 
 
 @dataclass(frozen=True, slots=True)

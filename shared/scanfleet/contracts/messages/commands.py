@@ -13,6 +13,7 @@ from scanfleet.contracts.messages.jobs import Job
 MAX_SUBNETS = 1_000  # per SubmitJobs; larger submissions need several requests
 MAX_ROLES = 1_000  # named by all user grants of a platform together
 MAX_ROLE_CHARS = 255
+MAX_KEY_CHARS = 255  # of an Idempotency-Key
 
 CommandId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
 
@@ -41,7 +42,7 @@ class SubmitJobs(_Command):
 
     policy_id: Id
     subnet_ids: Annotated[tuple[Id, ...], Field(min_length=1, max_length=MAX_SUBNETS), FailFast()]
-    idempotency_key: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    idempotency_key: Annotated[str, Field(min_length=1, max_length=MAX_KEY_CHARS)] | None = None
     roles: Annotated[
         tuple[Annotated[str, Field(max_length=MAX_ROLE_CHARS)], ...], Field(max_length=MAX_ROLES), FailFast()
     ] = ()
