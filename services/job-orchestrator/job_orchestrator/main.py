@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator.domain.audit import first_use
-from job_orchestrator.domain.chain import read_chain_keys
+from job_orchestrator.domain.chain import ChainKeys, read_chain_keys
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.proposal import Checks
 from job_orchestrator.domain.quotas import Quotas
@@ -80,6 +80,7 @@ class Orchestrator:
         publisher: Publisher,
         *,
         rules: TargetRules,
+        keys: ChainKeys,
         signer: Signer,
         scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
         clock: PlatformTime,
@@ -146,6 +147,7 @@ class Orchestrator:
             retention=store.retention,
             chunks=store.chunks,
             audit=store.audit,
+            keys=keys,
             publisher=publisher,
             outbox=self.outbox,
             clock=clock,
@@ -287,6 +289,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 store,
                 bus,
                 rules=settings.target_rules,
+                keys=keys,
                 signer=signer,
                 scripts=settings.allowed_scripts,
                 clock=clock,

@@ -11,7 +11,8 @@ import sys
 from datetime import datetime, timedelta
 from typing import Final
 
-from job_orchestrator.domain.chain import read_chain_keys
+from job_orchestrator.domain.chain import ChainKeys, read_chain_keys
+from job_orchestrator.domain.deletion import is_own
 from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.repository import MongoStore, platform_time
 from job_orchestrator.settings import Settings
@@ -65,26 +66,26 @@ async def restored(settings: Settings) -> str:
         # These commands are not sent again, and the backup may lie between a command and the last of its jobs.
         async for submit in store.commands.accepted_submits():
             await store.jobs.insert(submit.jobs)
-        unfinished, cancelled = await _resume(store, await _ended(settings), above, clock.now())
+        unfinished, cancelled = await _resume(store, await _ended(settings, keys), above, clock.now())
     finally:
         database.client.close()
     return f"new ids start above {above}\n{unfinished} unfinished jobs continue, {cancelled} were cancelled or deleted since the backup\n"
 
 
-async def _ended(settings: Settings) -> set[int]:
-    """Return the jobs whose cancellation or deletion is in the log."""
+async def _ended(settings: Settings, keys: ChainKeys) -> set[int]:
+    """Return the jobs whose cancellation or deletion is in the log; a deletion counts only if the orchestrator signed it."""
     bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
     await bus.start()
     found = {0}
     try:
         for topic in (SCAN_EVENTS, SCAN_DELETIONS):
-            found |= {_ended_by(topic, record) async for record in bus.past(topic)}
+            found |= {_ended_by(topic, record, keys) async for record in bus.past(topic)}
     finally:
         await bus.stop()
     return found - {0}
 
 
-def _ended_by(topic: Topic[Message], record: RawRecord) -> int:
+def _ended_by(topic: Topic[Message], record: RawRecord, keys: ChainKeys) -> int:
     if any(("ce_type", type_.type_name().encode()) in record.headers for type_ in (JobCancelled, DeleteResults)):
         try:
             message = decode(topic, record)
@@ -92,7 +93,7 @@ def _ended_by(topic: Topic[Message], record: RawRecord) -> int:
             return 0
         if isinstance(message, JobCancelled):
             return message.job.id
-        if isinstance(message, DeleteResults):
+        if isinstance(message, DeleteResults) and is_own(message, keys):
             return message.job_id
     return 0
 

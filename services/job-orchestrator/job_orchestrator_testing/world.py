@@ -17,7 +17,7 @@ from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.main import Orchestrator
-from job_orchestrator_testing.builders import scan_policy
+from job_orchestrator_testing.builders import KEYS, scan_policy
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     CancelJob,
@@ -244,6 +244,7 @@ class World:
             store or self.store,
             publisher or self.bus,
             rules=self.rules,
+            keys=KEYS,
             signer=signer(),
             scripts=self.scripts,
             clock=self._clock,

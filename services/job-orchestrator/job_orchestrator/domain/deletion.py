@@ -9,10 +9,16 @@ from typing import Final, Literal, get_args
 
 from pydantic import AwareDatetime, NonNegativeInt
 
+from job_orchestrator.domain.chain import ChainKeys
+from scanfleet.contracts.messages import DeleteResults
+
 Reason = Literal["request", "retention"]
 REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
 
 LEAST_RECEIPT_DAYS: Final = 30  # longer than a command can be repeated or a record replayed: 7 and 14 days
+_KIND: Final = (
+    "DeleteResults"  # no signature of an audit entry is valid for a request, and none of a request for an entry
+)
 KEEP_RECEIPTS: Final = timedelta(days=1_095)
 
 
@@ -52,3 +58,23 @@ class Deletion:
     stage: Stage = Stage.RESULTS
     counts: Counts = Counts()
     completed_at: AwareDatetime | None = None
+
+
+def request(deletion: Deletion, keys: ChainKeys) -> DeleteResults:
+    """Return the request to result-store, signed: result-store may write to the topic too."""
+    unsigned = DeleteResults(
+        job_id=deletion.job_id,
+        reason=deletion.reason,
+        requested_by=deletion.requested_by,
+        requested_at=deletion.requested_at,
+    )
+    return unsigned.model_copy(update={"signature": keys.sign(_KIND, _content(unsigned))})
+
+
+def is_own(message: DeleteResults, keys: ChainKeys) -> bool:
+    """Return whether the orchestrator has signed the request."""
+    return keys.verify(_KIND, _content(message), message.signature)
+
+
+def _content(message: DeleteResults) -> dict[str, object]:
+    return message.model_dump(include={"job_id", "reason", "requested_by", "requested_at"})

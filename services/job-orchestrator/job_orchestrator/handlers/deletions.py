@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
 import structlog
 
 from job_orchestrator.domain.audit import own_entry
-from job_orchestrator.domain.deletion import REASONS, Counts, Deletion, Reason, Stage
+from job_orchestrator.domain.chain import ChainKeys
+from job_orchestrator.domain.deletion import REASONS, Counts, Deletion, Reason, Stage, is_own, request
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import (
     AuditRepository,
@@ -26,6 +27,7 @@ from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.metrics import DELETED_CHUNKS, DELETED_JOBS, DELETIONS, RETENTION_HALTED
 from scanfleet.contracts.messages import DeleteResults, ResultsDeleted
 from scanfleet.contracts.messages.topics import SCAN_DELETIONS
+from scanfleet.errors import MessageError
 from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.runtime.loop import Loop
@@ -44,6 +46,7 @@ class Deletions:
     """Handles scan-deletions. Runs on every replica; concurrent steps are harmless.
 
     Args:
+        keys: sign these requests.
         publisher: for requests to result-store.
         cancel_chunks: cancels some chunks of a job that are not final, with the reason; returns whether there were any.
         keep: age after the end at which jobs are deleted, unless their subnet has its own; None deletes none by age.
@@ -61,6 +64,7 @@ class Deletions:
         retention: RetentionRepository,
         chunks: ChunkRepository,
         audit: AuditRepository,
+        keys: ChainKeys,
         publisher: Publisher,
         outbox: Outbox,
         clock: PlatformTime,
@@ -73,6 +77,7 @@ class Deletions:
         self._retention = retention
         self._chunks = chunks
         self._audit = audit
+        self._keys = keys
         self._publisher = publisher
         self._outbox = outbox
         self._clock = clock
@@ -148,7 +153,7 @@ class Deletions:
         if await self._deletions.advance(stopped, Stage.WAITING, Stage.RESULTS, now):
             self.loop.wake()
         asked = [each for each in due if each.stage is Stage.RESULTS]
-        requests = [_request(each) for each in asked]
+        requests = [request(each, self._keys) for each in asked]
         await try_publish(self._publisher, SCAN_DELETIONS, requests, "result-store is asked again after a minute")
         asked_ids = [each.job_id for each in asked]
         await self._deletions.advance(asked_ids, Stage.RESULTS, Stage.RESULTS, now + _ASK_AGAIN)
@@ -174,12 +179,47 @@ class Deletions:
             DELETED_JOBS.labels(reason).inc(await self._deletions.advance(ended, Stage.CHUNKS, Stage.DONE, None))
 
     async def handle(self, records: Sequence[Record[DeleteResults | ResultsDeleted]]) -> None:
-        messages = [each.message for each in records]
-        deleted = {each.job_id: each for each in messages if isinstance(each, ResultsDeleted)}
+        deleted = {each.message.job_id: each.message for each in records if isinstance(each.message, ResultsDeleted)}
         await asyncio.gather(*map(self._delete_chunks, deleted.values()))
-        # DeleteResults from this service matter only after a restore, when the topic is read again.
-        await self._accept([each for each in messages if isinstance(each, DeleteResults)])
+        sources = {
+            each.message: f"{each.topic}/{each.partition}/{each.offset}"
+            for each in records
+            if isinstance(each.message, DeleteResults)
+        }
+        await self._repeat(sources)
         self.loop.wake()
+
+    async def _repeat(self, sources: Mapping[DeleteResults, str]) -> None:
+        """Delete jobs again that a restored backup contains.
+
+        Otherwise no job of a request exists any more.
+
+        Args:
+            sources: the requests, with their positions in the log.
+
+        Raises:
+            MessageError: result-store or an administrator of the bus has sent the request, or a release that did not sign it.
+        """
+        jobs = await self._jobs.get({request.job_id for request in sources})
+        repeated = {request: source for request, source in sources.items() if request.job_id in jobs}
+        if forged := [request.job_id for request in repeated if not is_own(request, self._keys)]:
+            raise MessageError(f"job {forged[0]} is not deleted: the signature is not one of job-orchestrator")
+        entries = [
+            own_entry(
+                f"repeated-deletion-{request.job_id}",
+                "delete_task",
+                f"/api/v1/task/{request.job_id}",
+                "allowed",
+                "restore",
+                user_id=request.requested_by,
+                source=source,
+                reason="the job was deleted before the restore",
+            )
+            for request, source in repeated.items()
+            if jobs[request.job_id].final
+        ]
+        await record(self._audit, entries)
+        await self._accept(repeated)
 
     async def _delete_chunks(self, message: ResultsDeleted) -> None:
         # Counted before the first is deleted, so that a repeated step counts none twice.
@@ -254,12 +294,3 @@ class Deletions:
             due = [job for job in page if is_due(job, subnets.get(job.subnet_id), self.keep, now)]
         last = due[_AT_ONCE - 1] if len(due) > _AT_ONCE else page[-1] if len(page) == _LOOK else None
         return due[:_AT_ONCE], last
-
-
-def _request(deletion: Deletion) -> DeleteResults:
-    return DeleteResults(
-        job_id=deletion.job_id,
-        reason=deletion.reason,
-        requested_by=deletion.requested_by,
-        requested_at=deletion.requested_at,
-    )

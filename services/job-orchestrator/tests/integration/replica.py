@@ -59,6 +59,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
         store,
         KillingPublisher(bus, kind, moment),
         rules=RULES,
+        keys=KEYS,
         signer=signer(),
         clock=clock,
         lease_seconds=10.0,

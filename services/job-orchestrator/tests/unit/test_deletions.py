@@ -14,15 +14,17 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from job_orchestrator.domain.chunk import OPEN, ChunkState
-from job_orchestrator.domain.deletion import Deletion, Stage
+from job_orchestrator.domain.deletion import Deletion, Stage, request
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
-from job_orchestrator_testing import MemoryStore, ResultStore, World, chunk, scan_job
+from job_orchestrator_testing import KEYS, MemoryStore, ResultStore, World, chunk, scan_job
 from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import CommandAccepted, DeleteResults, StopChunk
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS, SCAN_TASKS
+from scanfleet.errors import MessageError
+from scanfleet.runtime.bus import Record
 from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()
@@ -609,3 +611,42 @@ async def test_job_of_a_backup_is_deleted_again(world: World) -> None:
     assert await world.store.jobs.get([1]) == {}
     [again], _ = await world.store.deletions.page(7, list(Stage), 0, 9)
     assert (again.requested_by, again.requested_at) == (9, asked_at)
+    entries, _ = await world.store.audit.page(0, 9, action="delete_task")
+    assert [(each.subject, each.target, each.decision, each.rule) for each in entries] == [
+        ("9", "/api/v1/task/1", "allowed", "restore")
+    ]
+
+
+@pytest.mark.proves("A25")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"signature": None},
+        {"requested_by": 4242},
+        {"job_id": 1},
+        {"reason": "retention"},
+        {"signature": "00000000:" + 64 * "0"},
+    ],
+    ids=str,
+)
+async def test_forged_deletion_deletes_no_job(world: World, change: dict[str, Any]) -> None:
+    """result-store may write to the topic: a request without the orchestrator's signature, or another's, is dead-lettered."""
+    await completed(world)
+    of_job = 2 if "job_id" in change else 1
+    genuine = request(Deletion(job_id=of_job, user_id=7, subnet_id=1, reason="request", requested_at=THEN), KEYS)
+    forged = genuine.model_copy(update=change)
+    with pytest.raises(MessageError, match="job 1 is not deleted"):
+        await world.hand(SCAN_DELETIONS, [Record(forged, SCAN_DELETIONS.name, 0, 0, THEN)])
+    await world.wait(2)
+    assert (await world.store.jobs.get([1])).keys() == {1}
+    assert await world.store.deletions.page(7, list(Stage), 0, 9) == ([], 0)
+    assert (await world.store.audit.page(0, 9, action="delete_task"))[1] == 0
+
+
+async def test_unsigned_request_of_an_older_replica_is_ignored(world: World) -> None:
+    """During an upgrade replicas of release 0.2 publish requests without a signature, of jobs that no longer exist."""
+    await completed(world)
+    await world.only.deletions.delete([1], "request")
+    await world.hand(SCAN_DELETIONS, [Record(DeleteResults(job_id=1), SCAN_DELETIONS.name, 0, 0, THEN)])
+    await world.wait(3)
+    assert await chunks_of(world, 1) == 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import AwareDatetime
+from pydantic import AwareDatetime, Field
 
 from scanfleet.contracts.messages.base import Message
 from scanfleet.contracts.messages.fields import Count, Id
@@ -27,6 +27,9 @@ class DeleteResults(_OfJob):
 
     requested_at: AwareDatetime | None = None
     """When it was accepted."""
+
+    signature: Annotated[str, Field(max_length=100)] | None = None
+    """By which job-orchestrator recognises its own message after a restore; null if the sender is of release 0.2 or older."""
 
 
 class ResultsDeleted(_OfJob):
