@@ -98,5 +98,7 @@ class Client:
 
     def _json(self, method: str, path: str, **request: Any) -> Any:
         answer = self.http.request(method, path, **request)
-        answer.raise_for_status()
+        if answer.is_error:
+            why = f"{method} {path}: {answer.status_code} {answer.text}"
+            raise httpx2.HTTPStatusError(why, request=answer.request, response=answer)
         return answer.json()
