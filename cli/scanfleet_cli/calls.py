@@ -290,6 +290,7 @@ def list_audit(
     decision: str | None = None,
     rule: str | None = None,
     source: str | None = None,
+    service: str | None = None,
     since: str | None = None,
     until: str | None = None,
 ) -> ListCall[rest.AuditList]:
@@ -301,6 +302,7 @@ def list_audit(
         "decision": decision,
         "rule": rule,
         "source": source,
+        "service": service,
         "since": since,
         "until": until,
     }

@@ -25,6 +25,7 @@ class Rule(StrEnum):
     QUOTA = "quota"
     MESSAGE = "message"
     SIGNATURE = "signature"
+    FLOOD = "flood"
 
 
 class ScanfleetError(Exception):

@@ -25,6 +25,7 @@ _FILTERS: Final = (
     ("decision", "Only entries with this decision."),
     ("rule", "Only decisions of this rule."),
     ("source", "Only from this source address."),
+    ("service", "Only entries of this service, for example api-gateway."),
     ("since", "Only entries since this time (RFC 3339)."),
     ("until", "Only entries before this time (RFC 3339)."),
 )

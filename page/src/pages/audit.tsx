@@ -5,7 +5,7 @@ import { go, pageNumber, query, withQuery } from "../router";
 import { exact, visible } from "../text";
 
 const SIZE = 50;
-const TEXTS = ["subject", "action", "rule", "source", "request_id"] as const;
+const TEXTS = ["subject", "action", "rule", "source", "service", "request_id"] as const;
 const TIMES = ["since", "until"] as const;
 
 const isTime = (name: string) => name === "since" || name === "until";

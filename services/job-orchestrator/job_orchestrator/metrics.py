@@ -18,6 +18,7 @@ from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.ledger import NAMES
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.rest import RESOURCES
+from scanfleet.services import SERVICES
 
 _FRESH_SECONDS: Final = 30.0  # maximum age of an exported census; they are 10 s apart
 _SECONDS: Final = (0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3_600, 14_400, 86_400)  # a scan takes from a second to a day
@@ -35,6 +36,11 @@ DUPLICATE_WORKERS: Final = Counter(
 IGNORED_WORKERS: Final = Counter(
     "scanfleet_ignored_workers_total",
     "Announcements of workers that were ignored since the replica had the maximum number of worker instances.",
+)
+AUDIT_EXCESS: Final = Counter(
+    "scanfleet_audit_excess_total",
+    "Refusals that are only counted in the audit log, since their service had sent the maximum number of a minute.",
+    ["service"],
 )
 STALE_REPORTS: Final = Counter(
     "scanfleet_stale_reports_total", "Worker reports rejected because their token was not current."
@@ -83,6 +89,8 @@ for _state in ChunkState:
 _COLLECTIONS: Final = ("jobs", "chunks", "clocks", "workers", "audit", "deletions", "revocations")
 for _collection in (*_COLLECTIONS, *(each.plural for each in RESOURCES)):
     UNREADABLE.labels(_collection)
+for _service in SERVICES:
+    AUDIT_EXCESS.labels(_service)
 for _reason in REASONS:
     DELETIONS.labels(_reason)
     DELETED_JOBS.labels(_reason)

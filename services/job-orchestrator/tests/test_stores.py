@@ -198,7 +198,9 @@ async def test_list_audit_is_ordered_by_the_time_received(store: Store, monkeypa
     assert await store.audit.page(0, 10, subject="") == ([b], 1)
     assert await store.audit.page(0, 10, subject="7", request_id="r-2") == ([], 0)
     assert await store.audit.page(0, 10, request_id="r-1") == ([c, a], 2)
-    assert await store.audit.page(0, 10, request_id="r-1", action=a.action, source=a.source, rule=None) == ([c, a], 2)
+    assert await store.audit.page(
+        0, 10, request_id="r-1", action=a.action, source=a.source, service=a.service, rule=None
+    ) == ([c, a], 2)
     assert await store.audit.page(0, 10, since=b.received_at) == ([c, b], 2)
     assert await store.audit.page(0, 10, until=b.received_at) == ([a], 1)
     assert await store.audit.page(0, 10, since=b.received_at, until=c.received_at, decision=b.decision) == ([b], 1)

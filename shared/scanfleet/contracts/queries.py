@@ -200,6 +200,9 @@ class Audit(Page):
     source: Text | None = None
     """Only requests from this address."""
 
+    service: Text | None = None
+    """Only entries of this service, for example `api-gateway`."""
+
     since: rest.InputTime | None = None
     """Only entries received at or after this time."""
 

@@ -41,5 +41,6 @@ async def list_audit(
         decision=query.decision,
         rule=query.rule,
         source=query.source,
+        service=query.service,
     )
     return rest.AuditList(entries=entries, total=total, page=query.page, page_size=query.page_size)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
+from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.ports import AuditRepository
+from job_orchestrator.metrics import AUDIT_EXCESS
 from scanfleet.contracts.messages import Audited, AuditEntry, OperatorActed
 from scanfleet.contracts.messages.audit import RESTORE
-from scanfleet.contracts.messages.topics import OPERATOR
-from scanfleet.errors import MessageError
-from scanfleet.runtime.bus import Record
+from scanfleet.contracts.messages.topics import OPERATOR, SCAN_AUDIT, SCAN_AUDIT_OPERATOR
+from scanfleet.errors import MessageError, Rule
+from scanfleet.runtime.bus import PartitionListener, Record
 from scanfleet.security.audit import write_line
+
+MAX_PER_MINUTE: Final = (
+    5_000  # of a service: some 2 MB; each honest process sends some 1,100 (`scanfleet.security.audit`)
+)
 
 
 async def record(audit: AuditRepository, entries: Sequence[AuditEntry]) -> None:
@@ -24,20 +32,72 @@ async def record(audit: AuditRepository, entries: Sequence[AuditEntry]) -> None:
         write_line(entry)
 
 
-class Audit:
+@dataclass(frozen=True, slots=True)
+class _Minute:
+    """The entries of a minute, by the broker's clock, which are the same after a restart."""
+
+    number: int = 0
+    stored: int = 0
+    excess: int = 0
+    """Entries since the last counted one that are only counted."""
+    offset: int = 0
+    """Position of the last one."""
+
+
+class Audit(PartitionListener):
     """Handles the audit topic of one service.
 
     An entry is attributed to this service regardless of its content, since the broker allows no other service to write to the
     topic. Its id is in the service's own namespace, so that it cannot suppress an entry of another service.
+
+    Of a service's entries in a minute only the first `MAX_PER_MINUTE` are stored, since the service may be compromised; the others
+    are counted in an entry of the orchestrator. A restart may lose this count.
     """
 
     def __init__(self, audit: AuditRepository, service: str) -> None:
         self._audit = audit
         self._service = service
+        self._topic = SCAN_AUDIT_OPERATOR if service == OPERATOR else SCAN_AUDIT[service]
+        self._limit = float("inf") if service == OPERATOR else MAX_PER_MINUTE
+        self._minute = _Minute()
 
     async def handle(self, records: Sequence[Record[Audited | OperatorActed]]) -> None:
-        entries = [self._entry(record.message) for record in records]
-        await self._audit.add([entry.model_copy(update={"service": self._service}) for entry in entries])
+        minute = self._minute
+        entries: list[AuditEntry] = []
+        excess = 0
+        for record in records:
+            entry = self._entry(record.message).model_copy(update={"service": self._service})
+            number = int(record.timestamp.timestamp() // 60)
+            if number != minute.number:
+                entries += self._counted(minute)
+                minute = _Minute(number)
+            if minute.stored < self._limit:
+                entries.append(entry)
+                minute = replace(minute, stored=minute.stored + 1)
+            else:
+                minute = replace(minute, excess=minute.excess + 1, offset=record.offset)
+                excess += 1
+        await self._audit.add(entries)
+        self._minute = minute
+        AUDIT_EXCESS.labels(self._service).inc(excess)
+
+    async def caught_up(self, partitions: Collection[int]) -> None:  # noqa: ARG002 # the topic has one
+        await self._audit.add(self._counted(self._minute))
+        self._minute = replace(self._minute, excess=0)
+
+    def _counted(self, minute: _Minute) -> list[AuditEntry]:
+        if not minute.excess:
+            return []
+        entry = own_entry(
+            f"flood-{self._service}-{minute.offset}",
+            f"consume {self._topic.name}",
+            f"further refusals of {self._service} within a minute",
+            "refused",
+            Rule.FLOOD,
+            source=self._topic.name,
+            reason=f"only the first {MAX_PER_MINUTE} of a minute are recorded one by one",
+        )
+        return [entry.model_copy(update={"count": minute.excess})]
 
     def _entry(self, message: Audited | OperatorActed) -> AuditEntry:
         match message:

@@ -60,6 +60,7 @@ INDEXES: Final = {
         IndexModel([("decision", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("rule", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel([("source", 1), ("received_at", -1), ("_id", -1)]),
+        IndexModel([("service", 1), ("received_at", -1), ("_id", -1)]),
         IndexModel(BY_BLOCK),
         # Each entry has its own expiry, so that the retention setting may change.
         IndexModel([("forget_at", 1)], expireAfterSeconds=0),

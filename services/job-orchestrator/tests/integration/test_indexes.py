@@ -67,6 +67,7 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "audit.page by decision": (lambda store: store.audit.page(0, 10, decision="refused", since=LATER), 5),
     "audit.page by rule": (lambda store: store.audit.page(0, 10, rule="none"), 5),
     "audit.page by source": (lambda store: store.audit.page(0, 10, source="none"), 5),
+    "audit.page by service": (lambda store: store.audit.page(0, 10, service="none"), 5),
     "subnets.exists": (lambda store: store.subnets.exists(3), 2),
     "jobs.get": (lambda store: store.jobs.get([1, 2, 3]), 6),
     "jobs.page": (lambda store: store.jobs.page(7, set(), 0, 10), 20),

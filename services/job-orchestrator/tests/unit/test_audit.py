@@ -11,11 +11,12 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi import FastAPI
+from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
 from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.job import JobTrigger, change
-from job_orchestrator.handlers.audit import record
+from job_orchestrator.handlers.audit import Audit, record
 from job_orchestrator_testing import World, scan_job
 from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
@@ -24,6 +25,7 @@ from scanfleet.contracts.messages.acls import acls_of
 from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_AUDIT_OPERATOR, SCAN_COMMANDS
 from scanfleet.errors import DependencyError, MessageError
+from scanfleet.runtime.bus import Record
 from scanfleet.runtime.settings import FrontSettings
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WORKER
 from scanfleet_testing.bus import MemoryBus
@@ -234,6 +236,8 @@ async def test_audit_log_is_paged_newest_first(ask: Caller, app: FastAPI) -> Non
     one = (await http.get("/api/v1/audit?request_id=r-POST-.api.v1.subnet-3", headers=bearer)).json()
     assert [each["subject"] for each in one["entries"]] == ["3"]
     assert (await http.get("/api/v1/audit?decision=refused", headers=bearer)).json()["total"] == 0
+    assert (await http.get("/api/v1/audit?service=scanner-worker", headers=bearer)).json()["total"] == 0
+    assert (await http.get("/api/v1/audit?service=job-orchestrator", headers=bearer)).json()["total"] > 0
     assert (await http.get("/api/v1/audit?decision=x", headers=bearer)).status_code == 400
 
 
@@ -386,6 +390,37 @@ async def test_refusal_in_the_name_of_another_service_is_its_writers(world: Worl
         ("scanner-worker", "refused"),
         ("job-orchestrator", "allowed"),
     }
+
+
+@pytest.mark.proves("A25", "A26", "G20")
+async def test_flood_of_refusals_is_bounded_and_counted(world: World) -> None:
+    """Of 12,000 refusals of a service in a minute 5,000 are stored and the rest is one entry; the next minute begins again."""
+    handler = Audit(world.store.audit, WORKER)
+
+    def excess() -> float:
+        return REGISTRY.get_sample_value("scanfleet_audit_excess_total", {"service": WORKER}) or 0.0
+
+    def sent(numbers: range, minute: int) -> list[Record[Audited]]:
+        at = THEN + timedelta(minutes=minute)
+        return [Record(Audited(entry=refusal(id=f"x{n}")), SCAN_AUDIT[WORKER].name, 0, n, at) for n in numbers]
+
+    async def counted() -> list[int]:
+        entries, _ = await world.store.audit.page(0, 10, rule="flood", service=ORCHESTRATOR)
+        return [each.count for each in entries]
+
+    before = excess()
+    for first in range(0, 12_000, 500):
+        await handler.handle(sent(range(first, first + 500), 0))
+    assert (await world.store.audit.page(0, 1))[1] == 5_000
+    assert excess() - before == 7_000
+    await handler.handle(sent(range(12_000, 12_010), 1))
+    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 5_010
+    assert await counted() == [7_000]
+    await handler.handle(sent(range(12_010, 17_100), 1))
+    for _ in range(2):
+        await handler.caught_up([0])
+    assert sorted(await counted()) == [100, 7_000]
+    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 10_000
 
 
 @pytest.mark.proves("A26")
