@@ -14,6 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, ResourceRules
+from job_orchestrator.api.tasks import task_status
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.attempts import Attempt, Probed
 from job_orchestrator.domain.audit import own_entry
@@ -409,6 +410,16 @@ async def test_jobs_are_listed_by_start_pending_first(store: Store) -> None:
     assert everyone == [stored[id_].view for id_ in (7, 6, 1)]
     pending, total = await store.jobs.page(None, {JobStatus.PENDING}, 0, 10)
     assert ([job.id for job in pending], total) == ([7, 6, 1], 3)
+
+
+async def test_snapshots_of_jobs_are_their_states(store: Store) -> None:
+    """By id, those that exist, each with the number of its state."""
+    failed = change(running(scan_job(2)), JobTrigger.FAIL, LATER, progress=40, machines_found=3, error="no route")
+    await store.jobs.insert([failed, scan_job(1), scan_job(3)])
+    assert await store.jobs.snapshots([2, 1, 9]) == [
+        rest.Snapshot(seq=job.seq, task=task_status(job)) for job in (scan_job(1), failed)
+    ]
+    assert await store.jobs.snapshots([]) == []
 
 
 async def test_latest_jobs_are_unfinished(store: Store) -> None:

@@ -18,7 +18,7 @@ ALL_USERS: Final = "all"
 MAX_RESULTS: Final = 1_000_000  # maximum value of `limit`; without `limit` a response has all results
 
 MAX_PAGE_SIZE: Final = 100
-MAX_LEDGER_PAGE_SIZE: Final = 1_000  # a few hundred kilobytes
+MAX_LEDGER_PAGE_SIZE: Final = 1_000  # a few hundred kilobytes, with long lists of ports about a megabyte
 _MAX_PAGE: Final = 1_000_000_000  # limits the number of skipped documents to MongoDB's integer range
 _WHOSE: Final = r"^(all|[1-9][0-9]{0,15})$"
 _ID: Final[dict[str, Any]] = {"type": "integer", "minimum": 1, "maximum": MAX_ID}

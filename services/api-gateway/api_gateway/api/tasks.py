@@ -300,7 +300,7 @@ async def read_nmap_xml(
 @router.get(
     "/{job_id}/ledger",
     response_model=rest.Ledger,
-    responses=errors(400, 404),
+    responses=errors(400, 404, 413),
     openapi_extra={"parameters": query(queries.Ledger)},
 )
 async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path

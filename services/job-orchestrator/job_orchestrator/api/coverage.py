@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections.abc import Collection
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 
-from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, tags
+from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, State, tags
 from job_orchestrator.api.tasks import readable
 from job_orchestrator.domain import coverage, plan
 from job_orchestrator.domain.job import ScanJob
@@ -57,6 +58,11 @@ async def read_map(
     tag = f'"{job.seq}.{job.rev}"'
     if job.settled and tag in known:
         return Response(status_code=304, headers={"ETag": tag})
+    async with state.large_reads:
+        return await _map(state, job, query, known, tag)
+
+
+async def _map(state: State, job: ScanJob, query: queries.Map, known: Collection[str], tag: str) -> Response:
     step = min(job.plan.chunk_addresses, job.plan.addresses) if query.by == "chunk" else 1
     first, addresses = _part(job, query.from_, step)
     cells = -(-addresses // step)

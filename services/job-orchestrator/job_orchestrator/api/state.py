@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Final, TypeVar
 
@@ -30,6 +31,7 @@ from scanfleet.security.auth import Caller
 
 _View = TypeVar("_View", bound=BaseModel)
 
+_LARGE_READS: Final = 4  # each takes up to 10 MB of memory; more would not be faster, since they share one CPU
 MAX_ERROR_CHARS: Final = 200  # limits how much of the caller's input an error quotes
 
 
@@ -44,6 +46,9 @@ class State:
     grants: JobGrants = UNLIMITED
     now: Callable[[], datetime] = utc_now
     """The platform's time."""
+
+    large_reads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_LARGE_READS))
+    """Held while an answer is built that reads many documents: the others wait in order."""
 
 
 async def _state(request: Request) -> State:  # without async the framework would use a thread

@@ -13,7 +13,7 @@ from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import JobStatus
-from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
+from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule, TooLargeError
 from scanfleet.runtime.service import PathId, parsed
 from scanfleet.security.auth import Caller, Guarded, Principal
 
@@ -73,13 +73,18 @@ async def read_ledger(
         raise BadRequestError("page and after exclude each other")
     job = await readable(state, caller, job_id, record)
     tally, names = ledger.Tally(job), ledger.UnprobedPage(job, query.page_size, skip=query.skip, after=query.after)
-    for first, end in names.ranges():
-        async for chunk in state.store.chunks.of_job(job.id, first, end):
+    async with state.large_reads:
+        for first, end in names.ranges():
+            async for chunk in state.store.chunks.of_job(job.id, first, end):
+                names.add(chunk)
+        async for chunk in state.store.chunks.of_job(job.id, job.totals.done):
+            tally.add(chunk)
             names.add(chunk)
-    async for chunk in state.store.chunks.of_job(job.id, job.totals.done):
-        tally.add(chunk)
-        names.add(chunk)
-    names.add_unmade()
+        names.add_unmade()
+    if names.cut and query.after is None:
+        raise TooLargeError(
+            f"the lists of ports of {query.page_size} addresses are too long; lower page_size, or use after"
+        )
     return rest.Ledger(
         job_id=job.id,
         status=job.status,

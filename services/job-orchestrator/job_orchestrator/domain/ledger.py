@@ -39,6 +39,7 @@ _NAMED: Final = frozenset({DOWN, TIMED_OUT, REFUSED, CANCELLED, LOST})
 _SLICES: Final = 256  # slices with their own count of unprobed addresses: one or two kilobytes in the job
 _STEP: Final = 16  # chunks of a page that are read first; each further query reads twice as many
 _GAP: Final = 16  # chunks that are read on the way to the next ones, rather than by a further query
+_TEXT: Final = 1_200_000  # characters of ports on a page: a hundred addresses with the longest lists
 _READS: Final = 4  # chunks that are read for each address of a page that begins after a position
 _REASONS: Final = 3  # maximum number in a job's error; the ledger has all
 _MAX_ERROR: Final = 1_000  # characters: a reason can quote nmap at length
@@ -256,6 +257,7 @@ class UnprobedPage:
         page: the addresses of the page.
         total: the number of addresses of all pages.
         next: the position after which the next page begins; None at the end.
+        cut: whether the page ended early, since its lists of ports are long.
     """
 
     def __init__(self, job: ScanJob, size: int, *, skip: int = 0, after: int | None = None) -> None:
@@ -278,6 +280,8 @@ class UnprobedPage:
         self.page: list[NotProbed] = []
         self.total = 0
         self.next: int | None = None
+        self.cut = False
+        self._room = _TEXT
         for network in Target.parse(job.cidr, job.exclude).exclude:
             first = str(network.network_address)
             self._take(self.total, range(network.num_addresses), first, job.policy.ports, lambda _: (EXCLUDED, ""))
@@ -377,8 +381,11 @@ class UnprobedPage:
         begin += skipped
         for place in places[begin : begin + self._size - len(self.page)]:
             self.page.append(NotProbed(str(address_at(first, place)), ports, *why(place)))
-            if len(self.page) == self._size:
+            self._room -= len(ports)
+            self.cut = self._room < 0 and len(self.page) < self._size
+            if self.cut or len(self.page) == self._size:
                 self.next = before + place + 1
+                return
 
 
 def _slice_size(job: ScanJob) -> int:

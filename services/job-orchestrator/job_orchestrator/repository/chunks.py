@@ -21,7 +21,8 @@ from job_orchestrator.repository.jobs import from_now
 from scanfleet.runtime.mongo import Database, Document, dependency_errors, insert_missing
 from scanfleet.scanning.outcomes import Outcome
 
-_BATCH: Final = 1_000  # documents per read: about a megabyte, and 20 ms of conversion
+_BATCH: Final = 1_000  # documents per deletion, or per read of short parts: at most 5 MB, and 20 ms of conversion
+_WHOLE: Final = 100  # whole documents per read: at most 25 kB each, with a long list of ports and many attempts
 
 INDEXES: Final = {
     "chunks": [
@@ -71,32 +72,32 @@ class MongoChunks:
         return await save(self._chunks, chunks, documents.write_chunk, documents.read_chunk, documents.CHUNK_CONSTANTS)
 
     async def of_job(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
-        async for document in self._of_job(job_id, first, end):
+        async for document in self._of_job(job_id, first, end, _WHOLE):
             if (chunk := documents.readable(documents.read_chunk, document, "chunks")) is not None:
                 yield chunk
 
     async def map_parts(self, job_id: int, first: int, end: int) -> AsyncIterator[MapPart]:
-        async for document in self._of_job(job_id, first, end, documents.MAP_FIELDS):
+        async for document in self._of_job(job_id, first, end, _BATCH, documents.MAP_FIELDS):
             if (part := documents.readable(documents.read_map_part, document, "chunks")) is not None:
                 yield part
 
     async def _of_job(
-        self, job_id: int, first: int, end: int | None, fields: Document | None = None
+        self, job_id: int, first: int, end: int | None, limit: int, fields: Document | None = None
     ) -> AsyncIterator[Document]:
         # Page by page, so that each page has its own timeout, in the order of an index whose keys never change: no chunk is
         # returned twice or missed because it changes its state meanwhile.
         while end is None or first < end:
             index = {"$gte": first} if end is None else {"$gte": first, "$lt": end}
-            page = await self._job_page({"job_id": job_id, "index": index}, fields)
+            page = await self._job_page({"job_id": job_id, "index": index}, limit, fields)
             for document in page:
                 yield document
-            if len(page) < _BATCH:
+            if len(page) < limit:
                 return
             first = page[-1]["index"] + 1
 
     @dependency_errors()
-    async def _job_page(self, wanted: Document, fields: Document | None) -> list[Document]:
-        return await self._chunks.find(wanted, fields).sort("index", 1).limit(_BATCH).to_list(_BATCH)
+    async def _job_page(self, wanted: Document, limit: int, fields: Document | None) -> list[Document]:
+        return await self._chunks.find(wanted, fields).sort("index", 1).limit(limit).to_list(limit)
 
     @dependency_errors()
     async def queued(self, job_id: int, first: int, end: int) -> list[int]:

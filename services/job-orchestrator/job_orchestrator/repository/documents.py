@@ -153,6 +153,17 @@ def read_view(document: Document) -> Job:
     return Job(**({name: document[name] for name in VIEW_FIELDS if name in document} | {"id": document["_id"]}))
 
 
+_STATE: Final = {"progress": 0, "machines_found": 0, "error": ""}
+
+SNAPSHOT_FIELDS: Final = VIEW_FIELDS | dict.fromkeys(("seq", *_STATE), 1)
+
+
+def read_snapshot(document: Document) -> rest.Snapshot:
+    """Read the state of a job, from a document with `SNAPSHOT_FIELDS` only."""
+    state = {name: document.get(name, default) for name, default in _STATE.items()}
+    return rest.Snapshot(seq=document.get("seq", 0), task=rest.TaskStatus.of(read_view(document), **state))
+
+
 def read_ended(document: Document) -> EndedJob:
     return _ENDED.validate_python(document | {"id": document["_id"]})
 

@@ -16,6 +16,7 @@ from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT, save
+from scanfleet.contracts import rest
 from scanfleet.contracts.messages import Job, JobStatus
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
@@ -107,6 +108,11 @@ class MongoJobs:
             return {}
         found = self._jobs.find({"_id": {"$in": list(ids)}} | NO_RECEIPT)
         return {job.id: job for job in await documents.read_all(documents.read_job, found, "jobs")}
+
+    @dependency_errors()
+    async def snapshots(self, ids: Collection[int]) -> list[rest.Snapshot]:
+        found = self._jobs.find({"_id": {"$in": list(ids)}} | NO_RECEIPT, documents.SNAPSHOT_FIELDS).sort("_id", 1)
+        return await documents.read_all(documents.read_snapshot, found, "jobs") if ids else []
 
     async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
         return await save(self._jobs, jobs, documents.write_job, documents.read_job, documents.JOB_CONSTANTS)

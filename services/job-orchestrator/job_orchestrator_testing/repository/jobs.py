@@ -8,11 +8,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
 
+from job_orchestrator.api.tasks import task_status
 from job_orchestrator.domain.census import JobCensus
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator_testing.repository.data import MemoryRepository
+from scanfleet.contracts import rest
 from scanfleet.contracts.messages import Job, JobStatus
 
 _FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
@@ -34,6 +36,10 @@ class MemoryJobs(MemoryRepository):
 
     async def get(self, ids: Collection[int]) -> dict[int, ScanJob]:
         return {id_: self._data.jobs[id_] for id_ in ids if id_ in self._data.jobs}
+
+    async def snapshots(self, ids: Collection[int]) -> list[rest.Snapshot]:
+        found = sorted((await self.get(ids)).items())
+        return [rest.Snapshot(seq=job.seq, task=task_status(job)) for _, job in found]
 
     async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
         losers = {job.id for job in jobs if job.id not in self._data.jobs or self._data.jobs[job.id].rev != job.rev}

@@ -1393,6 +1393,17 @@ async def test_ledger_accounts_for_every_probe(api: Api, store: MemoryStore) -> 
     await api("GET /api/v1/task/1/ledger?page=0", status=400)
 
 
+async def test_ledger_page_by_number_that_is_too_long_is_413(api: Api, store: MemoryStore) -> None:
+    """A page by number cannot end early: with long lists of ports it must be smaller, or begin after a position."""
+    policy = scan_policy(ports=",".join(map(str, range(1, 3_900, 2))))
+    await store.jobs.insert([scan_job(1, cidr="127.9.0.0/16", exclude=("127.9.0.0/22",), policy=policy)])
+    path = "GET /api/v1/task/1/ledger?page_size"
+    assert "page_size" in (await api(f"{path}=1000", status=413))["error"]
+    assert len((await api(f"{path}=100"))["not_probed"]["addresses"]) == 100
+    page = (await api(f"{path}=1000&after=0"))["not_probed"]
+    assert page["next"] == len(page["addresses"]) < 150
+
+
 async def test_ledger_of_a_job_without_chunks_adds_up(api: Api, store: MemoryStore) -> None:
     """Before its chunks are created all addresses are waiting; after a cancel before that, all are listed as cancelled."""
     await store.jobs.insert([scan_job(1, exclude=("127.9.8.3/32",))])

@@ -207,6 +207,27 @@ def test_pages_after_positions_are_the_whole_list(
     assert listed == whole.page
 
 
+@pytest.mark.proves("G20")
+def test_pages_with_long_lists_of_ports_end_early() -> None:
+    """A page has at most 1.2 MB of ports, and the pages after positions are still the whole list."""
+    ports = ",".join(map(str, range(1, 3_900, 2)))
+    job = scan_job(1, cidr="127.9.8.0/24", exclude=("127.9.8.0/25",), policy=scan_policy(ports=ports))
+    listed: list[str] = []
+    after: int | None = 0
+    while after is not None:
+        page = UnprobedPage(job, 1_000, after=after)
+        for number in range(2):
+            first = f"127.9.8.{128 + 64 * number}"
+            page.add(
+                chunk(index=number + 2, first_address=first, outcomes="l" * 64, ports=ports, state=ChunkState.FAILED)
+            )
+        assert sum(len(each.ports) for each in page.page) <= 1_250_000
+        assert page.cut == (page.next is not None)
+        listed += [each.address for each in page.page]
+        after = page.next
+    assert listed == [f"127.9.8.{n}" for n in range(256)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(jobs())
 def test_listed_addresses_match_the_counts(given_: tuple[ScanJob, list[Chunk]]) -> None:
