@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from result_store.api import hosts, nmap_xml, results
+from result_store.api.turns import Turns
 from result_store.handlers import DeletionsHandler, ResultsHandler
 from result_store.repository import MongoStore
 from result_store.settings import Settings
@@ -37,6 +38,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             stack.callback(database.client.close)
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             app.state.store = store = MongoStore(database)
+            app.state.turns = Turns()
             await startup.until_available("mongodb", store.prepare)
             bus = KafkaBus(settings, source=RESULT_STORE, instance=settings.instance)
             await startup.until_available("kafka", bus.start)

@@ -35,8 +35,10 @@ from scanfleet.scanning.outcomes import Outcome, address_key
 from scanfleet.scanning.ports import parse_ranges, port_count
 from scanfleet.scanning.targets import Network
 
-# Hosts fetched at once for one reader of results. They are held undecoded, usually a kilobyte each and at most 16 MB together.
+# Hosts fetched at once for one reader of results. They are held undecoded, usually a kilobyte each and at most 1.6 MB together:
+# larger ones, of up to a megabyte, are fetched one by one.
 PAGE: Final = 100
+_LARGE: Final = 16_384  # bytes
 
 _FEW: Final = 256  # maximum number of addresses queried by key: each page sorts their hosts, which is slow for more
 _RECORDS: Final = 20  # hosts between two pauses, as in the handler
@@ -73,6 +75,7 @@ _WITHOUT: Final[dict[Parts, Document]] = {
     Parts.PORTS: {"details.scripts": False, "open_filtered": False},
 }
 _SIZE: Final = {"ports": {"$cond": [{"$isArray": "$ports"}, {"$size": "$ports"}, 0]}, "open_filtered": True}
+_HEAD: Final = {"_id": "$_id", "chunk_id": "$chunk_id", "large": True}
 _OF_CLOSED: Final = dict.fromkeys(("job_id", "first_address", "outcomes"), True)
 _OF_STORED: Final = dict.fromkeys(("chunk_id", "address", "outcome", "created_at", "offset"), True)
 
@@ -159,7 +162,7 @@ class MongoStore:
         while page := await self._page({"$and": [wanted, rest]}, fields, order, index):
             # Decoded twice, so that at most one host is decoded at a time, and a page needs one query for closed chunks.
             closed = await self._closed_of(job_id, page)
-            for document in self._decode(page):
+            async for document in self._read(page, fields):
                 rest = _behind(document) if after is None else {"first_id": {"$gt": document["first_id"]}}
                 chunk = closed.get(document["chunk_id"])
                 # A host that arrived after its chunk was closed is stored too; only the final map tells them apart.
@@ -183,7 +186,7 @@ class MongoStore:
         wanted = {"job_id": job_id, **({} if user_id is None else {"user_id": user_id})}
         while page := await self._page({**wanted, "key": keys}, _WITHOUT[parts], _BY_KEY, _BY_KEY):
             closed = await self._closed_of(job_id, page)
-            for document in self._decode(page):
+            async for document in self._read(page, _WITHOUT[parts]):
                 keys = {"$gt": document["key"], "$lt": keys["$lt"]}
                 chunk = closed.get(document["chunk_id"])
                 if chunk is None or chunk.counts(document["address"]):
@@ -317,11 +320,19 @@ class MongoStore:
         await self._deleted.update_one({"_id": job_id, "begun": begun}, {"$unset": {"open": ""}})
 
     @dependency_errors()
-    async def _page(self, wanted: Document, fields: Document | None, order: _Keys, index: _Keys) -> bytes:
-        """Return the next hosts, undecoded; fewer than `PAGE` if they are large, and none at the end."""
+    async def _page(self, wanted: Document, fields: Document, order: _Keys, index: _Keys) -> bytes:
+        """Return the next hosts, undecoded, large ones with the fields `_HEAD` only; none at the end."""
+        shown = {"$cond": [{"$lte": [{"$bsonSize": "$$ROOT"}, _LARGE]}, "$$ROOT", _HEAD]}
+        pipeline: list[Document] = [
+            {"$match": wanted},
+            {"$sort": dict(order)},
+            {"$limit": PAGE},
+            {"$project": fields},
+            {"$replaceWith": shown},
+        ]
         # With a hint MongoDB does not try another index first, which reads as much again.
-        hint = [("job_id", ASCENDING), *index]
-        cursor = self._hosts.find_raw_batches(wanted, fields, sort=order, limit=PAGE, batch_size=PAGE, hint=hint)
+        hint = {"job_id": ASCENDING, **dict(index)}
+        cursor = self._hosts.aggregate_raw_batches(pipeline, hint=hint, batchSize=PAGE + 1)
         try:
             async for page in cursor:
                 first: bytes = page
@@ -339,6 +350,18 @@ class MongoStore:
             return {}
         ended = last["first_id"] + _rows(last) <= result_id + 1
         return {"first_id": {"$gt" if ended else "$gte": last["first_id"]}}
+
+    async def _read(self, page: bytes, fields: Document) -> AsyncIterator[Document]:
+        """Yield the hosts of a page, each of the large ones fetched when it is read."""
+        for document in self._decode(page):
+            yield await self._whole(document["_id"], fields) if "large" in document else document
+
+    @dependency_errors()
+    async def _whole(self, id_: str, fields: Document) -> Document:
+        document = await self._hosts.find_one({"_id": id_}, fields)
+        if document is None:  # its job has been deleted meanwhile
+            raise NotFoundError("Job not found")
+        return document
 
     def _decode(self, page: bytes) -> Iterator[Document]:
         return decode_iter(page, self._hosts.codec_options)

@@ -10,6 +10,7 @@ import httpx2
 from fastapi import FastAPI
 
 from result_store.api import hosts, nmap_xml, results
+from result_store.api.turns import Turns
 from result_store.domain.results import fold
 from result_store_testing import Log, MemoryStore
 from scanfleet.contracts.messages import HostScanned
@@ -34,6 +35,7 @@ def client(store: MemoryStore) -> httpx2.AsyncClient:
         routers=[results.router, hosts.router, nmap_xml.router],
     )
     app.state.store = store
+    app.state.turns = Turns()
     app.state.verifier = ISSUER.verifier
     return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://result-store")
 

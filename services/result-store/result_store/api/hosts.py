@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 
 from result_store.api.formats import JSON, NDJSON, Fields, negotiate, stream, write
 from result_store.api.queries import network_in, owner
+from result_store.api.turns import TURN
 from result_store.domain.ports import Hosts
 from result_store.domain.results import Host, Parts
 from scanfleet.contracts import queries, rest
@@ -192,7 +193,7 @@ async def _store(request: Request) -> Hosts:  # without async the framework woul
     return cast(Hosts, request.app.state.store)
 
 
-router = APIRouter(route_class=Guarded)
+router = APIRouter(route_class=Guarded, dependencies=[TURN])
 
 
 def _after(address: str | None) -> str | None:

@@ -28,6 +28,7 @@ from result_store.api.host_xml import NO_NAMES, UNKNOWN, Reported, address, extr
 from result_store.api.hosts import UNSORTED, merged
 from result_store.api.port_xml import ports
 from result_store.api.queries import owner
+from result_store.api.turns import TURN
 from result_store.domain.ports import Findings
 from result_store.domain.results import ClosedChunk, Host, Parts
 from scanfleet.contracts import queries
@@ -307,7 +308,7 @@ async def _store(request: Request) -> Findings:  # without async the framework w
     return cast(Findings, request.app.state.store)
 
 
-router = APIRouter(route_class=Guarded)
+router = APIRouter(route_class=Guarded, dependencies=[TURN])
 
 
 @router.post("/internal/jobs/{job_id}/nmap.xml", name="read_nmap_xml")

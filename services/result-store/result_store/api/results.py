@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 
 from result_store.api.formats import Fields, negotiate, stream, write
 from result_store.api.queries import network_in, owner
+from result_store.api.turns import TURN
 from result_store.domain.ports import Results
 from scanfleet.contracts import queries
 from scanfleet.contracts.rest import Result
@@ -85,7 +86,7 @@ async def _store(request: Request) -> Results:  # without async the framework wo
     return cast(Results, request.app.state.store)
 
 
-router = APIRouter(route_class=Guarded)
+router = APIRouter(route_class=Guarded, dependencies=[TURN])
 
 
 @router.get("/api/v1/task/{job_id}/results")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from uuid import uuid4
 
 import httpx2
 import pytest
@@ -12,16 +15,20 @@ import uvicorn
 from fastapi import FastAPI
 from structlog.testing import capture_logs
 
+from result_store.api import hosts
 from result_store.api.formats import PIECE
 from result_store.api.results import router
+from result_store.api.turns import AT_ONCE, Turns
 from result_store.domain.results import fold
-from result_store_testing import Log, MemoryStore, host
-from scanfleet.contracts.messages import PortFound
+from result_store.repository import MongoStore
+from result_store_testing import FIRST, Log, MemoryStore, host
+from scanfleet.contracts.messages import HostDetails, PortFound
 from scanfleet.contracts.rest import Result
 from scanfleet.errors import DependencyError
-from scanfleet.runtime import service
+from scanfleet.runtime import mongo, service
 from scanfleet.runtime.front import BoundedProtocol
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.scanning.outcomes import address_at
 from scanfleet.scanning.targets import Network
 from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
@@ -59,10 +66,11 @@ class EndlessStore(MemoryStore):
 
 
 @asynccontextmanager
-async def served(store: MemoryStore) -> AsyncIterator[httpx2.AsyncClient]:
+async def served(store: MemoryStore | MongoStore) -> AsyncIterator[httpx2.AsyncClient]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.store = store
+        app.state.turns = Turns(wait_seconds=0.1)
         app.state.verifier = ISSUER.verifier
         yield
 
@@ -71,7 +79,7 @@ async def served(store: MemoryStore) -> AsyncIterator[httpx2.AsyncClient]:
         refusals=Refusals("result-store"),
         settings=FrontSettings(),
         lifespan=lifespan,
-        routers=[router],
+        routers=[router, hosts.router],
     )
     config = uvicorn.Config(
         app, http=BoundedProtocol, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1
@@ -128,3 +136,61 @@ async def test_stream_stalled_readers_do_not_block_others() -> None:
         assert store.given < LARGE
         for each in stalled:
             await each.__aexit__(None, None, None)
+
+
+@pytest.mark.proves("G20", "A22")
+async def test_stream_readers_above_the_limit_of_a_user_get_503() -> None:
+    """While a user's stalled clients hold all turns, further requests of that user get 503, and those of others pass."""
+    store = EndlessStore()
+    async with served(store) as http:
+        stalled = [http.stream("GET", PATH.format(1)) for _ in range(AT_ONCE)]
+        for each in stalled:
+            assert (await each.__aenter__()).status_code == 200
+        refused = await http.get(PATH.format(3))
+        assert (refused.status_code, set(refused.json()), "Retry-After" in refused.headers) == (503, {"error"}, True)
+        assert (await http.get(PATH.format(3), headers=ISSUER.bearer(8))).status_code == 200
+        for each in stalled:
+            await each.__aexit__(None, None, None)
+        async with asyncio.timeout(30):
+            while (await http.get(PATH.format(3))).status_code == 503:
+                pass
+
+
+@pytest.mark.proves("G20", "A22")
+@pytest.mark.parametrize("path", ["results", "hosts"])
+async def test_parallel_readers_of_large_hosts_use_bounded_memory(mongodb: str, path: str) -> None:
+    """A user's 64 readers of hosts with 4,096 open ports take at most 120 MB; those without a turn get 503."""
+    database = mongo.connect(mongodb, f"results-{uuid4().hex[:12]}")
+    store = MongoStore(database)
+    await store.prepare()
+    ports = [PortFound(port=port, service="http", raw_data="x" * 60) for port in range(1, 4_097)]
+    for n in range(32):
+        found = host(str(address_at(FIRST, n)), *ports, details=HostDetails(reason="syn-ack"))
+        await store.add(list(fold(Log().append(found)).hosts.values()))
+    async with served(store) as http:
+
+        async def read() -> int:
+            async with http.stream("GET", f"/api/v1/task/1/{path}") as response:
+                async for _ in response.aiter_raw():
+                    pass
+            return response.status_code
+
+        before = begin_peak()
+        statuses = Counter(await asyncio.gather(*(read() for _ in range(64))))
+        assert resident("VmHWM") - before < 120_000_000
+        assert set(statuses) == {200, 503}
+        assert statuses[200] >= AT_ONCE
+    await database.client.drop_database(database.name)
+    database.client.close()
+
+
+def begin_peak() -> int:
+    """Reset the peak of this process's memory, and return its size."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+    return resident("VmRSS")
+
+
+def resident(name: str) -> int:
+    """Return a size of this process's memory in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+    return int(lines[name].split()[0]) * 1_024
