@@ -103,7 +103,11 @@ class Nmap:
         self._killed_at = 0.0
 
     async def start(self) -> None:
-        """Start the guard; no nmap may be started before."""
+        """Start the guard; no nmap may be started before.
+
+        Raises:
+            RuntimeError: the guard ended at its start.
+        """
         self._kills, kills = os.pipe()
         os.set_blocking(self._kills, False)
         try:
@@ -118,6 +122,10 @@ class Nmap:
         finally:
             os.close(kills)
         await self._guard_writes()
+        if not os.read(self._kills, guard.NUMBER.size):
+            raise RuntimeError(
+                "the guard of nmap processes ended at its start; check that the worker may start processes"
+            )
         self._beating = asyncio.create_task(self._beat(), name="beat")
 
     async def _guard_writes(self) -> None:

@@ -807,6 +807,13 @@ def _kill_after_fork(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+async def test_start_guard_ends_at_once_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker whose guard cannot run does not start, so that no nmap runs without one."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="the guard of nmap processes ended"):
+        await Nmap(NMAP, LIMITS).start()
+
+
 async def test_guard_identifies_processes_by_command_line() -> None:
     """A process whose environment cannot be read, as with capabilities, is killed by its command line."""
     mark = f"mark-{os.getpid()}"
