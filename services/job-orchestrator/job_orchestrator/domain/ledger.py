@@ -146,7 +146,11 @@ class Tally:
         included = self._job.plan.addresses - self._job.plan.excluded
         return sum(
             left
-            * (mean if mean is not None else plan.estimate(self._job.policy, ports, included) / included / ports.count)
+            * (
+                mean
+                if mean is not None
+                else plan.estimate(self._job.policy, ports, included, self._job.plan.parallel) / included / ports.count
+            )
             for left, mean, ports in self._left
         )
 

@@ -54,10 +54,10 @@ _SHARES: Final = 16  # minimum number of chunks per job between these two: enoug
 _RATE_OF_NMAP: Final = 500  # packets per second: a job with a lower limit or minimum has one nmap at a time
 
 
-def estimate(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
-    """Return the expected slot seconds of one nmap for `addresses` × `ports`."""
+def estimate(policy: ScanPolicy, ports: PortSet, addresses: int, parallel: int = WINDOW) -> float:
+    """Return the expected slot seconds of one nmap for `addresses` × `ports`, of a job with up to `parallel` chunks at once."""
     fastest = _PER_SECOND[policy.timing]
-    rate = min(fastest, nmap_rate(policy) or fastest)
+    rate = min(fastest, nmap_rate(policy, parallel) or fastest)
     udp_rate = min(_UDP_PER_SECOND, rate)
     per_address = ports.tcp_count / rate + ports.udp_count / udp_rate
     per_address += _SERVICE * policy.service_detection + _SCRIPTS * bool(policy.scripts) + _OS * policy.os_detection
@@ -115,6 +115,7 @@ def plan(policy: ScanPolicy, target: Target) -> Plan:
     ports = policy.port_set
     block, size = _chunk_size(policy, target.included)
     blocks = -(-ports.tcp_count // block) + -(-ports.udp_count // block)
+    slices = _cut_count(target, size)
     return Plan(
         addresses=target.network.num_addresses,
         excluded=target.network.num_addresses - target.included,
@@ -122,8 +123,8 @@ def plan(policy: ScanPolicy, target: Target) -> Plan:
         chunk_addresses=size,
         chunk_ports=block,
         blocks=blocks,
-        chunk_count=_cut_count(target, size) * blocks,
-        estimate=estimate(policy, ports, target.included),
+        chunk_count=slices * blocks,
+        estimate=estimate(policy, ports, target.included, slices),
     )
 
 
@@ -207,7 +208,7 @@ def needs_raw(job: ScanJob) -> bool:
 
 def expected(job: ScanJob, ports: PortSet, addresses: int) -> float:
     """Return the expected slot seconds for `addresses` × `ports` of one protocol: as in chunks with hosts, or else estimated."""
-    table = estimate(job.policy, ports, addresses)
+    table = estimate(job.policy, ports, addresses, job.plan.parallel)
     pace = _pace(job, udp=bool(ports.udp_count))
     return table if pace is None else max(_START + pace * ports.count * addresses, _LEAST * table)
 
