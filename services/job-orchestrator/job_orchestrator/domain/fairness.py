@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -188,7 +189,8 @@ class Round:
         while heap and self._free:
             time, user = heapq.heappop(heap)
             candidate = queues[user].popleft()
-            able = self._find(candidate)
+            refused = self._refused(candidate)
+            able = self._find(candidate, refused)
             within = self._occupied[user] + 1 <= most
             if able and within:
                 worker, share = self._give(able, candidate)
@@ -199,18 +201,18 @@ class Round:
                 left[user].append(candidate)
                 heapq.heappush(self._free, able)
             elif within:  # prefetched short chunks of others would take each slot as it becomes free
-                self._free = [entry for entry in self._free if not self._may_take(entry[-1], candidate)]
+                self._free = [entry for entry in self._free if not _may_take(entry[-1], candidate, refused)]
                 heapq.heapify(self._free)
             if queues[user]:
                 heapq.heappush(heap, (time, user))
 
-    def _find(self, candidate: Candidate) -> _Free | None:
+    def _find(self, candidate: Candidate, refused: AbstractSet[str]) -> _Free | None:
         """Remove and return the first worker that may get the chunk now."""
         passed: list[_Free] = []
         found = None
         while not found and self._free and _in_time(self._free[0][-1], candidate):
             entry = heapq.heappop(self._free)
-            if self._may_take(entry[-1], candidate):
+            if _may_take(entry[-1], candidate, refused):
                 found = entry
             else:
                 passed.append(entry)
@@ -218,17 +220,17 @@ class Round:
             heapq.heappush(self._free, entry)
         return found
 
-    def _may_take(self, worker: Credit, candidate: Candidate) -> bool:
-        """Whether the worker may get the chunk; one that failed it only if no other live worker can run it.
+    def _refused(self, candidate: Candidate) -> AbstractSet[str]:
+        """Return the workers that must not get the chunk: those that failed it, while another live worker can run it.
 
-        One without a route gets it only if no live worker may have a route.
+        If there is no other, those without a route must not, while another live worker may have one.
         """
-        if candidate.needs_raw and not worker.raw:
-            return False
-        if worker.instance not in candidate.failed_by:
-            return True
         able = self._raw if candidate.needs_raw else self._instances
-        return able <= set(candidate.no_route if worker.instance in candidate.no_route else candidate.failed_by)
+        failed = frozenset(candidate.failed_by)
+        if not able <= failed:
+            return failed
+        unrouted = failed & frozenset(candidate.no_route)
+        return frozenset() if able <= unrouted else unrouted
 
     def _give(self, free: _Free, candidate: Candidate) -> tuple[Credit, float]:
         *_, place, worker = free
@@ -244,6 +246,10 @@ class Round:
             heapq.heappush(self._free, (*_load(taken), place, taken))
         self._occupied[candidate.user_id] += share
         return worker, share
+
+
+def _may_take(worker: Credit, candidate: Candidate, refused: AbstractSet[str]) -> bool:
+    return (worker.raw or not candidate.needs_raw) and worker.instance not in refused
 
 
 def _load(worker: Credit) -> tuple[bool, float]:

@@ -22,6 +22,7 @@ _SILENT_SECONDS: Final = (
     7.0  # workers announce themselves every 2 s; after three missed announcements they get no chunks
 )
 _NOTED_SECONDS: Final = 5.0  # interval at which a worker's announcements are stored
+_PROCESSES: Final = 8  # of one name, by which more than two that run at once are recognised
 _LOGGED: Final = 20  # instances that a log event names in a minute: a compromised worker may announce any number
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -136,7 +137,7 @@ class Fleet(PartitionListener):
         if ready.credit.slots and ready.credit.worker_id != processes[0]:  # without slots it may be leaving
             if ready.credit.worker_id in processes and ready.offset > before.offset:  # not a redelivered announcement
                 self._report_duplicate(ready.credit.instance, ready.at)
-            processes = (ready.credit.worker_id, processes[0])
+            processes = (ready.credit.worker_id, *processes)[:_PROCESSES]
         return replace(ready, offset=max(before.offset, ready.offset), processes=processes)
 
     def _report_duplicate(self, instance: str, now: float) -> None:

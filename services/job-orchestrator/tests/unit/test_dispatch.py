@@ -705,7 +705,7 @@ async def test_last_announcement_of_a_batch_counts(world: World) -> None:
     assert len(tasks(world)) == 2
 
 
-_OLD, _NEW = (WorkerReady(worker_id=f"w-0000000{number}", slots=1, raw=False) for number in (1, 2))
+_OLD, _NEW, _THIRD = (WorkerReady(worker_id=f"w-0000000{number}", slots=1, raw=False) for number in (1, 2, 3))
 _LEAVING = _OLD.model_copy(update={"slots": 0})
 
 
@@ -716,6 +716,7 @@ _LEAVING = _OLD.model_copy(update={"slots": 0})
         ([_OLD, _NEW, _LEAVING, _NEW], 0),
         ([_OLD, _NEW, _OLD], 1),
         ([_OLD, _NEW, _NEW, _OLD, _NEW, _OLD], 3),
+        ([_OLD, _NEW, _THIRD] * 2, 3),
     ],
 )
 @pytest.mark.parametrize("size", [1, 6])

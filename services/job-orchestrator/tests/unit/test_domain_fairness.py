@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
+import time
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -72,6 +73,18 @@ def picks(
 
 def ids(found: list[tuple[str, str]]) -> list[str]:
     return [chunk_id for chunk_id, _ in found]
+
+
+@pytest.mark.proves("G17", "A25")
+def test_chunks_that_all_free_workers_failed_cost_little() -> None:
+    """A round over 500 workers that all failed each of 128 chunks takes at most 0.1 s of CPU: another one may run them."""
+    workers = [credit(f"w{number}") for number in range(500)]
+    names = tuple(worker.instance for worker in workers)
+    chunks = [candidate(f"1-{number}", failed_by=names, no_route=names) for number in range(128)]
+    other = credit("other", slots=0)
+    began = time.thread_time()
+    assert picks(workers, {1: 0.0}, {1: chunks}, fleet=[*workers, other]) == []
+    assert time.thread_time() - began < 0.1
 
 
 # Clocks
