@@ -380,24 +380,28 @@ def fail(chunk: Chunk, reason: str, now: datetime, *, narrow: bool = False) -> C
 
 
 def _without_route(chunk: Chunk, reason: str, now: datetime) -> Chunk:
-    """Requeue the chunk for another instance; without one its attempt's addresses are lost.
+    """Requeue the chunk for another instance, with a delay: the route may only be missing temporarily.
 
-    Dispatch returns the chunk to an instance without a route only if no live instance may have a route.
+    Dispatch returns the chunk to an instance without a route only if no live instance may have a route. Then each attempt counts
+    as a failure. After the last failure, or the last dispatch without progress, the attempt's addresses are lost.
     """
-    instance = instance_of(chunk.worker_id)
     if not chunk.blank:
         return fail(chunk, reason, now)
-    if instance in chunk.no_route:
+    instance = instance_of(chunk.worker_id)
+    no_route = tuple(name for name in chunk.no_route if name in chunk.failed_by)  # release 0.2 resets only `failed_by`
+    known = instance in no_route
+    failures = chunk.failures + known
+    if failures >= MAX_FAILURES or chunk.fruitless >= MAX_FRUITLESS:
         return _give_up(chunk, reason, chunk.attempted)
     return _move(
         chunk,
         ChunkTrigger.FAIL,
         ChunkState.QUEUED,
         reason=reason,
+        failures=failures,
         failed_by=_failed_by(chunk),
-        no_route=(*chunk.no_route, instance),
-        not_before=now + timedelta(seconds=2),  # the route may only be missing temporarily
-        fruitless=0,
+        no_route=no_route if known else (*no_route, instance),
+        not_before=now + timedelta(seconds=2 ** (failures + 1)),
         ask_at=None,
     )
 

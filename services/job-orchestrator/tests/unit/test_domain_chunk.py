@@ -246,17 +246,22 @@ def test_failures_on_one_address_are_delayed_and_then_lose_it() -> None:
     assert (lost.failures, lost.failed_by, lost.limit, lost.not_before) == (0, (), 0, None)
 
 
-def test_attempt_without_a_route_goes_to_each_instance_and_then_loses_its_addresses() -> None:
-    """Each instance without a route has one attempt, not narrowed; when one gets the chunk again, no live one has a route."""
-    left = chunk()
-    for number in (1, 2):
-        held = dispatch(left, f"w-{number}-00000001", NOW, size=4, share=1.0, estimate=1.5)
-        left = after(held, report(ChunkFailed, "....", no_route=True, attempt=number, worker_id=held.worker_id))
-        assert (left.state, left.limit, left.failures) == (ChunkState.QUEUED, 0, 0)
-        assert left.not_before == NOW + timedelta(seconds=2)
+def without_route(left: Chunk, worker_id: str) -> Chunk:
+    held = dispatch(left, worker_id, NOW, size=left.limit or 4, share=1.0, estimate=1.5)
+    return after(held, report(ChunkFailed, left.outcomes, no_route=True, attempt=held.attempt, worker_id=worker_id))
+
+
+def test_attempt_without_a_route_goes_to_each_instance_and_then_fails() -> None:
+    """Each instance without a route has one attempt, not narrowed; then no live one has a route, and each attempt is a failure."""
+    left, pauses = chunk(), []
+    for worker, failures in (("w-1-00000001", 0), ("w-2-00000001", 0), ("w-1-00000002", 1), ("w-2-00000001", 2)):
+        left = without_route(left, worker)
+        assert (left.state, left.limit, left.failures) == (ChunkState.QUEUED, 0, failures)
+        assert left.not_before is not None
+        pauses.append((left.not_before - NOW).total_seconds())
+    assert pauses == [2, 2, 4, 8]
     assert left.no_route == left.failed_by == ("w-1", "w-2")
-    held = dispatch(left, "w-1-00000002", NOW, size=4, share=1.0, estimate=1.5)
-    lost = after(held, report(ChunkFailed, "....", no_route=True, attempt=3, worker_id=held.worker_id))
+    lost = without_route(left, "w-1-00000002")
     assert (lost.state, lost.outcomes, lost.reason) == (ChunkState.SCANNED, "llll", "worker w-1-00000002: because")
 
 
@@ -265,9 +270,25 @@ def test_attempt_without_a_route_loses_only_its_own_addresses() -> None:
     held = in_state(ChunkState.RUNNING, reach=2, limit=2)
     again = after(held, report(ChunkFailed, "a...", no_route=True))
     assert (again.outcomes, again.limit, again.no_route) == ("a...", 2, ("w-1",))
-    lost = after(replace(again, state=ChunkState.RUNNING), report(ChunkFailed, "a...", no_route=True))
+    last = replace(again, state=ChunkState.RUNNING, failures=MAX_FAILURES - 1)
+    lost = after(last, report(ChunkFailed, "a...", no_route=True))
     assert (lost.state, lost.outcomes) == (ChunkState.QUEUED, "al..")
     assert (lost.no_route, lost.failed_by, lost.limit, lost.not_before) == ((), (), 0, None)
+
+
+def test_attempt_without_a_route_on_many_instances_loses_its_addresses() -> None:
+    """A chunk that no instance of a large fleet reaches is lost after a fixed number of them."""
+    left = chunk()
+    for number in range(1, MAX_FRUITLESS):
+        left = without_route(left, f"w-{number}-00000001")
+    assert (left.outcomes, len(left.no_route), left.fruitless) == ("....", MAX_FRUITLESS - 1, MAX_FRUITLESS - 1)
+    assert without_route(left, "w-0-00000001").outcomes == "llll"
+
+
+def test_attempt_without_a_route_ignores_names_that_an_older_release_left() -> None:
+    """A replica of release 0.2 resets only `failed_by` on progress, so that a name that is not in it begins again."""
+    left = without_route(chunk(failed_by=("w-2",), no_route=("w-1", "w-2", "w-3")), "w-1-00000001")
+    assert (left.failures, left.failed_by, left.no_route) == (0, ("w-2", "w-1"), ("w-2", "w-1"))
 
 
 def test_last_address_that_fails_alone_leaves_the_chunk_scanned() -> None:
