@@ -17,7 +17,7 @@ WAIT_SECONDS: Final = 10.0  # less than the 15 s of the gateway
 
 
 class Turns:
-    """Who reads; a user's further requests wait in order."""
+    """The answers that are being read, by user; further requests of a user wait in order."""
 
     def __init__(self, wait_seconds: float = WAIT_SECONDS) -> None:
         self._wait_seconds = wait_seconds
