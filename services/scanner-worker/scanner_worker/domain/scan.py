@@ -48,9 +48,6 @@ FROM_HOST: Final = frozenset(
 )
 """nmap's reasons that only the address itself can cause: a closed list for nmap 7.92 and newer."""
 
-UNREACHABLE: Final = frozenset({b"net-unreach", b"host-unreach"})
-"""nmap's reasons for an address to which a router, or in a connect scan this machine, has no route."""
-
 # Characters that are not plain text: they affect a terminal or a page (control characters including C1, separators,
 # zero-width and direction marks), or they are invalid (surrogates, non-characters).
 _NO_TEXT: Final = re.compile(
@@ -63,7 +60,7 @@ class ScanError(Exception):
 
 
 class NoRouteError(ScanError):
-    """nmap skipped targets because this machine has no route to them: a failure of neither the worker nor the targets."""
+    """This machine has no route to targets that nmap skipped or got no answer from: a failure of neither the worker nor the targets."""
 
 
 class CannotStartError(Exception):

@@ -19,7 +19,7 @@ from scanfleet.scanning.policy import ADMITTED_SCRIPTS
 from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Network, TargetRules
 from scanner_worker.domain.ports import Found, Scanner
-from scanner_worker.domain.scan import UNREACHABLE, Host, NoRouteError, ScanError, arguments, digest, services
+from scanner_worker.domain.scan import Host, NoRouteError, ScanError, arguments, digest, services
 
 SLACK_SECONDS: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
 
@@ -182,25 +182,29 @@ class Batch:
             self._rules, self._began = self._abilities.rules.digest, asyncio.get_running_loop().time()
         self.arguments = digest(line)
         due = asyncio.get_running_loop().time() + self._chunk.policy.host_timeout
-        fault: Exception | None = None
-        async with aclosing(self._scanner.scan(line, services(ports))) as found:
-            async for hosts in found:
-                faults = [self._fault(host, due) for host, _ in hosts]
-                fault = next(filter(None, faults), fault)
-                valid = [each for each, invalid in zip(hosts, faults, strict=True) if not invalid]
-                for share, own in self._sorted(valid).items():
-                    if share in self._active:
-                        await share.put(own)
-        if fault:
-            raise fault
+        faults: dict[type[Exception], Exception] = {}
+        try:
+            async with aclosing(self._scanner.scan(line, services(ports))) as found:
+                async for hosts in found:
+                    judged = [self._fault(host, due) for host, _ in hosts]
+                    faults |= {type(fault): fault for fault in judged if fault}
+                    valid = [each for each, fault in zip(hosts, judged, strict=True) if not fault]
+                    for share, own in self._sorted(valid).items():
+                        if share in self._active:
+                            await share.put(own)
+        except NoRouteError as error:
+            faults[NoRouteError] = error
+        if faults:  # of both, the one that costs the chunk nothing
+            raise faults.get(ClockStepError) or faults[NoRouteError]
 
     def _fault(self, host: Host, due: float) -> Exception | None:
         """Return why nmap's result for the host is invalid; None if it is valid. `due` is when a host may have timed out."""
         if host.timed_out and asyncio.get_running_loop().time() < due:
             timeout = self._chunk.policy.host_timeout
             return ClockStepError(f"nmap ended hosts before their timeout of {timeout} s: the clock was set forward")
-        if not host.answered and host.reasons & UNREACHABLE and self._scanner.source(host.address) is None:
-            return NoRouteError(f"nmap reported {host.address} as unreachable, and the worker has no route to it")
+        # nmap's reason for such a host depends on the kernel's error, and for some errors is that of a silent host.
+        if not host.answered and self._scanner.source(host.address) is None:
+            return NoRouteError(f"nmap got no answer from {host.address}, and the worker has no route to it")
         return None
 
     def _sorted(self, hosts: Found) -> Mapping[Share, Found]:

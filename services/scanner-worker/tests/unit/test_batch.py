@@ -32,7 +32,15 @@ from scanfleet.scanning.targets import TargetRules
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.waiting import until
 from scanner_worker.domain.ports import Found
-from scanner_worker.domain.scan import CannotStartError, Host, KilledByGuardError, ScanError, arguments, permit
+from scanner_worker.domain.scan import (
+    CannotStartError,
+    Host,
+    KilledByGuardError,
+    NoRouteError,
+    ScanError,
+    arguments,
+    permit,
+)
 from scanner_worker.handlers import batch
 from scanner_worker.handlers.batch import Abilities, Batch
 from scanner_worker.handlers.chunk import CLAIM_SECONDS, ChunkScan
@@ -53,7 +61,8 @@ class Stepping:
 
     Attributes:
         late: addresses that it reports as timed out.
-        unreachable: addresses that it reports as down, since a router or this machine has no route to them.
+        down: addresses that it reports as down.
+        silent: addresses that it reports as up, with ports that do not answer.
         routed: whether this machine has a route.
     """
 
@@ -66,7 +75,8 @@ class Stepping:
         self.most = 0
         self.fault: Exception | None = None
         self.late: set[str] = set()
-        self.unreachable: set[str] = set()
+        self.down: set[str] = set()
+        self.silent: set[str] = set()
         self.routed = True
         self._steps = asyncio.Semaphore(0)
 
@@ -97,8 +107,8 @@ class Stepping:
                 if self.fault:
                     raise self.fault
                 yielded.append(address)
-                up = address not in self.unreachable
-                yield [(Host(address, up, address in self.late, 2, {b"reset" if up else b"net-unreach"}, b""), ())]
+                reason = b"no-response" if address in self.down | self.silent else b"reset"
+                yield [(Host(address, address not in self.down, address in self.late, 2, {reason}, b""), ())]
         finally:
             await asyncio.sleep(0)  # killing is not immediate
             self.running -= 1
@@ -405,19 +415,33 @@ async def test_scan_of_hosts_that_time_out_early_leaves_them_blank(
         assert end.reason == "nmap ended hosts before their timeout of 60 s: the clock was set forward"
 
 
-@pytest.mark.parametrize(("routed", "ends"), [(False, (ChunkFailed, "a.a")), (True, (ChunkScanned, "ada"))])
-async def test_scan_of_unreachable_hosts_leaves_them_blank_without_a_route(
+@pytest.mark.parametrize(("routed", "ends"), [(False, (ChunkFailed, "a..")), (True, (ChunkScanned, "ads"))])
+async def test_scan_of_hosts_without_an_answer_leaves_them_blank_without_a_route(
     make: MakeChunk, *, routed: bool, ends: tuple[type[Message], str]
 ) -> None:
-    """A connect scan reports addresses as down to which the worker itself has no route: another worker may have one."""
+    """A connect scan reports addresses as down or silent to which the worker has no route: another worker may have one."""
     async with scanning(make(1, outcomes="...")) as rig:
-        rig.scanner.unreachable, rig.scanner.routed = {"127.9.1.11"}, routed
+        rig.scanner.down, rig.scanner.silent, rig.scanner.routed = {"127.9.1.11"}, {"127.9.1.12"}, routed
         rig.scanner.let()
     assert rig.ends() == {"1-1": ends}
     (end,) = rig.final_reports()
     if isinstance(end, ChunkFailed):
         assert end.no_route
-        assert end.reason == "nmap reported 127.9.1.11 as unreachable, and the worker has no route to it"
+        assert end.reason == "nmap got no answer from 127.9.1.12, and the worker has no route to it"
+
+
+@pytest.mark.parametrize("skips", [True, False])
+async def test_scan_with_a_clock_step_and_without_a_route_is_released(make: MakeChunk, *, skips: bool) -> None:
+    """Hosts that nmap ended early are scanned again at no cost, also if it skips or does not reach others."""
+    async with scanning(make(1, outcomes="...", policy={"host_timeout": 60})) as rig:
+        rig.scanner.late, rig.scanner.routed = {"127.9.1.10"}, False
+        if not skips:
+            rig.scanner.down = {"127.9.1.11"}
+        rig.scanner.let(1)
+        await until(lambda: rig.scanner.yielded)
+        rig.scanner.fault = NoRouteError("failed to determine route") if skips else None
+        rig.scanner.let()
+    assert rig.ends() == {"1-1": (ChunkReleased, "..." if skips else "..a")}
 
 
 async def test_scan_of_a_part_of_the_top_ports_names_them(make: MakeChunk) -> None:

@@ -240,7 +240,7 @@ class ChunkFailed(_Mapped):
     reason: Reason
     slot_seconds: Seconds = 0.0
     no_route: bool = False
-    """nmap skipped the blank addresses, since the worker has no route to them: another worker may have one."""
+    """The worker has no route to blank addresses, which nmap skipped or got no answer from: another worker may have one."""
 
     run: Run | None = None
     """Null if nmap was not started."""
