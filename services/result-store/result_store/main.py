@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from result_store.api import hosts, nmap_xml, results
-from result_store.api.turns import Turns
 from result_store.handlers import DeletionsHandler, ResultsHandler
 from result_store.repository import MongoStore
 from result_store.settings import Settings
@@ -16,6 +15,7 @@ from scanfleet.contracts.messages.topics import SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.kafka import KafkaBus
 from scanfleet.runtime import logging, mongo, service, tracing
 from scanfleet.runtime.startup import Startup
+from scanfleet.runtime.turns import Turns
 from scanfleet.security.audit import Refusals
 from scanfleet.security.auth import InternalVerifier, for_gateway, read_public_keys
 from scanfleet.security.chunk_grants import Grants

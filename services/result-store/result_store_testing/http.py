@@ -10,12 +10,12 @@ import httpx2
 from fastapi import FastAPI
 
 from result_store.api import hosts, nmap_xml, results
-from result_store.api.turns import Turns
 from result_store.domain.results import fold
 from result_store_testing import Log, MemoryStore
 from scanfleet.contracts.messages import HostScanned
 from scanfleet.runtime import service
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.runtime.turns import Turns
 from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
 

@@ -58,7 +58,7 @@ async def read_map(
     tag = f'"{job.seq}.{job.rev}"'
     if job.settled and tag in known:
         return Response(status_code=304, headers={"ETag": tag})
-    async with state.large_reads:
+    async with state.turns.turn(caller.user_id):
         return await _map(state, job, query, known, tag)
 
 

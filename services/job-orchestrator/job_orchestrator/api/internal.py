@@ -94,11 +94,6 @@ async def latest_of(
     A job that ends between two pages is in one of them, or in both.
     """
     whose = await readable_user(caller, query.user_id, record, target="/api/v1/events", streamed=True)
-    async with state.large_reads:
-        return await _page_of(whose, state, query)
-
-
-async def _page_of(whose: int | None, state: State, query: queries.LatestJobs) -> rest.Snapshots:
     time = await state.store.time()
     ids: list[int] = []
     ended: list[tuple[datetime, int]] = []

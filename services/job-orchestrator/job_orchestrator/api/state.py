@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -27,11 +26,11 @@ from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry
 from scanfleet.errors import BadRequestError, NotFoundError, PreconditionFailedError, Rule
 from scanfleet.runtime.service import audit_entry
+from scanfleet.runtime.turns import Turns
 from scanfleet.security.auth import Caller
 
 _View = TypeVar("_View", bound=BaseModel)
 
-_LARGE_READS: Final = 4  # each takes up to 10 MB of memory; more would not be faster, since they share one CPU
 MAX_ERROR_CHARS: Final = 200  # limits how much of the caller's input an error quotes
 
 
@@ -47,8 +46,7 @@ class State:
     now: Callable[[], datetime] = utc_now
     """The platform's time."""
 
-    large_reads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_LARGE_READS))
-    """Held while an answer is built that reads many documents: the others wait in order."""
+    turns: Turns = field(default_factory=Turns)
 
 
 async def _state(request: Request) -> State:  # without async the framework would use a thread

@@ -73,7 +73,7 @@ async def read_ledger(
         raise BadRequestError("page and after exclude each other")
     job = await readable(state, caller, job_id, record)
     tally, names = ledger.Tally(job), ledger.UnprobedPage(job, query.page_size, skip=query.skip, after=query.after)
-    async with state.large_reads:
+    async with state.turns.turn(caller.user_id):
         for first, end in names.ranges():
             async for chunk in state.store.chunks.of_job(job.id, first, end):
                 names.add(chunk)

@@ -384,10 +384,13 @@ class UnprobedPage:
         self._skip -= skipped
         begin += skipped
         for place in places[begin : begin + self._size - len(self.page)]:
+            self.cut = self._room < 0
+            if self.cut:
+                self.next = before + place
+                return
             self.page.append(NotProbed(str(address_at(first, place)), ports, *why(place)))
             self._room -= len(ports)
-            self.cut = self._room < 0 and len(self.page) < self._size
-            if self.cut or len(self.page) == self._size:
+            if len(self.page) == self._size:
                 self.next = before + place + 1
                 return
 

@@ -16,9 +16,8 @@ from scanfleet.errors import MessageError, Rule
 from scanfleet.runtime.bus import PartitionListener, Record
 from scanfleet.security.audit import write_line
 
-MAX_PER_MINUTE: Final = (
-    5_000  # of a service: some 2 MB; each honest process sends some 1,100 (`scanfleet.security.audit`)
-)
+MAX_PER_MINUTE: Final = 5_000  # of a service: some 2 MB; each honest process sends some 1,100
+MAX_AT_ONCE: Final = 50_000  # of a service: each process sends up to `scanfleet.security.audit.WAITING` after an outage
 
 
 async def record(audit: AuditRepository, entries: Sequence[AuditEntry]) -> None:
@@ -34,12 +33,13 @@ async def record(audit: AuditRepository, entries: Sequence[AuditEntry]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Minute:
-    """The entries of a minute, by the broker's clock, which are the same after a restart."""
+    """The entries of a minute, by the broker's clock."""
 
     number: int = 0
-    stored: int = 0
+    left: float = MAX_AT_ONCE
+    """How many more entries are stored."""
     excess: int = 0
-    """Entries since the last counted one that are only counted."""
+    """Refusals in the entries since the last counted one that are only counted."""
     offset: int = 0
     """Position of the last one."""
 
@@ -50,16 +50,16 @@ class Audit(PartitionListener):
     An entry is attributed to this service regardless of its content, since the broker allows no other service to write to the
     topic. Its id is in the service's own namespace, so that it cannot suppress an entry of another service.
 
-    Of a service's entries in a minute only the first `MAX_PER_MINUTE` are stored, since the service may be compromised; the others
-    are counted in an entry of the orchestrator. A restart may lose this count.
+    Of a service `MAX_PER_MINUTE` entries a minute are stored, and up to `MAX_AT_ONCE` after minutes with fewer, since the service
+    may be compromised; the others are counted in an entry of the orchestrator. A restart may lose this count.
     """
 
     def __init__(self, audit: AuditRepository, service: str) -> None:
         self._audit = audit
         self._service = service
         self._topic = SCAN_AUDIT_OPERATOR if service == OPERATOR else SCAN_AUDIT[service]
-        self._limit = float("inf") if service == OPERATOR else MAX_PER_MINUTE
-        self._minute = _Minute()
+        self._most = float("inf") if service == OPERATOR else MAX_AT_ONCE
+        self._minute = _Minute(left=self._most)
 
     async def handle(self, records: Sequence[Record[Audited | OperatorActed]]) -> None:
         minute = self._minute
@@ -70,13 +70,14 @@ class Audit(PartitionListener):
             number = int(record.timestamp.timestamp() // 60)
             if number != minute.number:
                 entries += self._counted(minute)
-                minute = _Minute(number)
-            if minute.stored < self._limit:
+                more = MAX_PER_MINUTE * max(0, number - minute.number)
+                minute = _Minute(number, min(self._most, minute.left + more))
+            if minute.left:
                 entries.append(entry)
-                minute = replace(minute, stored=minute.stored + 1)
+                minute = replace(minute, left=minute.left - 1)
             else:
-                minute = replace(minute, excess=minute.excess + 1, offset=record.offset)
-                excess += 1
+                minute = replace(minute, excess=minute.excess + entry.count, offset=record.offset)
+                excess += entry.count
         await self._audit.add(entries)
         self._minute = minute
         AUDIT_EXCESS.labels(self._service).inc(excess)
@@ -95,7 +96,7 @@ class Audit(PartitionListener):
             "refused",
             Rule.FLOOD,
             source=self._topic.name,
-            reason=f"only the first {MAX_PER_MINUTE} of a minute are recorded one by one",
+            reason=f"{MAX_PER_MINUTE} entries a minute are stored, and up to {MAX_AT_ONCE} after minutes with fewer",
         )
         return [entry.model_copy(update={"count": minute.excess})]
 

@@ -24,6 +24,7 @@ from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import World, replanned, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts import queries
+from scanfleet.errors import UnavailableError
 from scanfleet.scanning.outcomes import address_at
 from scanfleet.security.auth import Principal
 
@@ -46,7 +47,10 @@ async def peak(read: Callable[..., Awaitable[BaseModel | Response]], state: Stat
     record = Recorder(request, state.store.audit)
 
     async def one() -> int:
-        answer = await read(caller=Principal(7), state=state, record=record, **query)
+        try:
+            answer = await read(caller=Principal(7), state=state, record=record, **query)
+        except UnavailableError:  # of a request that has waited for its turn for too long
+            return 0
         return len(answer.model_dump_json() if isinstance(answer, BaseModel) else answer.body)
 
     assert await one() > 10_000

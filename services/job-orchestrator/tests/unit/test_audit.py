@@ -394,7 +394,7 @@ async def test_refusal_in_the_name_of_another_service_is_its_writers(world: Worl
 
 @pytest.mark.proves("A25", "A26", "G20")
 async def test_flood_of_refusals_is_bounded_and_counted(world: World) -> None:
-    """Of 12,000 refusals of a service in a minute 5,000 are stored and the rest is one entry; the next minute begins again."""
+    """Of 57,000 refusals of a service in a minute 50,000 are stored and the rest is one entry; each minute allows 5,000 more."""
     handler = Audit(world.store.audit, WORKER)
 
     def excess() -> float:
@@ -409,18 +409,20 @@ async def test_flood_of_refusals_is_bounded_and_counted(world: World) -> None:
         return [each.count for each in entries]
 
     before = excess()
-    for first in range(0, 12_000, 500):
+    for first in range(0, 57_000, 500):
         await handler.handle(sent(range(first, first + 500), 0))
-    assert (await world.store.audit.page(0, 1))[1] == 5_000
+    assert (await world.store.audit.page(0, 1))[1] == 50_000
     assert excess() - before == 7_000
-    await handler.handle(sent(range(12_000, 12_010), 1))
-    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 5_010
+    await handler.handle(sent(range(57_000, 57_010), 1))
+    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 50_010
     assert await counted() == [7_000]
-    await handler.handle(sent(range(12_010, 17_100), 1))
+    await handler.handle(sent(range(57_010, 62_100), 1))
     for _ in range(2):
         await handler.caught_up([0])
     assert sorted(await counted()) == [100, 7_000]
-    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 10_000
+    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 55_000
+    await handler.handle(sent(range(62_100, 72_200), 3))
+    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 65_000
 
 
 @pytest.mark.proves("A26")

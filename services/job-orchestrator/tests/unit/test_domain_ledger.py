@@ -207,6 +207,15 @@ def test_pages_after_positions_are_the_whole_list(
     assert listed == whole.page
 
 
+def test_page_that_is_full_with_its_last_address_is_complete() -> None:
+    """A page whose last address takes the rest of the 1.2 MB of ports has no next page."""
+    ports = ",".join(map(str, range(1, 3_900, 2)))
+    exclude = ("127.9.8.0/25", "127.9.8.128/31", "127.9.8.130/32")
+    page = UnprobedPage(scan_job(1, cidr="127.9.8.0/24", exclude=exclude, policy=scan_policy(ports=ports)), 1_000)
+    assert 130 * len(ports) < 1_200_000 < 131 * len(ports)
+    assert (len(page.page), page.cut, page.next) == (131, False, None)
+
+
 @pytest.mark.proves("G20")
 def test_pages_with_long_lists_of_ports_end_early() -> None:
     """A page has at most 1.2 MB of ports, and the pages after positions are still the whole list."""

@@ -18,7 +18,6 @@ from structlog.testing import capture_logs
 from result_store.api import hosts
 from result_store.api.formats import PIECE
 from result_store.api.results import router
-from result_store.api.turns import AT_ONCE, Turns
 from result_store.domain.results import fold
 from result_store.repository import MongoStore
 from result_store_testing import FIRST, Log, MemoryStore, host
@@ -28,6 +27,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.runtime import mongo, service
 from scanfleet.runtime.front import BoundedProtocol
 from scanfleet.runtime.settings import FrontSettings
+from scanfleet.runtime.turns import AT_ONCE, Turns
 from scanfleet.scanning.outcomes import address_at
 from scanfleet.scanning.targets import Network
 from scanfleet.security.audit import Refusals
