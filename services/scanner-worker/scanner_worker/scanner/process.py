@@ -123,6 +123,7 @@ class Nmap:
             os.close(kills)
         await self._guard_writes()
         if not os.read(self._kills, guard.NUMBER.size):
+            await self.stop()
             raise RuntimeError(
                 "the guard of nmap processes ended at its start; check that the worker may start processes"
             )
