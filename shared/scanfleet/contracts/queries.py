@@ -12,7 +12,6 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.fields import MAX_ID
-from scanfleet.scanning.ports import MAX_TEXT
 
 ALL_USERS: Final = "all"
 MAX_RESULTS: Final = 1_000_000  # maximum value of `limit`; without `limit` a response has all results
@@ -112,7 +111,7 @@ class Ledger(Page):
 
 
 class Map(Query):
-    ports: Annotated[str, Field(max_length=MAX_TEXT)] | None = None
+    ports: Annotated[str, Field(max_length=8_000)] | None = None  # of the 8,192 bytes of a URL
     """Only blocks with some of these ports, in the syntax of a policy's `ports`."""
 
     from_: Annotated[AddressText | None, Field(alias="from")] = None
