@@ -376,7 +376,7 @@ def test_worker_sigterm_finishes_or_releases_chunks(
 @pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may send raw packets here")
 @pytest.mark.proves("F28", "G10")
-def test_job_of_the_only_raw_worker_waits_while_it_is_away(
+def test_job_waits_while_the_only_raw_worker_is_unavailable(
     platform: Platform, user: Caller, invariants: Invariants
 ) -> None:
     """When the only worker with raw packets drains, its job waits with the reason beside a plain worker, and continues on its return."""
