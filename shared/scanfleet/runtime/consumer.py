@@ -58,7 +58,7 @@ _HANDLING: Final = Histogram("scanfleet_bus_handling_seconds", "Time to handle o
 
 @dataclass(slots=True)
 class _Uncommitted:
-    """What was handled and is not committed yet."""
+    """Handled records that are not committed yet."""
 
     offsets: dict[int, int] = field(default_factory=dict)
     """By partition, the offset after the last handled record."""
