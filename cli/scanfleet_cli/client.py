@@ -294,7 +294,8 @@ class Client:
         """
         with self.stream(calls.read_results(job_id)) as response:
             for line in response.iter_lines():
-                yield _parse(rest.Result, line)
+                if not line.isspace():  # sent while a long search finds nothing
+                    yield _parse(rest.Result, line)
 
     def _once(self, call: Call[Any], *, whole: bool) -> Outcome:
         try:
@@ -465,7 +466,8 @@ class AsyncClient:
         """As `Client.results`."""
         async with self.stream(calls.read_results(job_id)) as response:
             async for line in response.aiter_lines():
-                yield _parse(rest.Result, line)
+                if not line.isspace():
+                    yield _parse(rest.Result, line)
 
     async def _once(self, call: Call[Any], *, whole: bool) -> Outcome:
         try:

@@ -250,6 +250,8 @@ class _Following:
                     call = calls.read_results(job_id, after=newest[job_id], **self._query)
                     async with client.stream(call, timeout=0) as response:
                         async for line in response.aiter_lines():
+                            if line.isspace():  # sent while a long search finds nothing
+                                continue
                             row = parse_json(line)
                             newest[job_id] = row["id"]
                             found(row)

@@ -443,7 +443,7 @@ def _results(request: httpx2.Request, job: FakeJob) -> httpx2.Response:
         return httpx2.Response(200, text="\r\n".join(lines) + "\r\n")
     after = int(request.url.params.get("after", 0))
     lines = [json.dumps(each) + "\n" for each in job.results if each["id"] > after]
-    return httpx2.Response(200, stream=_Lines(lines))
+    return httpx2.Response(200, stream=_Lines([*lines, " "]))  # as after a search that found nothing more for some time
 
 
 def _subnet(number: int, body: dict[str, Any]) -> dict[str, Any]:

