@@ -1199,9 +1199,9 @@ async def test_too_large_map_is_a_413_that_names_a_valid_request(api: Api, store
     [
         ("-", ""),
         ("-", "?from=127.9.8.7"),
-        ("-", f"?ports={EVERY_OTHER_PORT}"),
+        ("-", f"?ports={EVERY_OTHER_PORT[:7_999]}"),
         (EVERY_OTHER_PORT, "?from=127.9.8.7"),
-        (EVERY_OTHER_PORT, f"?from=127.9.8.7&ports={EVERY_OTHER_PORT}"),
+        (EVERY_OTHER_PORT, f"?from=127.9.8.7&ports={EVERY_OTHER_PORT[:7_999]}"),
     ],
 )
 async def test_map_of_many_blocks_is_refused_before_chunks_are_read(
