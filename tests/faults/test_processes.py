@@ -374,7 +374,7 @@ def test_worker_sigterm_finishes_or_releases_chunks(
 
 
 @pytest.mark.long
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may send raw packets here")
+@pytest.mark.skipif(os.geteuid() != 0, reason="raw packets need root: run the tests as root")
 @pytest.mark.proves("F28", "G10")
 def test_job_waits_while_the_only_raw_worker_is_unavailable(
     platform: Platform, user: Caller, invariants: Invariants

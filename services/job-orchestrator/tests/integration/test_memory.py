@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -27,6 +26,7 @@ from scanfleet.contracts import queries
 from scanfleet.errors import UnavailableError
 from scanfleet.scanning.outcomes import address_at
 from scanfleet.security.auth import Principal
+from scanfleet_testing import memory
 
 pytestmark = [pytest.mark.integration, pytest.mark.proves("G20", "A22")]
 
@@ -54,21 +54,9 @@ async def peak(read: Callable[..., Awaitable[BaseModel | Response]], state: Stat
         return len(answer.model_dump_json() if isinstance(answer, BaseModel) else answer.body)
 
     assert await one() > 10_000
-    before = begin_peak()
+    before = memory.begin_peak()
     await asyncio.gather(*(one() for _ in range(READERS)))
-    return resident("VmHWM") - before
-
-
-def begin_peak() -> int:
-    """Reset the peak of this process's memory, and return its size."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-    return resident("VmRSS")
-
-
-def resident(name: str) -> int:
-    """Return a size of this process's memory in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return int(lines[name].split()[0]) * 1_024
+    return memory.peak() - before
 
 
 async def test_streams_of_large_jobs_use_bounded_memory(mongo_store: MongoStore, state: State) -> None:

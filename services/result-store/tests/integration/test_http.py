@@ -6,7 +6,6 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from uuid import uuid4
 
 import httpx2
@@ -31,6 +30,7 @@ from scanfleet.runtime.turns import AT_ONCE, Turns
 from scanfleet.scanning.outcomes import address_at
 from scanfleet.scanning.targets import Network
 from scanfleet.security.audit import Refusals
+from scanfleet_testing import memory
 from scanfleet_testing.tokens import Issuer
 from scanfleet_testing.waiting import until
 
@@ -175,22 +175,10 @@ async def test_parallel_readers_of_large_hosts_use_bounded_memory(mongodb: str, 
                     pass
             return response.status_code
 
-        before = begin_peak()
+        before = memory.begin_peak()
         statuses = Counter(await asyncio.gather(*(read() for _ in range(64))))
-        assert resident("VmHWM") - before < 120_000_000
+        assert memory.peak() - before < 120_000_000
         assert set(statuses) == {200, 503}
         assert statuses[200] >= AT_ONCE
     await database.client.drop_database(database.name)
     database.client.close()
-
-
-def begin_peak() -> int:
-    """Reset the peak of this process's memory, and return its size."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-    return resident("VmRSS")
-
-
-def resident(name: str) -> int:
-    """Return a size of this process's memory in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return int(lines[name].split()[0]) * 1_024
