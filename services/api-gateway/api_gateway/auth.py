@@ -26,9 +26,8 @@ from scanfleet.errors import DependencyError, UnavailableError
 from scanfleet.runtime.settings import is_authentic, read_secret
 
 REFRESH_SECONDS: Final = 2.0
-ASK_LIMIT_SECONDS: Final = (
-    1.5  # two queries and the interval between them are the 5 s in which a revocation takes effect
-)
+# Two queries and the interval between them are the 5 s in which a revocation takes effect.
+ASK_LIMIT_SECONDS: Final = 1.5
 REPORT_LIMIT_SECONDS: Final = 5.0
 MAX_STALE_SECONDS: Final = 60.0  # an older list is not used, because it lacks recent revocations
 MAX_USERS: Final = 10_000  # maximum cached ids: two megabytes

@@ -14,9 +14,8 @@ from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher
 
-TIMEOUT_SECONDS: Final = (
-    1.0  # far below the 5 s after which the gateway expires a command that waits behind the messages
-)
+# Far below the 5 s after which the gateway expires a command that waits behind the messages.
+TIMEOUT_SECONDS: Final = 1.0
 
 _log = structlog.stdlib.get_logger(__name__)
 

@@ -41,9 +41,8 @@ UNREAD_BYTES: Final = 4_096  # bytes beyond the kernel's buffer after which an a
 UNSENT_BYTES: Final = 32_768  # in the kernel's buffer behind those in flight; without a limit it grows to 4 MB
 LINGER_SECONDS: Final = 3.0  # time to read on after an early answer, so that a client that still sends can read it
 LINGER_BYTES: Final = 16 << 20  # maximum discarded in that time, which takes about 10 ms
-OWN_DESCRIPTORS: Final = (
-    2_048  # not for clients: both services behind a gateway, brokers, the database, files, nmap's pipes
-)
+# Not for clients: both services behind a gateway, brokers, the database, files, nmap's pipes.
+OWN_DESCRIPTORS: Final = 2_048
 
 _SLICE: Final = 16_384  # passed to the parser at once, so that it buffers at most twice that of a header
 

@@ -20,9 +20,8 @@ _SECRETS: Final = re.compile(
     r"eyJ[\w-]{5,}+(?:\.[\w-]*+){0,2}|(?<=[Bb]earer )[\w.~+/=-]{8,}+|(?<=://)[^/\s:@\"]++:[^/\s@\"]++(?=@| \[\d+ characters cut)"
 )
 
-MAX_CHARS: Final = (
-    2_000  # per value: an error with its cause fits; a longer one quotes input of a caller or a scanned host
-)
+# Per value: an error with its cause fits; a longer one quotes input of a caller or a scanned host.
+MAX_CHARS: Final = 2_000
 MAX_PATH_CHARS: Final = 200  # every path of the API is shorter
 MAX_TRACEBACK_CHARS: Final = 20_000  # some 200 frames
 _LIMITS: Final = {"path": MAX_PATH_CHARS, "exception": MAX_TRACEBACK_CHARS}

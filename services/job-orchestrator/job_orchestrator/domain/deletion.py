@@ -16,9 +16,8 @@ Reason = Literal["request", "retention"]
 REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
 
 LEAST_RECEIPT_DAYS: Final = 30  # longer than a command can be repeated or a record replayed: 7 and 14 days
-_KIND: Final = (
-    "DeleteResults"  # no signature of an audit entry is valid for a request, and none of a request for an entry
-)
+# No signature of an audit entry is valid for a request, and none of a request for an entry.
+_KIND: Final = "DeleteResults"
 KEEP_RECEIPTS: Final = timedelta(days=1_095)
 
 

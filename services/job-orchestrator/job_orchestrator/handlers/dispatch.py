@@ -21,12 +21,10 @@ from job_orchestrator.handlers.tasks import Pick, Tasks
 from scanfleet.runtime.loop import Loop
 
 _LOOK_SECONDS: Final = 0.1  # maximum wait of an idle worker for a chunk that another replica queued
-_LEAST_SECONDS: Final = (
-    0.025  # minimum interval of rounds: workers have prefetched work, and finished chunks are batched
-)
-_STOP_SECONDS: Final = (
-    3.0  # time for a round that has stored its dispatches to publish their tasks before the process stops
-)
+# Minimum interval of rounds: workers have prefetched work, and finished chunks are batched.
+_LEAST_SECONDS: Final = 0.025
+# Time for a round that has stored its dispatches to publish their tasks before the process stops.
+_STOP_SECONDS: Final = 3.0
 _EXTRA: Final = 20  # approximate number of prefetched chunks for 2 seconds; more are picked in the next round
 _USERS: Final = 64  # users whose chunks are queried at once, those with the lowest virtual time first
 _PAGES: Final = 4  # maximum number of pages of users per round

@@ -18,9 +18,8 @@ from job_orchestrator.metrics import DUPLICATE_WORKERS, IGNORED_WORKERS
 from scanfleet.contracts.messages import WorkerReady
 from scanfleet.runtime.bus import PartitionListener, Record
 
-_SILENT_SECONDS: Final = (
-    7.0  # workers announce themselves every 2 s; after three missed announcements they get no chunks
-)
+# Workers announce themselves every 2 s; after three missed announcements they get no chunks.
+_SILENT_SECONDS: Final = 7.0
 _NOTED_SECONDS: Final = 5.0  # interval at which a worker's announcements are stored
 _PROCESSES: Final = 8  # of one name, by which more than two that run at once are recognised
 _LOGGED: Final = 20  # instances that a log event names in a minute: a compromised worker may announce any number

@@ -22,14 +22,12 @@ from scanner_worker.handlers.chunk import FENCE, ChunkScan, Denied
 from scanner_worker.handlers.exclusion import Exclusion
 from scanner_worker.metrics import SLOTS
 
-READY_SECONDS: Final = (
-    2.0  # interval of announcements: an orchestrator discovers its workers within this time of its start
-)
+# Interval of announcements: an orchestrator discovers its workers within this time of its start.
+READY_SECONDS: Final = 2.0
 # Minimum interval. Runs that end within it share an announcement; their reports already free the slots.
 LEAST_SECONDS: Final = 0.1
-START_SECONDS: Final = (
-    2.0  # timeout for a chunk to get a slot; then it is released, since another worker may have a free one
-)
+# Timeout for a chunk to get a slot; then it is released, since another worker may have a free one.
+START_SECONDS: Final = 2.0
 LATE_SECONDS: Final = 1.0  # time for tasks that were dispatched before the orchestrators handled the last announcement
 FLUSH_SECONDS: Final = 5.0  # timeout for the final reports of a worker that shuts down
 SEEN: Final = 4_096  # cached attempts for deduplication: minutes of the shortest chunks

@@ -37,9 +37,8 @@ END_SECONDS: Final = 5.0  # timeout for nmap to exit after its output has ended,
 KILLS: Final = 20  # maximum kill rounds: processes may fork in between, and killed ones stay visible for a few
 STDERR_BYTES: Final = 2_000  # bytes of standard error that are kept, the last ones: nmap writes its fatal error last
 _DISCARD: Final = 9  # any port: connecting a UDP socket sends nothing
-CHECK_SECONDS: Final = (
-    30.0  # timeout of a run without targets: nmap starts in 0.1 s, and in some seconds on a loaded machine
-)
+# Timeout of a run without targets: nmap starts in 0.1 s, and in some seconds on a loaded machine.
+CHECK_SECONDS: Final = 30.0
 
 MIN_VERSION: Final = (7, 92)  # older versions spell reasons and timeouts differently, and omit ports from the XML
 _VERSION: Final = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")

@@ -30,9 +30,8 @@ from scanfleet.security.auth.verifier import refusals
 ISSUER: Final = "scanfleet-api-gateway"
 TYPE: Final = "scanfleet-internal+jwt"
 LIFE_SECONDS: Final = 60
-REUSE_SECONDS: Final = (
-    20  # reuse of a token for requests of the same caller; most of its lifetime remains for the last one
-)
+# Reuse of a token for requests of the same caller; most of its lifetime remains for the last one.
+REUSE_SECONDS: Final = 20
 LEEWAY_SECONDS: Final = 10
 MAX_ROLES_CHARS: Final = 9_000  # of the claim with roles: what the largest token of a user can have in ASCII
 MAX_CHARS: Final = 13_000  # of a token with that claim; others have 500, and the headers of a request at most 16,384
