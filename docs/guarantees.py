@@ -142,7 +142,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
         "each reads the other's messages and documents; jobs finish, or wait with the reason; nothing is refused or dead-lettered",
     ),
     "F29": Trial(
-        "rebalances in quick succession while a worker is dead; scan-progress unread for two leases",
+        "rebalances more often than a lease while a worker is dead; scan-progress unread for two leases",
         "its work is reassigned within the bound; no chunk is dispatched twice",
     ),
     "F30": Trial(

@@ -48,6 +48,7 @@ from tests.faults.releases import write_next_release
 
 LEASE: Final = 5  # seconds: longer than a busy machine delays a heartbeat, and short to wait for
 REQUEUE_SECONDS: Final = LEASE + 1 + 1  # the promise: a lease and a sweep; one more for a busy machine
+REBALANCE_SECONDS: Final = LEASE * 20 / 45  # between two rebalances: as one every 20 seconds with a lease of 45
 COOLDOWN_SECONDS: Final = 1  # of the gateways, between two fetches of the issuer's keys
 MAX_AGE_SECONDS: Final = 2  # of the keys that the second gateway knows
 MAX_STALE_SECONDS: Final = 6  # while it cannot fetch them
@@ -380,11 +381,11 @@ class Platform:
 
     @contextmanager
     def rebalances(self, group: str) -> Iterator[None]:
-        """Rebalance a group in quick succession for the duration of the block; its members keep their partitions."""
+        """Rebalance a group more often than a lease for the duration of the block; its members keep their partitions."""
         over = threading.Event()
 
         def repeat() -> None:
-            while not over.is_set():
+            while not over.wait(REBALANCE_SECONDS):
                 asyncio.run(self._join(group))
 
         with ThreadPoolExecutor(1) as threads:

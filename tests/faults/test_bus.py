@@ -269,7 +269,7 @@ def dispatched_once(platform: Platform, job_id: int) -> bool:
 def test_rebalances_extend_no_lease_of_a_stopped_worker(
     platform: Platform, user: Caller, invariants: Invariants
 ) -> None:
-    """While the readers of scan-progress rebalance without a pause, the chunks of a stopped worker are reassigned in time, and no others."""
+    """While the readers of scan-progress rebalance more often than a lease, the chunks of a stopped worker are reassigned in time, and no others."""
     jobs = [user.scan(platform.network(31), **SLOW) for _ in range(3)]
     before = [caught(lambda: running(platform, job_id), LIMIT, "the job to run") for job_id in jobs]  # noqa: B023 # called before the next turn
     stopped = platform.holder(before[0])
