@@ -141,7 +141,8 @@ class Round:
     """Assigns queued chunks, one after the other, to the workers with capacity.
 
     Args:
-        workers: those that may get chunks.
+        workers: those that may get chunks; all of them can run every queued chunk, so that a search passes only those that failed
+            it.
         times: virtual times of the waiting users.
         occupied: slots that each user's chunks occupy on all workers.
         fleet: all live workers, including `workers`.
@@ -201,7 +202,7 @@ class Round:
                 left[user].append(candidate)
                 heapq.heappush(self._free, able)
             elif within:  # prefetched short chunks of others would take each slot as it becomes free
-                self._free = [entry for entry in self._free if not _may_take(entry[-1], candidate, refused)]
+                self._free = [entry for entry in self._free if entry[-1].instance in refused]
                 heapq.heapify(self._free)
             if queues[user]:
                 heapq.heappush(heap, (time, user))
@@ -212,10 +213,10 @@ class Round:
         found = None
         while not found and self._free and _in_time(self._free[0][-1], candidate):
             entry = heapq.heappop(self._free)
-            if _may_take(entry[-1], candidate, refused):
-                found = entry
-            else:
+            if entry[-1].instance in refused:
                 passed.append(entry)
+            else:
+                found = entry
         for entry in passed:
             heapq.heappush(self._free, entry)
         return found
@@ -246,10 +247,6 @@ class Round:
             heapq.heappush(self._free, (*_load(taken), place, taken))
         self._occupied[candidate.user_id] += share
         return worker, share
-
-
-def _may_take(worker: Credit, candidate: Candidate, refused: AbstractSet[str]) -> bool:
-    return (worker.raw or not candidate.needs_raw) and worker.instance not in refused
 
 
 def _load(worker: Credit) -> tuple[bool, float]:
