@@ -19,7 +19,17 @@ from scanfleet.scanning.policy import ADMITTED_SCRIPTS
 from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Network, TargetRules
 from scanner_worker.domain.ports import Found, Scanner
-from scanner_worker.domain.scan import Host, NoRouteError, ScanError, arguments, digest, services
+from scanner_worker.domain.scan import (
+    CannotStartError,
+    Host,
+    KilledByGuardError,
+    NoRouteError,
+    ScanError,
+    arguments,
+    digest,
+    outcome,
+    services,
+)
 
 SLACK_SECONDS: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
 
@@ -59,13 +69,21 @@ class ClockStepError(Exception):
     """nmap ended hosts before their host timeout, since this machine's clock was set forward."""
 
 
+_BY_COST: Final = (ClockStepError, NoRouteError, ScanError)
+"""Errors of single hosts; of several, the batch has the one that costs its chunks least."""
+
+_NO_FAILURES: Final = (CannotStartError, KilledByGuardError, NoRouteError, TooSlowError, ClockStepError)
+"""Errors that are no failure of the started nmap, and have effects of their own."""
+
+
 class Batch:
     """Scans compatible chunks with one nmap; when a chunk leaves early, another nmap scans the remaining addresses.
 
     Attributes:
         shares: one per chunk, in order. nmap starts once every share has requested its addresses or left.
         fault: the error that ended nmap; None if nmap finished, was not needed, or all shares left.
-        finished: whether nmap finished successfully.
+        finished: whether nmap finished successfully, with all addresses.
+        failed: whether nmap was started and failed, and finished no chunk.
         common_ports: the ports of a `top` set by number; empty for another set.
         arguments: the digest of nmap's last arguments without targets; empty if it was not started.
     """
@@ -74,6 +92,7 @@ class Batch:
         self.shares = tuple(Share(self, chunk) for chunk in chunks)
         self.fault: BaseException | None = None
         self.finished = False
+        self.failed = False
         self.common_ports = ""
         self.arguments = ""
         self._abilities = abilities
@@ -93,6 +112,9 @@ class Batch:
             await self._started.wait()
             with structlog.contextvars.bound_contextvars(chunk_ids=[share.chunk.chunk_id for share in self._active]):
                 self.fault = await self._scan()
+                started = bool(self.arguments)  # otherwise this worker does not execute the policy
+                failed = started and isinstance(self.fault, Exception) and not isinstance(self.fault, _NO_FAILURES)
+                self.failed = failed and all(share.targets for share in self.shares)
         finally:
             for share in self._active:
                 share.end(self.fault)
@@ -182,22 +204,24 @@ class Batch:
             self._rules, self._began = self._abilities.rules.digest, asyncio.get_running_loop().time()
         self.arguments = digest(line)
         due = asyncio.get_running_loop().time() + self._chunk.policy.host_timeout
-        faults: dict[type[Exception], Exception] = {}
+        faults: list[Exception] = []
         try:
             async with aclosing(self._scanner.scan(line, services(ports))) as found:
                 async for hosts in found:
-                    judged = [self._fault(host, due) for host, _ in hosts]
-                    faults |= {type(fault): fault for fault in judged if fault}
+                    judged = [self._fault(host, ports.count, due) for host, _ in hosts]
+                    faults += [fault for fault in judged if fault]
                     valid = [each for each, fault in zip(hosts, judged, strict=True) if not fault]
                     for share, own in self._sorted(valid).items():
                         if share in self._active:
                             await share.put(own)
         except NoRouteError as error:
-            faults[NoRouteError] = error
-        if faults:  # of both, the one that costs the chunk nothing
-            raise faults.get(ClockStepError) or faults[NoRouteError]
+            faults.append(error)
+        if missing := sum(network.num_addresses for network in self._targets()):
+            faults.append(ScanError(f"{missing} addresses are missing from nmap's output"))
+        if faults:
+            raise min(faults, key=lambda fault: _BY_COST.index(type(fault)))
 
-    def _fault(self, host: Host, due: float) -> Exception | None:
+    def _fault(self, host: Host, ports: int, due: float) -> Exception | None:
         """Return why nmap's result for the host is invalid; None if it is valid. `due` is when a host may have timed out."""
         if host.timed_out and asyncio.get_running_loop().time() < due:
             timeout = self._chunk.policy.host_timeout
@@ -205,6 +229,8 @@ class Batch:
         # nmap's reason for such a host depends on the kernel's error, and for some errors is that of a silent host.
         if not host.answered and self._scanner.source(host.address) is None:
             return NoRouteError(f"nmap got no answer from {host.address}, and the worker has no route to it")
+        if outcome(host, ports) is Outcome.BLANK:
+            return ScanError(f"nmap reported {host.ports} of {ports} ports of {host.address}")
         return None
 
     def _sorted(self, hosts: Found) -> Mapping[Share, Found]:

@@ -72,20 +72,17 @@ class ChunkScan:
         self._map = list(chunk.outcomes)
         self._ports = PortSet.parse(chunk.ports)
         self._technique = technique(chunk.policy, raw=abilities.raw)
-        self._mismatch = ""
         self._fence: asyncio.Timeout | None = None
         self._work: asyncio.Task[None] | None = None
         self._stopped = ""
         after = chunk.stop_after_seconds
         self._stop_at = None if after is None else asyncio.get_running_loop().time() + after
 
-    async def run(self, share: Share) -> Message:
-        """Scan the chunk; return its final report once Kafka has acknowledged it."""
+    async def run(self, share: Share) -> None:
+        """Scan the chunk, and report its end until Kafka has acknowledged it."""
         about = {"scanfleet.chunk.id": self.chunk.chunk_id}
         with tracing.span("scan chunk", self.chunk.traceparent, "consumer", about), self._logged():
-            end = await self._outcome(share)
-            await self._report_end(end)
-            return end
+            await self._report_end(await self._outcome(share))
 
     async def release(self, reason: str) -> None:
         """Release the chunk without scanning it."""
@@ -164,15 +161,12 @@ class ChunkScan:
         if Outcome.BLANK not in self._map:
             return
         blanks = [index for index, code in enumerate(self._map) if code == Outcome.BLANK]
-        asked, later = blanks[: self.chunk.limit], set(blanks[self.chunk.limit :] if self.chunk.limit else ())
+        later = set(blanks[self.chunk.limit :] if self.chunk.limit else ())
         wanted = "".join(NOT_NOW if index in later else code for index, code in enumerate(self._map))
         with tracing.span("nmap", tracing.current()):
             async with aclosing(share.scan(wanted)) as found:
                 async for hosts in found:
                     await self._publish_hosts(hosts)
-        # A scan that was stopped may end here before its cancellation takes effect.
-        if not self._stopped and (blank := sum(self._map[index] == Outcome.BLANK for index in asked)):
-            raise ScanError(self._mismatch or f"{blank} addresses are missing from nmap's output")
 
     async def _publish_hosts(self, hosts: Found) -> None:
         """Publish the hosts; set their outcome codes only after they are acknowledged."""
@@ -181,9 +175,7 @@ class ChunkScan:
         for host, ports in hosts:
             index = index_of(self.chunk.first_address, host.address)
             code = outcome(host, self._ports.count)
-            if code is Outcome.BLANK:
-                self._mismatch = f"nmap reported {host.ports} of {self._ports.count} ports of {host.address}"
-            elif self._map[index] == Outcome.BLANK and index not in codes:
+            if self._map[index] == Outcome.BLANK and index not in codes:
                 codes[index] = code
                 if code is not Outcome.DOWN:
                     messages.append(self._host(host, code, ports))

@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from scanfleet.contracts.messages import ChunkFailed, Message, ScanChunk, StopChunk, WorkerReady
+from scanfleet.contracts.messages import ScanChunk, StopChunk, WorkerReady
 from scanfleet.contracts.messages.topics import SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher, Record
@@ -168,14 +168,13 @@ class Worker:
         members = (scan.run(share) for scan, share in zip(scans.values(), batch.shares, strict=True))
         try:
             # An error of one chunk does not end the others.
-            fault, *ends = await asyncio.gather(self._occupy(batch), *members, return_exceptions=True)
-            self._judge(batch, [end for end in ends if isinstance(end, Message)])
+            ends = await asyncio.gather(self._occupy(batch), *members, return_exceptions=True)
         finally:
             for token in scans:
                 del self._running[token]
             self._hold()
             self._announcing.wake()
-        for end in (fault, *ends):
+        for end in ends:
             if isinstance(end, BaseException):
                 raise end
 
@@ -183,17 +182,17 @@ class Worker:
         """Run nmap in a slot, which does not wait for the chunks' final reports: their partition may have no leader."""
         try:
             await batch.run()
-            if isinstance(batch.fault, CannotStartError):
-                self.exclusion.exclude(str(batch.fault))
+            self._judge(batch)  # before the slot is filled again, so that an excluded worker starts no chunk
         finally:
             self._busy -= 1
             self._fill()
 
-    def _judge(self, batch: Batch, ends: Sequence[Message]) -> None:
-        """Record whether a run of nmap succeeded or failed on this machine."""
-        failed = [end for end in ends if isinstance(end, ChunkFailed) and not end.no_route]
-        if failed and len(failed) == len(ends) and batch.arguments:  # nmap was started, so the failure may be its own
-            self.exclusion.failed(batch.shares[0].chunk, failed[0].reason)
+    def _judge(self, batch: Batch) -> None:
+        """Record whether the run of nmap succeeded or failed on this machine."""
+        if isinstance(batch.fault, CannotStartError):
+            self.exclusion.exclude(str(batch.fault))
+        elif batch.failed:
+            self.exclusion.failed(batch.shares[0].chunk, str(batch.fault))
         elif batch.finished:
             self.exclusion.succeeded()
 

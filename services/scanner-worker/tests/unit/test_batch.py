@@ -286,6 +286,7 @@ async def test_batch_failed_nmap_fails_unfinished_chunks(make: MakeChunk) -> Non
     assert rig.ends() == {"1-1": (ChunkScanned, "aa"), "1-2": (ChunkFailed, "a."), "1-3": (ChunkFailed, "..")}
     assert {m.reason for m in rig.final_reports() if isinstance(m, ChunkFailed)} == {"nmap exited with 1"}
     assert len(rig.scanner.asked) == 1
+    assert not rig.batch.failed
 
 
 async def test_batch_error_of_one_chunk_is_isolated(make: MakeChunk) -> None:
@@ -427,7 +428,7 @@ async def test_scan_of_hosts_without_an_answer_leaves_them_blank_without_a_route
     (end,) = rig.final_reports()
     if isinstance(end, ChunkFailed):
         assert end.no_route
-        assert end.reason == "nmap got no answer from 127.9.1.12, and the worker has no route to it"
+        assert end.reason == "nmap got no answer from 127.9.1.11, and the worker has no route to it"
 
 
 @pytest.mark.parametrize("skips", [True, False])
@@ -653,8 +654,8 @@ def test_batch_command_line_has_only_permitted_targets(maps: list[str], base: st
     assert len(scanner.argvs) <= 2
 
 
-async def test_share_missing_host_ends_with_nmap(make: MakeChunk) -> None:
-    """A share ends when nmap ends successfully without a host; its reader detects the missing address."""
+async def test_share_missing_host_fails_with_nmap(make: MakeChunk) -> None:
+    """A share fails when nmap ends successfully without its host, and so does the run."""
 
     class Silent(Stepping):
         async def scan(self, *_: object) -> AsyncGenerator[Found]:
@@ -665,6 +666,8 @@ async def test_share_missing_host_ends_with_nmap(make: MakeChunk) -> None:
     batch = Batch([make(1)], ABILITIES, Silent())
     running = asyncio.create_task(batch.run())
     (share,) = batch.shares
-    async with share, aclosing(share.scan("..")) as found:
-        assert [hosts async for hosts in found] == []
+    with pytest.raises(ScanError, match="2 addresses are missing"):
+        async with share, aclosing(share.scan("..")) as found:
+            assert [hosts async for hosts in found] == []
     await running
+    assert (batch.finished, batch.failed) == (False, True)

@@ -712,6 +712,20 @@ async def test_worker_three_failed_chunks_exclude_it(make_chunk: MakeChunk) -> N
 
 
 @pytest.mark.proves("F25", "G17")
+async def test_worker_third_failed_chunk_excludes_it_before_the_next_starts(make_chunk: MakeChunk) -> None:
+    """A chunk that waits for the slot of the third failed one is released without an nmap, although reports cannot be sent yet."""
+    async with rigged(ScanError("nmap exited with 1"), slots=1) as rig:
+        await until(lambda: rig.messages(SCAN_WORKERS, WorkerReady))
+        rig.scanner.broken = "nmap exited with 1"
+        rig.bus.broker.leaderless = {(SCAN_PROGRESS.name, partition) for partition in range(SCAN_PROGRESS.partitions)}
+        await rig.send(*(make_chunk(chunk_id=f"1-{number}", failures=1) for number in range(4)))
+        await until(lambda: slots(rig) == 0)
+        rig.bus.broker.leaderless.clear()
+        await until(lambda: "ChunkReleased" in rig.progress())
+        assert len(rig.scanner.asked) == 3
+
+
+@pytest.mark.proves("F25", "G17")
 async def test_worker_failed_chunks_exclude_it_for_the_shortest_time(make_chunk: MakeChunk) -> None:
     """While trial runs succeed, further failed chunks do not exclude the worker for longer: their targets may be the cause."""
     async with rigged(ScanError("nmap crashed"), slots=1) as rig:
