@@ -154,7 +154,7 @@ class Commands(PartitionListener):
         return answer
 
     async def cancel(self, job_ids: Collection[int]) -> list[int]:
-        """Cancel those of these jobs that have not ended, and return their ids.
+        """Cancel those of these jobs that have not ended, stop their scans, and return their ids.
 
         Raises:
             DependencyError: some are cancelled; calling again cancels the others.
@@ -162,6 +162,7 @@ class Commands(PartitionListener):
         before = await self._jobs.get(job_ids)
         unfinished = [job.id for job in before.values() if not job.final]
         ended = await self._end(dict.fromkeys(unfinished))
+        await self._canceller.stop_scans(reasons(ended.values()))
         cancelled = sorted(job.id for job in ended.values() if job.status is JobStatus.CANCELLED)
         await self._outbox.try_publish(ended[id_] for id_ in cancelled)
         self._reconciler.begin(ended[id_] for id_ in cancelled)

@@ -93,8 +93,6 @@ class Reconciler:
         self._wake = wake
         self._clock = clock
         self._queue = WorkQueue()
-        self._ended: dict[int, str] = {}
-        """By job, whose scans are to be stopped before anything else: the reason."""
         self._started: dict[int, None] = {}
         self.loop = Loop("jobs", _WORK_SECONDS, self.work, vital=False)
 
@@ -156,20 +154,16 @@ class Reconciler:
         self.begin(job for job in jobs if not job.made)
 
     def begin(self, jobs: Iterable[ScanJob]) -> None:
-        """Schedule the first chunks of new jobs and the cancellation of those of ended ones before the next `reconcile`."""
+        """Schedule the first chunks of new jobs and the cancellation of those of ended ones."""
         for job in jobs:
-            if job.final:
-                self._ended[job.id] = reason(job)
             self._continue(job)
 
     async def work(self) -> None:
-        """Stop the scans of ended jobs, and continue a few of the jobs that have more to do, their users in turn.
+        """Continue a few of the jobs that have more to do, their users in turn.
 
         Raises:
             DependencyError: `reconcile` finds the remaining work again.
         """
-        ended, self._ended = self._ended, {}
-        await self._canceller.stop_scans(ended)
         await self.reconcile(self._queue.take(_PAGE))
         if self.busy:
             self.loop.wake()
@@ -177,7 +171,7 @@ class Reconciler:
     @property
     def busy(self) -> bool:
         """Whether the work loop has more to do."""
-        return bool(self._ended or self._queue)
+        return bool(self._queue)
 
     async def follow(self, changes: Iterable[Changed]) -> None:
         """Update the jobs of these changed chunks, and publish their progress.

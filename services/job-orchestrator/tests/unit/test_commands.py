@@ -519,6 +519,21 @@ async def test_reply_to_a_cancel_follows_the_stops(world: World) -> None:
     assert kinds == ["CommandAccepted", "ScanChunk", "StopChunk", "CommandAccepted"]
 
 
+async def test_bulk_cancel_returns_after_the_stops(world: World) -> None:
+    """Workers are sent the stops of all jobs before the caller gets the response, also while events cannot be published."""
+    publisher = RecordingPublisher(world.bus)
+    world.replicas = [world.replica(publisher=publisher)]
+    world.worker.hold = True
+    await world.start()
+    await world.worker.announce()
+    await world.submit()
+    await world.settle()
+    publisher.kinds.clear()
+    world.bus.broker.leaderless = {(SCAN_EVENTS.name, partition) for partition in range(SCAN_EVENTS.partitions)}
+    assert await world.only.commands.cancel([1]) == [1]
+    assert publisher.kinds[0] == "StopChunk"
+
+
 async def test_cancel_of_a_running_job_stops_its_workers(world: World) -> None:
     """A cancel of a running job stops the holder of each chunk at once, and the last map is kept."""
     world.worker.hold = True
