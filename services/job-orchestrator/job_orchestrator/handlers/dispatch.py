@@ -84,7 +84,7 @@ class Dispatcher:
         Unless woken, consider only idle workers, and those that may be: a full one announces itself when it has capacity again.
 
         Raises:
-            DependencyError: chunks may be dispatched whose message was not sent; their leases expire and they are requeued.
+            DependencyError: chunks may be dispatched whose task was not sent; their leases expire and they are requeued.
         """
         if not (self._woken or self._idle):
             return
@@ -108,7 +108,7 @@ class Dispatcher:
         credits_ = [fairness.fill(credit, by_worker[credit.worker_id], time) for credit in mine]
         free_slot = any(credit.held < credit.slots for credit in credits_)
         self._idle = free_slot or not self._held.certain
-        free = [credit for credit in credits_ if fairness.has_room(credit)]
+        free = [credit for credit in credits_ if fairness.has_room(credit) and self._tasks.can_reach(credit.worker_id)]
         if not free_slot and now < self._ahead_due:
             return False  # a moment ago no chunk was small enough to be prefetched
         # Workers with raw packets are served first, from all chunks; the others get only chunks that need no raw

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import lru_cache
 from typing import Final
+
+import structlog
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.audit import own_entry
@@ -32,7 +35,10 @@ from scanfleet.scanning.policy import PolicyError, ScanPolicy, executable
 from scanfleet.scanning.ports import PortSet
 from scanfleet.security.chunk_grants import Signer
 
+_SEND_SECONDS: Final = 1.0  # time for acknowledgements; then a round continues without the partitions that still wait
 _MAX_EXPECTED: Final = 10_000  # jobs have one or two estimates each, and another one for their last chunk
+
+_log = structlog.stdlib.get_logger(__name__)
 
 Pick = tuple[Candidate, Credit, float]
 """A chunk, its worker, and the share of a slot that it will occupy."""
@@ -85,6 +91,12 @@ class Tasks:
         self._scripts = frozenset(scripts)
         self._expected: dict[tuple[int, float], float] = {}
         """By job and a chunk's estimate, those dispatched last at the end: the slot seconds now expected of such a chunk."""
+        self._sending: dict[int, asyncio.Task[None]] = {}
+        """By partition of scan-tasks: the tasks that are not acknowledged yet."""
+
+    def can_reach(self, worker_id: str) -> bool:
+        """Whether the partition of this worker's tasks has acknowledged the last ones."""
+        return SCAN_TASKS.partition_of(worker_id) not in self._sending
 
     def expect(self, candidate: Candidate) -> Candidate:
         """Return the candidate with the slot seconds expected of the last chunk like it that was dispatched.
@@ -98,10 +110,10 @@ class Tasks:
         """Dispatch the picked chunks; return whether another round may dispatch more.
 
         Some may not be dispatched, because another replica changed them or their job ended; others of the job may be shorter than
-        was known, so that workers can prefetch them.
+        was known, so that workers can prefetch them. Chunks whose task cannot be sent are requeued when their leases expire.
 
         Raises:
-            DependencyError: chunks may be dispatched whose message was not sent; their leases expire and they are requeued.
+            DependencyError: chunks may be dispatched whose task was not sent.
         """
         now = self._clock.now()
         jobs, chunks = await asyncio.gather(
@@ -141,7 +153,7 @@ class Tasks:
         traces = {task.chunk_id: task.traceparent for task in sent}
         with tracing.spans("dispatch chunk", traces, "producer", "scanfleet.chunk.id") as onward:
             tasks = [task.model_copy(update={"traceparent": onward[task.chunk_id]}) for task in sent]
-            await self._publisher.publish(SCAN_TASKS, tasks)
+            await self._publish(tasks)
         await self._cancel(over)
         for job_id, candidate in refused.items():
             await self._refuse(jobs[job_id], candidate)
@@ -151,6 +163,35 @@ class Tasks:
         # A replica that stalled may have stored chunks of a job after its deletion was done.
         await self._deletions.advance(lost, Stage.DONE, Stage.CHUNKS, now)
         return shorter or len(sent) < len(picks)
+
+    async def _publish(self, tasks: Iterable[ScanChunk]) -> None:
+        """Publish the tasks; a partition without a leader delays only its own workers."""
+        by_partition: defaultdict[int, list[ScanChunk]] = defaultdict(list)
+        for task in tasks:
+            by_partition[SCAN_TASKS.partition_of(task.worker_id)].append(task)
+        sending = {
+            partition: asyncio.create_task(self._publish_to(partition, each))
+            for partition, each in by_partition.items()
+        }
+        self._sending |= sending
+        if sending:
+            sent, _ = await asyncio.wait(sending.values(), timeout=_SEND_SECONDS)
+            for each in sent:
+                each.result()
+
+    async def _publish_to(self, partition: int, tasks: Sequence[ScanChunk]) -> None:
+        try:
+            await self._publisher.publish(SCAN_TASKS, tasks)
+        except DependencyError as error:
+            _log.warning(
+                "publish_failed",
+                topic=SCAN_TASKS.name,
+                messages=len(tasks),
+                error=str(error),
+                next_step="the chunks are requeued when their leases expire",
+            )
+        finally:
+            del self._sending[partition]
 
     async def _store(self, dispatched: Sequence[Chunk]) -> set[str]:
         """Store these chunks, which count as held from now on; return the ids of those that another replica has changed."""

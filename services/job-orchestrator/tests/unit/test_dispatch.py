@@ -943,17 +943,20 @@ class SlowPublisher:
     """Publishes tasks only once it is allowed to.
 
     Attributes:
+        others: the workers whose tasks it publishes immediately.
         begun: set while it waits.
         allowed: set by the test.
     """
 
-    def __init__(self, publisher: Publisher) -> None:
+    def __init__(self, publisher: Publisher, others: Collection[str] = ()) -> None:
         self._publisher = publisher
+        self.others = others
         self.begun = asyncio.Event()
         self.allowed = asyncio.Event()
 
     async def publish(self, topic: Topic[Message], messages: Iterable[Message]) -> None:
-        if topic is SCAN_TASKS:
+        messages = list(messages)
+        if topic is SCAN_TASKS and not {getattr(each, "worker_id", "") for each in messages} <= set(self.others):
             self.begun.set()
             await self.allowed.wait()
         await self._publisher.publish(topic, messages)
@@ -976,6 +979,33 @@ async def test_stop_publishes_the_tasks_of_stored_dispatches(world: World) -> No
     slow.allowed.set()
     await stopping
     assert len(tasks(world)) == 3
+
+
+@pytest.mark.proves("F33", "G17")
+async def test_partition_without_a_leader_delays_only_its_own_workers(world: World) -> None:
+    """While the tasks of one partition are not acknowledged, other workers get chunks, and its own workers none."""
+    world.workers.append(Worker(world.bus, "w-2"))
+    for worker in world.workers:
+        worker.slots, worker.hold = 2, True
+    assert SCAN_TASKS.partition_of("w-1") != SCAN_TASKS.partition_of("w-2")
+    slow = SlowPublisher(world.bus, others=["w-1"])
+    world.replicas = [world.replica(publisher=slow)]
+    await world.start()
+    await queue(world, 7, 2)
+    for worker in world.workers:
+        await worker.announce()
+    await world.deliver()
+    await world.only.dispatcher.fill()
+    await queue(world, 8, 4)
+    world.only.dispatcher.wake(made=[8])
+    await world.only.dispatcher.fill()
+    assert [task.worker_id for task in tasks(world)] == ["w-1"] * 2
+    held = await world.store.dispatch.held()
+    assert Counter(each.token.worker_id for each in held) == {"w-1": 2, "w-2": 1}
+    slow.others = ["w-1", "w-2"]
+    slow.allowed.set()
+    await world.settle()
+    assert Counter(task.worker_id for task in tasks(world)) == {"w-1": 2, "w-2": 2}
 
 
 async def test_users_whose_chunks_may_not_start_yet_leave_no_slot_idle(world: World) -> None:
