@@ -12,6 +12,8 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
+from pydantic import AwareDatetime, StrictInt
+
 from job_orchestrator.domain.attempts import Attempt, Probed, append
 from scanfleet.contracts.messages import (
     ChunkClaimed,
@@ -144,8 +146,8 @@ class Chunk:
     """Fraction of a slot that the attempt occupies: small chunks share a slot."""
     attempt_estimate: float | None = None
     """Estimated slot seconds of the attempt's blanks; None in documents of earlier releases."""
-    dispatched_at: datetime | None = None
-    not_before: datetime | None = None
+    dispatched_at: AwareDatetime | None = None
+    not_before: AwareDatetime | None = None
     """Earliest start of the next attempt; None for immediately."""
     limit: int = 0
     """Maximum number of blanks that the next attempt may scan; 0 for all."""
@@ -170,11 +172,11 @@ class Chunk:
     """Number of attempts between them that are not in `attempts`."""
     probed: Probed | None = None
     """By the last report on a chunk without blanks; None before, and in documents of earlier releases."""
-    ask_at: datetime | None = None
+    ask_at: AwareDatetime | None = None
     """When result-store is next asked to check the chunk again; None for immediately."""
     asked: int = 0
     """Number of repeated checks."""
-    rev: int = 0
+    rev: StrictInt = 0
 
     @property
     def token(self) -> Token:
@@ -467,7 +469,7 @@ def request_check(chunk: Chunk, now: datetime, patience: timedelta) -> Chunk:
     """Return a scanned chunk for which result-store is asked now, and again after a delay that doubles each time, to 5 minutes at most."""
     if chunk.state is not ChunkState.SCANNED:
         return chunk
-    pause = min(patience * 2**chunk.asked, _LONGEST_PAUSE)
+    pause = min(patience * 2 ** min(chunk.asked, MAX_FRUITLESS), _LONGEST_PAUSE)
     return replace(chunk, ask_at=now + pause, asked=min(chunk.asked + 1, MAX_FRUITLESS))
 
 

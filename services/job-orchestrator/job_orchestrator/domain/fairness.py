@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
+from pydantic import AwareDatetime
+
 from job_orchestrator.domain.chunk import Chunk, Token
 from scanfleet.contracts.messages import instance_of
 
@@ -63,7 +65,7 @@ class Held:
     partition: int
     estimate: float
     share: float
-    dispatched_at: datetime | None
+    dispatched_at: AwareDatetime | None
 
     @classmethod
     def of(cls, chunk: Chunk) -> Held:

@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
-from pydantic import PositiveInt
+from pydantic import AwareDatetime, PositiveInt, StrictInt
 
 from job_orchestrator.domain.totals import EMPTY, Totals
 from scanfleet.contracts.messages import (
@@ -127,8 +127,8 @@ class ScanJob:
     plan: Plan
     partition: int
     """Partition of the topics that are keyed by job: its owner in scan-progress drives the job."""
-    created_at: datetime
-    updated_at: datetime
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
     command_id: str
     zone: str = ""
     """Where it is scanned. There is only one zone, without a name."""
@@ -143,16 +143,16 @@ class ScanJob:
     seconds_left: float = 0.0
     """Expected slot seconds of the rest of the job."""
     status: JobStatus = JobStatus.PENDING
-    start_time: datetime | None = None
-    end_time: datetime | None = None
+    start_time: AwareDatetime | None = None
+    end_time: AwareDatetime | None = None
     progress: int = 0
     machines_found: int = 0
     error: str = ""
     eta_seconds: float | None = None
     waiting: str = ""
-    waiting_since: datetime | None = None
+    waiting_since: AwareDatetime | None = None
     seq: int = 0
-    rev: int = 0
+    rev: StrictInt = 0
     cancel_command: str | None = None
     settled: bool = False
     """The job and all of its chunks are final: nothing is left to reconcile."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
+from pydantic import AwareDatetime
+
 PROTECTED: Final = 2  # newest completed jobs of a subnet, which the next comparison needs
 
 
@@ -14,7 +16,7 @@ class EndedJob:
     """A settled job, as far as retention needs it."""
 
     id: int
-    end_time: datetime
+    end_time: AwareDatetime
     subnet_id: int
 
 

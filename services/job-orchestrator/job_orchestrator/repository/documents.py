@@ -140,7 +140,8 @@ def read_job(document: Document) -> ScanJob:
     )
     old_plan = _OLD_PLAN | {"blocks": -(-document["ports"] // MAX_PORTS)}
     plan = old_plan | {name: document[name] for name in Plan.__slots__ if name in document}
-    converted = {"id": document["_id"], "plan": plan, "totals": _totals(document.get("totals", {})), "outbox": outbox}
+    totals = _totals(document.get("totals", {}))
+    converted = {"id": document["_id"], "rev": document["rev"], "plan": plan, "totals": totals, "outbox": outbox}
     old: Document = {"made": plan["chunk_count"], "partition": SCAN_PROGRESS.partition_of(str(document["_id"]))}
     return _JOB.validate_python(old | document | converted)
 
@@ -217,7 +218,7 @@ CHUNK_CONSTANTS: Final = frozenset(
 
 
 def read_chunk(document: Document) -> Chunk:
-    chunk = _CHUNK.validate_python(document | {"id": document["_id"]})
+    chunk = _CHUNK.validate_python(document | {"id": document["_id"], "rev": document["rev"]})
     ip_address(chunk.first_address)
     _ports(chunk.ports)
     return chunk

@@ -51,9 +51,17 @@ _DAMAGES: Final = {
     "turn of a queued chunk": _Damage("chunks", "99-0", ChunkState.QUEUED, {"turn": None}),
     "missing turn of a queued chunk": _Damage("chunks", "99-0", ChunkState.QUEUED, {"turn": "$$REMOVE"}),
     "user of a queued chunk": _Damage("chunks", "99-0", ChunkState.QUEUED, {"user_id": {"id": 8}}, unreadable=False),
+    "time of a held chunk without a zone": _Damage(
+        "chunks", "99-0", ChunkState.RUNNING, {"dispatched_at": "2026-11-29T14:00:00"}
+    ),
+    "revision of a held chunk": _Damage("chunks", "99-0", ChunkState.RUNNING, {"rev": "3"}),
+    "missing revision of a scanned chunk": _Damage("chunks", "99-0", ChunkState.SCANNED, {"rev": "$$REMOVE"}),
+    "checks of a scanned chunk": _Damage("chunks", "99-0", ChunkState.SCANNED, {"asked": 2_000}, unreadable=False),
     "user of a held chunk": _Damage("chunks", "99-0", ChunkState.RUNNING, {"user_id": {"id": 8}}),
     "time of a job": _Damage("jobs", 99, ChunkState.QUEUED, {"created_at": "yesterday"}),
     "time of a job beyond the year 9999": _Damage("jobs", 99, ChunkState.QUEUED, {"created_at": DatetimeMS(2**61)}),
+    "missing revision of a job": _Damage("jobs", 99, ChunkState.QUEUED, {"rev": "$$REMOVE"}),
+    "revision of a job": _Damage("jobs", 99, ChunkState.QUEUED, {"rev": "3"}),
     "time of an event": _Damage("jobs", 99, ChunkState.QUEUED, {"outbox": [{"at": "yesterday"}]}),
     "subnet of an ended job": _Damage("jobs", 99, ChunkState.STORED, _ENDED | {"subnet_id": [1]}),
     "time of an ended job": _Damage("jobs", 99, ChunkState.STORED, _ENDED | {"end_time": [THEN], "subnet_id": 98}),

@@ -18,7 +18,7 @@ from job_orchestrator.domain.deletion import Counts
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import UnprobedPage
 from job_orchestrator.repository import documents
-from job_orchestrator_testing import scan_job
+from job_orchestrator_testing import chunk, scan_job
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.golden import golden
 from scanfleet.contracts import rest
@@ -147,6 +147,27 @@ def test_damaged_subnet_is_not_read(damage: dict[str, Any]) -> None:
     """Every field is validated, so that a list of its owner omits a damaged subnet instead of failing."""
     with pytest.raises(ValidationError):
         documents.read_subnet(stored(FOLDER / "current" / "subnet.json") | damage)
+
+
+@pytest.mark.parametrize("name", ["chunk", "job"])
+@pytest.mark.parametrize("rev", [None, "3", {}, "missing"])
+def test_document_without_a_revision_is_not_read(name: str, rev: Any) -> None:
+    """No save would match such a chunk or job, and its repetition would block others."""
+    document = {"chunk": documents.write_chunk(chunk()), "job": documents.write_job(scan_job())}[name] | {"rev": rev}
+    if rev == "missing":
+        del document["rev"]
+    with pytest.raises((ValidationError, KeyError)):
+        READERS[name](document)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("chunk", "dispatched_at"), ("chunk", "not_before"), ("chunk", "ask_at"), ("job", "created_at")]
+)
+def test_time_without_a_zone_is_not_read(name: str, field: str) -> None:
+    """It could not be compared with the time now, so its repetition would end a loop."""
+    document = {"chunk": documents.write_chunk(chunk()), "job": documents.write_job(scan_job())}[name]
+    with pytest.raises(ValidationError):
+        READERS[name](document | {field: "2026-11-29T14:00:00"})
 
 
 def test_receipt_with_some_counts_is_read() -> None:

@@ -516,6 +516,8 @@ def test_questions_to_result_store_double_their_pause_up_to_five_minutes() -> No
         pauses.append((asked.ask_at - NOW).total_seconds())
     assert pauses[:4] == [60, 120, 240, 300]
     assert set(pauses[4:]) == {300}
+    damaged = request_check(replace(asked, asked=2_000), NOW, PATIENCE)
+    assert damaged.ask_at == asked.ask_at
 
 
 @pytest.mark.parametrize("state", sorted(set(ChunkState) - {ChunkState.SCANNED}))
