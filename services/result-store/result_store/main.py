@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from result_store.api import hosts, nmap_xml, results
+from result_store.api.turns import Limits
 from result_store.handlers import DeletionsHandler, ResultsHandler
 from result_store.repository import MongoStore
 from result_store.settings import Settings
@@ -15,7 +16,6 @@ from scanfleet.contracts.messages.topics import SCAN_DELETIONS, SCAN_RESULTS
 from scanfleet.kafka import KafkaBus
 from scanfleet.runtime import logging, mongo, service, tracing
 from scanfleet.runtime.startup import Startup
-from scanfleet.runtime.turns import Turns
 from scanfleet.security.audit import Refusals
 from scanfleet.security.auth import InternalVerifier, for_gateway, read_public_keys
 from scanfleet.security.chunk_grants import Grants
@@ -38,7 +38,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             stack.callback(database.client.close)
             app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             app.state.store = store = MongoStore(database)
-            app.state.turns = Turns()
+            app.state.limits = Limits()
             await startup.until_available("mongodb", store.prepare)
             bus = KafkaBus(settings, source=RESULT_STORE, instance=settings.instance)
             await startup.until_available("kafka", bus.start)

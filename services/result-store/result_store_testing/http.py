@@ -10,12 +10,12 @@ import httpx2
 from fastapi import FastAPI
 
 from result_store.api import hosts, nmap_xml, results
+from result_store.api.turns import Limits
 from result_store.domain.results import fold
 from result_store_testing import Log, MemoryStore
 from scanfleet.contracts.messages import HostScanned
 from scanfleet.runtime import service
 from scanfleet.runtime.settings import FrontSettings
-from scanfleet.runtime.turns import Turns
 from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
 
@@ -35,7 +35,7 @@ def client(store: MemoryStore) -> httpx2.AsyncClient:
         routers=[results.router, hosts.router, nmap_xml.router],
     )
     app.state.store = store
-    app.state.turns = Turns()
+    app.state.limits = Limits()
     app.state.verifier = ISSUER.verifier
     return httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://result-store")
 

@@ -13,10 +13,13 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
+from fastapi import Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+
+from result_store.api.turns import Turn
 
 PIECE: Final = (
     1 << 16
@@ -110,7 +113,14 @@ def negotiate(accept: str, formats: Sequence[Format] = FORMATS) -> Format:
     return max(formats, key=quality)
 
 
-async def write(form: Format, found: AsyncIterator[Iterable[BaseModel]], fields: Fields) -> AsyncIterator[bytes]:
+class Piece(NamedTuple):
+    """A part of a document."""
+
+    content: bytes
+    last: bool = False
+
+
+async def write(form: Format, found: AsyncIterator[Iterable[BaseModel]], fields: Fields) -> AsyncIterator[Piece]:
     """Yield the document in pieces of about `PIECE` bytes; at least one.
 
     While a search finds nothing, smaller pieces keep the connection, and the server notices when the client leaves.
@@ -125,14 +135,14 @@ async def write(form: Format, found: AsyncIterator[Iterable[BaseModel]], fields:
             between = form.between
             if size >= PIECE:
                 piece, kept = _cut("".join(parts), form)
-                yield piece
+                yield Piece(piece)
                 parts, size, due = [kept], len(kept), time.monotonic() + SILENT_SECONDS
         if time.monotonic() >= due:
             piece, kept = _cut("".join(parts), form)
-            yield piece
+            yield Piece(piece)
             parts, size, due = [kept], len(kept), time.monotonic() + SILENT_SECONDS
     parts.append(form.tail)
-    yield "".join(parts).encode()
+    yield Piece("".join(parts).encode(), last=True)
 
 
 def _cut(text: str, form: Format) -> tuple[bytes, str]:
@@ -143,19 +153,26 @@ def _cut(text: str, form: Format) -> tuple[bytes, str]:
 
 
 async def stream(
-    pieces: AsyncIterator[bytes], media_type: str, headers: Mapping[str, str] = _HEADERS
-) -> StreamingResponse:
+    turn: Turn, pieces: AsyncIterator[Piece], media_type: str, headers: Mapping[str, str] = _HEADERS
+) -> Response:
     """Return a response with these pieces, of which there is at least one.
+
+    A document of one piece is built while its user has a turn; one of several is a download.
 
     Raises:
         NotFoundError: the job is deleted.
+        UnavailableError: too many answers of the user are being built or sent.
         DependencyError: the store is unavailable now; later the response can only be cut off.
     """
-    first = await anext(pieces)
+    async with turn.to_begin():
+        first = await anext(pieces)
+        if first.last:
+            return Response(first.content, media_type=media_type, headers=headers)
+        await turn.download()
 
     async def body() -> AsyncIterator[bytes]:
-        yield first
+        yield first.content
         async for piece in pieces:
-            yield piece
+            yield piece.content
 
     return StreamingResponse(body(), media_type=media_type, headers=headers)

@@ -9,12 +9,11 @@ from ipaddress import ip_address
 from itertools import islice
 from typing import Annotated, Final, Protocol, TypeVar, cast
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Depends, Request, Response
 
 from result_store.api.formats import JSON, NDJSON, Fields, negotiate, stream, write
 from result_store.api.queries import network_in, owner
-from result_store.api.turns import TURN
+from result_store.api.turns import ItsTurn
 from result_store.domain.ports import Hosts
 from result_store.domain.results import Host, Parts
 from scanfleet.contracts import queries, rest
@@ -193,7 +192,7 @@ async def _store(request: Request) -> Hosts:  # without async the framework woul
     return cast(Hosts, request.app.state.store)
 
 
-router = APIRouter(route_class=Guarded, dependencies=[TURN])
+router = APIRouter(route_class=Guarded)
 
 
 def _after(address: str | None) -> str | None:
@@ -214,9 +213,10 @@ async def hosts(
     job_id: PathId,
     caller: Caller,
     request: Request,
+    turn: ItsTurn,
     store: Annotated[Hosts, Depends(_store)],
     query: Annotated[queries.Hosts, parsed(queries.Hosts)],
-) -> StreamingResponse:
+) -> Response:
     """Stream the selected hosts of the task in order of their addresses, limited to those that the caller owns.
 
     As for results, the gateway asks the orchestrator first.
@@ -227,4 +227,4 @@ async def hosts(
     if await store.is_unsorted(job_id):
         raise ConflictError(UNSORTED)
     found = store.hosts_by_address(job_id, owner(caller), Parts.SUMMARY, after=after, within=within)
-    return await stream(write(form, _selected(found, selection), _ALL_FIELDS), form.media_type)
+    return await stream(turn, write(form, _selected(found, selection), _ALL_FIELDS), form.media_type)

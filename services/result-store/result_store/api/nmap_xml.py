@@ -19,16 +19,15 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import zip_longest
 from typing import Annotated, Final, NamedTuple, cast
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Depends, Request, Response
 
 from result_store.api.elements import attribute
-from result_store.api.formats import BEGIN_SECONDS, PIECE, SILENT_SECONDS, stream
+from result_store.api.formats import BEGIN_SECONDS, PIECE, SILENT_SECONDS, Piece, stream
 from result_store.api.host_xml import NO_NAMES, UNKNOWN, Reported, address, extra_ports, status
 from result_store.api.hosts import UNSORTED, merged
 from result_store.api.port_xml import ports
 from result_store.api.queries import owner
-from result_store.api.turns import TURN
+from result_store.api.turns import ItsTurn
 from result_store.domain.ports import Findings
 from result_store.domain.results import ClosedChunk, Host, Parts
 from scanfleet.contracts import queries
@@ -290,7 +289,7 @@ def _written(moment: datetime) -> str:
     return time.asctime(moment.utctimetuple())
 
 
-async def _pieces(parts: AsyncIterator[str]) -> AsyncIterator[bytes]:
+async def _pieces(parts: AsyncIterator[str]) -> AsyncIterator[Piece]:
     """Join small parts to pieces of about `PIECE` bytes; smaller ones keep the connection while little is found."""
     held: list[str] = []
     size = 0
@@ -299,26 +298,28 @@ async def _pieces(parts: AsyncIterator[str]) -> AsyncIterator[bytes]:
         held.append(part)
         size += len(part)
         if size >= PIECE or time.monotonic() >= due:
-            yield ("".join(held) or "\n").encode("ascii")
+            yield Piece(("".join(held) or "\n").encode("ascii"))
             held, size, due = [], 0, time.monotonic() + SILENT_SECONDS
-    yield "".join(held).encode("ascii")
+    yield Piece("".join(held).encode("ascii"), last=True)
 
 
 async def _store(request: Request) -> Findings:  # without async the framework would use a thread
     return cast(Findings, request.app.state.store)
 
 
-router = APIRouter(route_class=Guarded, dependencies=[TURN])
+router = APIRouter(route_class=Guarded)
 
 
 @router.post("/internal/jobs/{job_id}/nmap.xml", name="read_nmap_xml")
 async def nmap_xml(
+    *,
     job_id: PathId,
     job: ExportedJob,
     caller: Caller,
+    turn: ItsTurn,
     store: Annotated[Findings, Depends(_store)],
     query: Annotated[queries.NmapXml, parsed(queries.NmapXml)],
-) -> StreamingResponse:
+) -> Response:
     """Stream the document of a job, which the gateway has read from the orchestrator, limited to the caller's own."""
     if await store.is_unsorted(job_id):
         raise ConflictError(UNSORTED)
@@ -334,4 +335,4 @@ async def nmap_xml(
         "Content-Disposition": f'attachment; filename="scanfleet-job-{job_id}.xml"',
         "X-Content-Type-Options": "nosniff",
     }
-    return await stream(_pieces(parts), "application/xml", headers)
+    return await stream(turn, _pieces(parts), "application/xml", headers)

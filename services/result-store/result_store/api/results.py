@@ -9,12 +9,11 @@ from ipaddress import ip_address
 from itertools import islice
 from typing import Annotated, Final, Self, cast
 
-from fastapi import APIRouter, Depends, Request
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Depends, Request, Response
 
 from result_store.api.formats import Fields, negotiate, stream, write
 from result_store.api.queries import network_in, owner
-from result_store.api.turns import TURN
+from result_store.api.turns import ItsTurn
 from result_store.domain.ports import Results
 from scanfleet.contracts import queries
 from scanfleet.contracts.rest import Result
@@ -86,7 +85,7 @@ async def _store(request: Request) -> Results:  # without async the framework wo
     return cast(Results, request.app.state.store)
 
 
-router = APIRouter(route_class=Guarded, dependencies=[TURN])
+router = APIRouter(route_class=Guarded)
 
 
 @router.get("/api/v1/task/{job_id}/results")
@@ -95,9 +94,10 @@ async def results(
     job_id: PathId,
     caller: Caller,
     request: Request,
+    turn: ItsTurn,
     store: Annotated[Results, Depends(_store)],
     query: Annotated[queries.Results, parsed(queries.Results)],
-) -> StreamingResponse:
+) -> Response:
     """Stream the selected results of the task in order of creation, limited to those that the caller owns.
 
     Only the orchestrator stores whether the task exists and who owns it; the gateway asks the orchestrator first.
@@ -108,4 +108,4 @@ async def results(
     raw = "raw_data" in fields
     found = store.results(job_id, owner(caller), after=selection.after, raw=raw, within=selection.addresses)
     pieces = write(form, selection.of(found), fields)
-    return await stream(pieces, form.media_type)
+    return await stream(turn, pieces, form.media_type)

@@ -1,19 +1,56 @@
-"""Hold a turn of the caller for the routes that read a whole job."""
+"""Limit how many answers each user has at once: a turn while an answer begins, a place for a download until it is sent."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Final, cast
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Annotated, Final
 
 from fastapi import Depends, Request
 
 from scanfleet.runtime.turns import Turns
 from scanfleet.security.auth import Caller
 
-
-async def _turn(caller: Caller, request: Request) -> AsyncIterator[None]:
-    async with cast(Turns, request.app.state.turns).turn(caller.user_id):
-        yield  # to the end of the answer
+DOWNLOADS: Final = 8  # per user; with the largest documents they take about 80 MB
 
 
-TURN: Final = Depends(_turn)
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Those of a replica."""
+
+    turns: Turns = field(default_factory=Turns)
+    downloads: Turns = field(default_factory=lambda: Turns(at_once=DOWNLOADS, wait_seconds=0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the answer to one request takes of the limits of its user."""
+
+    _limits: Limits
+    _user_id: int
+    _until_sent: AsyncExitStack
+
+    def to_begin(self) -> AbstractAsyncContextManager[None]:
+        """Wait for a turn, and hold it in the block. Its end does not depend on how fast the client reads.
+
+        Raises:
+            UnavailableError: none has become free in time.
+        """
+        return self._limits.turns.turn(self._user_id)
+
+    async def download(self) -> None:
+        """Take a place until the answer is sent. It is not waited for, since the answer holds a page of documents.
+
+        Raises:
+            UnavailableError: none is free.
+        """
+        await self._until_sent.enter_async_context(self._limits.downloads.turn(self._user_id))
+
+
+async def _turn(caller: Caller, request: Request) -> AsyncIterator[Turn]:
+    async with AsyncExitStack() as until_sent:
+        yield Turn(request.app.state.limits, caller.user_id, until_sent)
+
+
+ItsTurn = Annotated[Turn, Depends(_turn)]

@@ -323,7 +323,7 @@ async def test_write_pieces_are_bounded(form: Format) -> None:
 
     pieces = write(form, endless(), ALL_FIELDS)
     for number in range(1, 4):
-        piece = await anext(pieces)
+        piece = (await anext(pieces)).content
         assert PIECE <= len(piece) < 2 * PIECE
         assert asked <= number * (PIECE // 1000 + 1)
 
@@ -340,7 +340,7 @@ async def test_write_long_search_is_a_valid_document(form: Format, monkeypatch: 
         for some in ([], [], rows[:1], [], [], rows[1:], [], []):
             yield some
 
-    pieces = [piece async for piece in write(form, rare(), ("id", "port"))]
+    pieces = [piece.content async for piece in write(form, rare(), ("id", "port"))]
     assert len(pieces) == 9
     assert all(pieces[:-1])
     text = b"".join(pieces).decode()
@@ -362,10 +362,10 @@ async def test_write_of_csv_has_blank_lines_only_after_minutes(monkeypatch: pyte
         for _ in range(pages):
             yield []
 
-    quarter_hour = [piece async for piece in write(CSV, nothing(90), ALL_FIELDS)]
+    quarter_hour = [piece.content async for piece in write(CSV, nothing(90), ALL_FIELDS)]
     assert b"".join(quarter_hour).decode() == head
     assert len(quarter_hour) == 91
-    hours = [piece async for piece in write(CSV, nothing(1_000), ALL_FIELDS)]
+    hours = [piece.content async for piece in write(CSV, nothing(1_000), ALL_FIELDS)]
     assert all(hours[:-1])
     assert b"".join(hours).decode().removeprefix(head).strip("\r\n") == ""
 

@@ -288,7 +288,7 @@ async def test_pieces_of_a_document_with_few_hosts_keep_the_connection(monkeypat
         for part in ("<nmaprun>", "", "", "<host/>", "</nmaprun>"):
             yield part
 
-    pieces = [piece async for piece in nmap_xml._pieces(parts())]
+    pieces = [piece.content async for piece in nmap_xml._pieces(parts())]
     assert pieces == [b"<nmaprun>", b"\n", b"\n", b"<host/>", b"</nmaprun>", b""]
 
 
