@@ -37,7 +37,7 @@ def measure() -> Iterator[Figure]:
 
 async def hosts(stack: Stack) -> Sequence[Figure]:
     """Measure hosts with grants of the stack's own key; result-store does not check that their jobs exist."""
-    results = mongo.connect(stack.mongodb, stack.database("result-store"))
+    results = mongo.connect(stack.servers.mongodb, stack.servers.database("result-store"))
     signer = Signer(read_private_key(stack.folder / "chunk" / "private.pem"))
     async with bus(stack) as publisher:
         meter = Meter(pids(stack, OURS))
@@ -77,7 +77,7 @@ def last_page(stack: Stack) -> Figure:
 
 
 async def rows(stack: Stack, job_id: int) -> None:
-    results = mongo.connect(stack.mongodb, stack.database("result-store"))
+    results = mongo.connect(stack.servers.mongodb, stack.servers.database("result-store"))
     signer = Signer(read_private_key(stack.folder / "chunk" / "private.pem"))
     async with bus(stack) as publisher:
         await store(publisher, results, signer, {job_id: ROWS})

@@ -217,8 +217,8 @@ def queries(stack: Stack, user: Client) -> Iterator[Figure]:
     port = ports.choose()
     command = [sys.executable, "-m", "uvicorn", "--factory", "bench.alternatives:documents", "--port", str(port)]
     environment = {
-        "SCANFLEET_BENCH_MONGODB": stack.mongodb,
-        "SCANFLEET_BENCH_DATABASE": stack.database("job-orchestrator"),
+        "SCANFLEET_BENCH_MONGODB": stack.servers.mongodb,
+        "SCANFLEET_BENCH_DATABASE": stack.servers.database("job-orchestrator"),
     }
     with running({"list": [*command, "--no-access-log"]}, environment, stack.folder):
         listens("127.0.0.1", port, LIMIT)
@@ -275,7 +275,7 @@ def largest(stack: Stack, user: Client, calm: float) -> Iterator[Figure]:
         health: list[float] = []
         while not (health and ledger.done()):
             sent = time.perf_counter()
-            httpx2.get(f"{stack.probes('job-orchestrator')}/healthz").raise_for_status()
+            httpx2.get(f"{stack.ports.probes('job-orchestrator')}/healthz").raise_for_status()
             health.append(time.perf_counter() - sent)
         ledger.result()
         yield Figure("largest_ledger_s", time.perf_counter() - begin, "its ledger", at_most=1)

@@ -81,7 +81,7 @@ def new_stack(**options: Any) -> Iterator[Stack]:
 
 @asynccontextmanager
 async def bus(stack: Stack) -> AsyncIterator[KafkaBus]:
-    publisher = KafkaBus(stack.kafka_settings(), source="bench", instance="bench")
+    publisher = KafkaBus(stack.servers.kafka_settings(), source="bench", instance="bench")
     await publisher.start()
     try:
         yield publisher
@@ -137,7 +137,7 @@ class Documents(NamedTuple):
 
     @classmethod
     def now(cls, stack: Stack) -> Documents:
-        with MongoClient[dict[str, Any]](stack.mongodb) as client:
+        with MongoClient[dict[str, Any]](stack.servers.mongodb) as client:
             counters = client.admin.command("serverStatus")["metrics"]["document"]
         return cls(counters["returned"], counters["inserted"] + counters["updated"] + counters["deleted"])
 

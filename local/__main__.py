@@ -61,7 +61,7 @@ def do(stack: Stack, arguments: argparse.Namespace) -> int:
 
 def up(stack: Stack) -> None:
     started = stack.up()
-    for name, (usual, port) in stack.moved().items():
+    for name, (usual, port) in stack.ports.moved().items():
         print(f"port {usual} was in use: {name} listens on port {port}", file=sys.stderr)
     print(f"{'started' if started else 'was running'}: {stack.url} (addresses in {stack.folder / 'stack.env'})")
 
@@ -74,7 +74,7 @@ def status(stack: Stack) -> int:
     """
     processes = stack.processes()
     for process in processes:
-        addresses = " ".join(stack.listens(process.name))
+        addresses = " ".join(stack.ports.addresses(process.name))
         print(f"{process.name:<18} {process.pid or '-':>8} {process.state:<9} {addresses}")
     if not processes:
         print("nothing is running; `make up` starts the stack", file=sys.stderr)

@@ -304,7 +304,7 @@ def test_revoked_token_returns_401_within_seconds(stack: Stack, caller: Callers,
 def test_internal_services_reject_user_tokens(stack: Stack, service: str, path: str) -> None:
     """A valid user or administrator token is a 401 at the services behind the gateway."""
     headers = {"Authorization": f"Bearer {stack.token(99, admin=True)}"}
-    refused(httpx2.get(f"http://{stack.address(service)}{path}", headers=headers), 401)
+    refused(httpx2.get(f"http://{stack.ports.address(service)}{path}", headers=headers), 401)
 
 
 @pytest.mark.proves("G15")
@@ -466,7 +466,7 @@ def test_mongodb_operators_are_rejected(caller: Callers, audited: Audited) -> No
 @pytest.mark.proves("A16", "G11")
 def test_slow_and_idle_connections_do_not_affect_others(stack: Stack, caller: Callers) -> None:
     """Hundreds of idle or endless requests of one user are bounded and do not affect other users."""
-    host, port = stack.address("api-gateway").split(":")
+    host, port = stack.ports.address("api-gateway").split(":")
     slow = (
         f"POST /api/v1/subnet HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {stack.token(24)}\r\n"
         "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
@@ -492,7 +492,7 @@ def test_slow_and_idle_connections_do_not_affect_others(stack: Stack, caller: Ca
 def test_logs_are_json_lines_without_tokens(stack: Stack, caller: Callers) -> None:
     """For any header and path, every log line is one JSON object, and no log contains a token."""
     token = stack.token(26)
-    host, port = stack.address("api-gateway").split(":")
+    host, port = stack.ports.address("api-gateway").split(":")
     for header in (
         b'X-Request-ID: a\n{"forged": 1}',
         b'traceparent: 00-x\r\n {"forged": 1}',

@@ -92,7 +92,7 @@ def gateway(stack: Stack) -> Process:
 
 @contextmanager
 def watched(stack: Stack, process: Process) -> Iterator[Watch]:
-    watch = Watch(stack.probes("api-gateway"), process)
+    watch = Watch(stack.ports.probes("api-gateway"), process)
     watch.start()
     try:
         yield watch
@@ -102,7 +102,7 @@ def watched(stack: Stack, process: Process) -> Iterator[Watch]:
 
 
 def connect(stack: Stack, source: str = HOSTILE) -> socket.socket:
-    host, port = stack.address("api-gateway").split(":")
+    host, port = stack.ports.address("api-gateway").split(":")
     connection = socket.create_connection((host, int(port)), timeout=60, source_address=(source, 0))
     connection.settimeout(60)
     return connection

@@ -79,7 +79,7 @@ def test_the_built_package_contains_no_test_support() -> None:
 
 def test_deployments_start_services_by_the_one_server() -> None:
     """No deployment starts uvicorn itself, past the limits and the ports of `scanfleet.runtime.server`."""
-    for file in ("Dockerfile", "local/stack.py"):
+    for file in ("Dockerfile", "local/services.py"):
         text = (ROOT / file).read_text()
         assert '"-m", "scanfleet.runtime.server"' in text
         assert "uvicorn" not in text

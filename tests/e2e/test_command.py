@@ -134,7 +134,7 @@ def test_watch_continues_after_an_outage_of_the_gateway(stack: Stack, start: Sta
     job_id = owner.scan(
         SUBNET, ports="1-250", service_detection=False, discovery="none", max_rate=2_000
     )  # half a minute
-    gateway = stack.names("api-gateway")[0]
+    gateway = stack.services.names("api-gateway")[0]
     watch = start("job", "watch", str(job_id))
     assert watch.stderr is not None
     assert f"job {job_id} " in watch.stderr.readline()

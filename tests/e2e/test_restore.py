@@ -91,7 +91,7 @@ def test_restore_keeps_finished_jobs_and_reuses_no_id(own_stack: Stack, caller: 
     assert caller.http.delete(f"/api/v1/task/{deleted}").status_code == 200
     until(lambda: open_deletions(caller) == 0, 60, "the job to be deleted")
     lost = caller.task(since)["job"], caller.results(since)
-    events = asyncio.run(job_events(own_stack.kafka))
+    events = asyncio.run(job_events(own_stack.servers.kafka))
 
     own_stack.restore(tmp_path / "backup")
 
@@ -109,7 +109,7 @@ def test_restore_keeps_finished_jobs_and_reuses_no_id(own_stack: Stack, caller: 
     assert min(job[name] - lost[0][name] for name in ("id", "subnet_id", "policy_id")) > 0
     assert places(caller, fresh) == {("127.9.6.1", 8022)}
     assert {each["id"] for each in caller.results(fresh)}.isdisjoint(each["id"] for each in lost[1])
-    everything = asyncio.run(job_events(own_stack.kafka))
+    everything = asyncio.run(job_events(own_stack.servers.kafka))
     meanings = {(event.event_id, event.model_dump_json()) for event in everything.values()}
     assert len(meanings) == len({event_id for event_id, _ in meanings})
     for job_id, status in ((running, "completed"), (cancelled, "cancelled"), (fresh, "completed")):

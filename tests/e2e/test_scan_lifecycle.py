@@ -34,7 +34,7 @@ def found(results: list[dict[str, Any]]) -> list[tuple[str, int]]:
 
 async def events(stack: Stack, job_id: int) -> list[tuple[str, dict[str, Any]]]:
     """Return type and value of every event of the job, in log order."""
-    records = await read(stack.kafka, SCAN_EVENTS, prefix="e2e-")
+    records = await read(stack.servers.kafka, SCAN_EVENTS, prefix="e2e-")
     events = [((dict(each.headers)["ce_type"] or b"").decode(), json.loads(each.value or b"")) for each in records]
     return [(kind.split(".")[1], value) for kind, value in events if value["job"]["id"] == job_id]
 

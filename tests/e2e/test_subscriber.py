@@ -23,7 +23,7 @@ TIMEOUT_SECONDS = 120  # of the test, which takes a few seconds
 @pytest.fixture
 def output(stack: Stack) -> Iterator[IO[str]]:
     """The standard output of the running example."""
-    options = ("--bootstrap", stack.kafka, "--topic", "e2e-scan-results", "--group", "e2e-example")
+    options = ("--bootstrap", stack.servers.kafka, "--topic", "e2e-scan-results", "--group", "e2e-example")
     command = ("setpriv", "--pdeathsig", "KILL", sys.executable, EXAMPLE, *options)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

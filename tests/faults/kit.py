@@ -212,7 +212,7 @@ class Platform:
             },
             settings_of=self._settings_of(),
         )
-        self.mongodb: MongoClient[Document] = MongoClient(self.stack.mongodb, tz_aware=True)
+        self.mongodb: MongoClient[Document] = MongoClient(self.stack.servers.mongodb, tz_aware=True)
 
     def up(self) -> None:
         (self._folder / "servers").mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ class Platform:
     def caller(self, user: int | None = None, gateway: str = "api-gateway-1", *, token: str | None = None) -> Caller:
         """Return a client of a new user, or of the given one."""
         token = token or self.token(user or next(self._users))
-        return Caller(f"http://{self.stack.address(gateway)}", token, self.acknowledged)
+        return Caller(f"http://{self.stack.ports.address(gateway)}", token, self.acknowledged)
 
     def token(self, user: int, **changed: Any) -> str:
         """Return a token that is valid by both clocks."""
@@ -292,7 +292,7 @@ class Platform:
         return next(process.pid for process in processes if process.name == name)
 
     def names(self, service: str) -> list[str]:
-        return self.stack.names(service)
+        return self.stack.services.names(service)
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal; a supervisor restarts a process that ends."""
@@ -478,14 +478,14 @@ class Platform:
         """Return the sum of a metric's series over the processes of a service."""
         total = 0.0
         for process in self.names(service):
-            text = httpx2.get(f"{self.stack.probes(process)}/metrics", timeout=LIMIT).text
+            text = httpx2.get(f"{self.stack.ports.probes(process)}/metrics", timeout=LIMIT).text
             total += sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
         return total
 
     def ready(self, name: str) -> bool:
         """Return whether /readyz succeeds; False without an answer."""
         try:
-            return httpx2.get(f"{self.stack.probes(name)}/readyz", timeout=LIMIT).is_success
+            return httpx2.get(f"{self.stack.ports.probes(name)}/readyz", timeout=LIMIT).is_success
         except httpx2.HTTPError:
             return False
 

@@ -81,7 +81,7 @@ def test_user_with_the_largest_jobs_delays_others_within_bounds(
         for name in (each for service in SERVICES for each in platform.names(service)):
             for path in ("healthz", "readyz"):
                 began = clock()
-                assert prober.get(f"{platform.stack.probes(name)}/{path}").status_code == 200, name
+                assert prober.get(f"{platform.stack.ports.probes(name)}/{path}").status_code == 200, name
                 waits.append(clock() - began)
 
     with platform.servers((1, 2)) as servers, httpx2.Client() as prober, ExitStack() as opened:

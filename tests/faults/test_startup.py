@@ -107,7 +107,7 @@ def test_gateway_that_has_just_become_ready_accepts_a_job(platform: Platform, in
 def answer(platform: Platform, name: str, probe: str) -> tuple[int, str]:
     """Return status and error of a probe; (0, "") while the process does not listen."""
     try:
-        found = httpx2.get(f"{platform.stack.probes(name)}/{probe}", timeout=LIMIT)
+        found = httpx2.get(f"{platform.stack.ports.probes(name)}/{probe}", timeout=LIMIT)
     except httpx2.HTTPError:
         return 0, ""
     return found.status_code, found.json().get("error", "")

@@ -75,7 +75,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @asynccontextmanager
 async def producer_of(stack: Stack, service: str | None = None) -> AsyncIterator[AIOKafkaProducer]:
-    async with AIOKafkaProducer(**access(stack.kafka_settings(service)), request_timeout_ms=10_000) as producer:
+    async with AIOKafkaProducer(**access(stack.servers.kafka_settings(service)), request_timeout_ms=10_000) as producer:
         yield producer
 
 
@@ -108,10 +108,10 @@ def test_client_without_a_certificate_gets_no_answer(stack: Stack, service: str)
     """A service behind the gateway answers probes without a certificate, and other requests only with the gateway's certificate."""
     authority = ssl.create_default_context(cafile=str(stack.folder / "certificates" / service / "ca.crt"))
     with httpx2.Client(verify=authority) as client:
-        assert client.get(f"{stack.probes(service)}/readyz").status_code == 200
+        assert client.get(f"{stack.ports.probes(service)}/readyz").status_code == 200
         for scheme in ("http", "https"):
             with pytest.raises(httpx2.TransportError):
-                client.get(f"{scheme}://{stack.address(service)}/internal/ready")
+                client.get(f"{scheme}://{stack.ports.address(service)}/internal/ready")
 
 
 @pytest.mark.e2e
@@ -122,7 +122,7 @@ async def test_unreadable_records_are_dead_lettered(stack: Stack) -> None:
         for topic in read:
             await producer.send_and_wait(PREFIX + topic.name, b"nonsense", key=b"k")
     letters = [PREFIX + topic.dead_letter for topic in read for _ in set(topic.consumers) & {*WITH_DATABASE}]
-    reader = AIOKafkaConsumer(*set(letters), **access(stack.kafka_settings()), auto_offset_reset="earliest")
+    reader = AIOKafkaConsumer(*set(letters), **access(stack.servers.kafka_settings()), auto_offset_reset="earliest")
     async with reader, asyncio.timeout(LIMIT):
         while letters:
             record = await reader.getone()
@@ -151,7 +151,7 @@ async def test_services_cannot_read_other_topics(stack: Stack, service: str) -> 
         for name in sorted(EVERYTHING - MAY_READ[service] - MAY_WRITE[service]):
             with pytest.raises(TopicAuthorizationFailedError):  # the error does not reveal whether the topic exists
                 await client.partitions_for(PREFIX + name)
-    async with AIOKafkaConsumer(**access(stack.kafka_settings(service))) as consumer:
+    async with AIOKafkaConsumer(**access(stack.servers.kafka_settings(service))) as consumer:
         for name in sorted(MAY_WRITE[service] - MAY_READ[service]):
             partition = TopicPartition(PREFIX + name, 0)
             consumer.assign([partition])
@@ -165,7 +165,7 @@ async def test_workers_cannot_join_groups(stack: Stack) -> None:
     """A worker can neither join the orchestrator's group on its own topic nor move the offsets of its readers."""
     group = f"{PREFIX}{ORCHESTRATOR}-scan-progress"
     partition = TopicPartition(f"{PREFIX}scan-tasks", 0)
-    async with AIOKafkaConsumer(**access(stack.kafka_settings(WORKER)), group_id=group) as consumer:
+    async with AIOKafkaConsumer(**access(stack.servers.kafka_settings(WORKER)), group_id=group) as consumer:
         consumer.assign([partition])
         with pytest.raises(GroupAuthorizationFailedError):
             await asyncio.wait_for(consumer.commit({partition: 0}), LIMIT)
@@ -175,7 +175,7 @@ async def test_workers_cannot_join_groups(stack: Stack) -> None:
 @pytest.mark.parametrize("change", ["password", "user", "nobody", "plaintext", "authority"])
 async def test_connections_without_credentials_are_rejected(stack: Stack, change: str) -> None:
     """A wrong password, an unknown or missing name, a plaintext connection, or an unknown authority is rejected."""
-    ours = access(stack.kafka_settings(WORKER))
+    ours = access(stack.servers.kafka_settings(WORKER))
     other: dict[str, dict[str, Any]] = {
         "password": {"sasl_plain_password": "guess"},
         "user": {"sasl_plain_username": "nobody"},
@@ -209,9 +209,9 @@ def mongo(uri: str) -> MongoClient[dict[str, Any]]:
 @pytest.mark.e2e
 def test_databases_are_separate(stack: Stack) -> None:
     """Each of the two services with a database reads only its own database, and lists no users."""
-    names = {service: stack.database(service) for service in (ORCHESTRATOR, RESULT_STORE)}
+    names = {service: stack.servers.database(service) for service in (ORCHESTRATOR, RESULT_STORE)}
     for service, mine in names.items():
-        with mongo(stack.mongodb_of(service)) as client:
+        with mongo(stack.servers.mongodb_of(service)) as client:
             client[mine].list_collection_names()
             for other in {*names.values(), "admin", "local"} - {mine}:
                 with pytest.raises(OperationFailure, match="not authorized"):
@@ -223,10 +223,10 @@ def test_databases_are_separate(stack: Stack) -> None:
 @pytest.mark.e2e
 def test_workers_cannot_read_mongodb(stack: Stack) -> None:
     """Neither a worker's Kafka credentials, nor an anonymous or plaintext connection, give access to MongoDB."""
-    password = stack.kafka_settings(WORKER).kafka_password
-    address, _, options = stack.mongodb.rpartition("@")[2].partition("/?")
+    password = stack.servers.kafka_settings(WORKER).kafka_password
+    address, _, options = stack.servers.mongodb.rpartition("@")[2].partition("/?")
     tls = options.replace("&authSource=admin", "")
-    for database in ("admin", stack.database(ORCHESTRATOR), stack.database(RESULT_STORE)):
+    for database in ("admin", stack.servers.database(ORCHESTRATOR), stack.servers.database(RESULT_STORE)):
         worker = f"mongodb://{PREFIX}{WORKER}:{password}@{address}/?{tls}&authSource={database}"
         with mongo(worker) as client, pytest.raises(OperationFailure, match="Authentication failed"):
             client[database].list_collection_names()
@@ -239,8 +239,8 @@ def test_workers_cannot_read_mongodb(stack: Stack) -> None:
 @pytest.mark.e2e
 def test_passwords_are_not_exposed(stack: Stack) -> None:
     """No password is in a service's environment or in its log."""
-    secrets = [stack.mongodb_of(service) for service in (ORCHESTRATOR, RESULT_STORE)]
-    secrets += [str(stack.kafka_settings(service).kafka_password) for service in SERVICES]
+    secrets = [stack.servers.mongodb_of(service) for service in (ORCHESTRATOR, RESULT_STORE)]
+    secrets += [str(stack.servers.kafka_settings(service).kafka_password) for service in SERVICES]
     for service in SERVICES:
         visible = Path(f"/proc/{stack.pid(service)}/environ").read_text(encoding="utf-8")
         visible += (stack.folder / "logs" / f"{service}.log").read_text(encoding="utf-8")

@@ -116,7 +116,7 @@ def test_killed_process_is_restarted(stack: Stack, user: Client, name: str) -> N
     stack.kill(name)
     until(lambda: pids(stack)[name] not in (0, killed), LIMIT, f"{name} to come back")
     if name == "kafka":
-        kafka.wait_until_up(stack.kafka)
+        kafka.wait_until_up(stack.servers.kafka)
     stack.wait_until_ready()
     until(lambda: scans(user), LIMIT, "a scan to complete")
 
@@ -145,7 +145,7 @@ def test_stack_env_can_be_sourced_by_a_shell(stack: Stack, folder: Path) -> None
     """A shell that sources `stack.env` has the addresses of the gateway, Kafka and MongoDB."""
     script = '. "$1"; echo "$SCANFLEET_URL"; echo "$SCANFLEET_KAFKA"; echo "$SCANFLEET_MONGODB"'
     run = subprocess.run(["sh", "-c", script, "-", folder / "stack.env"], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines() == [stack.url, stack.kafka, stack.mongodb]
+    assert run.stdout.splitlines() == [stack.url, stack.servers.kafka, stack.servers.mongodb]
 
 
 def test_wait_until_ready_timeout_names_the_unready_service(stack: Stack) -> None:

@@ -20,7 +20,7 @@ def test_up_with_a_taken_port_names_the_port_and_the_new_one(
     with socket.create_server(("127.0.0.1", ports.choose())) as listener:
         usual = listener.getsockname()[1]
         stack = Stack(tmp_path, usual_ports={"api-gateway": usual, "mongod": ports.choose()})
-        stack._choose_ports()  # the rest of `up` starts servers
+        stack.ports.choose(["mongod", *stack.services.port_names()])  # the rest of `up` starts servers
     monkeypatch.setattr(stack, "up", lambda: True)
     __main__.up(stack)
     port = stack.url.rpartition(":")[2]
