@@ -17,7 +17,8 @@ from scanfleet.scanning.outcomes import Outcome, index_of
 from scanfleet.security.auth import read_public_keys
 from scanfleet.security.chunk_grants import Grants
 from tests.client import FINAL
-from tests.faults.kit import Document, Platform
+from tests.faults.documents import Document
+from tests.faults.kit import Platform
 
 PATIENCE: Final = 180.0  # timeout in seconds for every job to end, on a loaded machine
 PROBED: Final = ("answered", "silent", "down", "timed_out", "excluded")
@@ -40,13 +41,20 @@ class Invariants:
         """
         platform = self._platform
         platform.stack.wait_until_ready()
-        until(lambda: not platform.jobs(settled=False), PATIENCE, "every job to end", 0.2)
-        until(lambda: not platform.jobs(outbox={"$exists": True}), PATIENCE, "every event to be published", 0.2)
+        until(lambda: not platform.documents.jobs(settled=False), PATIENCE, "every job to end", 0.2)
+        until(
+            lambda: not platform.documents.jobs(outbox={"$exists": True}), PATIENCE, "every event to be published", 0.2
+        )
         until(lambda: not platform.nmaps(), PATIENCE, "every nmap to end")
-        platform.until_read()
-        until(lambda: not platform.deletions(due={"$exists": True}), PATIENCE, "every deletion to be complete", 0.2)
-        jobs = {job["_id"]: job for job in platform.jobs()}
-        deleted = {each["_id"] for each in platform.deletions()}
+        platform.topics.until_read()
+        until(
+            lambda: not platform.documents.deletions(due={"$exists": True}),
+            PATIENCE,
+            "every deletion to be complete",
+            0.2,
+        )
+        jobs = {job["_id"]: job for job in platform.documents.jobs()}
+        deleted = {each["_id"] for each in platform.documents.deletions()}
         self._accepted_are_there(jobs, deleted)
         self._final_stays(jobs, deleted)
         self._events(jobs)
@@ -59,7 +67,9 @@ class Invariants:
     def _accepted_are_there(self, jobs: dict[int, Document], deleted: set[int]) -> None:
         """Check that every accepted job exists or was deleted, and that no two jobs belong to one subnet of a command."""
         assert self._platform.acknowledged <= jobs.keys() | deleted
-        accepted = [job["_id"] for command in self._platform.commands(state="accepted") for job in command["jobs"]]
+        accepted = [
+            job["_id"] for command in self._platform.documents.commands(state="accepted") for job in command["jobs"]
+        ]
         assert sorted(accepted) == sorted([*jobs, *deleted])
         assert {job["status"] for job in jobs.values()} <= FINAL
 
@@ -71,17 +81,17 @@ class Invariants:
             assert self._stored(id_) == ([] if id_ in deleted else results)
         for id_ in deleted:
             assert not [
-                *self._platform.hosts(job_id=id_),
-                *self._platform.closed(job_id=id_),
-                *self._platform.chunks(id_),
+                *self._platform.documents.hosts(job_id=id_),
+                *self._platform.documents.closed(job_id=id_),
+                *self._platform.documents.chunks(id_),
             ]
 
     def _stored(self, job_id: int) -> list[Any]:
         """Return every result in the database; hosts received after their chunk was closed are not results."""
         platform = self._platform
-        closed = {chunk["_id"]: chunk for chunk in platform.closed(job_id=job_id)}
+        closed = {chunk["_id"]: chunk for chunk in platform.documents.closed(job_id=job_id)}
         shown = []
-        for host in sorted(platform.hosts(job_id=job_id), key=lambda host: str(host["_id"])):
+        for host in sorted(platform.documents.hosts(job_id=job_id), key=lambda host: str(host["_id"])):
             chunk = closed.get(host["chunk_id"])
             counts = (
                 chunk is None or chunk["outcomes"][index_of(chunk["first_address"], host["address"])] != Outcome.DOWN
@@ -93,7 +103,7 @@ class Invariants:
     def _events(self, jobs: dict[int, Document]) -> None:
         """Check that life-cycle events first appear in `seq` order without gaps, along the published graph; duplicates are equal."""
         seen: dict[int, dict[int, tuple[str, JobEvent]]] = defaultdict(dict)
-        for published in self._platform.messages(SCAN_EVENTS, JobEvent):
+        for published in self._platform.topics.messages(SCAN_EVENTS, JobEvent):
             event = published.message
             assert isinstance(event, JobEvent)
             known = seen[event.job.id].setdefault(event.seq, (published.headers["ce_id"], event))
@@ -119,7 +129,7 @@ class Invariants:
         """Return, by job, the first message in the log about each address of each chunk with a valid signature."""
         grants = Grants(read_public_keys(self._platform.stack.folder / "chunk" / "public.pem"))
         found: dict[int, dict[tuple[str, str], HostScanned]] = defaultdict(dict)
-        for published in self._platform.messages(SCAN_RESULTS, HostScanned):
+        for published in self._platform.topics.messages(SCAN_RESULTS, HostScanned):
             host = published.message
             assert isinstance(host, HostScanned)
             if not grants.fault(host):
@@ -150,7 +160,7 @@ class Invariants:
         assert len({each["id"] for each in results}) == len(results), id_
         self._results[id_] = stored = self._stored(id_)
         assert len(results) == sum(len(ports) for _, _, ports in stored), id_
-        chunks = platform.chunks(id_)
+        chunks = platform.documents.chunks(id_)
         assert {chunk["state"] for chunk in chunks} <= {"stored", "failed", "cancelled"}, id_
         answered = {
             (chunk["first_address"], index)

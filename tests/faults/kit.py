@@ -6,49 +6,39 @@ hold after every fault.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
 import httpx2
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.coordinator.assignors.range import RangePartitionAssignor
-from pymongo import MongoClient
 
-from local import kafka, mongod, nmap, ports
+from local import nmap
 from local.stack import Stack
-from local.supervisor import Program, Supervisor
+from local.supervisor import Supervisor
 from local.wait import until
-from scanfleet.contracts.messages import HostScanned, Message
-from scanfleet.contracts.messages.envelope import RawRecord, decode
-from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_REPLIES, SCAN_RESULTS, TOPICS, Topic
-from scanfleet.errors import MessageError
-from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.services import SERVICES, WITH_DATABASE
-from scanfleet_testing.kafka import behind, read
+from scanfleet.contracts.messages import HostScanned
+from scanfleet.contracts.messages.topics import SCAN_RESULTS
+from scanfleet.services import SERVICES
 from scanfleet_testing.tokens import Issuer
 from tests.client import Client
-from tests.faults.proxies import FaultProxies, FaultProxy
+from tests.faults.documents import Document, Documents
 from tests.faults.releases import write_next_release
+from tests.faults.servers import Servers
+from tests.faults.topics import Topics
 
 LEASE: Final = 5  # seconds: longer than a busy machine delays a heartbeat, and short to wait for
 REQUEUE_SECONDS: Final = LEASE + 1 + 1  # the promise: a lease and a sweep; one more for a busy machine
-REBALANCE_SECONDS: Final = LEASE * 20 / 45  # between two rebalances: as one every 20 seconds with a lease of 45
 COOLDOWN_SECONDS: Final = 1  # of the gateways, between two fetches of the issuer's keys
 MAX_AGE_SECONDS: Final = 2  # of the keys that the second gateway knows
 MAX_STALE_SECONDS: Final = 6  # while it cannot fetch them
@@ -81,20 +71,6 @@ WITHOUT_RAW: Final = """\
 import ctypes
 assert ctypes.CDLL(None).prctl(24, 13) == 0  # drops CAP_NET_RAW from what programs may get
 """
-
-Document = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A message and its position in its topic."""
-
-    message: Message
-    record: RawRecord
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {name: (value or b"").decode() for name, value in self.record.headers}
 
 
 class Caller(Client):
@@ -165,6 +141,9 @@ class Platform:
 
     Attributes:
         stack: the eight services.
+        servers: Kafka and mongod.
+        topics: what the services publish.
+        documents: what they store.
         net: prefix of all addresses that are scanned by these tests, and by no other process on this machine: `127.n`.
         acknowledged: the ids of all jobs for which a caller got a 201.
         forgotten: jobs whose events were in a log that was lost.
@@ -174,13 +153,10 @@ class Platform:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._supervisor = Supervisor(folder / "servers")
-        self._proxies = FaultProxies()
-        self._numbers = {name: ports.choose() for name in ("kafka", "controller", "mongod", *SERVICES)}
-        self._to_kafka = {name: self._proxies.open("127.0.0.1", self._numbers[name]) for name in SERVICES}
-        self._to_mongod = {name: self._proxies.open("127.0.0.1", self._numbers["mongod"]) for name in WITH_DATABASE}
+        self.servers = Servers(folder / "servers")
+        self.topics = Topics(self.servers.kafka)
+        self.documents = Documents(self.servers.mongodb)
         self._users = iter(range(100, 1_000_000))
-        self.kafka = f"127.0.0.1:{self._numbers['kafka']}"
         # Each worker of a run has its own network; process ids of two workers may be equal modulo 64.
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
         self.net = f"127.{64 + (os.getppid() + worker) % 64}"
@@ -198,8 +174,8 @@ class Platform:
         self.stack = Stack(
             folder / "stack",
             replicas=REPLICAS,
-            kafka_at=self.kafka,
-            mongodb_at=mongod.uri(f"127.0.0.1:{self._numbers['mongod']}"),
+            kafka_at=self.servers.kafka,
+            mongodb_at=self.servers.mongodb,
             settings={
                 "SCANFLEET_LEASE_SECONDS": str(LEASE),
                 "SCANFLEET_STORED_SECONDS": "5",
@@ -212,35 +188,22 @@ class Platform:
             },
             settings_of=self._settings_of(),
         )
-        self.mongodb: MongoClient[Document] = MongoClient(self.stack.servers.mongodb, tz_aware=True)
 
     def up(self) -> None:
-        (self._folder / "servers").mkdir(parents=True, exist_ok=True)
-        self._supervisor.launch(
-            [
-                Program("kafka", self._kafka_command(), autostart=True),
-                Program("mongod", self._mongod_command(), autostart=True),
-            ],
-        )
-        mongod.make_ready(f"127.0.0.1:{self._numbers['mongod']}")
-        kafka.wait_until_up(self.kafka)
+        self.servers.up()
         self.stack.up()
 
     def down(self) -> None:
-        self.mongodb.close()  # while the server runs: otherwise the client searches for it for half a minute
+        self.documents.client.close()  # while the server runs: otherwise the client searches for it for half a minute
         self.stack.down()
-        self._supervisor.shut_down()
-        self._close()
+        self.servers.down()
+        self.keys.close()
 
     def discard(self) -> None:
         """Kill all processes, whatever their state."""
-        self.mongodb.close()
+        self.documents.client.close()
         Supervisor(self.stack.folder).kill()
-        self._supervisor.kill()
-        self._close()
-
-    def _close(self) -> None:
-        self._proxies.close()
+        self.servers.kill()
         self.keys.close()
 
     # Users
@@ -260,7 +223,7 @@ class Platform:
         return f"{self.net}.8.0/{bits}"
 
     @contextmanager
-    def servers(self, hosts: Collection[int] = (1, 7, 70, 100), port: int = 8022) -> Iterator[nmap.OpenPorts]:
+    def listeners(self, hosts: Collection[int] = (1, 7, 70, 100), port: int = 8022) -> Iterator[nmap.OpenPorts]:
         """Open listening sockets in `network`; yield their addresses and ports."""
         places = {(f"{self.net}.8.{host}", port) for host in hosts}
         with ExitStack() as stack:
@@ -273,14 +236,6 @@ class Platform:
 
     # Faults
 
-    def proxy(self, service: str, to: str) -> FaultProxy:
-        """Return the proxy between every process of `service` and `kafka` or `mongod`."""
-        return (self._to_kafka if to == "kafka" else self._to_mongod)[service]
-
-    def proxies(self, to: str) -> list[FaultProxy]:
-        """Return the proxies of all services."""
-        return list((self._to_kafka if to == "kafka" else self._to_mongod).values())
-
     def pid(self, name: str) -> int:
         """Return the pid of a service's process or of a server once it runs."""
         until(lambda: self.running(name) != 0, LIMIT, f"{name} to run")
@@ -288,7 +243,7 @@ class Platform:
 
     def running(self, name: str) -> int:
         """Return the pid of a process; 0 if it does not run."""
-        processes = [*self._supervisor.processes(), *self.stack.processes()]
+        processes = [*self.servers.processes(), *self.stack.processes()]
         return next(process.pid for process in processes if process.name == name)
 
     def names(self, service: str) -> list[str]:
@@ -298,26 +253,9 @@ class Platform:
         """Send a signal; a supervisor restarts a process that ends."""
         os.kill(self.pid(name), number)
 
-    def stop_server(self, name: str) -> None:
-        self._supervisor.stop([name])
-
-    def start_servers(self, *names: str) -> None:
-        self._supervisor.start(list(names))
-        self.wait_for_servers()
-
-    def wait_for_servers(self) -> None:
-        """Wait until Kafka and mongod answer."""
-        mongod.make_ready(f"127.0.0.1:{self._numbers['mongod']}")
-        kafka.wait_until_up(self.kafka)
-
     def lose_the_log(self) -> None:
-        """Restart the broker without its data; its topics are created again."""
-        self.stop_server("kafka")
-        self.forgotten |= {job["_id"] for job in self.jobs()}
-        shutil.rmtree(self._folder / "servers" / "kafka" / "data")
-        self._kafka_command()  # it formats the folder
-        self.start_servers("kafka")
-        asyncio.run(create_topics(TopicSettings(kafka=self.kafka)))
+        self.forgotten |= {job["_id"] for job in self.documents.jobs()}
+        self.servers.lose_the_log()
 
     @contextmanager
     def no_disk(self, *, full: bool) -> Iterator[None]:
@@ -369,91 +307,7 @@ class Platform:
         """Let a fault last; no other code may wait for time."""
         time.sleep(seconds)
 
-    @contextmanager
-    def failing(self, **data: Any) -> Iterator[None]:
-        """Activate mongod's failCommand for the duration of the block."""
-        mode = data.pop("mode", "alwaysOn")
-        self.mongodb.admin.command({"configureFailPoint": "failCommand", "mode": mode, "data": data})
-        try:
-            yield
-        finally:
-            self.mongodb.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
-
-    @contextmanager
-    def rebalances(self, group: str) -> Iterator[None]:
-        """Rebalance a group more often than a lease for the duration of the block; its members keep their partitions."""
-        over = threading.Event()
-
-        def repeat() -> None:
-            while not over.wait(REBALANCE_SECONDS):
-                asyncio.run(self._join(group))
-
-        with ThreadPoolExecutor(1) as threads:
-            repeated = threads.submit(repeat)
-            try:
-                yield
-            finally:
-                over.set()
-                repeated.result()
-
-    @contextmanager
-    def stalled(self, group: str, seconds: float) -> Iterator[Future[None]]:
-        """Have no member of a group read for `seconds`: a rebalance waits for a member that is frozen, until its session ends.
-
-        Yields:
-            the rebalance, which is done when the group reads again.
-        """
-        with asyncio.Runner() as frozen, ThreadPoolExecutor(1) as threads:
-            member = frozen.run(self._member(group, session_timeout_ms=int(1_000 * seconds)))
-            try:
-                stall = threads.submit(lambda: asyncio.run(self._join(group)))
-                yield stall
-                stall.result()
-            finally:
-                frozen.run(member.stop())
-
-    async def _join(self, group: str) -> None:
-        member = await self._member(group)
-        await member.stop()
-
-    async def _member(self, group: str, **settings: Any) -> AIOKafkaConsumer:
-        """Join a group for a topic that its other members do not read."""
-        member = AIOKafkaConsumer(
-            SCAN_REPLIES.name,
-            bootstrap_servers=self.kafka,
-            group_id=group,
-            enable_auto_commit=False,
-            partition_assignment_strategy=(RangePartitionAssignor,),
-            **settings,
-        )
-        await member.start()
-        return member
-
     # Observation
-
-    def jobs(self, **query: Any) -> list[Document]:
-        return list(self.mongodb["scanfleet_job_orchestrator"]["jobs"].find({"deletion": {"$exists": False}} | query))
-
-    def deletions(self, **query: Any) -> list[Document]:
-        """Return the receipts of deleted jobs."""
-        return self.jobs(**{"deletion": {"$exists": True}} | query)
-
-    def chunks(self, job_id: int) -> list[Document]:
-        found = self.mongodb["scanfleet_job_orchestrator"]["chunks"].find({"job_id": job_id})
-        return sorted(found, key=lambda chunk: chunk["index"])
-
-    def commands(self, **query: Any) -> list[Document]:
-        return list(self.mongodb["scanfleet_job_orchestrator"]["commands"].find(query))
-
-    def hosts(self, **query: Any) -> list[Document]:
-        return list(self.mongodb["scanfleet_result_store"]["hosts"].find(query))
-
-    def closed(self, **query: Any) -> list[Document]:
-        return list(self.mongodb["scanfleet_result_store"]["chunks"].find(query))
-
-    def holder(self, chunk: Document) -> str:
-        """Return the name of the process that holds a running chunk."""
-        return str(chunk["worker_id"]).rpartition("-")[0]
 
     def nmaps(self) -> dict[int, str]:
         """Return the command lines of all nmap processes that scan addresses of this platform, by pid."""
@@ -489,37 +343,6 @@ class Platform:
         except httpx2.HTTPError:
             return False
 
-    def records(self, topic: Topic, *, letters: bool = False) -> list[RawRecord]:
-        """Return all records of a topic, or of its dead-letter topic, partition by partition."""
-        return asyncio.run(read(self.kafka, topic, dead_letters=letters))
-
-    def messages(self, topic: Topic, *kinds: type[Message]) -> list[Published]:
-        """Return the valid messages of a topic."""
-        found = []
-        for record in self.records(topic):
-            with suppress(MessageError):
-                message = decode(topic, record)
-                if isinstance(message, kinds or Message):
-                    found.append(Published(message, record))
-        return found
-
-    def send(self, records: Sequence[tuple[str, int | None, bytes | None, bytes | None, Any]]) -> None:
-        """Write raw records: topic, partition or None, key, value, headers."""
-        asyncio.run(_write(self.kafka, records))
-
-    def behind(self, group: str, topic: Topic) -> int:
-        """Return the number of records of the topic that the group has not committed."""
-        return asyncio.run(behind(self.kafka, group, topic))
-
-    def until_read(self) -> None:
-        """Wait until the services have committed all records of the topics."""
-        for topic in TOPICS:
-            for service in topic.consumers:
-                # The orchestrator reads its own topics only after a restore.
-                if service in WITH_DATABASE and topic is not SCAN_EVENTS:
-                    group = service if topic is SCAN_RESULTS else f"{service}-{topic.name}"
-                    until(lambda g=group, t=topic: self.behind(g, t) == 0, LIMIT, f"{group} to have read all", 0.2)  # type: ignore[misc] # mypy infers no type for a lambda with a default
-
     def memory(self) -> dict[str, tuple[int, int]]:
         """Resident kilobytes and open descriptors of every process of the services."""
         found = {}
@@ -550,33 +373,12 @@ class Platform:
         }
         for service in SERVICES:
             found.setdefault(f"{service}-2", {})["PYTHONPATH"] = str(self._releases / "next")
-        for name, proxy in self._to_kafka.items():
-            found[name] = {"SCANFLEET_KAFKA": f"127.0.0.1:{proxy.port}", "SCANFLEET_JWT_PUBLIC_KEY_FILE": None}
-            found[name]["SCANFLEET_JWT_ISSUER"] = self.keys.issuer.settings.jwt_issuer
-        for name, proxy in self._to_mongod.items():
-            found[name]["SCANFLEET_MONGODB"] = mongod.uri(f"127.0.0.1:{proxy.port}")
+            found[service] = {
+                **self.servers.settings_of(service),
+                "SCANFLEET_JWT_PUBLIC_KEY_FILE": None,
+                "SCANFLEET_JWT_ISSUER": self.keys.issuer.settings.jwt_issuer,
+            }
         return found
-
-    def _kafka_command(self) -> list[str]:
-        folder = self._folder / "servers" / "kafka"
-        command = kafka.command(folder, self._numbers["kafka"], self._numbers["controller"])
-        # Each service connects to the broker by the address of its proxy; the last value in the file wins.
-        names = {service: service.replace("-", "").upper() for service in SERVICES}
-        plain = f"PLAINTEXT://127.0.0.1:{self._numbers['kafka']}"
-        own = [f"{names[service]}://127.0.0.1:{self._numbers[service]}" for service in SERVICES]
-        advertised = [f"{names[service]}://127.0.0.1:{self._to_kafka[service].port}" for service in SERVICES]
-        controller = f"CONTROLLER://127.0.0.1:{self._numbers['controller']}"
-        protocols = ",".join(f"{name}:PLAINTEXT" for name in ("CONTROLLER", "PLAINTEXT", *names.values()))
-        with (folder / "server.properties").open("a") as properties:
-            properties.write(f"listeners={','.join([plain, *own, controller])}\n")
-            properties.write(f"advertised.listeners={','.join([plain, *advertised])}\n")
-            properties.write(f"listener.security.protocol.map={protocols}\n")
-            properties.write("inter.broker.listener.name=PLAINTEXT\n")
-        return command
-
-    def _mongod_command(self) -> list[str]:
-        command = mongod.command(self._folder / "servers" / "mongod", self._numbers["mongod"])
-        return [*command, "--setParameter", "enableTestCommands=1"]  # required by failCommand
 
 
 def scanned(user: Client, job_id: int, limit: float = 120.0) -> tuple[dict[str, int], set[tuple[str, ...]]]:
@@ -592,7 +394,7 @@ def scanned(user: Client, job_id: int, limit: float = 120.0) -> tuple[dict[str, 
 
 def assert_scanned_once(platform: Platform, jobs: Collection[int]) -> None:
     """Check that no address of these jobs was reported twice."""
-    hosts = [each.message for each in platform.messages(SCAN_RESULTS, HostScanned)]
+    hosts = [each.message for each in platform.topics.messages(SCAN_RESULTS, HostScanned)]
     reports = Counter(
         (host.chunk_id, host.address) for host in hosts if isinstance(host, HostScanned) and host.job_id in jobs
     )
@@ -601,27 +403,8 @@ def assert_scanned_once(platform: Platform, jobs: Collection[int]) -> None:
 
 def requeued(platform: Platform, chunk: Document) -> bool:
     """Return whether the chunk is no longer held by the worker that held it, because its lease has expired."""
-    (now,) = [each for each in platform.chunks(chunk["job_id"]) if each["_id"] == chunk["_id"]]
+    (now,) = [each for each in platform.documents.chunks(chunk["job_id"]) if each["_id"] == chunk["_id"]]
     return bool(now["failures"] > chunk["failures"])
-
-
-async def _write(
-    bootstrap: str,
-    records: Sequence[tuple[str, int | None, bytes | None, bytes | None, Any]],
-) -> None:
-    producer = AIOKafkaProducer(
-        bootstrap_servers=bootstrap,
-        max_request_size=1 << 24,
-    )
-    await producer.start()
-    try:
-        acks = [
-            await producer.send(topic, value=value, key=key, partition=partition, headers=list(headers))
-            for topic, partition, key, value, headers in records
-        ]
-        await asyncio.gather(*acks)
-    finally:
-        await producer.stop()
 
 
 def caught(condition: Callable[[], Document | None], limit: float, what: str) -> Document:

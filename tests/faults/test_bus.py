@@ -29,6 +29,7 @@ from scanfleet.contracts.messages.topics import (
     Topic,
 )
 from scanfleet_testing.hostile import hostile_messages
+from tests.faults.documents import Document, holder
 from tests.faults.invariants import Invariants
 from tests.faults.kit import (
     ENDLESS,
@@ -37,7 +38,6 @@ from tests.faults.kit import (
     STEADY,
     TINY,
     Caller,
-    Document,
     Platform,
     caught,
     requeued,
@@ -49,38 +49,43 @@ CONSUMED = (SCAN_COMMANDS, SCAN_REPLIES, SCAN_WORKERS, SCAN_TASKS, SCAN_PROGRESS
 PROGRESS = "job-orchestrator-scan-progress"  # the group that reads it
 SLOW = {**ENDLESS, "max_rate": 20}  # a /31 with this policy is one chunk of more than a minute
 REBALANCED_SECONDS = LEASE + 5  # as the local stack promises 15 seconds with a lease of 10
+REBALANCE_SECONDS = LEASE * 20 / 45  # between two rebalances: as one every 20 seconds with a lease of 45
 POST_SECONDS = 5 + 2  # the timeout of a command, and the query for its outcome
 ENVELOPE = [("ce_specversion", b"1.0"), ("content-type", b"application/json")]
 
 
 def truth(platform: Platform) -> dict[str, list[Document]]:
     """Return all documents with the state of jobs."""
-    kinds = {"jobs": platform.jobs(), "hosts": platform.hosts(), "closed": platform.closed()}
-    kinds["chunks"] = [chunk for job in kinds["jobs"] for chunk in platform.chunks(job["_id"])]
-    kinds["commands"] = platform.commands()
+    kinds = {
+        "jobs": platform.documents.jobs(),
+        "hosts": platform.documents.hosts(),
+        "closed": platform.documents.closed(),
+    }
+    kinds["chunks"] = [chunk for job in kinds["jobs"] for chunk in platform.documents.chunks(job["_id"])]
+    kinds["commands"] = platform.documents.commands()
     return {kind: sorted(documents, key=lambda each: str(each["_id"])) for kind, documents in kinds.items()}
 
 
 @pytest.mark.proves("F9", "G3", "G6", "G7", "G24")
 def test_replayed_messages_change_nothing(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """Replaying all messages three times, in any order between jobs, changes no document and brings back no deleted job."""
-    with platform.servers():
+    with platform.listeners():
         for _ in range(3):
             user.finished(user.scan(platform.network(25), **TINY))
         deleted = user.scan(platform.network(25), **TINY)
         user.finished(deleted)
-    assert platform.hosts(job_id=deleted)
+    assert platform.documents.hosts(job_id=deleted)
     assert user.http.delete(f"/api/v1/task/{deleted}").status_code == 200
     invariants.check()  # and the deletion is complete
     before = truth(platform)
     assert not [
         each for kind in ("jobs", "chunks") for each in before[kind] if deleted in {each["_id"], each.get("job_id")}
     ]
-    assert any(f'"job_id":{deleted},'.encode() in (each.value or b"") for each in platform.records(SCAN_RESULTS))
+    assert any(f'"job_id":{deleted},'.encode() in (each.value or b"") for each in platform.topics.records(SCAN_RESULTS))
     chance = random.Random(9)  # noqa: S311 # an order, not a secret
     for topic in CONSUMED:
         by_key: dict[Any, list[Any]] = defaultdict(list)
-        for record in platform.records(topic):
+        for record in platform.topics.records(topic):
             if record.value is not None and record.key is not None and len(record.value) < 1_000_000:
                 by_key[record.key].append((topic.name, None, record.key, record.value, record.headers))
         messages = []
@@ -90,8 +95,8 @@ def test_replayed_messages_change_nothing(platform: Platform, user: Caller, inva
                 queue = chance.choice(queues)
                 messages.append(queue.pop(0))
                 queues = [each for each in queues if each]
-        platform.send(messages)
-    platform.until_read()
+        platform.topics.send(messages)
+    platform.topics.until_read()
     assert truth(platform) == before
     assert user.http.get(f"/api/v1/task/{deleted}").status_code == 404
     invariants.check()
@@ -112,8 +117,12 @@ def poison(topic: Topic) -> list[tuple[bytes | None, list[tuple[str, bytes]]]]:
 
 def dead_letters(platform: Platform, topic: Topic, count: int) -> list[RawRecord]:
     """Return the dead letters of the topic once there are `count`."""
-    until(lambda: len(platform.records(topic, letters=True)) >= count, LIMIT, f"{count} dead letters of {topic.name}")
-    return platform.records(topic, letters=True)
+    until(
+        lambda: len(platform.topics.records(topic, letters=True)) >= count,
+        LIMIT,
+        f"{count} dead letters of {topic.name}",
+    )
+    return platform.topics.records(topic, letters=True)
 
 
 @pytest.mark.proves("F12", "G9")
@@ -121,8 +130,8 @@ def test_invalid_records_are_dead_lettered_or_skipped(platform: Platform, user: 
     """Six kinds of invalid records in every partition are dead-lettered by groups and skipped by others, and scans continue."""
     job_id = user.scan(platform.network(28), **TINY)
     assert user.finished(job_id)["status"]["status"] == "completed"
-    worker = str(platform.chunks(job_id)[0]["worker_id"]).encode()  # which reads the tasks with this key
-    before = {topic.name: len(platform.records(topic, letters=True)) for topic in CONSUMED}
+    worker = str(platform.documents.chunks(job_id)[0]["worker_id"]).encode()  # which reads the tasks with this key
+    before = {topic.name: len(platform.topics.records(topic, letters=True)) for topic in CONSUMED}
     skipped = platform.metric("scanner-worker", "scanfleet_bus_skipped_total")
     sent: dict[str, int] = {}
     for topic in CONSUMED:
@@ -132,11 +141,11 @@ def test_invalid_records_are_dead_lettered_or_skipped(platform: Platform, user: 
             for value, headers in poison(topic)
         ]
         sent[topic.name] = len(records)
-        platform.send(records)
+        platform.topics.send(records)
     assert user.finished(user.scan(platform.network(28), **TINY))["status"]["status"] == "completed"
     for topic in CONSUMED:
         if topic in (SCAN_REPLIES, SCAN_TASKS):  # their readers decode only the records with their own keys
-            assert len(platform.records(topic, letters=True)) == before[topic.name]
+            assert len(platform.topics.records(topic, letters=True)) == before[topic.name]
             continue
         letters = dead_letters(platform, topic, before[topic.name] + sent[topic.name])[before[topic.name] :]
         headers = [dict(letter.headers) for letter in letters]
@@ -173,22 +182,22 @@ def hostile(topic: Topic) -> Iterator[tuple[bytes, bytes, list[tuple[str, bytes]
 @pytest.mark.proves("F12", "A21", "G9")
 def test_hostile_values_have_bounded_cost(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """Valid JSON with a hostile value in any field costs bounded CPU time, and the records behind it are handled."""
-    platform.until_read()
+    platform.topics.until_read()
     began, count = cpu_seconds(platform), 0
-    before = {topic.name: len(platform.records(topic, letters=True)) for topic in CONSUMED}
+    before = {topic.name: len(platform.topics.records(topic, letters=True)) for topic in CONSUMED}
     for topic in CONSUMED:
         records = [(topic.name, None, *each) for each in hostile(topic)]
         count += len(records)
         for first in range(0, len(records), 500):
-            platform.send(records[first : first + 500])
+            platform.topics.send(records[first : first + 500])
     assert user.finished(user.scan(platform.network(28), **TINY))["status"]["status"] == "completed"
-    platform.until_read()
+    platform.topics.until_read()
     # At least two replicas read a topic without a group, and each rejected record is logged; a quadratic step on a single
     # value would take seconds.
     assert cpu_seconds(platform) - began < 0.05 * count
     for topic in CONSUMED:
         if topic not in (SCAN_REPLIES, SCAN_TASKS):  # every process reads all records of these topics
-            assert len(platform.records(topic, letters=True)) > before[topic.name]
+            assert len(platform.topics.records(topic, letters=True)) > before[topic.name]
     invariants.check()
 
 
@@ -209,7 +218,7 @@ def test_broker_unavailable_for_long_delays_jobs_only(platform: Platform, user: 
             assert user.task(job_id)["job"]["id"] == job_id
 
     body = {"subnet_ids": [user.subnet(platform.network(30))], "policy_id": user.policy(**TINY)}
-    proxies = platform.proxies("kafka")
+    proxies = platform.servers.proxies("kafka")
     try:
         for proxy in proxies:
             proxy.refuse()
@@ -234,10 +243,10 @@ def test_broker_unavailable_for_long_delays_jobs_only(platform: Platform, user: 
 def test_orchestrator_without_broker_expires_no_lease(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """Orchestrators that lose only the bus for longer than a lease expire no lease and end no job twice."""
     expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
-    with platform.servers() as servers:
+    with platform.listeners() as servers:
         job_id = user.scan(platform.network(23), **STEADY)
         until(lambda: bool(platform.nmaps()), LIMIT, "the scan to run")
-        proxy = platform.proxy("job-orchestrator", "kafka")
+        proxy = platform.servers.proxy("job-orchestrator", "kafka")
         proxy.swallow()
         try:
             platform.wait(1.5 * LEASE)
@@ -247,18 +256,18 @@ def test_orchestrator_without_broker_expires_no_lease(platform: Platform, user: 
         assert user.finished(job_id)["status"]["status"] == "completed"
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
-    assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+    assert {chunk["failures"] for chunk in platform.documents.chunks(job_id)} == {0}
     invariants.check()
 
 
 def running(platform: Platform, job_id: int) -> Document | None:
     """Return the chunk of a job of one chunk while it runs."""
-    return next((chunk for chunk in platform.chunks(job_id) if chunk["state"] == "running"), None)
+    return next((chunk for chunk in platform.documents.chunks(job_id) if chunk["state"] == "running"), None)
 
 
 def dispatched_once(platform: Platform, job_id: int) -> bool:
     """Return whether no attempt of the job's chunks was dispatched twice."""
-    tasks = [each.message for each in platform.messages(SCAN_TASKS, ScanChunk)]
+    tasks = [each.message for each in platform.topics.messages(SCAN_TASKS, ScanChunk)]
     given = Counter(
         (task.chunk_id, task.attempt) for task in tasks if isinstance(task, ScanChunk) and task.job_id == job_id
     )
@@ -272,14 +281,14 @@ def test_rebalances_extend_no_lease_of_a_stopped_worker(
     """While the readers of scan-progress rebalance more often than a lease, the chunks of a stopped worker are reassigned in time, and no others."""
     jobs = [user.scan(platform.network(31), **SLOW) for _ in range(3)]
     before = [caught(lambda: running(platform, job_id), LIMIT, "the job to run") for job_id in jobs]  # noqa: B023 # called before the next turn
-    stopped = platform.holder(before[0])
-    lost = [chunk for chunk in before if platform.holder(chunk) == stopped]
+    stopped = holder(before[0])
+    lost = [chunk for chunk in before if holder(chunk) == stopped]
 
     def reassigned() -> bool:
         now = [running(platform, chunk["job_id"]) for chunk in lost]
-        return all(each is not None and platform.holder(each) != stopped for each in now)
+        return all(each is not None and holder(each) != stopped for each in now)
 
-    with platform.rebalances(PROGRESS):
+    with platform.topics.rebalances(PROGRESS, REBALANCE_SECONDS):
         platform.kill(stopped, signal.SIGSTOP)
         try:
             for chunk in lost:
@@ -288,7 +297,7 @@ def test_rebalances_extend_no_lease_of_a_stopped_worker(
         finally:
             platform.kill(stopped, signal.SIGCONT)
     for chunk in before:
-        (now,) = platform.chunks(chunk["job_id"])
+        (now,) = platform.documents.chunks(chunk["job_id"])
         assert now["attempt"] == chunk["attempt"] + (chunk in lost)
         assert dispatched_once(platform, chunk["job_id"])
         user.cancel(chunk["job_id"])
@@ -302,15 +311,15 @@ def test_unread_progress_expires_no_lease(platform: Platform, user: Caller, inva
     before = user.scan(platform.network(31), **SLOW)
     caught(lambda: running(platform, before), LIMIT, "the first job to run")
     unread, began = 0, clock()
-    with platform.stalled(PROGRESS, 2 * LEASE) as stall:
+    with platform.topics.stalled(PROGRESS, 2 * LEASE) as stall:
         meanwhile = user.scan(platform.network(31), **SLOW)  # its claims are unread
         while not stall.done():
-            unread = max(unread, platform.behind(PROGRESS, SCAN_PROGRESS))
+            unread = max(unread, platform.topics.behind(PROGRESS, SCAN_PROGRESS))
     assert clock() - began > 1.5 * LEASE
     assert unread > LEASE  # workers report once a second
     for job_id in (before, meanwhile):
         caught(lambda: running(platform, job_id), LIMIT, "the job to run")  # noqa: B023 # called before the next turn
-        assert {(chunk["attempt"], chunk["failures"]) for chunk in platform.chunks(job_id)} == {(1, 0)}
+        assert {(chunk["attempt"], chunk["failures"]) for chunk in platform.documents.chunks(job_id)} == {(1, 0)}
         assert dispatched_once(platform, job_id)
         user.cancel(job_id)
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
@@ -321,9 +330,9 @@ def test_unread_progress_expires_no_lease(platform: Platform, user: Caller, inva
 @pytest.mark.proves("F18", "G1")
 def test_broker_data_loss_is_survived(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """After the broker lost its data every process restarts, and all unfinished and new jobs finish."""
-    with platform.servers() as servers:
+    with platform.listeners() as servers:
         jobs = [user.scan(platform.network(24), **STEADY) for _ in range(3)]
-        until(lambda: any(platform.hosts(job_id=job_id) for job_id in jobs), LIMIT, "hosts to be stored")
+        until(lambda: any(platform.documents.hosts(job_id=job_id) for job_id in jobs), LIMIT, "hosts to be stored")
         before = {each.name: platform.pid(each.name) for each in platform.stack.processes()}
         platform.lose_the_log()
         for name, pid in before.items():

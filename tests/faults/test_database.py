@@ -58,7 +58,7 @@ def test_mongod_killed_under_load_loses_nothing(platform: Platform, user: Caller
             before = len(jobs)
             platform.kill("mongod")
             until(lambda gone=gone: platform.running("mongod") not in (0, gone), LIMIT, "mongod to come back")  # type: ignore[misc] # mypy infers no type for a lambda with a default
-            platform.wait_for_servers()
+            platform.servers.wait_until_ready()
             until(lambda before=before: len(jobs) > before, LIMIT, "jobs to be accepted again")  # type: ignore[misc] # as above
     for job_id in jobs:
         assert user.finished(job_id)["status"]["status"] == "completed"
@@ -69,10 +69,10 @@ def test_mongod_killed_under_load_loses_nothing(platform: Platform, user: Caller
 @pytest.mark.proves("F6", "G1", "G16")
 def test_mongod_outage_in_mid_scan_loses_nothing(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """During an outage of twenty seconds in mid-scan the services are unready, no lease expires, and the scan completes."""
-    with platform.servers() as servers:
+    with platform.listeners() as servers:
         job_id = user.scan(platform.network(23), **STEADY)
-        until(lambda: bool(platform.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
-        platform.stop_server("mongod")
+        until(lambda: bool(platform.documents.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
+        platform.servers.stop("mongod")
         try:
             names = [name for service in WITH_DATABASE for name in platform.names(service)]
             until(lambda: not any(map(platform.ready, names)), LIMIT, "all that need it to be unready")
@@ -80,11 +80,11 @@ def test_mongod_outage_in_mid_scan_loses_nothing(platform: Platform, user: Calle
             assert platform.ready("api-gateway-1")
             platform.wait(20)
         finally:
-            platform.start_servers("mongod")
+            platform.servers.start("mongod")
         platform.stack.wait_until_ready()
         assert user.finished(job_id)["status"]["status"] == "completed"
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
-    assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+    assert {chunk["failures"] for chunk in platform.documents.chunks(job_id)} == {0}
     invariants.check()
 
 
@@ -93,12 +93,12 @@ def test_writes_with_cut_connections_are_applied_once(platform: Platform, user: 
     """Writes whose connection is closed before or after they are applied are applied once."""
     writes = ["insert", "update", "findAndModify"]
     with load(platform, user, 6) as jobs:
-        with platform.failing(failCommands=writes, closeConnection=True, mode={"activationProbability": 0.3}):
+        with platform.documents.failing(failCommands=writes, closeConnection=True, mode={"activationProbability": 0.3}):
             before = len(jobs)
             until(lambda: len(jobs) > before + 2, LIMIT, "jobs to be accepted all the same")
         for _ in range(5):
             before = len(jobs)
-            for proxy in platform.proxies("mongod"):
+            for proxy in platform.servers.proxies("mongod"):
                 proxy.cut()  # commands and responses in flight are lost
             until(lambda before=before: len(jobs) > before, LIMIT, "jobs to be accepted again")  # type: ignore[misc] # mypy infers no type for a lambda with a default
     for job_id in jobs:
@@ -112,8 +112,8 @@ def test_primary_stepdown_loses_nothing(platform: Platform, user: Caller, invari
     with load(platform, user) as jobs:
         before = len(jobs)
         with suppress(AutoReconnect):  # it may close the connection that asked for it
-            platform.mongodb.admin.command("replSetStepDown", 3, force=True)
-        platform.wait_for_servers()
+            platform.documents.client.admin.command("replSetStepDown", 3, force=True)
+        platform.servers.wait_until_ready()
         until(lambda: len(jobs) > before, LIMIT, "jobs to be accepted again")
     for job_id in jobs:
         assert user.finished(job_id)["status"]["status"] == "completed"
@@ -127,9 +127,9 @@ def test_slow_database_expires_no_lease(platform: Platform, user: Caller, invari
     expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
     memory = platform.memory()
     try:
-        for proxy in platform.proxies("mongod"):
+        for proxy in platform.servers.proxies("mongod"):
             proxy.delay(0.25)
-        with platform.servers() as servers:
+        with platform.listeners() as servers:
             job_id = user.scan(platform.network(24), **STEADY)
             task = f"/api/v1/task/{job_id}"
             for path in ("/api/v1/task", "/api/v1/subnet", task, *(f"{task}/{view}" for view in VIEWS)):
@@ -139,7 +139,7 @@ def test_slow_database_expires_no_lease(platform: Platform, user: Caller, invari
             assert user.finished(job_id)["status"]["status"] == "completed"
             assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
     finally:
-        for proxy in platform.proxies("mongod"):
+        for proxy in platform.servers.proxies("mongod"):
             proxy.heal()
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
     after = platform.memory()

@@ -54,12 +54,12 @@ def test_clock_skew_of_two_hours_has_no_effect(platform: Platform, invariants: I
     assert datetime.fromisoformat(job["end_time"]) < began + hour
     times = [
         datetime.fromisoformat(published.headers["ce_time"])
-        for published in platform.messages(SCAN_PROGRESS, ChunkScanned)
+        for published in platform.topics.messages(SCAN_PROGRESS, ChunkScanned)
         if isinstance(published.message, ChunkScanned) and published.message.job_id == job_id
     ]
     assert min(times) > began + hour  # so its clock was off
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") == expired
-    assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+    assert {chunk["failures"] for chunk in platform.documents.chunks(job_id)} == {0}
     slow.close()
     invariants.check()
 
@@ -91,7 +91,7 @@ def test_job_of_only_worker_without_disk_completes_after_recovery(
             platform.wait(5)  # long enough for many attempts of a worker that accepts chunks
             assert user.status(job_id) not in FINAL
         assert user.finished(job_id)["status"]["status"] == "completed"
-        assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+        assert {chunk["failures"] for chunk in platform.documents.chunks(job_id)} == {0}
         assert platform.ready("scanner-worker-2")
         assert platform.pid("scanner-worker-2") == pid
     finally:
@@ -102,7 +102,7 @@ def test_job_of_only_worker_without_disk_completes_after_recovery(
 @pytest.mark.proves("F25", "G17")
 def test_worker_without_disk_does_not_affect_results(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """With one of two workers unable to start nmap, results and ledger are complete, and no chunk has a failure."""
-    with platform.servers() as places, platform.no_disk(full=True):
+    with platform.listeners() as places, platform.no_disk(full=True):
         jobs = [user.scan(platform.network(24), **TINY) for _ in range(6)]  # more than the healthy worker has slots
         until(
             lambda: platform.metric("scanner-worker", "scanfleet_worker_excluded") == 1,
@@ -114,7 +114,7 @@ def test_worker_without_disk_does_not_affect_results(platform: Platform, user: C
     for job_id in jobs:
         assert user.ledger(job_id)["counts"]["answered"] == 256 * 20
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == places
-        assert {chunk["failures"] for chunk in platform.chunks(job_id)} == {0}
+        assert {chunk["failures"] for chunk in platform.documents.chunks(job_id)} == {0}
     until(lambda: platform.ready("scanner-worker-2"), LIMIT, "the worker to be included again")
     invariants.check()
 
@@ -124,7 +124,7 @@ def test_worker_whose_scans_fail_does_not_affect_results(
     platform: Platform, user: Caller, invariants: Invariants
 ) -> None:
     """With nmap always exiting with 1 on one of two workers, jobs have the results and ledger of a job without that worker."""
-    with platform.servers():
+    with platform.listeners():
         before = scanned(user, user.scan(platform.network(24), **TINY))
         with platform.scans_by(FAILING, "scanner-worker-2"):
             jobs = [user.scan(platform.network(24), **TINY) for _ in range(6)]  # more than the other worker has slots
@@ -146,7 +146,7 @@ def test_hosts_that_break_nmap_are_lost_alone(platform: Platform, user: Caller, 
     broken = {f"{platform.net}.8.{place}": fault for place, fault in zip((2, 30, 46), FAULTS, strict=True)}
     program = [sys.executable, "-I", faulty_nmap.__file__, ",".join("=".join(each) for each in broken.items())]
     with (
-        platform.servers((1, 3, 17, 31, 33, 47, 50)) as places,
+        platform.listeners((1, 3, 17, 31, 33, 47, 50)) as places,
         platform.scans_by(f'#!/bin/sh\nexec {shlex.join(program)} "$@"\n', *platform.names("scanner-worker")),
     ):
         # Their chunks share an nmap at first, so that one host fails the chunks of several jobs.

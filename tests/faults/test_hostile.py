@@ -45,8 +45,9 @@ from scanfleet.contracts.messages.topics import (
     Topic,
 )
 from scanfleet.scanning.policy import Preset, fill_in
+from tests.faults.documents import Document
 from tests.faults.invariants import Invariants
-from tests.faults.kit import ENDLESS, LIMIT, TINY, Caller, Document, Platform, caught
+from tests.faults.kit import ENDLESS, LIMIT, TINY, Caller, Platform, caught
 
 pytestmark = pytest.mark.e2e
 
@@ -54,13 +55,13 @@ pytestmark = pytest.mark.e2e
 def forge(platform: Platform, topic: Topic, *messages: Message, key: bytes | None = None) -> None:
     """Send messages that look exactly like genuine ones."""
     made = [encode(topic, message, source="forger") for message in messages]
-    platform.send([(topic.name, None, key or each.key, each.value, each.headers) for each in made])
+    platform.topics.send([(topic.name, None, key or each.key, each.value, each.headers) for each in made])
 
 
 def running(platform: Platform, job_id: int) -> Document:
     """A chunk of the job that a worker has claimed."""
     return caught(
-        lambda: next(iter(chunk for chunk in platform.chunks(job_id) if chunk["state"] == "running"), None),
+        lambda: next(iter(chunk for chunk in platform.documents.chunks(job_id) if chunk["state"] == "running"), None),
         LIMIT,
         "a chunk to run",
     )
@@ -77,7 +78,7 @@ def test_forged_commands_are_rejected(platform: Platform, user: Caller, invarian
     forge(platform, SCAN_COMMANDS, cancel, submit)
 
     def rejections() -> dict[str, int]:
-        replies = [each.message for each in platform.messages(SCAN_REPLIES, CommandRejected)]
+        replies = [each.message for each in platform.topics.messages(SCAN_REPLIES, CommandRejected)]
         return {each.command_id: each.status for each in replies if isinstance(each, CommandRejected)}
 
     until(lambda: {cancel.command_id, submit.command_id} <= rejections().keys(), LIMIT, "both to be refused")
@@ -108,13 +109,13 @@ def test_forged_reports_are_ignored(platform: Platform, user: Caller, invariants
         LIMIT,
         "all three to be counted as stale",
     )
-    stops = [each.message for each in platform.messages(SCAN_TASKS, StopChunk)]
+    stops = [each.message for each in platform.topics.messages(SCAN_TASKS, StopChunk)]
     assert any(isinstance(stop, StopChunk) and stop.worker_id == "nobody" for stop in stops)
-    (now,) = [each for each in platform.chunks(job_id) if each["_id"] == chunk["_id"]]
+    (now,) = [each for each in platform.documents.chunks(job_id) if each["_id"] == chunk["_id"]]
     assert (now["state"], now["attempt"], now["outcomes"]) == ("running", chunk["attempt"], chunk["outcomes"])
-    letters = len(platform.records(SCAN_PROGRESS, letters=True))
+    letters = len(platform.topics.records(SCAN_PROGRESS, letters=True))
     forge(platform, SCAN_PROGRESS, ChunkProgressed(**token, worker_id="nobody", outcomes=done), key=b"elsewhere")
-    until(lambda: len(platform.records(SCAN_PROGRESS, letters=True)) == letters + 1, LIMIT, "a dead letter")
+    until(lambda: len(platform.topics.records(SCAN_PROGRESS, letters=True)) == letters + 1, LIMIT, "a dead letter")
     user.cancel(job_id)
     invariants.check()
 
@@ -153,27 +154,34 @@ def forgeries(host: HostScanned, end: ChunkScanned, others: HostScanned) -> list
 @pytest.mark.proves("A25", "G19")
 def test_forged_and_replayed_results_have_no_effect(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """Results without a valid signature, replays, and infinite slot seconds do not change results, ledger and clocks."""
-    with platform.servers():
+    with platform.listeners():
         job_id = user.scan(platform.network(24), **TINY)
         assert user.finished(job_id)["status"]["status"] == "completed"
         other = platform.caller()
         others_id = other.scan(platform.network(25), **TINY)
         assert other.finished(others_id)["status"]["status"] == "completed"
-    messages = [each.message for each in platform.messages(SCAN_RESULTS, HostScanned, ChunkScanned)]
+    messages = [each.message for each in platform.topics.messages(SCAN_RESULTS, HostScanned, ChunkScanned)]
     mine = [each for each in messages if isinstance(each, HostScanned | ChunkScanned) and each.job_id == job_id]
     host = next(each for each in mine if isinstance(each, HostScanned) and each.ports)
     end = next(each for each in mine if isinstance(each, ChunkScanned) and each.chunk_id == host.chunk_id)
     theirs = next(each for each in messages if isinstance(each, HostScanned) and each.job_id == others_id)
 
     def effects() -> list[Any]:
-        clocks = platform.mongodb["scanfleet_job_orchestrator"]["clocks"].find()
+        clocks = platform.documents.client["scanfleet_job_orchestrator"]["clocks"].find()
         times = {each["_id"]: each["time"] for each in clocks}  # whether a user is active changes by itself
-        documents = [platform.jobs(), platform.chunks(job_id), platform.chunks(others_id), platform.closed()]
-        hosts = sorted(each["_id"] for each in platform.hosts())
+        documents = [
+            platform.documents.jobs(),
+            platform.documents.chunks(job_id),
+            platform.documents.chunks(others_id),
+            platform.documents.closed(),
+        ]
+        hosts = sorted(each["_id"] for each in platform.documents.hosts())
         return [*documents, hosts, times, user.results(job_id), other.results(others_id)]
 
     until(
-        lambda: not any(job.get("outbox") for job in platform.jobs()), LIMIT, "published events to leave the outboxes"
+        lambda: not any(job.get("outbox") for job in platform.documents.jobs()),
+        LIMIT,
+        "published events to leave the outboxes",
     )
     before, dropped = effects(), platform.metric("result-store", "scanfleet_results_uncovered_total")
     forged = forgeries(host, end, theirs)
@@ -181,18 +189,20 @@ def test_forged_and_replayed_results_have_no_effect(platform: Platform, user: Ca
     # Valid signatures, but of a chunk that is closed.
     late = host.model_copy(update={"ports": (), "outcome": "s"})
     forge(platform, SCAN_RESULTS, late, end.model_copy(update={"outcomes": "d" * len(end.outcomes)}), *mine)
-    chunk = platform.chunks(job_id)[0]
+    chunk = platform.documents.chunks(job_id)[0]
     token = {"job_id": job_id, "chunk_id": chunk["_id"], "attempt": chunk["attempt"], "worker_id": chunk["worker_id"]}
     released = ChunkReleased(**token, outcomes=chunk["outcomes"], reason="", slot_seconds=123_456_789)
     made = encode(SCAN_PROGRESS, released, source="forger")
-    letters = len(platform.records(SCAN_PROGRESS, letters=True))
+    letters = len(platform.topics.records(SCAN_PROGRESS, letters=True))
     infinite = made.value.replace(b"123456789.0", b"1e999")
     assert infinite != made.value
-    platform.send([(SCAN_PROGRESS.name, None, made.key, value, made.headers) for value in (made.value, infinite)])
-    platform.until_read()
+    platform.topics.send(
+        [(SCAN_PROGRESS.name, None, made.key, value, made.headers) for value in (made.value, infinite)]
+    )
+    platform.topics.until_read()
     assert effects() == before
     assert platform.metric("result-store", "scanfleet_results_uncovered_total") == dropped + len(forged)
-    assert len(platform.records(SCAN_PROGRESS, letters=True)) == letters + 1
+    assert len(platform.topics.records(SCAN_PROGRESS, letters=True)) == letters + 1
     other.close()
     invariants.check()
 
@@ -200,7 +210,9 @@ def test_forged_and_replayed_results_have_no_effect(platform: Platform, user: Ca
 @pytest.mark.proves("A13", "G12", "G15")
 def test_forged_task_is_refused_and_audited(platform: Platform, invariants: Invariants) -> None:
     """A worker that gets a task for denied addresses starts no nmap, and reports the refusal to job and audit log."""
-    last = max(platform.messages(SCAN_WORKERS, WorkerReady), key=lambda published: published.record.timestamp).message
+    last = max(
+        platform.topics.messages(SCAN_WORKERS, WorkerReady), key=lambda published: published.record.timestamp
+    ).message
     assert isinstance(last, WorkerReady)
     task = ScanChunk(
         job_id=999_999_999,
@@ -218,7 +230,7 @@ def test_forged_task_is_refused_and_audited(platform: Platform, invariants: Inva
     forge(platform, SCAN_TASKS, task)
 
     def answers() -> list[ChunkScanned]:
-        messages = [each.message for each in platform.messages(SCAN_PROGRESS, ChunkScanned)]
+        messages = [each.message for each in platform.topics.messages(SCAN_PROGRESS, ChunkScanned)]
         return [each for each in messages if isinstance(each, ChunkScanned) and each.job_id == task.job_id]
 
     seen: set[str] = set()

@@ -84,7 +84,7 @@ def test_user_with_the_largest_jobs_delays_others_within_bounds(
                 assert prober.get(f"{platform.stack.ports.probes(name)}/{path}").status_code == 200, name
                 waits.append(clock() - began)
 
-    with platform.servers((1, 2)) as servers, httpx2.Client() as prober, ExitStack() as opened:
+    with platform.listeners((1, 2)) as servers, httpx2.Client() as prober, ExitStack() as opened:
         streaming = [
             opened.enter_context(heavy.http.stream("GET", f"/api/v1/task/{slow}/events")) for _ in range(STREAMS + 1)
         ]
@@ -97,9 +97,9 @@ def test_user_with_the_largest_jobs_delays_others_within_bounds(
             for caller, job in ((user, mine), (heavy, slow), (heavy, jobs[0])):
                 began = clock()
                 caller.cancel(job)
-                ids = {chunk["_id"] for chunk in platform.chunks(job)}
+                ids = {chunk["_id"] for chunk in platform.documents.chunks(job)}
                 until(
-                    lambda: not [each for each in platform.chunks(job) if each["state"] in ("dispatched", "running")],  # noqa: B023 # called before the next turn
+                    lambda: not platform.documents.chunks(job, state={"$in": ["dispatched", "running"]}),  # noqa: B023 # called before the next turn
                     began + CANCEL_SECONDS - clock(),
                     f"the {len(ids)} chunks of the job to be stopped",
                 )
@@ -110,6 +110,10 @@ def test_user_with_the_largest_jobs_delays_others_within_bounds(
     until(
         lambda: heavy.http.post("/api/v1/task/cancel", json={"all": True}, timeout=LIMIT).is_success, LIMIT, "cancels"
     )
-    until(lambda: not platform.jobs(user_id=number, status={"$in": ["pending", "running"]}), LIMIT, "every job to end")
+    until(
+        lambda: not platform.documents.jobs(user_id=number, status={"$in": ["pending", "running"]}),
+        LIMIT,
+        "every job to end",
+    )
     heavy.close()
     invariants.check()

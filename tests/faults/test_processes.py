@@ -26,6 +26,7 @@ from scanfleet.contracts.messages.topics import (
     TOPICS,
 )
 from scanfleet.scanning.outcomes import Outcome
+from tests.faults.documents import Document, holder
 from tests.faults.invariants import Invariants
 from tests.faults.kit import (
     ENDLESS,
@@ -35,7 +36,6 @@ from tests.faults.kit import (
     STEADY,
     TINY,
     Caller,
-    Document,
     Platform,
     assert_scanned_once,
     caught,
@@ -58,7 +58,7 @@ def test_gateway_killed_before_its_answer_creates_one_job(
     subnet, policy, key = user.subnet(platform.network(30)), user.policy(**TINY), uuid4().hex
 
     def published() -> bool:
-        messages = platform.messages(SCAN_COMMANDS, SubmitJobs)
+        messages = platform.topics.messages(SCAN_COMMANDS, SubmitJobs)
         return any(isinstance(each.message, SubmitJobs) and each.message.idempotency_key == key for each in messages)
 
     for name in platform.names("job-orchestrator"):
@@ -88,7 +88,7 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
     """If all orchestrators die with an event in an outbox, it is published at least once with the same id, and the job continues."""
     subnet, policy, key = user.subnet(platform.network(30)), user.policy(**TINY), uuid4().hex
     body = {"subnet_ids": [subnet], "policy_id": policy}
-    proxy = platform.proxy("job-orchestrator", "kafka")
+    proxy = platform.servers.proxy("job-orchestrator", "kafka")
     killed = Event()
 
     def ask() -> None:
@@ -98,11 +98,11 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
                 return
 
     def unpublished() -> Document | None:
-        return next(iter(platform.jobs(subnet_id=subnet, outbox={"$exists": True})), None)
+        return next(iter(platform.documents.jobs(subnet_id=subnet, outbox={"$exists": True})), None)
 
     def created_ids() -> list[str]:
         """Return the ids with which the job's creation was published."""
-        events = platform.messages(SCAN_EVENTS, JobCreated)
+        events = platform.topics.messages(SCAN_EVENTS, JobCreated)
         return [each.headers["ce_id"] for each in events if each.record.key == str(job["_id"]).encode()]
 
     proxy.delay(0.5)  # leaves time between the write and the publish
@@ -137,7 +137,7 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
 
 def halfway(platform: Platform, job_id: int) -> Document | None:
     """Return a running chunk of the job with finished and unfinished addresses."""
-    for chunk in platform.chunks(job_id):
+    for chunk in platform.documents.chunks(job_id):
         if chunk["state"] == "running" and len(set(chunk["outcomes"])) > 1 and Outcome.BLANK in chunk["outcomes"]:
             return chunk
     return None
@@ -146,21 +146,21 @@ def halfway(platform: Platform, job_id: int) -> Document | None:
 @pytest.mark.proves("F2", "G3", "G4", "G16")
 def test_worker_killed_in_mid_scan_repeats_no_host(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """A worker killed in mid-scan leaves no nmap, and the next attempt scans exactly the unfinished addresses."""
-    with platform.servers() as servers:
+    with platform.listeners() as servers:
         job_id = user.scan(platform.network(24), **STEADY)
         chunk = caught(lambda: halfway(platform, job_id), LIMIT, "a chunk to be half done")
         done = {index for index, letter in enumerate(chunk["outcomes"]) if letter != Outcome.BLANK}
-        nmaps = platform.nmaps_of(platform.holder(chunk))
-        platform.kill(platform.holder(chunk))
+        nmaps = platform.nmaps_of(holder(chunk))
+        platform.kill(holder(chunk))
         until(lambda: not set(nmaps) & platform.nmaps().keys(), 10, "the nmaps of a killed worker to end")
         assert user.finished(job_id)["status"]["status"] == "completed"
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
-    attempts = [each.message for each in platform.messages(SCAN_TASKS, ScanChunk)]
+    attempts = [each.message for each in platform.topics.messages(SCAN_TASKS, ScanChunk)]
     again = [task for task in attempts if isinstance(task, ScanChunk) and task.chunk_id == chunk["_id"]]
     again = [task for task in again if task.attempt > chunk["attempt"]]
     assert again
     assert all(task.outcomes[index] != Outcome.BLANK for task in again for index in done)
-    hosts = [each.message for each in platform.messages(SCAN_RESULTS, HostScanned)]
+    hosts = [each.message for each in platform.topics.messages(SCAN_RESULTS, HostScanned)]
     first = chunk["first_address"].rpartition(".")
     base = int(first[2])
     reports = Counter(host.address for host in hosts if isinstance(host, HostScanned) and host.chunk_id == chunk["_id"])
@@ -174,24 +174,28 @@ def test_service_killed_during_a_deletion_completes_it(
     platform: Platform, user: Caller, invariants: Invariants, service: str
 ) -> None:
     """A deletion whose processes are killed between two of its steps is complete after their restart, and its job stays deleted."""
-    with platform.servers():
+    with platform.listeners():
         job_id = user.scan(platform.network(24), **TINY)
         assert user.finished(job_id)["status"]["status"] == "completed"
-    stored = len(platform.hosts(job_id=job_id))
+    stored = len(platform.documents.hosts(job_id=job_id))
     assert stored == 256
     for name in platform.names("result-store"):
         platform.kill(name, signal.SIGSTOP)
     assert user.http.delete(f"/api/v1/task/{job_id}").status_code == 200
-    until(lambda: bool(platform.deletions(_id=job_id)), LIMIT, "the receipt of the deletion")
+    until(lambda: bool(platform.documents.deletions(_id=job_id)), LIMIT, "the receipt of the deletion")
     for name in platform.names("result-store"):
         platform.kill(name, signal.SIGCONT)
     if service == "result-store":
-        until(lambda: 0 < len(platform.hosts(job_id=job_id)) < stored, LIMIT, "some hosts to be deleted", 0.01)
+        until(
+            lambda: 0 < len(platform.documents.hosts(job_id=job_id)) < stored, LIMIT, "some hosts to be deleted", 0.01
+        )
     for name in platform.names(service):
         platform.kill(name)
     platform.stack.wait_until_ready()
     until(
-        lambda: platform.deletions(_id=job_id)[0]["deletion"]["stage"] == "done", LIMIT, "the deletion to be complete"
+        lambda: platform.documents.deletions(_id=job_id)[0]["deletion"]["stage"] == "done",
+        LIMIT,
+        "the deletion to be complete",
     )
     assert user.http.get(f"/api/v1/task/{job_id}").status_code == 404
     (receipt,) = user.http.get("/api/v1/deletion").json()["deletions"]
@@ -204,21 +208,21 @@ def test_result_store_killed_before_commit_stores_hosts_once(
     platform: Platform, user: Caller, invariants: Invariants
 ) -> None:
     """A result-store killed between storing and committing hosts reads them again and stores each once."""
-    with platform.servers() as servers:
-        platform.proxy("result-store", "kafka").delay(0.5)  # delays its commits
+    with platform.listeners() as servers:
+        platform.servers.proxy("result-store", "kafka").delay(0.5)  # delays its commits
         try:
             job_id = user.scan(platform.network(25), **TINY)
-            until(lambda: bool(platform.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
+            until(lambda: bool(platform.documents.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
             for name in platform.names("result-store"):
                 platform.kill(name)
-            assert platform.behind("result-store", SCAN_RESULTS) > 0
-            stored = platform.hosts(job_id=job_id)
+            assert platform.topics.behind("result-store", SCAN_RESULTS) > 0
+            stored = platform.documents.hosts(job_id=job_id)
         finally:
-            platform.proxy("result-store", "kafka").heal()
+            platform.servers.proxy("result-store", "kafka").heal()
         platform.stack.wait_until_ready()
         assert user.finished(job_id)["status"]["status"] == "completed"
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
-    assert [host for host in platform.hosts(job_id=job_id) if host in stored] == stored
+    assert [host for host in platform.documents.hosts(job_id=job_id) if host in stored] == stored
     invariants.check()
 
 
@@ -228,11 +232,11 @@ def test_worker_stopped_past_its_lease_is_superseded(platform: Platform, user: C
     # One chunk for each worker, so that the other has a free slot; its nmap outlives the lease.
     job_id = user.scan(platform.network(31), **{**ENDLESS, "max_rate": 20})
     chunk = caught(
-        lambda: next(iter(each for each in platform.chunks(job_id) if each["state"] == "running"), None),
+        lambda: next(iter(each for each in platform.documents.chunks(job_id) if each["state"] == "running"), None),
         LIMIT,
         "a chunk to run",
     )
-    frozen, stale = platform.holder(chunk), platform.metric("job-orchestrator", "scanfleet_stale_reports_total")
+    frozen, stale = holder(chunk), platform.metric("job-orchestrator", "scanfleet_stale_reports_total")
     nmaps = set(platform.nmaps_of(frozen))
     assert nmaps
     platform.kill(frozen, signal.SIGSTOP)
@@ -242,10 +246,8 @@ def test_worker_stopped_past_its_lease_is_superseded(platform: Platform, user: C
             lambda: next(
                 iter(
                     each
-                    for each in platform.chunks(job_id)
-                    if each["_id"] == chunk["_id"]
-                    and each["state"] == "running"
-                    and platform.holder(each) not in ("", frozen)
+                    for each in platform.documents.chunks(job_id)
+                    if each["_id"] == chunk["_id"] and each["state"] == "running" and holder(each) not in ("", frozen)
                 ),
                 None,
             ),
@@ -260,7 +262,7 @@ def test_worker_stopped_past_its_lease_is_superseded(platform: Platform, user: C
         10,
         "its report to be counted as stale",
     )
-    (now,) = [each for each in platform.chunks(job_id) if each["_id"] == chunk["_id"]]
+    (now,) = [each for each in platform.documents.chunks(job_id) if each["_id"] == chunk["_id"]]
     assert (now["state"], now["attempt"], now["worker_id"]) == ("running", taken["attempt"], taken["worker_id"])
     assert now["failures"] == chunk["failures"] + 1
     user.cancel(job_id)
@@ -278,24 +280,24 @@ def test_job_of_a_worker_stopped_in_mid_scan_has_the_same_results(
         late = {(each.chunk_id, each.attempt) for each in reported(platform, ChunkReleased)}
         return (chunk["_id"], chunk["attempt"]) in late
 
-    with platform.servers():
+    with platform.listeners():
         before = scanned(user, user.scan(platform.network(25), **STEADY))
         job_id = user.scan(platform.network(25), **STEADY)
         chunk = caught(lambda: halfway(platform, job_id), LIMIT, "a chunk to be half done")
-        frozen = platform.holder(chunk)
+        frozen = holder(chunk)
         nmaps = set(platform.nmaps_of(frozen))
         platform.kill(frozen, signal.SIGSTOP)
         try:
             until(lambda: requeued(platform, chunk), REQUEUE_SECONDS, "the chunk to be requeued", 0.05)
             after = scanned(user, job_id)
-            stored = platform.hosts(job_id=job_id)
+            stored = platform.documents.hosts(job_id=job_id)
         finally:
             platform.kill(frozen, signal.SIGCONT)
         until(lambda: not nmaps & platform.nmaps().keys(), 5, "the resumed worker's nmaps to end")
         until(released, 10, "its late report")
-        platform.until_read()
+        platform.topics.until_read()
     assert len(stored) == 128
-    assert platform.hosts(job_id=job_id) == stored
+    assert platform.documents.hosts(job_id=job_id) == stored
     assert scanned(user, job_id) == after == before
     assert before[0]["answered"] == 128 * 20
     assert platform.metric("job-orchestrator", "scanfleet_leases_expired_total") > expired
@@ -313,14 +315,14 @@ def test_worker_that_restarts_repeatedly_loses_no_lease(
     def restarted(gone: int) -> bool:
         return platform.running("scanner-worker-2") not in (0, gone)
 
-    with platform.servers() as servers:
+    with platform.listeners() as servers:
         jobs = [user.scan(platform.network(24), **STEADY)]
         restarts, began = 0, clock()
         while clock() - began < MINUTE:
             if user.status(jobs[-1]) == "completed":
                 jobs.append(user.scan(platform.network(24), **STEADY))
             until(
-                lambda: bool(platform.nmaps_of("scanner-worker-2")) or not platform.jobs(settled=False),
+                lambda: bool(platform.nmaps_of("scanner-worker-2")) or not platform.documents.jobs(settled=False),
                 LIMIT,
                 "the worker to scan",
             )
@@ -338,7 +340,7 @@ def test_worker_that_restarts_repeatedly_loses_no_lease(
     releases = [each for each in reported(platform, ChunkReleased) if each.job_id in jobs]
     assert releases
     assert max(Counter((each.chunk_id, each.attempt) for each in claims).values()) == 1
-    attempts = {chunk["_id"]: chunk["attempt"] for job_id in jobs for chunk in platform.chunks(job_id)}
+    attempts = {chunk["_id"]: chunk["attempt"] for job_id in jobs for chunk in platform.documents.chunks(job_id)}
     assert attempts == {id_: 1 + sum(each.chunk_id == id_ for each in releases) for id_ in attempts}
     assert_scanned_once(platform, jobs)
     invariants.check()
@@ -357,7 +359,12 @@ def test_worker_sigterm_finishes_or_releases_chunks(
         # The rate of each job allows one chunk at a time.
         jobs = [user.scan(platform.network(24), **STEADY) for _ in range(SLOTS)]
         until(lambda: len(platform.nmaps_of(name)) == SLOTS, LIMIT, "three chunks to run")
-        held = {chunk["_id"] for job_id in jobs for chunk in platform.chunks(job_id) if chunk["state"] == "running"}
+        held = {
+            chunk["_id"]
+            for job_id in jobs
+            for chunk in platform.documents.chunks(job_id)
+            if chunk["state"] == "running"
+        }
         gone = platform.pid(name)
         platform.kill(name, signal.SIGTERM)
         until(lambda: platform.running(name) not in (0, gone), LIMIT, "the worker to end and come back")
@@ -388,10 +395,10 @@ def test_job_waits_while_the_only_raw_worker_is_unavailable(
         return {each.worker_id.rpartition("-")[0] for each in reported(platform, ChunkClaimed) if each.job_id == job_id}
 
     def dead_lettered() -> int:
-        return sum(len(platform.records(topic, letters=True)) for topic in TOPICS)
+        return sum(len(platform.topics.records(topic, letters=True)) for topic in TOPICS)
 
     before = dead_lettered()
-    with platform.servers() as servers, platform.without_raw_packets():
+    with platform.listeners() as servers, platform.without_raw_packets():
         job_id = user.scan(platform.network(22), **STEADY, technique="syn")
         until(lambda: bool(platform.nmaps_of("scanner-worker-1")), LIMIT, "the raw worker to scan")
         platform.stack.stop("scanner-worker-1")
@@ -413,4 +420,4 @@ def test_job_waits_while_the_only_raw_worker_is_unavailable(
 
 def reported(platform: Platform, kind: type[Reported]) -> list[Reported]:
     """Return the workers' messages of this kind."""
-    return [each.message for each in platform.messages(SCAN_PROGRESS, kind) if isinstance(each.message, kind)]
+    return [each.message for each in platform.topics.messages(SCAN_PROGRESS, kind) if isinstance(each.message, kind)]

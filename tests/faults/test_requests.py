@@ -99,7 +99,7 @@ def test_cancel_during_completion_has_one_outcome(platform: Platform, user: Call
         races: list[tuple[int, httpx2.Response, str]] = list(threads.map(race, range(40)))
     invariants.check()  # and all events are published
     ends: dict[int, Any] = {}
-    for published in platform.messages(SCAN_EVENTS, JobEvent):
+    for published in platform.topics.messages(SCAN_EVENTS, JobEvent):
         assert isinstance(published.message, JobEvent)
         if published.message.job.end_time is not None:
             ends.setdefault(published.message.job.id, set()).add(published.message.job.status)

@@ -106,7 +106,7 @@ def test_soak_keeps_every_guarantee(
             each.result()
     for user in users:
         user.close()
-    platform.wait_for_servers()
+    platform.servers.wait_until_ready()
     invariants.check()
     after = platform.memory()
     jobs = [status for user in users for status in user.jobs.values()]

@@ -26,8 +26,8 @@ def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
     """Processes that start without both servers stay alive and unready, and become ready by themselves."""
     subnet, policy = user.subnet(platform.network(30)), user.policy(**TINY)
     names = [name for service in SERVICES for name in platform.names(service)]
-    platform.stop_server("kafka")
-    platform.stop_server("mongod")
+    platform.servers.stop("kafka")
+    platform.servers.stop("mongod")
     try:
         before = {name: platform.pid(name) for name in names}
         for name in names:
@@ -46,7 +46,7 @@ def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
         refused = user.http.post("/api/v1/task", json={"subnet_ids": [subnet], "policy_id": policy})
         assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
     finally:
-        platform.start_servers("mongod", "kafka")
+        platform.servers.start("mongod", "kafka")
     platform.stack.wait_until_ready()
     assert {name: platform.pid(name) for name in names} == pids
     (job,) = user.submit([subnet], policy, None)
@@ -64,7 +64,7 @@ def test_services_without_one_server_at_start_wait_for_it(
     subnet, policy = user.subnet(platform.network(30)), user.policy(**TINY)
     names = [platform.names(service)[0] for service in (SERVICES if server == "kafka" else WITH_DATABASE)]
     reason = f"starting, waiting for {'kafka' if server == 'kafka' else 'mongodb'}"
-    platform.stop_server(server)
+    platform.servers.stop(server)
     try:
         before = {name: platform.pid(name) for name in names}
         for name in names:
@@ -74,7 +74,7 @@ def test_services_without_one_server_at_start_wait_for_it(
             assert answer(platform, name, "healthz") == (200, "")
         pids = {name: platform.pid(name) for name in names}
     finally:
-        platform.start_servers(server)
+        platform.servers.start(server)
     platform.stack.wait_until_ready()
     assert {name: platform.pid(name) for name in names} == pids != before
     (job,) = user.submit([subnet], policy, None)

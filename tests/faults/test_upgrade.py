@@ -102,13 +102,13 @@ def refused(platform: Platform) -> float:
 
 def of_next_release(platform: Platform, jobs: Collection[int]) -> set[int]:
     """Return those of the jobs that a process of the next release has accepted."""
-    made = [job for command in platform.commands(state="accepted") for job in command["jobs"]]
+    made = [job for command in platform.documents.commands(state="accepted") for job in command["jobs"]]
     return {job["_id"] for job in made if FIELD in job} & set(jobs)
 
 
 def complete(platform: Platform, jobs: Collection[int]) -> set[int]:
     """Return those of the jobs whose documents have the field of the next release."""
-    return {job["_id"] for job in platform.jobs() if FIELD in job and FIELD in job["totals"]} & set(jobs)
+    return {job["_id"] for job in platform.documents.jobs() if FIELD in job and FIELD in job["totals"]} & set(jobs)
 
 
 @pytest.mark.proves("F28", "G10")
@@ -121,7 +121,7 @@ def test_jobs_on_processes_of_two_releases_lose_nothing(
     jobs: list[int] = []
 
     def published(topic: Topic) -> bool:
-        return len({FIELD.encode() in (each.value or b"") for each in platform.records(topic)}) > 1
+        return len({FIELD.encode() in (each.value or b"") for each in platform.topics.records(topic)}) > 1
 
     def both_work() -> bool:
         """Scan through both gateways; return whether both releases have accepted jobs and published in each topic."""
@@ -133,7 +133,7 @@ def test_jobs_on_processes_of_two_releases_lose_nothing(
                 jobs.append(job["id"])
         return 0 < len(of_next_release(platform, jobs)) < len(jobs) and all(map(published, PUBLISHED))
 
-    with platform.servers((1, 7)) as servers:
+    with platform.listeners((1, 7)) as servers:
         until(both_work, LIMIT, "both releases to work")
     invariants.check()
     assert_scanned_once(platform, jobs)
@@ -150,7 +150,7 @@ def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Shared[
     user = platform.caller()
     # One order for both: a service runs the newer release beside older ones in the upgrade, and the older one in the rollback.
     names = [name for service in SERVICES for name in platform.names(service)]
-    with platform.servers() as servers:
+    with platform.listeners() as servers:
         jobs = [user.scan(platform.network(24), **STEADY)]
         for release in ("next", "previous"):
             for name in names:
@@ -164,8 +164,8 @@ def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Shared[
             assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers
     invariants.check()
     assert_scanned_once(platform, jobs)
-    assert not any(platform.records(topic, letters=True) for topic in TOPICS)
-    tasks = [record.value or b"" for record in platform.records(SCAN_TASKS)]
+    assert not any(platform.topics.records(topic, letters=True) for topic in TOPICS)
+    tasks = [record.value or b"" for record in platform.topics.records(SCAN_TASKS)]
     assert any(FIELD.encode() in task and json.loads(task)["job_id"] in jobs for task in tasks)
     written = of_next_release(platform, jobs)
     assert written
