@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.types import Message, Receive, Scope, Send
 
 from scanfleet.contracts import queries, rest
-from scanfleet.contracts.messages import CommandAccepted, CommandRejected
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected, CommandReply
 from scanfleet.contracts.rest import (
     MAX_ISSUER_KEYS,
     CancelJobs,
@@ -294,7 +294,7 @@ class Orchestrator(Upstream):
         """
         return _parse(list[Revoked], await self._ask_for_itself("GET", "/internal/revocations"))
 
-    async def expire(self, command_id: str, headers: Mapping[str, str]) -> CommandAccepted | CommandRejected | None:
+    async def expire(self, command_id: str, headers: Mapping[str, str]) -> CommandReply | None:
         """See `api_gateway.handlers.commands.Arbiter`."""
         answer = await self.ask("POST", f"/internal/commands/{command_id}/expire", headers)
         match _parse(rest.Verdict, answer).root:

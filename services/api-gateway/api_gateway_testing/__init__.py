@@ -15,11 +15,10 @@ import httpx2
 from fastapi import FastAPI
 from starlette.types import Message, Scope
 
-from api_gateway.domain.ports import Reply
 from api_gateway.main import create_app
 from api_gateway.settings import Settings
 from scanfleet.clock import utc_now
-from scanfleet.contracts.messages import CancelJob, CommandAccepted, Job, JobStatus, SubmitJobs
+from scanfleet.contracts.messages import CancelJob, CommandAccepted, CommandReply, Job, JobStatus, SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_REPLIES
 from scanfleet.contracts.rest import IssuerKeys, Revoked
 from scanfleet.runtime.bus import Bus, Record
@@ -108,7 +107,7 @@ class Replier:
 
     def __init__(self, bus: Bus) -> None:
         self.commands: list[Command] = []
-        self.reply: Callable[[Command], Awaitable[Sequence[Reply]]] = accept
+        self.reply: Callable[[Command], Awaitable[Sequence[CommandReply]]] = accept
         self._bus = bus
 
     async def handle(self, records: Sequence[Record]) -> None:
@@ -119,7 +118,7 @@ class Replier:
                 await self._bus.publish(SCAN_REPLIES, await self.reply(command))
 
 
-async def accept(command: Command) -> Sequence[Reply]:
+async def accept(command: Command) -> Sequence[CommandReply]:
     """Accept every command."""
     if isinstance(command, CancelJob):
         return [CommandAccepted(command_id=command.command_id, jobs=(job(command.job_id, JobStatus.CANCELLED),))]
@@ -127,7 +126,7 @@ async def accept(command: Command) -> Sequence[Reply]:
     return [CommandAccepted(command_id=command.command_id, jobs=jobs)]
 
 
-async def silence(_command: Command) -> Sequence[Reply]:
+async def silence(_command: Command) -> Sequence[CommandReply]:
     """Send no reply, like an unavailable orchestrator."""
     return []
 

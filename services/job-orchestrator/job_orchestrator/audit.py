@@ -9,7 +9,7 @@ import sys
 from datetime import timedelta
 
 from job_orchestrator.domain.chain import read_chain_keys
-from job_orchestrator.repository import MongoAudit, Verification, platform_time
+from job_orchestrator.repository import AuditVerifier, MongoAudit, Verification, platform_time
 from job_orchestrator.settings import AuditSettings
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import mongo
@@ -49,11 +49,12 @@ async def _run(settings: AuditSettings, asked: argparse.Namespace) -> int:
     keep = timedelta(days=settings.audit_days)
     try:
         clock = await platform_time(database)
-        audit = MongoAudit(database, read_chain_keys(settings.audit_key_file), keep, clock.now)
+        keys = read_chain_keys(settings.audit_key_file)
+        audit = MongoAudit(database, keys, keep, clock.now)
         match asked.command:
             case "verify":
                 await audit.add([command_entry(ORCHESTRATOR, "verify_audit", "the audit log")])
-                return await _verify(audit, asked.head)
+                return await _verify(AuditVerifier(database, keys, clock.now), asked.head)
             case "export":
                 await audit.add([command_entry(ORCHESTRATOR, "export_audit", f"blocks above {asked.after}")])
                 await _export(audit, asked.after)
@@ -66,10 +67,10 @@ async def _run(settings: AuditSettings, asked: argparse.Namespace) -> int:
     return 0
 
 
-async def _verify(audit: MongoAudit, head: str | None) -> int:
-    found = await audit.verify()
+async def _verify(verifier: AuditVerifier, head: str | None) -> int:
+    found = await verifier.verify()
     if head is not None:
-        await _verify_head(audit, found, head)
+        await _verify_head(verifier, found, head)
     for finding in found.findings:
         sys.stdout.write(f"{_ascii(finding)}\n")
     if found.more:
@@ -83,13 +84,13 @@ async def _verify(audit: MongoAudit, head: str | None) -> int:
     return _TAMPERED if found.findings else 0
 
 
-async def _verify_head(audit: MongoAudit, found: Verification, head: str) -> None:
+async def _verify_head(verifier: AuditVerifier, found: Verification, head: str) -> None:
     """Compare the chain with a head that was stored elsewhere."""
     number, _, signature = head.partition("/")
     block = int(number) if number.isascii() and number.isdigit() else 0
     if 0 < block < found.first:
         return  # the block has expired, and `verify` has checked that it was due
-    if await audit.block_signature(block) != signature:
+    if await verifier.block_signature(block) != signature:
         found.add(f"block {number}: removed or replaced: it does not match the given head")
 
 

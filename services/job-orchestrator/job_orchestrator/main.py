@@ -23,6 +23,7 @@ from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import Audit
 from job_orchestrator.handlers.backlog import Backlog
 from job_orchestrator.handlers.cancellation import ChunkCanceller
+from job_orchestrator.handlers.cancels import Cancels
 from job_orchestrator.handlers.chunks import ChunkChanger
 from job_orchestrator.handlers.clocks import UserClocks
 from job_orchestrator.handlers.commands import Commands
@@ -129,6 +130,15 @@ class Orchestrator:
             checks=self.checks,
             clock=clock,
         )
+        self.cancels = Cancels(
+            commands=store.commands,
+            jobs=store.jobs,
+            canceller=canceller,
+            outbox=self.outbox,
+            reconciler=self.reconciler,
+            faults=faults,
+            clock=clock,
+        )
         self.commands = Commands(
             commands=store.commands,
             jobs=store.jobs,
@@ -136,9 +146,8 @@ class Orchestrator:
             publisher=publisher,
             outbox=self.outbox,
             reconciler=self.reconciler,
-            canceller=canceller,
-            faults=faults,
             submits=self.submits,
+            cancels=self.cancels,
             clock=clock,
         )
         self.deletions = Deletions(
@@ -305,6 +314,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             app.state.orchestrator = State(
                 store,
                 orchestrator.commands,
+                orchestrator.cancels,
                 orchestrator.submits,
                 orchestrator.deletions,
                 orchestrator.checks,

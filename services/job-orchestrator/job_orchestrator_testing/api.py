@@ -20,7 +20,7 @@ from scanfleet.services import ORCHESTRATOR
 def state_of(world: World) -> State:
     """Return the state of the only replica's routes."""
     only = world.only
-    return State(world.store, only.commands, only.submits, only.deletions, only.checks, only.backlog)
+    return State(world.store, only.commands, only.cancels, only.submits, only.deletions, only.checks, only.backlog)
 
 
 def app_of(state: State, verifier: Verifier, settings: FrontSettings | None = None) -> FastAPI:

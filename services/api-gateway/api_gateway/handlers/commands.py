@@ -8,8 +8,8 @@ from typing import Final
 
 import structlog
 
-from api_gateway.domain.ports import Arbiter, Reply
-from scanfleet.contracts.messages import CancelJob, CommandRejected, Job, SubmitJobs
+from api_gateway.domain.ports import Arbiter
+from scanfleet.contracts.messages import CancelJob, CommandRejected, CommandReply, Job, SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS
 from scanfleet.errors import DependencyError, PublicError, TooManyRequestsError, UnavailableError
 from scanfleet.runtime.bus import Publisher, Record
@@ -25,14 +25,14 @@ class Commands:
     def __init__(self, bus: Publisher, *, reply_seconds: float) -> None:
         self._bus = bus
         self._reply_seconds = reply_seconds
-        self._waiting: dict[str, asyncio.Future[Reply]] = {}
+        self._waiting: dict[str, asyncio.Future[CommandReply]] = {}
         """At most as many as there are concurrent requests."""
 
     def awaits(self, command_id: str) -> bool:
         """Return whether a request of this process waits for the reply to this command."""
         return command_id in self._waiting
 
-    async def handle(self, records: Sequence[Record[Reply]]) -> None:
+    async def handle(self, records: Sequence[Record[CommandReply]]) -> None:
         for record in records:
             reply = record.message
             waiting = self._waiting.get(reply.command_id)
@@ -61,9 +61,9 @@ class Commands:
             raise _refusal(reply)
         return reply.jobs
 
-    async def _ask(self, command: SubmitJobs | CancelJob) -> Reply | None:
+    async def _ask(self, command: SubmitJobs | CancelJob) -> CommandReply | None:
         """Return the reply, or None after the timeout."""
-        waiting: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[CommandReply] = asyncio.get_running_loop().create_future()
         self._waiting[command.command_id] = waiting
         try:
             async with asyncio.timeout(self._reply_seconds):
@@ -76,7 +76,7 @@ class Commands:
             del self._waiting[command.command_id]
 
 
-async def _expire(command_id: str, arbiter: Arbiter, headers: Mapping[str, str]) -> Reply:
+async def _expire(command_id: str, arbiter: Arbiter, headers: Mapping[str, str]) -> CommandReply:
     try:
         reply = await arbiter.expire(command_id, headers)
     except DependencyError as error:

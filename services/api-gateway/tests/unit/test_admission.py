@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 import httpx2
 import pytest
 
-from api_gateway.domain.ports import Reply
 from api_gateway_testing import Client, Command, Gateway, Running, Stream, accept
+from scanfleet.contracts.messages import CommandReply
 
 BODY = {"subnet_ids": [5], "policy_id": 3}
 
@@ -81,7 +81,7 @@ async def test_concurrent_requests_are_limited_per_user() -> None:
     async with Gateway().run(requests_at_once_per_user=2) as gateway:
         go = asyncio.Event()
 
-        async def reply(command: Command) -> Sequence[Reply]:
+        async def reply(command: Command) -> Sequence[CommandReply]:
             if command.user_id == 7:
                 await go.wait()
             return await accept(command)
@@ -104,7 +104,7 @@ async def test_concurrent_requests_are_limited_in_total() -> None:
     async with Gateway().run(requests_at_once=1) as gateway:
         go = asyncio.Event()
 
-        async def reply(command: Command) -> Sequence[Reply]:
+        async def reply(command: Command) -> Sequence[CommandReply]:
             await go.wait()
             return await accept(command)
 
@@ -151,7 +151,7 @@ async def test_cancels_have_separate_limits() -> None:
     async with Gateway().run(cancels_per_minute=3, cancels_at_once_per_user=1, cancels_at_once=1) as gateway:
         go = asyncio.Event()
 
-        async def reply(command: Command) -> Sequence[Reply]:
+        async def reply(command: Command) -> Sequence[CommandReply]:
             await go.wait()
             return await accept(command)
 

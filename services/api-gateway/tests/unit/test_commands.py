@@ -12,9 +12,8 @@ import httpx2
 import pytest
 from prometheus_client import REGISTRY
 
-from api_gateway.domain.ports import Reply
 from api_gateway_testing import Command, Gateway, Running, accept, job, silence
-from scanfleet.contracts.messages import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.contracts.messages import CancelJob, CommandAccepted, CommandRejected, CommandReply, SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_REPLIES
 from scanfleet.security.auth import Principal
 from scanfleet_testing.waiting import until
@@ -59,7 +58,7 @@ async def test_create_tasks_passes_on_the_roles_that_grants_name(tmp_path: Path)
     file = tmp_path / "grants.toml"
     file.write_text('[[grants]]\nname = "ops"\nroles = ["ops", "night"]')
 
-    async def refuse(command: Command) -> Sequence[Reply]:
+    async def refuse(command: Command) -> Sequence[CommandReply]:
         return [CommandRejected(command_id=command.command_id, status=403, error="no grant", rule="grant")]
 
     async with Gateway().run(grants_file=file) as gateway:
@@ -106,7 +105,7 @@ async def test_replies_to_other_gateways_are_not_decoded(gateway: Running) -> No
         name, topic = "scanfleet_bus_consumed_total", SCAN_REPLIES.name
         return sum(each.value for each in samples if each.name == name and each.labels["topic"] == topic)
 
-    async def reply(command: Command) -> Sequence[Reply]:
+    async def reply(command: Command) -> Sequence[CommandReply]:
         mine = CommandAccepted(command_id=command.command_id, jobs=(job(1),))
         return [*(CommandAccepted(command_id=f"foreign-{number}", jobs=()) for number in range(20)), mine]
 
@@ -121,7 +120,7 @@ async def test_replies_are_matched_to_their_requests(gateway: Running) -> None:
     """Concurrent requests each get the reply with their command id, also among duplicates and replies to others."""
     everyone_waits = asyncio.Barrier(3)
 
-    async def reply(command: Command) -> Sequence[Reply]:
+    async def reply(command: Command) -> Sequence[CommandReply]:
         assert isinstance(command, SubmitJobs)
         mine = CommandAccepted(command_id=command.command_id, jobs=(job(command.subnet_ids[0] * 100),))
         foreign = CommandAccepted(command_id="of-another-gateway", jobs=())
@@ -144,7 +143,7 @@ async def test_replies_are_matched_to_their_requests(gateway: Running) -> None:
 async def test_rejected_command_returns_its_status_and_error(gateway: Running, status: int) -> None:
     """A rejected command is answered with the orchestrator's status and error."""
 
-    async def reply(command: Command) -> Sequence[Reply]:
+    async def reply(command: Command) -> Sequence[CommandReply]:
         return [CommandRejected(command_id=command.command_id, status=status, error="subnet 5 does not exist")]
 
     gateway.replier.reply = reply
@@ -156,7 +155,7 @@ async def test_rejected_command_returns_its_status_and_error(gateway: Running, s
 async def test_rejected_command_that_may_be_retried_has_retry_after(gateway: Running, status: int) -> None:
     """A 503, and a 429 for too many unfinished jobs, have Retry-After."""
 
-    async def reply(command: Command) -> Sequence[Reply]:
+    async def reply(command: Command) -> Sequence[CommandReply]:
         return [CommandRejected(command_id=command.command_id, status=status, error="too old")]
 
     gateway.replier.reply = reply

@@ -129,7 +129,7 @@ async def cancel_page(body: rest.CancelJobs, caller: Caller, state: Handed, reco
     )
     await record.each(f"/api/v1/task/{job_id}" for job_id in job_ids)
     return rest.CancelledPage(
-        job_ids=await state.commands.cancel(job_ids),
+        job_ids=await state.cancels.cancel(job_ids),
         more=len(job_ids) == _CANCEL_PAGE,
     )
 

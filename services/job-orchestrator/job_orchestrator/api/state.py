@@ -19,6 +19,7 @@ from job_orchestrator.domain.resources import Content, Owned
 from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.backlog import Backlog
+from job_orchestrator.handlers.cancels import Cancels
 from job_orchestrator.handlers.commands import Commands
 from job_orchestrator.handlers.deletions import Deletions
 from job_orchestrator.handlers.submits import Submits
@@ -38,6 +39,7 @@ MAX_ERROR_CHARS: Final = 200  # limits how much of the caller's input an error q
 class State:
     store: Store
     commands: Commands
+    cancels: Cancels
     submits: Submits
     deletions: Deletions
     checks: Checks

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from typing import Final
 
 from job_orchestrator.domain.command import KEY_REUSED, Command
-from job_orchestrator.domain.job import JobTrigger, ScanJob
-from job_orchestrator.domain.job import change as change_job
+from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import (
     AuditRepository,
     CommandRepository,
@@ -19,24 +17,29 @@ from job_orchestrator.domain.ports import (
 )
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.cancellation import ChunkCanceller, reasons
-from job_orchestrator.handlers.isolation import Faults
+from job_orchestrator.handlers.cancels import Cancels
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.handlers.submits import Submits, body_hash
 from job_orchestrator.metrics import count_transition
 from scanfleet.clock import utc_now
-from scanfleet.contracts.messages import AuditEntry, CancelJob, CommandAccepted, CommandRejected, JobStatus, SubmitJobs
+from scanfleet.contracts.messages import (
+    AuditEntry,
+    CancelJob,
+    CommandAccepted,
+    CommandRejected,
+    CommandReply,
+    SubmitJobs,
+)
 from scanfleet.contracts.messages.audit import MAX_REASON_CHARS
 from scanfleet.contracts.messages.commands import MAX_SUBNETS
 from scanfleet.contracts.messages.topics import SCAN_REPLIES
-from scanfleet.errors import DependencyError, Rule
+from scanfleet.errors import Rule
 from scanfleet.runtime import tracing
 from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import PartitionListener, Publisher, Record
 from scanfleet.services import ORCHESTRATOR
 
-Reply = CommandAccepted | CommandRejected
 _Message = SubmitJobs | CancelJob
 _Key = tuple[int, str]
 """A user and an Idempotency-Key."""
@@ -46,7 +49,6 @@ _Key = tuple[int, str]
 _TOO_OLD: Final = timedelta(seconds=60)
 _SWEPT: Final = timedelta(minutes=1)  # maximum time until a sweep publishes the events of each job and reconciles it
 _MAX_NAMED_CHARS: Final = 200  # characters that an audit entry copies from a command
-_ROUNDS: Final = 50  # each lost race is a change of the job, which has few changes
 
 
 class Commands(PartitionListener):
@@ -61,9 +63,8 @@ class Commands(PartitionListener):
         publisher: Publisher,
         outbox: Outbox,
         reconciler: Reconciler,
-        canceller: ChunkCanceller,
-        faults: Faults,
         submits: Submits,
+        cancels: Cancels,
         clock: PlatformTime,
     ) -> None:
         self._commands = commands
@@ -72,9 +73,8 @@ class Commands(PartitionListener):
         self._publisher = publisher
         self._outbox = outbox
         self._reconciler = reconciler
-        self._canceller = canceller
-        self._faults = faults
         self._submits = submits
+        self._cancels = cancels
         self._clock = clock
         self._caught_up: dict[int, float] = {}
         """When all records of each partition had last been read."""
@@ -134,7 +134,7 @@ class Commands(PartitionListener):
     async def caught_up(self, partitions: Collection[int]) -> None:
         self._caught_up |= dict.fromkeys(partitions, self._clock.monotonic())
 
-    async def expire(self, command_id: str, user_id: int) -> Reply | None:
+    async def expire(self, command_id: str, user_id: int) -> CommandReply | None:
         """Ensure that the command will never be accepted; if it was accepted already, finish it and return its reply.
 
         Returns:
@@ -152,21 +152,6 @@ class Commands(PartitionListener):
         await self._outbox.relay(others)
         await self._reconciler.reconcile(others)
         return answer
-
-    async def cancel(self, job_ids: Collection[int]) -> list[int]:
-        """Cancel those of these jobs that have not ended, stop their scans, and return their ids.
-
-        Raises:
-            DependencyError: some are cancelled; calling again cancels the others.
-        """
-        before = await self._jobs.get(job_ids)
-        unfinished = [job.id for job in before.values() if not job.final]
-        ended = await self._end(dict.fromkeys(unfinished))
-        await self._canceller.stop_scans(reasons(ended.values()))
-        cancelled = sorted(job.id for job in ended.values() if job.status is JobStatus.CANCELLED)
-        await self._outbox.try_publish(ended[id_] for id_ in cancelled)
-        self._reconciler.begin(ended[id_] for id_ in cancelled)
-        return cancelled
 
     def _too_old(self, record: Record) -> bool:
         """Return whether the command was in the log for more than a minute.
@@ -222,7 +207,7 @@ class Commands(PartitionListener):
         others = await self._restore([command for command in stored.values() if command.id not in done])
         answers = await self._answers({id_: command for id_, command in stored.items() if command.state != "expired"})
         for id_ in mismatched:
-            answers[id_] = _rejected(id_, 400, KEY_REUSED, Rule.REQUEST)
+            answers[id_] = CommandRejected(command_id=id_, status=400, error=KEY_REUSED, rule=Rule.REQUEST)
         entries = [_audit_entry(messages[id_], answer) for id_, answer in answers.items()]
         # In parallel, because the caller waits for the reply. All are idempotent if the batch is redelivered.
         await asyncio.gather(
@@ -248,9 +233,9 @@ class Commands(PartitionListener):
             await self._jobs.insert([jobs[id_] for id_ in left])
         return left | {command.cancels for command in commands if command.cancels is not None}
 
-    async def _answers(self, commands: Mapping[str, Command]) -> dict[str, Reply]:
+    async def _answers(self, commands: Mapping[str, Command]) -> dict[str, CommandReply]:
         """Carry out the cancels, and return all replies by the requested id."""
-        answers = await self._cancel(
+        answers = await self._cancels.carry_out(
             [command for command in commands.values() if command.state == "accepted" and command.cancels is not None]
         )
         distinct = {command.id: command for command in commands.values()}
@@ -259,73 +244,12 @@ class Commands(PartitionListener):
             if id_ in answers:
                 continue
             if command.state == "rejected":
-                answers[id_] = _rejected(id_, command.status, command.error, command.rule)
+                answers[id_] = CommandRejected(
+                    command_id=id_, status=command.status, error=command.error, rule=command.rule
+                )
             else:
                 answers[id_] = CommandAccepted(command_id=id_, jobs=views[command.id])
         return answers
-
-    async def _cancel(self, commands: Collection[Command]) -> dict[str, Reply]:
-        """Cancel the job of each command unless it has ended; a retry of the command that cancelled it gets the same reply."""
-        if not commands:
-            return {}
-        jobs = await self._jobs.get({command.cancels or 0 for command in commands})
-        allowed = {
-            command.id: job.id
-            for command in commands
-            if (job := jobs.get(command.cancels or 0)) and (command.admin or job.user_id == command.user_id)
-        }
-        # The first of several commands for one job cancels it.
-        ended = await self._end({job_id: id_ for id_, job_id in reversed(allowed.items())})
-        # Before the reply, so that packets usually end even if every orchestrator stops then; the reconciler repeats what failed.
-        await self._canceller.stop_scans(reasons(ended.values()))
-        answers: dict[str, Reply] = {}
-        rejected: list[Command] = []
-        for command in commands:
-            job = ended.get(allowed.get(command.id, 0))
-            if job is None and command.id in allowed:
-                rejected.append(_refuse(command, 503, "The job cannot be changed now", Rule.STATE))
-            elif job is None:
-                theirs = command.cancels in jobs
-                rejected.append(_refuse(command, 404, "Job not found", Rule.OWNER if theirs else Rule.REQUEST))
-            elif job.cancel_command == command.id:
-                answers[command.id] = CommandAccepted(command_id=command.id, jobs=(job.view,))
-            else:
-                rejected.append(_refuse(command, 400, f"Job is already {job.status}", Rule.STATE))
-        await self._commands.reject(rejected)
-        return answers | {each.id: _rejected(each.id, each.status, each.error, each.rule) for each in rejected}
-
-    async def _end(self, commands: Mapping[int, str | None]) -> dict[int, ScanJob]:
-        """Cancel those of these jobs that have not ended, each with its command if there is one; return all final jobs.
-
-        A job that raises an unexpected error is left out.
-
-        Raises:
-            DependencyError: some are cancelled; calling again cancels the others.
-        """
-        ended: dict[int, ScanJob] = {}
-        left = set(commands)
-        for _ in range(_ROUNDS):
-            if not left:
-                return ended
-            jobs = await self._jobs.get(left)
-            ended |= {job.id: job for job in jobs.values() if job.final}
-            cancelled: dict[int, ScanJob] = {}
-            for job in jobs.values():
-                if not job.final:
-                    with self._faults.isolated(job):
-                        cancelled[job.id] = change_job(
-                            job, JobTrigger.CANCEL, self._clock.now(), cancel_command=commands[job.id]
-                        )
-            left = await self._jobs.save(list(cancelled.values()))
-            for job in cancelled.values():
-                if job.id not in left:
-                    count_transition(job)
-                    ended[job.id] = job
-        raise DependencyError(f"jobs were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
-
-
-def _refuse(command: Command, status: int, error: str, rule: Rule) -> Command:
-    return replace(command, state="rejected", status=status, error=error, rule=rule)
 
 
 def _groups(records: Iterable[Record[_Message]]) -> Iterator[Sequence[Record[_Message]]]:
@@ -361,11 +285,7 @@ def _is_mismatched(command: Command, message: _Message) -> bool:
     return isinstance(message, SubmitJobs) and command.id != message.command_id and command.body != body_hash(message)
 
 
-def _rejected(command_id: str, status: int, error: str, rule: str) -> CommandRejected:
-    return CommandRejected(command_id=command_id, status=status, error=error, rule=rule)
-
-
-def _audit_entry(message: SubmitJobs | CancelJob, answer: Reply) -> AuditEntry:
+def _audit_entry(message: SubmitJobs | CancelJob, answer: CommandReply) -> AuditEntry:
     """Return the audit entry, which is identical for every copy of the command, so that only the first is stored."""
     rule = "" if isinstance(answer, CommandAccepted) else answer.rule
     if isinstance(message, CancelJob):

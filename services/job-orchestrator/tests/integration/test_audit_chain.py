@@ -19,7 +19,7 @@ from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 
 from job_orchestrator.domain.chain import ChainKeys
-from job_orchestrator.repository import MongoStore, audit
+from job_orchestrator.repository import AuditVerifier, MongoStore, audit, signed_log
 from job_orchestrator_testing import KEYS
 from job_orchestrator_testing.builders import audit_entry
 from scanfleet.clock import utc_now
@@ -38,8 +38,13 @@ Tamper = Callable[[Database], Awaitable[Any]]
 @pytest.fixture
 async def mongo_store(database: Database) -> MongoStore:
     """The store with the index that `verify` needs alone: all of them take longer to build than most tests here."""
-    await database["audit"].create_index(audit.BY_BLOCK)
+    await database["audit"].create_index(signed_log.BY_BLOCK)
     return MongoStore(database, KEYS, now=utc_now)
+
+
+@pytest.fixture
+def verifier(database: Database) -> AuditVerifier:
+    return AuditVerifier(database, KEYS, utc_now)
 
 
 def entry(id_: int, **changed: Any) -> AuditEntry:
@@ -100,12 +105,12 @@ async def forge_undecodable(database: Database, collection: str, document: dict[
     await database[collection].insert_one(cast(Any, RawBSONDocument(raw)))
 
 
-async def test_verify_of_an_unchanged_log_has_no_findings(mongo_store: MongoStore) -> None:
+async def test_verify_of_an_unchanged_log_has_no_findings(mongo_store: MongoStore, verifier: AuditVerifier) -> None:
     """Sealed and unsealed entries are counted, and the head is the last block's signature."""
     await filled(mongo_store)
-    found = await mongo_store.audit.verify()
+    found = await verifier.verify()
     assert (found.findings, found.blocks, found.sealed, found.waiting, found.first) == ([], 3, 6, 1, 1)
-    assert found.head == (3, await mongo_store.audit.block_signature(3))
+    assert found.head == (3, await verifier.block_signature(3))
 
 
 @pytest.mark.proves("A26", "G15")
@@ -172,16 +177,16 @@ async def test_verify_of_an_unchanged_log_has_no_findings(mongo_store: MongoStor
     ],
 )
 async def test_verify_names_changed_removed_and_added_entries(
-    mongo_store: MongoStore, database: Database, tamper: Tamper, named: str | None
+    mongo_store: MongoStore, verifier: AuditVerifier, database: Database, tamper: Tamper, named: str | None
 ) -> None:
     """Every change, removal and addition is named, also after the next entries were sealed."""
     await filled(mongo_store)
     await tamper(database)
-    before = await mongo_store.audit.verify()
+    before = await verifier.verify()
     await mongo_store.audit.seal()
     await mongo_store.audit.add([entry(7)])
     await mongo_store.audit.seal()
-    after = await mongo_store.audit.verify()
+    after = await verifier.verify()
     if named is None:  # the mark is not what proves: the block names the entry all the same
         assert before.findings == after.findings == []
         return
@@ -196,7 +201,7 @@ async def test_verify_names_changed_removed_and_added_entries(
     [[math.inf], [math.nan, -math.inf], [4.0], [4], [4, 5.0, 6], [2**53 - 1], [2**63 - 1], [Decimal128("4")], [4.5]],
 )
 async def test_seal_continues_beside_forged_blocks(
-    mongo_store: MongoStore, database: Database, forged: list[object]
+    mongo_store: MongoStore, verifier: AuditVerifier, database: Database, forged: list[object]
 ) -> None:
     """A forged block neither stops the chain nor becomes a part of it, and no entry is named."""
     await filled(mongo_store)
@@ -204,21 +209,23 @@ async def test_seal_continues_beside_forged_blocks(
     await mongo_store.audit.seal()
     await mongo_store.audit.add([entry(7)])
     await mongo_store.audit.seal()
-    found = await mongo_store.audit.verify()
+    found = await verifier.verify()
     assert (found.sealed, found.waiting) == (8, 0)
     assert len(found.findings) >= len(forged)
     assert all(finding.startswith("block") for finding in found.findings)
-    assert found.head[1] == await mongo_store.audit.block_signature(found.head[0])
-    assert await mongo_store.audit.block_signature(found.head[0] + 1) is None
+    assert found.head[1] == await verifier.block_signature(found.head[0])
+    assert await verifier.block_signature(found.head[0] + 1) is None
 
 
 @pytest.mark.proves("A26")
-async def test_verify_without_blocks_names_forged_entries(mongo_store: MongoStore, database: Database) -> None:
+async def test_verify_without_blocks_names_forged_entries(
+    mongo_store: MongoStore, verifier: AuditVerifier, database: Database
+) -> None:
     """Before the first block every entry is compared with its signature, whatever its mark."""
     await mongo_store.audit.add([entry(1)])
     for mark in ([-1, 1_000_000_000], 1.5, 7):
         await forge(database, mark)
-        found = await mongo_store.audit.verify()
+        found = await verifier.verify()
         assert (found.findings, found.waiting) == (
             ["entry job-orchestrator/forged: added or changed: its signature is not the platform's"],
             1,
@@ -228,7 +235,7 @@ async def test_verify_without_blocks_names_forged_entries(mongo_store: MongoStor
 
 @pytest.mark.proves("A26")
 async def test_verify_and_export_read_blocks_page_by_page(
-    mongo_store: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
+    mongo_store: MongoStore, verifier: AuditVerifier, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time limit of a query does not limit the size of the log: no query reads more than a page of blocks."""
     monkeypatch.setattr(mongo, "_PAGE", 10)
@@ -237,7 +244,7 @@ async def test_verify_and_export_read_blocks_page_by_page(
         await mongo_store.audit.seal()
     await database["audit_blocks"].insert_many([{"_id": id_} for id_ in (None, -1, 7.5, 2**60, "x")])
     await database.command("profile", 2)
-    found = await mongo_store.audit.verify()
+    found = await verifier.verify()
     assert len([each async for each in mongo_store.audit.export()]) == 35
     await database.command("profile", 0)
     assert (found.blocks, found.sealed) == (35, 35)
@@ -250,7 +257,7 @@ async def test_verify_and_export_read_blocks_page_by_page(
 
 
 @pytest.mark.proves("A26")
-async def test_verify_reads_entries_by_their_index(database: Database) -> None:
+async def test_verify_reads_entries_by_their_index(database: Database, verifier: AuditVerifier) -> None:
     """The cost of a verification is that of the entries of each block, and of those outside the blocks."""
     store = MongoStore(database, KEYS, now=utc_now)
     await make_indexes(database, audit.INDEXES)
@@ -259,7 +266,7 @@ async def test_verify_reads_entries_by_their_index(database: Database) -> None:
         await store.audit.seal()
     await forge(database, [-1, 5, 5.5, 1_000_000_000])
     await database.command("profile", 2)
-    assert len((await store.audit.verify()).findings) == 2
+    assert len((await verifier.verify()).findings) == 2
     await database.command("profile", 0)
     read = [each async for each in database["system.profile"].find({"ns": f"{database.name}.audit"})]
     assert len(read) == 82
@@ -270,7 +277,7 @@ async def test_verify_reads_entries_by_their_index(database: Database) -> None:
 
 @pytest.mark.proves("A26")
 async def test_seal_of_a_backlog_that_cannot_be_sealed_ends(
-    mongo_store: MongoStore, monkeypatch: pytest.MonkeyPatch
+    mongo_store: MongoStore, verifier: AuditVerifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that seals nothing is not repeated at once, whatever the backlog."""
     monkeypatch.setattr(audit, "MAX_BLOCK", 2)
@@ -288,7 +295,7 @@ async def test_seal_of_a_backlog_that_cannot_be_sealed_ends(
             await mongo_store.audit.seal()
     assert tries == 1
     await mongo_store.audit.seal()
-    assert (await mongo_store.audit.verify()).sealed == 4
+    assert (await verifier.verify()).sealed == 4
 
 
 @pytest.mark.proves("A26")
@@ -307,19 +314,23 @@ async def test_page_and_export_of_forged_entries(mongo_store: MongoStore, databa
     assert exported == [f"job-orchestrator/{number}" for number in (0, 1, 4, 5, 6)]
 
 
-async def test_verify_with_an_earlier_head_notices_a_cut_chain(mongo_store: MongoStore, database: Database) -> None:
+async def test_verify_with_an_earlier_head_notices_a_cut_chain(
+    mongo_store: MongoStore, verifier: AuditVerifier, database: Database
+) -> None:
     """A chain whose end was removed with its entries is whole in itself, and differs from the head that was kept."""
     await filled(mongo_store)
-    head = (await mongo_store.audit.verify()).head
+    head = (await verifier.verify()).head
     await database["audit_blocks"].delete_one({"_id": 3})
     await database["audit"].delete_many({"_id": {"$in": [f"job-orchestrator/{number}" for number in (4, 5)]}})
-    assert (await mongo_store.audit.verify()).findings == []
-    assert await mongo_store.audit.block_signature(head[0]) != head[1]
+    assert (await verifier.verify()).findings == []
+    assert await verifier.block_signature(head[0]) != head[1]
     await mongo_store.audit.seal()
-    assert await mongo_store.audit.block_signature(head[0]) != head[1]
+    assert await verifier.block_signature(head[0]) != head[1]
 
 
-async def test_seal_by_many_replicas_makes_one_chain(mongo_store: MongoStore, database: Database) -> None:
+async def test_seal_by_many_replicas_makes_one_chain(
+    mongo_store: MongoStore, verifier: AuditVerifier, database: Database
+) -> None:
     """Replicas that write and seal at the same time lose nothing, and no entry is in two blocks."""
     replicas = [mongo_store, *(MongoStore(database, KEYS, now=utc_now) for _ in range(3))]
 
@@ -330,14 +341,14 @@ async def test_seal_by_many_replicas_makes_one_chain(mongo_store: MongoStore, da
 
     await asyncio.gather(*(work(number, store) for number, store in enumerate(replicas)))
     await mongo_store.audit.seal()
-    found = await mongo_store.audit.verify()
+    found = await verifier.verify()
     assert (found.findings, found.sealed, found.waiting) == ([], 80, 0)
     exported = [each.entry.id async for each in mongo_store.audit.export()]
     assert len(exported) == len(set(exported)) == 80
 
 
 async def test_seal_continues_after_a_crash_between_block_and_marks(
-    mongo_store: MongoStore, database: Database, monkeypatch: pytest.MonkeyPatch
+    mongo_store: MongoStore, verifier: AuditVerifier, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a crash right after a block is written the chain is complete, and the next block has only newer entries."""
     await mongo_store.audit.add([entry(1)])
@@ -349,7 +360,7 @@ async def test_seal_continues_after_a_crash_between_block_and_marks(
         patch.setattr(mongo_store.audit, "_mark", dies)
         with pytest.raises(asyncio.CancelledError):
             await mongo_store.audit.seal()
-    found = await mongo_store.audit.verify()
+    found = await verifier.verify()
     assert (found.findings, found.sealed, found.waiting) == ([], 1, 0)
     await mongo_store.audit.add([entry(2)])
     await mongo_store.audit.seal()
@@ -357,12 +368,14 @@ async def test_seal_continues_after_a_crash_between_block_and_marks(
     assert blocks == [["job-orchestrator/1"], ["job-orchestrator/2"]]
 
 
-async def test_seal_makes_blocks_of_a_bounded_size(mongo_store: MongoStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_seal_makes_blocks_of_a_bounded_size(
+    mongo_store: MongoStore, verifier: AuditVerifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A backlog is sealed in one call, in blocks of at most so many entries."""
     monkeypatch.setattr(audit, "MAX_BLOCK", 10)
     await mongo_store.audit.add([entry(number) for number in range(25)])
     await mongo_store.audit.seal()
-    found = await mongo_store.audit.verify()
+    found = await verifier.verify()
     assert (found.findings, found.blocks, found.sealed) == ([], 3, 25)
 
 
@@ -374,25 +387,28 @@ async def test_verify_distinguishes_expired_from_removed(database: Database) -> 
     short, mongo_store = (
         MongoStore(database, KEYS, now=lambda: now, keep_audit=timedelta(hours=hours)) for hours in (1, 1_000)
     )
+    verifier = AuditVerifier(database, KEYS, lambda: now)
     for number, store in enumerate((short, short, mongo_store)):
         await store.audit.add([entry(number)])
         await store.audit.seal()
     now = begin + timedelta(hours=2)
     await database["audit"].delete_one({"_id": "job-orchestrator/1"})
-    found = await mongo_store.audit.verify()
+    found = await verifier.verify()
     assert (found.findings, found.sealed, found.forgotten) == ([], 2, 1)
     await database["audit_blocks"].delete_one({"_id": 1})  # its entry is not deleted yet
     await database["audit_blocks"].delete_one({"_id": 2})
-    found = await mongo_store.audit.verify()
+    found = await verifier.verify()
     assert (found.findings, found.blocks, found.first, found.sealed) == ([], 1, 3, 1)
     now = begin
-    assert (await mongo_store.audit.verify()).findings == [
+    assert (await verifier.verify()).findings == [
         "block 2: removed before its time, and every one before it that is not there",
         "entry job-orchestrator/0: added, or its block removed: it belongs to block 1, which does not exist",
     ]
 
 
-async def test_adopt_signs_the_entries_of_an_earlier_release(mongo_store: MongoStore, database: Database) -> None:
+async def test_adopt_signs_the_entries_of_an_earlier_release(
+    mongo_store: MongoStore, verifier: AuditVerifier, database: Database
+) -> None:
     """Entries of release 0.1 are reported until an operator adopts them; then they are sealed, with no time in the future."""
     old = entry(1).model_dump(exclude={"id"}) | {"forget_at": utc_now() + timedelta(days=365)}
     far = old | {"time": utc_now() + timedelta(days=365_000)}
@@ -403,14 +419,14 @@ async def test_adopt_signs_the_entries_of_an_earlier_release(mongo_store: MongoS
         {"time": "2026-11-28T04:00:00Z"},
     ]
     await database["audit"].insert_many([old | {"_id": "plain"}, far | {"_id": "far"}])
-    assert len((await mongo_store.audit.verify()).findings) == 2
+    assert len((await verifier.verify()).findings) == 2
     await database["audit"].insert_many([old | each | {"_id": f"bad{n}"} for n, each in enumerate(bad)])
     assert await mongo_store.audit.adopt() == 2
     await mongo_store.audit.seal()
-    found = await mongo_store.audit.verify()
+    found = await verifier.verify()
     assert (len(found.findings), found.sealed) == (len(bad), 2)
     await database["audit"].delete_many({"_id": {"$regex": "^bad"}})
-    assert (await mongo_store.audit.verify()).findings == []
+    assert (await verifier.verify()).findings == []
     entries, _ = await mongo_store.audit.page(0, 10)
     assert all(each.received_at <= utc_now() for each in entries)
 
@@ -457,7 +473,9 @@ async def test_command_resumes_retention_under_audit(database: Database, mongodb
 
 
 @pytest.mark.proves("A26", "A29")
-async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_path: Path) -> None:
+async def test_commands_verify_and_export(
+    database: Database, verifier: AuditVerifier, mongodb: str, tmp_path: Path
+) -> None:
     """`verify` prints a head that it accepts later, and names a change with exit code 2; `export` continues after a block."""
     file = tmp_path / "audit-key"
     file.write_text(KEY)
@@ -481,7 +499,7 @@ async def test_commands_verify_and_export(database: Database, mongodb: str, tmp_
     assert [each["id"] for each in exported[:2]] == ["job-orchestrator/6", "job-orchestrator/8"]
     assert [(each["action"], each["rule"], each["block"]) for each in exported[2:]] == [("verify_audit", "operator", 4)]
     assert exported[1]["target"] == "\x1b[31m\x9b31m\u202e\x7f"
-    assert {each["block_signature"] for each in exported} == {await store.audit.block_signature(4)}
+    assert {each["block_signature"] for each in exported} == {await verifier.block_signature(4)}
     assert len((await operator.runs("export"))[1]) == 9
     read = [each.action for each in (await store.audit.page(0, 5))[0]]
     assert read == ["export_audit", "export_audit", "verify_audit", "verify_audit", "verify_audit"]

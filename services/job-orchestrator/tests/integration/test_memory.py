@@ -38,7 +38,9 @@ PORTS: Final = ",".join(map(str, range(1, 3_900, 2)))  # 1,950 ports, in 9 kB
 @pytest.fixture
 def state(mongo_store: MongoStore) -> State:
     parts = World(mongo_store).only
-    return State(mongo_store, parts.commands, parts.submits, parts.deletions, parts.checks, parts.backlog)
+    return State(
+        mongo_store, parts.commands, parts.cancels, parts.submits, parts.deletions, parts.checks, parts.backlog
+    )
 
 
 async def peak(read: Callable[..., Awaitable[BaseModel | Response]], state: State, **query: Any) -> int:

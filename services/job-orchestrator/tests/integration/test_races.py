@@ -20,7 +20,7 @@ from scanfleet.contracts.messages import (
     ChunkScanned,
     ChunkStored,
     CommandAccepted,
-    CommandRejected,
+    CommandReply,
     JobEvent,
     JobStatus,
     Message,
@@ -36,9 +36,6 @@ RACES = 500
 AT_ONCE = 20
 MOMENT = 0.005  # seconds within which both happen
 STEP = 0.001  # by which the moment is sought: later when a cancel won, sooner when it lost
-
-
-Reply = CommandAccepted | CommandRejected
 
 
 async def soon(handler: Handler, message: Message, seconds: float) -> None:
@@ -77,7 +74,7 @@ async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoSt
         left = left[AT_ONCE:]
     await world.settle()
 
-    replies = {each.command_id: each for each in world.bus.messages(SCAN_REPLIES) if isinstance(each, Reply)}
+    replies = {each.command_id: each for each in world.bus.messages(SCAN_REPLIES) if isinstance(each, CommandReply)}
     last: dict[int, dict[int, JobStatus]] = defaultdict(dict)
     for event in world.bus.messages(SCAN_EVENTS):
         if isinstance(event, JobEvent) and not TABLE[event.job.status]:

@@ -32,6 +32,7 @@ from scanfleet.contracts.messages import (
     ChunkClaimed,
     CommandAccepted,
     CommandRejected,
+    CommandReply,
     DeleteResults,
     JobEvent,
     JobProgressed,
@@ -314,10 +315,10 @@ async def test_cancel_concurrent_with_completion_has_one_winner(platform: Platfo
         cancelled |= submitted()
     jobs = await platform.until_ended(40)
     await until(
-        lambda: len({each.command_id for each in platform.replies.messages if isinstance(each, Reply)}) == 80,
+        lambda: len({each.command_id for each in platform.replies.messages if isinstance(each, CommandReply)}) == 80,
         PATIENCE,
     )
-    replies = {each.command_id: each for each in platform.replies.messages if isinstance(each, Reply)}
+    replies = {each.command_id: each for each in platform.replies.messages if isinstance(each, CommandReply)}
     for job in jobs:
         ends = {event.seq for event in platform.heard_events() if event.job.id == job.id and event.job.status in ENDED}
         assert len(ends) == 1
@@ -380,6 +381,3 @@ async def test_replica_killed_around_a_publish_loses_no_event(platform: Platform
     assert {job.status for job in jobs} == {JobStatus.COMPLETED}
     platform.check_order()
     platform.check_tokens()
-
-
-Reply = CommandAccepted | CommandRejected

@@ -684,7 +684,7 @@ async def test_job_whose_events_are_invalid_stops_no_other_cancel(world: World) 
     await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
     assert [type(world.replies(command)[0]) for command in commands] == [CommandRejected, CommandAccepted]
     assert (world.replies(commands[0])[0].status, world.replies(commands[0])[0].rule) == (503, "state")
-    assert await world.only.commands.cancel([1, 2, 3]) == [3]
+    assert await world.only.cancels.cancel([1, 2, 3]) == [3]
 
 
 @pytest.mark.parametrize("topic", [SCAN_EVENTS, SCAN_REPLIES])

@@ -143,7 +143,7 @@ async def test_cancel_of_many_jobs_stops_their_scans_before_queued_chunks_are_ca
                 await world.cancel(job_id)
             await world.deliver()
         else:
-            await world.only.commands.cancel(ids)
+            await world.only.cancels.cancel(ids)
         await world.settle()
         assert [saved <= 2 for saved in world.publisher.stops] == [True, True]
         assert world.chunks.saved == LARGE * plan.WINDOW

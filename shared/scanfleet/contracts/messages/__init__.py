@@ -18,7 +18,7 @@ from scanfleet.contracts.messages.chunks import (
     WorkerReady,
     instance_of,
 )
-from scanfleet.contracts.messages.commands import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.contracts.messages.commands import CancelJob, CommandAccepted, CommandRejected, CommandReply, SubmitJobs
 from scanfleet.contracts.messages.deletions import DeleteResults, ResultsDeleted
 from scanfleet.contracts.messages.jobs import (
     Job,
@@ -47,6 +47,7 @@ __all__ = [
     "ChunkStored",
     "CommandAccepted",
     "CommandRejected",
+    "CommandReply",
     "DeleteResults",
     "HostDetails",
     "HostScanned",

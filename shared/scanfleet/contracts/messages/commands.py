@@ -78,3 +78,6 @@ class CommandRejected(_Reply):
     error: Annotated[str, Field(max_length=MAX_ERROR_CHARS)]
     rule: Word = ""
     """The violated rule, for the audit log."""
+
+
+CommandReply = CommandAccepted | CommandRejected

@@ -23,7 +23,7 @@ from scanfleet.contracts.messages.chunks import (
     StopChunk,
     WorkerReady,
 )
-from scanfleet.contracts.messages.commands import CancelJob, CommandAccepted, CommandRejected, SubmitJobs
+from scanfleet.contracts.messages.commands import CancelJob, CommandAccepted, CommandRejected, CommandReply, SubmitJobs
 from scanfleet.contracts.messages.deletions import DeleteResults, ResultsDeleted
 from scanfleet.contracts.messages.jobs import (
     JobCancelled,
@@ -111,7 +111,7 @@ SCAN_COMMANDS: Final[Topic[SubmitJobs | CancelJob]] = Topic(
     consumers=(ORCHESTRATOR,),
     retention=timedelta(days=1),
 )
-SCAN_REPLIES: Final[Topic[CommandAccepted | CommandRejected]] = Topic(
+SCAN_REPLIES: Final[Topic[CommandReply]] = Topic(
     name="scan-replies",
     key="command id",
     messages=(CommandAccepted, CommandRejected),
