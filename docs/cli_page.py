@@ -21,7 +21,7 @@ from scanfleet_cli import main
 from scanfleet_cli.config import Config
 from scanfleet_cli.errors import MEANINGS
 from scanfleet_cli.output import Output
-from scanfleet_cli.session import Session, World
+from scanfleet_cli.session import Effects, Session
 from scanfleet_cli.tokens import FileStore
 from scanfleet_cli_testing import NOW, TOKEN, FakeApi, FakeJob, result
 
@@ -132,8 +132,8 @@ def run(api: FakeApi, folder: Path, command: str) -> str:
     output = Output(printed, printed)
     output.width, output.now = WIDTH, lambda: NOW + timedelta(minutes=3)
     config = Config(folder, {"SCANFLEET_URL": URL, "SCANFLEET_TOKEN": TOKEN, "NO_COLOR": "1"})
-    world = World(transport=api, async_transport=api, store=FileStore(folder / "tokens.json"))
-    code = main.run(shlex.split(command)[1:], Session(config, output, world))
+    effects = Effects(transport=api, async_transport=api, store=FileStore(folder / "tokens.json"))
+    code = main.run(shlex.split(command)[1:], Session(config, output, effects))
     return printed.getvalue() + (f"[exit code {int(code)}]\n" if code else "")
 
 

@@ -28,7 +28,7 @@ def main() -> int:
     Returns:
         The exit code.
     """
-    was_up = bool(_said("ps", "--quiet", "api-gateway"))
+    was_up = bool(_output("ps", "--quiet", "api-gateway"))
     if not was_up and not ports.is_free(PORT):
         print(f"port {PORT} of 127.0.0.1 is in use; stop its process, or set SCANFLEET_PORT", file=sys.stderr)
         return 1
@@ -44,14 +44,14 @@ def main() -> int:
 
 def token(user: int) -> str:
     """Return a JWT that the services accept."""
-    return _said("run", "--rm", "token", "--user", str(user))
+    return _output("run", "--rm", "token", "--user", str(user))
 
 
 @contextmanager
 def servers() -> Iterator[None]:
     """Run the target servers in the network namespace of every worker."""
     with ExitStack() as running:
-        for worker in _said("ps", "--quiet", "scanner-worker").split():
+        for worker in _output("ps", "--quiet", "scanner-worker").split():
             running.enter_context(_servers_in(worker))
         yield
 
@@ -74,7 +74,7 @@ def _servers_in(worker: str) -> Iterator[None]:
             container.terminate()  # docker forwards it
 
 
-def _said(*arguments: str) -> str:
+def _output(*arguments: str) -> str:
     return subprocess.run([*COMPOSE, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 

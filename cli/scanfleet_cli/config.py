@@ -39,7 +39,7 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Endpoint:
     """The gateway of a command, and its context if it has one."""
 
     url: str
@@ -97,7 +97,7 @@ class Config:
             raise CommandError(f"{self.file}: the token_command of context {name} is not a list of texts")
         return Context(name, url, tuple(command))
 
-    def place(self, url: str | None = None, name: str | None = None) -> Place:
+    def endpoint(self, url: str | None = None, name: str | None = None) -> Endpoint:
         """Return the gateway to use: of an option, else of the environment, else of the current context.
 
         Args:
@@ -118,13 +118,13 @@ class Config:
             source = "the option --url" if url else "SCANFLEET_URL"
             # The token of a context is sent only to the gateway of that context.
             same = [each for each in (context, *contexts.values()) if each is not None and same_url(each.url, given)]
-            return Place(checked, source, same[0] if same else None)
+            return Endpoint(checked, source, same[0] if same else None)
         if context is None:
             raise CommandError(
                 "no gateway is configured",
                 hint="scanfleet login URL, or scanfleet context add NAME --url URL, or set SCANFLEET_URL",
             )
-        return Place(check_url(context.url), f'context "{context.name}" in {self.file}', context)
+        return Endpoint(check_url(context.url), f'context "{context.name}" in {self.file}', context)
 
     def add(self, context: Context, *, use: bool) -> None:
         """Add or replace a context; comments in the file are preserved."""

@@ -156,12 +156,12 @@ class _Following:
         self._news, self._tasks = asyncio.Queue(), []
         until = time.monotonic() + limit if limit is not None else None
         async with AsyncClient(
-            session.place.url,
+            session.endpoint.url,
             session.token,
             refused=session.token_refused,
             patience=session.patience,
             notice=session.repeated,
-            transport=session.world.async_transport,
+            transport=session.effects.async_transport,
         ) as client:
             self._start(self._watch(client))
             if self._view.wants_ledger:

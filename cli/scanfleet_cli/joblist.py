@@ -15,7 +15,7 @@ from scanfleet_cli import calls, resolve
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.output import Column, Format, Output, Row, ago, column, duration
 from scanfleet_cli.session import LIMIT, Session
-from scanfleet_cli.views import Redrawn
+from scanfleet_cli.views import LiveLines
 
 
 def columns(output: Output, *, users: bool) -> list[Column]:
@@ -153,7 +153,7 @@ class _Redrawn(_Lines):
     ) -> None:
         super().__init__(session, call, columns, details)
         self._limit = session.limit_or(LIMIT)
-        self._redrawn = Redrawn(session.output, session.output.stdout)
+        self._live_lines = LiveLines(session.output, session.output.stdout)
 
     def changed(self, task: rest.TaskStatus, *, matches: bool) -> None:
         rows, job_id = self._rows, task.job.id
@@ -168,12 +168,12 @@ class _Redrawn(_Lines):
         self._print()
 
     def close(self) -> None:
-        self._redrawn.close()
+        self._live_lines.close()
         for line in self._table():
             self._session.output.emit(line)
 
     def _print(self) -> None:
-        self._redrawn.draw(self._table())
+        self._live_lines.draw(self._table())
 
     def _table(self) -> Iterable[str]:
         output = self._session.output

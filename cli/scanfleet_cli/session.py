@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TextIO, Ty
 
 import click
 
-from scanfleet_cli.config import Config, Place
+from scanfleet_cli.config import Config, Endpoint
 from scanfleet_cli.errors import ApiError, CommandError, Exit
 from scanfleet_cli.output import Column, Format, Kind, Output, Row, fields_of, printable
 
 if TYPE_CHECKING:
     from scanfleet_cli.calls import Call, ListCall
     from scanfleet_cli.client import Client, Patience
-    from scanfleet_cli.tokens import CommandToken, Kept, Store
+    from scanfleet_cli.tokens import CommandToken, Store, StoredTokens
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,7 +38,7 @@ _NOT_ALLOWED: Final = 405
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class Effects:
     """Side effects of a run beyond reading and printing; tests replace them."""
 
     transport: Any = None
@@ -68,13 +68,13 @@ class Session:
     Args:
         config: contexts and environment.
         output: stdout and stderr.
-        world: other side effects.
+        effects: other side effects.
     """
 
-    def __init__(self, config: Config, output: Output, world: World | None = None) -> None:
+    def __init__(self, config: Config, output: Output, effects: Effects | None = None) -> None:
         self.config = config
         self.output = output
-        self.world = world or World()
+        self.effects = effects or Effects()
         self.url: str | None = None
         self.context: str | None = None
         self.token_file: Path | None = None
@@ -87,15 +87,15 @@ class Session:
         self._lock = threading.Lock()  # several threads read the token
 
     @functools.cached_property
-    def place(self) -> Place:
-        return self.config.place(self.url, self.context)
+    def endpoint(self) -> Endpoint:
+        return self.config.endpoint(self.url, self.context)
 
     @functools.cached_property
-    def kept(self) -> Kept:
+    def stored_tokens(self) -> StoredTokens:
         """The stored tokens of sign-ins."""
-        from scanfleet_cli.tokens import Kept  # noqa: PLC0415 # only for those who sign in
+        from scanfleet_cli.tokens import StoredTokens  # noqa: PLC0415 # only for those who sign in
 
-        return Kept(self.config.folder, self.world.store, self.world.transport)
+        return StoredTokens(self.config.folder, self.effects.store, self.effects.transport)
 
     @property
     def has_display(self) -> bool:
@@ -120,7 +120,7 @@ class Session:
     def _token(self) -> tuple[str, str]:
         """Return the token to send now, and its source as text."""
         # Those of the environment belong to its gateway, or to the current context.
-        environment, context = {} if self.context else self.config.environment, self.place.context
+        environment, context = {} if self.context else self.config.environment, self.endpoint.context
         if self.token_file is not None:
             return _token_in(self.token_file), f"the file {self.token_file} (--token-file)"
         if token := environment.get("SCANFLEET_TOKEN", "").strip():
@@ -130,9 +130,9 @@ class Session:
         if context is not None and context.token_command:
             source = f'the token_command of context "{context.name}"'
             return self._command_token(context.token_command, source).current(), source
-        if context is not None and (kept := self._kept_token(context.name)) is not None:
+        if context is not None and (kept := self._stored_token(context.name)) is not None:
             return kept
-        url = self.place.url
+        url = self.endpoint.url
         raise CommandError(
             f"not signed in to {url}",
             Exit.NOT_ALLOWED,
@@ -147,12 +147,14 @@ class Session:
         if self._of_command is not None:
             self._of_command.refused(token)
 
-    def _kept_token(self, name: str) -> tuple[str, str] | None:
-        before = self.kept.store.where(name)
-        token = self.kept.current(name, self.place.url, self._refused)
+    def _stored_token(self, name: str) -> tuple[str, str] | None:
+        before = self.stored_tokens.store.where(name)
+        token = self.stored_tokens.current(name, self.endpoint.url, self._refused)
         if token is None:
             return None
-        if (where := self.kept.store.where(name)) != before:  # the keyring refused the new token, or takes it again
+        if (
+            where := self.stored_tokens.store.where(name)
+        ) != before:  # the keyring refused the new token, or takes it again
             self.output.note(f"the token of context {name} is now in {where}")
         return token, f"the sign-in of context {name}, stored in {where}"
 
@@ -169,7 +171,7 @@ class Session:
         """Retry policy while the service is unavailable or busy."""
         from scanfleet_cli.client import Patience  # noqa: PLC0415 # not for commands that send no request
 
-        return Patience(timeout=self.timeout, first_pause=self.world.first_pause, poll=self.world.poll)
+        return Patience(timeout=self.timeout, first_pause=self.effects.first_pause, poll=self.effects.poll)
 
     @property
     def client(self) -> Client:
@@ -178,12 +180,12 @@ class Session:
             from scanfleet_cli.client import Client  # noqa: PLC0415 # not for commands that send no request
 
             self._client = Client(
-                self.place.url,
+                self.endpoint.url,
                 self.token,
                 refused=self.token_refused,
                 patience=self.patience,
                 notice=self.repeated,
-                transport=self.world.transport,
+                transport=self.effects.transport,
             )
         return self._client
 

@@ -238,7 +238,7 @@ def store_in(folder: Path) -> Store:
     return file if isinstance(keyring.get_keyring(), NoKeyring) else KeyringStore(keyring, file)
 
 
-class Kept:
+class StoredTokens:
     """The stored tokens of every context.
 
     Args:

@@ -134,7 +134,7 @@ class Log(Silent):
         self._output.note(f"{now} job {job.job_id} {status.status} {status.progress}%{outcomes}")
 
 
-class Redrawn:
+class LiveLines:
     """Lines on the terminal that are redrawn in place, below the permanent lines.
 
     Args:
@@ -191,15 +191,15 @@ class Bars(Silent):
 
     def __init__(self, output: Output) -> None:
         super().__init__(output)
-        self._redrawn = Redrawn(output, output.stderr)
+        self._live_lines = LiveLines(output, output.stderr)
         self._open: list[Followed] = []
 
     def tick(self, jobs: Sequence[Followed]) -> None:
         self._open = [job for job in jobs if not job.final]
-        self._redrawn.draw(self._blocks(self._open))
+        self._live_lines.draw(self._blocks(self._open))
 
     def close(self) -> None:
-        self._redrawn.close()
+        self._live_lines.close()
         for line in self._blocks([job for job in self._open if job.task is not None and not job.final]):
             self._output.note(line)
 
@@ -220,7 +220,7 @@ class Bars(Silent):
             looked = f"{coverage.looked_at(ledger):,} of {addresses}  "
             left = f", about {duration(ledger.eta_seconds)} left" if ledger.eta_seconds else ""
         progress, tail = f" {status.progress:>3} %  ", f"  {looked}{duration(job.took)}{left}"
-        cells = max(0, min(BAR, self._redrawn.width - len(f"{name}{status.status}{progress}{tail}")))
+        cells = max(0, min(BAR, self._live_lines.width - len(f"{name}{status.status}{progress}{tail}")))
         filled = round(cells * status.progress / 100)
         bar = "█" * filled + "░" * (cells - filled)
         line = f"{name}{self._output.paint(status.status)}{progress}{bar}{tail}"

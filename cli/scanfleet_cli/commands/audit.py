@@ -108,7 +108,7 @@ def _recorded(session: Session, filters: dict[str, str | None]) -> Iterator[list
             since = max(map(_time, read.values())) - OVERLAP
             if earliest is None or since > datetime.fromisoformat(earliest):
                 filters = filters | {"since": rfc3339(since)}
-        session.world.sleep(TAIL_SECONDS)
+        session.effects.sleep(TAIL_SECONDS)
         latest = list(session.rows(_call(filters), 0))
 
 

@@ -90,7 +90,9 @@ def remove(session: Session, /, *, name: str, yes: bool) -> None:
     """Remove a context and its stored tokens."""
     session.config.known(name)
     session.confirm(f"remove context {name}?", yes=yes)
-    session.kept.delete(name)  # first: after a failure the context still exists, and the command can be repeated
+    session.stored_tokens.delete(
+        name
+    )  # first: after a failure the context still exists, and the command can be repeated
     session.config.remove(name)
     session.output.note(f"✓ context {name} removed")
 
@@ -101,9 +103,9 @@ def remove(session: Session, /, *, name: str, yes: bool) -> None:
 @with_session
 def show(session: Session, /, *, name: str | None) -> None:
     """Show a context, by default the current one."""
-    found = session.config.place(name=name or session.context).context
+    found = session.config.endpoint(name=name or session.context).context
     current = session.config.current
-    row = _row(found or Context("", session.place.url), current)
+    row = _row(found or Context("", session.endpoint.url), current)
     lines = [f"{row['name'] or 'no context'}  {row['url']}"]
     if row["token_command"]:
         lines.append(f"  token_command  {shlex.join(row['token_command'])}")

@@ -47,7 +47,7 @@ def doctor(session: Session) -> int:
 
 def _findings(session: Session) -> Iterator[Finding]:
     try:
-        place = session.place
+        place = session.endpoint
     except ScanfleetError as error:
         yield Finding("gateway", ok=False, detail=str(error))
         return
@@ -65,7 +65,7 @@ def _findings(session: Session) -> Iterator[Finding]:
 
 
 def _answers(session: Session) -> Iterator[Finding]:
-    with Client(session.place.url, transport=session.world.transport) as anybody:
+    with Client(session.endpoint.url, transport=session.effects.transport) as anybody:
         info = _try(lambda: anybody.ask(calls.read_info(), timeout=0))
         if isinstance(info, ScanfleetError) and not isinstance(info, ApiError):
             yield Finding("service", ok=False, detail=str(info))

@@ -123,7 +123,7 @@ def show(session: Session, /, *, job_id: int, browse: bool) -> None:
     reply = session.client.ask(call := calls.read_task(job_id))
     session.output.one(reply.json, lambda: _block(session, reply.read(call)), "job_id")
     if browse:
-        session.world.browse(_page(session, job_id))
+        session.effects.browse(_page(session, job_id))
 
 
 def _block(session: Session, task: rest.TaskStatus) -> Iterator[str]:
@@ -629,8 +629,8 @@ def open_(session: Session, /, *, job_id: int) -> None:
     url = _page(session, job_id)
     session.output.emit(url)
     if session.output.terminal:
-        session.world.browse(url)
+        session.effects.browse(url)
 
 
 def _page(session: Session, job_id: int) -> str:
-    return f"{session.place.url}/app/jobs/{job_id}"
+    return f"{session.endpoint.url}/app/jobs/{job_id}"

@@ -25,7 +25,7 @@ from scanfleet_cli.tokens import Tokens, checked
 @with_session
 def login(session: Session, /, *, url: str | None, name: str | None, device: bool, token_stdin: bool) -> None:
     """Sign in to a gateway, and make it the current context."""
-    address = check_url(url) if url else session.place.url
+    address = check_url(url) if url else session.endpoint.url
     context = _context(session, address, name)
     if token_stdin:
         tokens, source = Tokens(address, _first_line()), "the first line of stdin"
@@ -34,12 +34,12 @@ def login(session: Session, /, *, url: str | None, name: str | None, device: boo
     checked(tokens.access_token, source)
     user = _user(session, tokens)
     before = session.config.contexts().get(context.name)
-    session.kept.keep(context.name, tokens)
+    session.stored_tokens.keep(context.name, tokens)
     session.config.add(context, use=True)
     if before is not None and before.token_command:
         session.output.note(f"the token_command of context {context.name} was removed")
     session.output.note(
-        f'✓ Signed in to {urlsplit(address).netloc} as user {user} (context "{context.name}", token in {session.kept.store.where(context.name)})'
+        f'✓ Signed in to {urlsplit(address).netloc} as user {user} (context "{context.name}", token in {session.stored_tokens.store.where(context.name)})'
     )
 
 
@@ -71,7 +71,7 @@ def _context(session: Session, url: str, name: str | None) -> Context:
 
 
 def _signed_in(session: Session, url: str, *, device: bool) -> Tokens:
-    with Client(url, patience=session.patience, transport=session.world.transport) as anybody:
+    with Client(url, patience=session.patience, transport=session.effects.transport) as anybody:
         try:
             info = anybody.send(calls.read_info())
         except ApiError as error:
@@ -86,11 +86,11 @@ def _signed_in(session: Session, url: str, *, device: bool) -> Tokens:
             Exit.NOT_ALLOWED,
             hint="scanfleet login --token-stdin",
         )
-    issuer = discover(info.issuer, session.world.transport)
-    signing_in = SignIn(url, info, issuer, session.output.prompt, session.world.transport)
+    issuer = discover(info.issuer, session.effects.transport)
+    signing_in = SignIn(url, info, issuer, session.output.prompt, session.effects.transport)
     if device or (not session.has_display and issuer.device_endpoint):
-        return signing_in.by_device(session.world.sleep)
-    return signing_in.by_browser(session.world.browse)
+        return signing_in.by_device(session.effects.sleep)
+    return signing_in.by_browser(session.effects.browse)
 
 
 def _user(session: Session, tokens: Tokens) -> str:
@@ -100,7 +100,7 @@ def _user(session: Session, tokens: Tokens) -> str:
         ApiError: the service rejected it.
     """
     with Client(
-        tokens.url, tokens.access_token, patience=session.patience, transport=session.world.transport
+        tokens.url, tokens.access_token, patience=session.patience, transport=session.effects.transport
     ) as client:
         try:
             return str(client.send(calls.read_me()).user_id)
@@ -116,10 +116,10 @@ def _user(session: Session, tokens: Tokens) -> str:
 @with_session
 def logout(session: Session, /, *, name: str | None) -> None:
     """Delete the stored tokens of a context, by default the current one; they remain valid until they expire."""
-    context = session.config.place(name=name or session.context).context
+    context = session.config.endpoint(name=name or session.context).context
     if context is None:
         raise CommandError("no context is configured", hint="scanfleet logout NAME")
-    session.kept.delete(context.name)
+    session.stored_tokens.delete(context.name)
     if context.token_command:
         raise CommandError(
             f"context {context.name} has a token_command, which signs in each command",

@@ -22,8 +22,8 @@ def whoami(session: Session) -> None:
     """Show the gateway, the user, and the source of the token."""
     me = _me(session)
     found = {
-        "url": session.place.url,
-        "url_source": session.place.source,
+        "url": session.endpoint.url,
+        "url_source": session.endpoint.source,
         "token_source": session.token_source,
         "user_id": me["user_id"],
         "admin": me["admin"],

@@ -12,7 +12,7 @@ import pytest
 from scanfleet_cli import main
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
-from scanfleet_cli.session import Session, World
+from scanfleet_cli.session import Effects, Session
 from scanfleet_cli.tokens import FileStore
 from scanfleet_cli_testing import TOKEN, FakeApi
 
@@ -37,22 +37,22 @@ def api() -> FakeApi:
 
 
 @pytest.fixture
-def world(api: FakeApi, tmp_path: Path) -> World:
+def effects(api: FakeApi, tmp_path: Path) -> Effects:
     store = FileStore(tmp_path / "tokens.json")
-    return World(transport=api, async_transport=api, first_pause=0.001, poll=0.001, store=store)
+    return Effects(transport=api, async_transport=api, first_pause=0.001, poll=0.001, store=store)
 
 
 @pytest.fixture
-def run(world: World, tmp_path: Path) -> Run:
+def run(effects: Effects, tmp_path: Path) -> Run:
     """Runs `scanfleet ARGUMENTS` with a token in the environment; `width` is that of a terminal."""
 
     def go(
-        *arguments: object, width: int = 0, environment: dict[str, str] | None = None, world: World = world
+        *arguments: object, width: int = 0, environment: dict[str, str] | None = None, effects: Effects = effects
     ) -> Ended:
         output = Output(io.StringIO(), io.StringIO())
         output.width = width
         known = {"SCANFLEET_URL": URL, "SCANFLEET_TOKEN": TOKEN} if environment is None else environment
-        session = Session(Config(tmp_path, known), output, world)
+        session = Session(Config(tmp_path, known), output, effects)
         code = main.run(list(map(str, arguments)), session)
         assert isinstance(output.stdout, io.StringIO)
         assert isinstance(output.stderr, io.StringIO)

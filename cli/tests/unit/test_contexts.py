@@ -16,7 +16,7 @@ import pytest
 
 from scanfleet_cli.config import Config, Context, check_url, same_url, write_private
 from scanfleet_cli.errors import CommandError
-from scanfleet_cli.tokens import CommandToken, FileStore, Kept, Tokens
+from scanfleet_cli.tokens import CommandToken, FileStore, StoredTokens, Tokens
 from scanfleet_cli_testing import TOKEN, FakeApi
 
 URL = "http://scanfleet.test"
@@ -24,7 +24,7 @@ URL = "http://scanfleet.test"
 
 def test_remove_of_a_context_deletes_its_tokens(run: Any, tmp_path: Path) -> None:
     """The tokens of a removed context are deleted, and those of others stay."""
-    kept = Kept(tmp_path, store := FileStore(tmp_path / "tokens.json"))
+    kept = StoredTokens(tmp_path, store := FileStore(tmp_path / "tokens.json"))
     for name in ("lab", "prod"):
         run("context", "add", name, "--url", URL, environment={})
         kept.keep(name, Tokens(URL, TOKEN))
@@ -64,7 +64,7 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=rf"cannot write {folder}/config.toml: Not a directory"):
         write_private(folder / "config.toml", "")
     with pytest.raises(CommandError, match=rf"cannot write {folder}/tokens.lock: Not a directory"):
-        Kept(folder, FileStore(folder / "tokens.json")).keep("lab", Tokens(URL, TOKEN))
+        StoredTokens(folder, FileStore(folder / "tokens.json")).keep("lab", Tokens(URL, TOKEN))
 
 
 def test_logout_of_a_context_with_a_token_command_exits_2(run: Any) -> None:
@@ -183,7 +183,7 @@ def test_url_that_cannot_be_parsed_exits_2(run: Any) -> None:
 
 def test_tokens_of_the_same_gateway_in_another_notation_are_used(tmp_path: Path) -> None:
     """Tokens belong to a gateway however its URL is written, and to no other gateway."""
-    kept = Kept(tmp_path, FileStore(tmp_path / "tokens.json"))
+    kept = StoredTokens(tmp_path, FileStore(tmp_path / "tokens.json"))
     kept.keep("lab", Tokens("https://scanfleet.test", TOKEN))
     assert kept.current("lab", "https://Scanfleet.test:443") == TOKEN
     assert kept.current("lab", "https://scanfleet.test:8443") is None
@@ -310,7 +310,7 @@ def test_malformed_token_exits_4_and_is_not_printed(
             arguments, named = ["--token-file", file], f"{file} (--token-file)"
         case "sign-in":
             run("context", "add", "lab", "--url", URL, environment={})
-            Kept(tmp_path, FileStore(tmp_path / "tokens.json")).keep("lab", Tokens(URL, text))
+            StoredTokens(tmp_path, FileStore(tmp_path / "tokens.json")).keep("lab", Tokens(URL, text))
             environment, named = {}, "the sign-in of context lab"
     ended = run(*arguments, "subnet", "list", environment=environment)
     assert ended.code == 4

@@ -20,7 +20,7 @@ from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli import changes, coverage, findings, follow, views
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
-from scanfleet_cli.session import Session, World
+from scanfleet_cli.session import Effects, Session
 from scanfleet_cli_testing import TOKEN, FakeApi, FakeJob, result
 
 
@@ -276,9 +276,9 @@ class Counting(views.Silent):
 
 
 @pytest.fixture
-def session(world: World, tmp_path: Path) -> Session:
+def session(effects: Effects, tmp_path: Path) -> Session:
     environment = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": TOKEN}
-    return Session(Config(tmp_path, environment), Output(io.StringIO(), io.StringIO()), world)
+    return Session(Config(tmp_path, environment), Output(io.StringIO(), io.StringIO()), effects)
 
 
 def event(job: FakeJob, state: JobStatus) -> bytes:
@@ -326,11 +326,11 @@ class Late(FakeApi, httpx2.AsyncByteStream):
 
 
 def test_late_ledger_of_a_running_job_does_not_replace_the_final_one(
-    running: FakeApi, session: Session, world: World
+    running: FakeApi, session: Session, effects: Effects
 ) -> None:
     """A ledger that was requested before the end of the job and arrives after it is dropped."""
     late = Late(running.jobs)
-    session.world = replace(world, transport=late, async_transport=late)
+    session.effects = replace(effects, transport=late, async_transport=late)
     jobs = follow.to_the_end(
         session, [41, 42], Counting(session.output), None, ended=lambda _job: late.ended.set(), owner=7
     )
@@ -342,10 +342,10 @@ class NoTransport(httpx2.BaseTransport):
         raise AssertionError(f"blocking {request.method} {request.url.path}")
 
 
-def test_watch_sends_every_request_in_its_event_loop(run: Any, world: World) -> None:
+def test_watch_sends_every_request_in_its_event_loop(run: Any, effects: Effects) -> None:
     """No request blocks the loop: another job's states are shown while a final ledger is read."""
     run("scan", "127.9.8.0/24", "--no-watch")
-    ended = run("job", "watch", "41", world=replace(world, transport=NoTransport()))
+    ended = run("job", "watch", "41", effects=replace(effects, transport=NoTransport()))
     assert ended.code == 0
     assert "accounted=true" in ended.err
 

@@ -16,7 +16,7 @@ from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_cli.output import fields_of, paths_of
-from scanfleet_cli.session import World
+from scanfleet_cli.session import Effects
 from scanfleet_cli_testing import NOW, TOKEN, FakeApi, FakeJob, host_found, result
 
 
@@ -706,7 +706,7 @@ def test_notice_of_a_lost_connection_is_escaped(jobs: FakeApi, run: Any, command
     assert "\x1b" not in ended.err
 
 
-def test_job_show_with_open_opens_the_page(jobs: FakeApi, run: Any, world: World) -> None:
+def test_job_show_with_open_opens_the_page(jobs: FakeApi, run: Any, effects: Effects) -> None:
     """--open prints the block and opens the page of the job."""
     assert jobs
     opened: list[str] = []
@@ -715,7 +715,7 @@ def test_job_show_with_open_opens_the_page(jobs: FakeApi, run: Any, world: World
         opened.append(url)
         return True
 
-    ended = run("job", "show", "41", "--open", world=replace(world, browse=browse))
+    ended = run("job", "show", "41", "--open", effects=replace(effects, browse=browse))
     assert ended.out.startswith("job 41  completed")
     assert opened == ["http://scanfleet.test/app/jobs/41"]
 

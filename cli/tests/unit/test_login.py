@@ -24,8 +24,8 @@ import pytest
 
 from scanfleet.scanning.policy import PRESETS, Preset, fill_in
 from scanfleet_cli.login import Callback
-from scanfleet_cli.session import World
-from scanfleet_cli.tokens import FileStore, Kept, KeyringStore, store_in
+from scanfleet_cli.session import Effects
+from scanfleet_cli.tokens import FileStore, KeyringStore, StoredTokens, store_in
 from scanfleet_cli_testing import TOKEN, FakeApi
 from scanfleet_cli_testing.issuer import CLIENT_ID, URL, Issuer, served
 
@@ -56,7 +56,7 @@ def slept() -> list[float]:
 
 
 @pytest.fixture
-def world(api: FakeApi, issuer: Issuer, slept: list[float], tmp_path: Path) -> Iterator[World]:
+def effects(api: FakeApi, issuer: Issuer, slept: list[float], tmp_path: Path) -> Iterator[Effects]:
     """A machine whose browser signs the user in."""
     browsers: list[threading.Thread] = []
 
@@ -69,7 +69,7 @@ def world(api: FakeApi, issuer: Issuer, slept: list[float], tmp_path: Path) -> I
         return True
 
     store = FileStore(tmp_path / "tokens.json")
-    yield World(
+    yield Effects(
         transport=issuer, async_transport=api, first_pause=0.001, browse=browse, sleep=slept.append, store=store
     )
     for browser in browsers:
@@ -171,14 +171,14 @@ def test_refused_sign_in_exits_4_and_keeps_nothing(issuer: Issuer, run: Any, tmp
     assert not (tmp_path / "config.toml").exists()
 
 
-def test_redirect_of_another_sign_in_is_refused(world: World, run: Any, api: FakeApi) -> None:
+def test_redirect_of_another_sign_in_is_refused(effects: Effects, run: Any, api: FakeApi) -> None:
     """A redirect with another state is rejected: an attacker may have started that sign-in."""
     assert api
 
     def browse(address: str) -> bool:
-        return world.browse(address.replace("state=", "state=forged"))
+        return effects.browse(address.replace("state=", "state=forged"))
 
-    ended = run("login", GATEWAY, environment={"DISPLAY": ":0"}, world=replace(world, browse=browse))
+    ended = run("login", GATEWAY, environment={"DISPLAY": ":0"}, effects=replace(effects, browse=browse))
     assert ended.code == 4
     assert "another sign-in" in ended.err
 
@@ -218,7 +218,7 @@ def test_kept_tokens_go_to_no_other_gateway(run: Any) -> None:
 
 def age(folder: Path, **fields: Any) -> None:
     """Let the kept token end in half a minute, or give it other fields."""
-    kept = Kept(folder, FileStore(folder / "tokens.json"))
+    kept = StoredTokens(folder, FileStore(folder / "tokens.json"))
     tokens = kept.read("scanfleet.test", GATEWAY)
     assert tokens is not None
     kept.keep("scanfleet.test", replace(tokens, **({"expires_at": time.time() + 30} | fields)))
@@ -231,7 +231,7 @@ def test_two_shells_refresh_once(issuer: Issuer, run: Any, tmp_path: Path) -> No
     found: list[str | None] = []
 
     def shell() -> None:
-        kept = Kept(tmp_path, FileStore(tmp_path / "tokens.json"), issuer)
+        kept = StoredTokens(tmp_path, FileStore(tmp_path / "tokens.json"), issuer)
         found.append(kept.current("scanfleet.test", GATEWAY))
 
     shells = [threading.Thread(target=shell) for _ in range(4)]
@@ -369,7 +369,7 @@ def test_refresh_that_waited_for_a_logout_stores_nothing(issuer: Issuer, run: An
             self.delete(name)  # by another process, before this one has the lock
             return found
 
-    assert Kept(tmp_path, Slow(tmp_path / "tokens.json"), issuer).current("scanfleet.test", GATEWAY) is None
+    assert StoredTokens(tmp_path, Slow(tmp_path / "tokens.json"), issuer).current("scanfleet.test", GATEWAY) is None
     assert FileStore(tmp_path / "tokens.json").read("scanfleet.test") is None
     assert len(issuer.access_tokens) == 1
 
@@ -418,74 +418,76 @@ def use_keyring() -> Iterator[Callable[[keyring.backend.KeyringBackend], None]]:
     keyring.set_keyring(before)
 
 
-def test_tokens_are_kept_in_the_keyring_of_the_system(use_keyring: Any, run: Any, world: World, tmp_path: Path) -> None:
+def test_tokens_are_kept_in_the_keyring_of_the_system(
+    use_keyring: Any, run: Any, effects: Effects, tmp_path: Path
+) -> None:
     """On a system with a keyring the tokens are stored there and in no file."""
     use_keyring(backend := MemoryKeyring())
     store = store_in(tmp_path)
     assert isinstance(store, KeyringStore)
-    ended = run("login", GATEWAY, environment={}, world=replace(world, store=store))
+    ended = run("login", GATEWAY, environment={}, effects=replace(effects, store=store))
     assert "token in the system keyring" in ended.err
     assert json.loads(backend.entries["scanfleet", "scanfleet.test"])["url"] == GATEWAY
     assert not (tmp_path / "tokens.json").exists()
-    assert run("subnet", "list", environment={}, world=replace(world, store=store)).code == 0
-    run("logout", environment={}, world=replace(world, store=store))
+    assert run("subnet", "list", environment={}, effects=replace(effects, store=store)).code == 0
+    run("logout", environment={}, effects=replace(effects, store=store))
     assert backend.entries == {}
 
 
 @pytest.mark.parametrize("command", [("subnet", "list"), ("logout",), ("context", "remove", "scanfleet.test", "--yes")])
 def test_locked_keyring_exits_4_with_the_reason(
-    use_keyring: Any, run: Any, world: World, tmp_path: Path, command: tuple[str, ...]
+    use_keyring: Any, run: Any, effects: Effects, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     """Tokens that cannot be read or deleted are an error with a hint, not a traceback, and remain stored."""
     use_keyring(backend := MemoryKeyring())
-    world = replace(world, store=store_in(tmp_path))
-    run("login", GATEWAY, environment={}, world=world)
+    effects = replace(effects, store=store_in(tmp_path))
+    run("login", GATEWAY, environment={}, effects=effects)
     backend.locked = True
-    ended = run(*command, environment={}, world=world)
+    ended = run(*command, environment={}, effects=effects)
     assert ended.code == 4
     assert "cannot use the system keyring: the collection is locked" in ended.err
     assert "SCANFLEET_TOKEN" in ended.err
     assert backend.entries
-    assert run("context", "list", "-o", "name", environment={}, world=world).out == "scanfleet.test\n"
+    assert run("context", "list", "-o", "name", environment={}, effects=effects).out == "scanfleet.test\n"
 
 
 def test_keyring_that_refuses_a_token_is_replaced_by_a_file(
-    use_keyring: Any, run: Any, world: World, tmp_path: Path
+    use_keyring: Any, run: Any, effects: Effects, tmp_path: Path
 ) -> None:
     """The tokens are in one of the two, and the command names which."""
     use_keyring(backend := MemoryKeyring())
-    world = replace(world, store=store_in(tmp_path))
-    run("login", GATEWAY, environment={}, world=world)
+    effects = replace(effects, store=store_in(tmp_path))
+    run("login", GATEWAY, environment={}, effects=effects)
     backend.full = True
-    assert f"token in the file {tmp_path / 'tokens.json'}" in run("login", GATEWAY, environment={}, world=world).err
-    assert run("subnet", "list", environment={}, world=world).code == 0
-    assert f"the file {tmp_path / 'tokens.json'}" in run("whoami", environment={}, world=world).out
+    assert f"token in the file {tmp_path / 'tokens.json'}" in run("login", GATEWAY, environment={}, effects=effects).err
+    assert run("subnet", "list", environment={}, effects=effects).code == 0
+    assert f"the file {tmp_path / 'tokens.json'}" in run("whoami", environment={}, effects=effects).out
     backend.full = False
-    assert "token in the system keyring" in run("login", GATEWAY, environment={}, world=world).err
+    assert "token in the system keyring" in run("login", GATEWAY, environment={}, effects=effects).err
     assert "scanfleet.test" not in (tmp_path / "tokens.json").read_text()
     backend.full = True
-    run("login", GATEWAY, environment={}, world=world)
-    run("logout", environment={}, world=world)
-    assert (backend.entries, run("subnet", "list", environment={}, world=world).code) == ({}, 4)
+    run("login", GATEWAY, environment={}, effects=effects)
+    run("logout", environment={}, effects=effects)
+    assert (backend.entries, run("subnet", "list", environment={}, effects=effects).code) == ({}, 4)
 
 
 def test_refreshed_token_that_the_keyring_refuses_is_stored_in_a_file_with_a_note(
-    use_keyring: Any, run: Any, world: World, tmp_path: Path
+    use_keyring: Any, run: Any, effects: Effects, tmp_path: Path
 ) -> None:
     """A token leaves the keyring only with a note that names the file."""
     use_keyring(backend := MemoryKeyring())
-    world = replace(world, store=(store := store_in(tmp_path)))
-    run("login", GATEWAY, environment={}, world=world)
-    assert "is now in" not in run("subnet", "list", environment={}, world=world).err
-    kept = Kept(tmp_path, store)
+    effects = replace(effects, store=(store := store_in(tmp_path)))
+    run("login", GATEWAY, environment={}, effects=effects)
+    assert "is now in" not in run("subnet", "list", environment={}, effects=effects).err
+    kept = StoredTokens(tmp_path, store)
     tokens = kept.read("scanfleet.test", GATEWAY)
     assert tokens is not None
     kept.keep("scanfleet.test", replace(tokens, expires_at=time.time() + 30))
     backend.full = True
-    ended = run("subnet", "list", environment={}, world=world)
+    ended = run("subnet", "list", environment={}, effects=effects)
     assert ended.code == 0
     assert f"the token of context scanfleet.test is now in the file {tmp_path / 'tokens.json'}" in ended.err
-    assert "is now in" not in run("subnet", "list", environment={}, world=world).err
+    assert "is now in" not in run("subnet", "list", environment={}, effects=effects).err
 
 
 def test_machine_without_a_keyring_has_a_file(use_keyring: Any, tmp_path: Path) -> None:

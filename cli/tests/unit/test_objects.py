@@ -24,7 +24,7 @@ from scanfleet.scanning.targets import TargetRules
 from scanfleet_cli import main
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
-from scanfleet_cli.session import COMPLETE, Session, World
+from scanfleet_cli.session import COMPLETE, Effects, Session
 from scanfleet_cli_testing import TOKEN, FakeApi
 
 
@@ -507,38 +507,40 @@ class Log:
         return httpx2.Response(200, json=answer | {"page_size": size})
 
 
-def tailed(run: Any, world: World, log: Log, *arguments: str) -> list[str]:
-    ended = run("audit", "tail", *arguments, world=replace(world, sleep=log.sleep))
+def tailed(run: Any, effects: Effects, log: Log, *arguments: str) -> list[str]:
+    ended = run("audit", "tail", *arguments, effects=replace(effects, sleep=log.sleep))
     assert ended.code == 130
     return [line.split("\t")[3].removeprefix("task ") for line in ended.out.splitlines()]
 
 
-def test_tail_of_the_audit_log_prints_more_than_a_page_of_new_entries(api: FakeApi, run: Any, world: World) -> None:
+def test_tail_of_the_audit_log_prints_more_than_a_page_of_new_entries(api: FakeApi, run: Any, effects: Effects) -> None:
     """Every new entry is printed once and in order, also beyond one page."""
     burst = [entry(number, 10 + number / 1_000) for number in range(250, 500)]
-    assert tailed(run, world, Log(api, [entry(1, 1)], burst)) == ["1", *map(str, range(250, 500))]
+    assert tailed(run, effects, Log(api, [entry(1, 1)], burst)) == ["1", *map(str, range(250, 500))]
 
 
-def test_tail_of_the_audit_log_prints_each_entry_of_a_shifting_page_once(api: FakeApi, run: Any, world: World) -> None:
+def test_tail_of_the_audit_log_prints_each_entry_of_a_shifting_page_once(
+    api: FakeApi, run: Any, effects: Effects
+) -> None:
     """Entries that are recorded between two pages move others to the next page, and none is printed twice or lost."""
     log = Log(api, [entry(number, number / 1_000) for number in range(100, 250)], [], [])
     log.between_pages = [entry(number, 2) for number in range(500, 507)]
-    printed = tailed(run, world, log, "--limit", "0")
+    printed = tailed(run, effects, log, "--limit", "0")
     assert sorted(printed) == sorted([*map(str, range(100, 250)), *map(str, range(500, 507))])
 
 
 def test_tail_of_the_audit_log_prints_entries_of_equal_and_of_earlier_time(
-    api: FakeApi, run: Any, world: World
+    api: FakeApi, run: Any, effects: Effects
 ) -> None:
     """An entry of the same millisecond as the last, or of a moment before it, is printed when it is recorded late."""
     log = Log(api, [entry(100, 5), entry(101, 5)], [entry(102, 5), entry(103, 4.9)], [entry(104, 5)])
-    assert tailed(run, world, log) == ["100", "101", "103", "102", "104"]
+    assert tailed(run, effects, log) == ["100", "101", "103", "102", "104"]
 
 
-def test_tail_of_the_audit_log_begins_with_the_latest_entries(api: FakeApi, run: Any, world: World) -> None:
+def test_tail_of_the_audit_log_begins_with_the_latest_entries(api: FakeApi, run: Any, effects: Effects) -> None:
     """--limit is the number of entries to begin with."""
     log = Log(api, [entry(number, number / 1_000) for number in range(100, 150)], [entry(500, 9)])
-    assert tailed(run, world, log, "--limit", "2") == ["148", "149", "500"]
+    assert tailed(run, effects, log, "--limit", "2") == ["148", "149", "500"]
 
 
 def test_whoami_prints_the_source_of_the_token(api: FakeApi, run: Any) -> None:
@@ -610,11 +612,11 @@ HERE = {"SCANFLEET_URL": "http://scanfleet.test", "SCANFLEET_TOKEN": TOKEN}
 
 
 @pytest.fixture
-def complete(world: World, tmp_path: Path) -> Complete:
+def complete(effects: Effects, tmp_path: Path) -> Complete:
     """Returns the completions, with their descriptions, of the last of some words."""
 
     def ask(*words: str, environment: dict[str, str] = HERE, limit: float = 60) -> list[tuple[str, str | None]]:
-        session = Session(Config(tmp_path, environment), Output(), replace(world, completion=limit))
+        session = Session(Config(tmp_path, environment), Output(), replace(effects, completion=limit))
         completions = ShellComplete(main.cli, {"obj": session}, "scanfleet", COMPLETE)
         found = completions.get_completions(list(words[:-1]), words[-1])
         return [(item.value, item.help) for item in found]

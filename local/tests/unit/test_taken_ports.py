@@ -32,7 +32,7 @@ def test_compose_demo_with_a_taken_port_starts_nothing(
 ) -> None:
     """`make compose-demo` names the taken port and the variable that changes it, and starts no container."""
     run = mock.Mock(return_value="")
-    monkeypatch.setattr(compose, "_said", run)
+    monkeypatch.setattr(compose, "_output", run)
     with socket.create_server(("127.0.0.1", ports.choose())) as listener:
         port = listener.getsockname()[1]
         monkeypatch.setattr(compose, "PORT", port)

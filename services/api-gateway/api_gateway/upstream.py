@@ -136,7 +136,7 @@ class Upstream:
         has_body = answer.status_code != httpx2.codes.NOT_MODIFIED
         if has_body and int(answer.headers.get("content-length", SMALL_BYTES + 1)) > SMALL_BYTES:
             return _Relay(answer, self._stalled_seconds)
-        return _Whole(await self._read(answer), self._stalled_seconds)
+        return _BufferedResponse(await self._read(answer), self._stalled_seconds)
 
     async def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> httpx2.Response:
         """Send a request of the gateway itself, and return the complete answer.
@@ -360,7 +360,7 @@ def in_time(send: Send, seconds: float) -> Send:
     return send_in_time
 
 
-class _Whole(Response):
+class _BufferedResponse(Response):
     """A small answer that was received completely."""
 
     def __init__(self, answer: httpx2.Response, stalled_seconds: float) -> None:

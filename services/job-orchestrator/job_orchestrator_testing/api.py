@@ -11,7 +11,7 @@ from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
 from job_orchestrator_testing.world import World
 from scanfleet.runtime import service
-from scanfleet.runtime.settings import FrontSettings
+from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.security.audit import Refusals
 from scanfleet.security.auth import Verifier
 from scanfleet.services import ORCHESTRATOR
@@ -23,7 +23,7 @@ def state_of(world: World) -> State:
     return State(world.store, only.commands, only.cancels, only.submits, only.deletions, only.checks, only.backlog)
 
 
-def app_of(state: State, verifier: Verifier, settings: FrontSettings | None = None) -> FastAPI:
+def app_of(state: State, verifier: Verifier, settings: ConnectionSettings | None = None) -> FastAPI:
     """Return the application with this state."""
 
     @asynccontextmanager
@@ -33,7 +33,7 @@ def app_of(state: State, verifier: Verifier, settings: FrontSettings | None = No
     app = service.create_app(
         name=ORCHESTRATOR,
         refusals=Refusals(ORCHESTRATOR),
-        settings=settings or FrontSettings(),
+        settings=settings or ConnectionSettings(),
         lifespan=lifespan,
         routers=ROUTERS,
     )

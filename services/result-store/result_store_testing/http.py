@@ -15,7 +15,7 @@ from result_store.domain.results import fold
 from result_store_testing import Log, MemoryStore
 from scanfleet.contracts.messages import HostScanned
 from scanfleet.runtime import service
-from scanfleet.runtime.settings import FrontSettings
+from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.security.audit import Refusals
 from scanfleet_testing.tokens import Issuer
 
@@ -30,7 +30,7 @@ def client(store: MemoryStore) -> httpx2.AsyncClient:
     app = service.create_app(
         name="result-store",
         refusals=Refusals("result-store"),
-        settings=FrontSettings(),
+        settings=ConnectionSettings(),
         lifespan=nothing,
         routers=[results.router, hosts.router, nmap_xml.router],
     )

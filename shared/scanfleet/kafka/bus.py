@@ -31,7 +31,7 @@ from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.batches import MOST_HEADERS
 from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
-from scanfleet.kafka.sources import Member, Past, Tail
+from scanfleet.kafka.sources import Member, Replay, Tail
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Consumer, DeadLetterCallback, Handler, M
@@ -187,7 +187,7 @@ class KafkaBus:
         Raises:
             DependencyError: the broker is unavailable; some records may have been yielded.
         """
-        source = Past(
+        source = Replay(
             topic,
             name=self._prefix + topic.name,
             client_id=f"{self._instance}-{topic.name}",

@@ -152,7 +152,7 @@ class Tail:
         )
 
 
-class Past(Tail):
+class Replay(Tail):
     """Reads some partitions from an offset until the reader stops."""
 
     async def ends(self) -> Mapping[int, int]:

@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.server import ServerState
 
-from scanfleet.runtime.front import BoundedProtocol, Front, Handshake
+from scanfleet.runtime.connection_limits import BoundedProtocol, ConnectionLimits, Handshake
 from scanfleet.runtime.service import Probes, create_probes
 from scanfleet.runtime.settings import ApiSettings, InternalApiSettings, ServerSettings
 from scanfleet.runtime.tls import server_context
@@ -92,7 +92,7 @@ class Server(uvicorn.Server):
         try:
             if self._tls is not None:
                 listener = _listen(config.host, port, config.backlog)
-                return _TlsServer(listener, protocol, self._tls, self.lifespan.state["front"])
+                return _TlsServer(listener, protocol, self._tls, self.lifespan.state["connection_limits"])
             return await asyncio.get_running_loop().create_server(protocol, config.host, port, backlog=config.backlog)
         except OSError as error:
             _log.critical(
@@ -123,17 +123,21 @@ class _TlsServer(asyncio.AbstractServer):
         listener: the listening socket, which this server closes.
         protocol: returns the protocol of a connection.
         context: of TLS.
-        front: the limits of all connections.
+        limits: those of all connections.
     """
 
     def __init__(
-        self, listener: socket.socket, protocol: Callable[[], BoundedProtocol], context: ssl.SSLContext, front: Front
+        self,
+        listener: socket.socket,
+        protocol: Callable[[], BoundedProtocol],
+        context: ssl.SSLContext,
+        limits: ConnectionLimits,
     ) -> None:
         self.sockets = (listener,)
         self._listener = listener
         self._protocol = protocol
         self._context = context
-        self._front = front
+        self._limits = limits
         self._handshakes: dict[Handshake, asyncio.Task[None]] = {}
         self._accepting = asyncio.create_task(self._accept())
 
@@ -159,7 +163,7 @@ class _TlsServer(asyncio.AbstractServer):
                     await asyncio.sleep(ACCEPT_RETRY_SECONDS)
                     continue
                 handshake = Handshake(accepted, host)
-                if self._front.admit(handshake):
+                if self._limits.admit(handshake):
                     self._handshakes[handshake] = asyncio.create_task(self._secure(accepted, handshake))
                 else:
                     handshake.refuse()
@@ -174,12 +178,12 @@ class _TlsServer(asyncio.AbstractServer):
 
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                protocol, accepted, ssl=self._context, ssl_handshake_timeout=self._front.header_seconds
+                protocol, accepted, ssl=self._context, ssl_handshake_timeout=self._limits.header_seconds
             )
         except OSError as error:
             _log.info("tls_handshake_failed", client=handshake.address, error=str(error))
         finally:
-            self._front.release(handshake)
+            self._limits.release(handshake)
             del self._handshakes[handshake]
 
 
@@ -196,7 +200,7 @@ class _ProbeServer:
     def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
         self._config = uvicorn.Config(app, host=settings.host, port=settings.probe_port, lifespan="off", **_SHARED)
         limits = {"max_connections": PROBE_CONNECTIONS, "max_connections_per_address": PROBE_CONNECTIONS}
-        self._front = Front(settings.model_copy(update=limits))
+        self._limits = ConnectionLimits(settings.model_copy(update=limits))
         self._state = ServerState()
         self._listener: asyncio.Server
 
@@ -210,7 +214,9 @@ class _ProbeServer:
         config.load()
         try:
             self._listener = await asyncio.get_running_loop().create_server(
-                lambda: BoundedProtocol(config, self._state, {"front": self._front}), config.host, config.port
+                lambda: BoundedProtocol(config, self._state, {"connection_limits": self._limits}),
+                config.host,
+                config.port,
             )
         except OSError as error:
             _log.critical(

@@ -37,9 +37,9 @@ from scanfleet.contracts.messages.fields import MAX_ID
 from scanfleet.contracts.rest import BODY_LIMITS, MAX_BODY_BYTES
 from scanfleet.errors import ConfigurationError, DependencyError, PublicError, Rule, UnavailableError
 from scanfleet.runtime import tracing
-from scanfleet.runtime.front import Front
+from scanfleet.runtime.connection_limits import ConnectionLimits
 from scanfleet.runtime.proxies import Proxies
-from scanfleet.runtime.settings import FrontSettings
+from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.runtime.startup import Startup
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -164,7 +164,7 @@ class Probes:
 def create_app(
     *,
     name: str,
-    settings: FrontSettings,
+    settings: ConnectionSettings,
     lifespan: Lifespan,
     refusals: Refusals,
     routers: Sequence[APIRouter] = (),
@@ -227,7 +227,7 @@ def create_probes(app: FastAPI) -> FastAPI:
 
 
 def _watched(
-    lifespan: Lifespan, settings: FrontSettings
+    lifespan: Lifespan, settings: ConnectionSettings
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]:
     """Add the server's limits to the lifespan, and end an unhealthy process so that it is restarted."""
 
@@ -236,7 +236,7 @@ def _watched(
         async with cast(Startup, app.state.startup).opening(lifespan(app)):
             watching = asyncio.create_task(_end_when_unhealthy(app.state.probes))
             try:
-                yield {"front": Front(settings)}  # read by the server for every connection
+                yield {"connection_limits": ConnectionLimits(settings)}  # read by the server for every connection
             finally:
                 watching.cancel()
                 await tracing.stop()

@@ -79,7 +79,7 @@ class _Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SCANFLEET_", frozen=True, hide_input_in_errors=True)
 
 
-class FrontSettings(_Settings):
+class ConnectionSettings(_Settings):
     """Limits on connections and on requests that are not complete yet."""
 
     max_connections: int = Field(
@@ -114,7 +114,7 @@ class FrontSettings(_Settings):
     )
 
 
-class ServerSettings(FrontSettings):
+class ServerSettings(ConnectionSettings):
     """Addresses and ports of a service."""
 
     host: str = Field(

@@ -22,10 +22,10 @@ from scanfleet.contracts import queries
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
 from scanfleet.runtime import logging, tracing
 from scanfleet.runtime.service import PathId, create_app, create_probes, parsed
-from scanfleet.runtime.settings import CommonSettings, FrontSettings
+from scanfleet.runtime.settings import CommonSettings, ConnectionSettings
 from scanfleet.scanning.targets import Network
 from scanfleet.security.audit import Refusals
-from scanfleet.security.auth import Caller, Guarded, Principal
+from scanfleet.security.auth import AuthenticatedRoute, Caller, Principal
 from scanfleet_testing.tokens import Issuer
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -110,7 +110,7 @@ async def trace() -> str | None:
     return tracing.current()
 
 
-guarded = APIRouter(prefix="/guarded", route_class=Guarded)
+guarded = APIRouter(prefix="/guarded", route_class=AuthenticatedRoute)
 
 
 @guarded.post("")
@@ -138,7 +138,7 @@ def app() -> FastAPI:
 
 def make_app(proxies: Sequence[Network] = (), *, public: bool = False) -> FastAPI:
     logging.configure("test", CommonSettings(instance="test"))
-    settings = FrontSettings(trusted_proxies=tuple(proxies))
+    settings = ConnectionSettings(trusted_proxies=tuple(proxies))
     return create_app(
         name="test",
         refusals=Refusals("test"),

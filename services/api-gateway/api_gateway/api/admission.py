@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from api_gateway.settings import Settings
 from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError, Rule, TooManyRequestsError, UnavailableError
-from scanfleet.security.auth import Guarded, Principal
+from scanfleet.security.auth import AuthenticatedRoute, Principal
 
 _WITH_BODY: Final = frozenset({"POST", "PUT"})
 _MAX_ERROR_CHARS: Final = 200  # an error may contain a part of the request
@@ -158,7 +158,7 @@ class Admission:
         return rest.Quota(limit=limit.amount, left=left, reset=max(0, math.ceil(free_at - time.time())))
 
 
-class Route(Guarded):
+class Route(AuthenticatedRoute):
     """A route of the public API, which requires a valid token and applies its user's limits."""
 
     lane: ClassVar[str] = "requests"

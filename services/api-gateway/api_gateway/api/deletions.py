@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
 from api_gateway.api.openapi import errors, query
-from api_gateway.api.state import Handed
+from api_gateway.api.state import StateDep
 from scanfleet.contracts import queries, rest
 from scanfleet.security.auth import Caller
 
@@ -19,6 +19,6 @@ router = APIRouter(prefix="/api/v1/deletion", tags=["task"], route_class=Route)
     responses=errors(400, 403),
     openapi_extra={"parameters": query(queries.Deletions)},
 )
-async def list_deletions(request: Request, _caller: Caller, state: Handed) -> Response:
+async def list_deletions(request: Request, _caller: Caller, state: StateDep) -> Response:
     """List the receipts of deleted scan jobs, the last requested first."""
     return await state.orchestrator.forward(request)

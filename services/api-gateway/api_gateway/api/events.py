@@ -17,7 +17,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from httpx2 import codes
 from starlette.types import Receive, Scope, Send
 
-from api_gateway.api.state import Handed, State
+from api_gateway.api.state import State, StateDep
 from api_gateway.handlers.events import ALL_JOBS, Subscribed, Subscription
 from api_gateway.upstream import in_time
 from scanfleet.contracts import queries
@@ -36,7 +36,7 @@ _OF_JOBS: Final = re.compile(
 _log = structlog.stdlib.get_logger(__name__)
 
 
-async def _job_subscription(job_id: PathId, state: Handed) -> AsyncIterator[Subscription]:
+async def _job_subscription(job_id: PathId, state: StateDep) -> AsyncIterator[Subscription]:
     with _subscription(("job", job_id), state) as subscription:
         yield subscription  # to the end of the answer
 
@@ -46,7 +46,7 @@ JobSubscription = Annotated[Subscription, Depends(_job_subscription)]
 
 
 async def _jobs_subscription(
-    caller: Caller, state: Handed, selected: Annotated[queries.Events, parsed(queries.Events)]
+    caller: Caller, state: StateDep, selected: Annotated[queries.Events, parsed(queries.Events)]
 ) -> AsyncIterator[Subscription]:
     whose = selected.user_id
     subscribed = ALL_JOBS if whose == queries.ALL_USERS else ("user", int(whose or caller.user_id))

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
 from api_gateway.api.openapi import errors, query
-from api_gateway.api.state import Handed
+from api_gateway.api.state import StateDep
 from scanfleet.contracts import queries, rest
 from scanfleet.security.auth import Caller
 
@@ -39,6 +39,6 @@ router = APIRouter(prefix=rest.SUBNETS.path, tags=[rest.SUBNETS.name], route_cla
     },
     openapi_extra={"requestBody": _CSV, "parameters": query(queries.SubnetImport)},
 )
-async def import_subnets(request: Request, _caller: Caller, state: Handed) -> Response:
+async def import_subnets(request: Request, _caller: Caller, state: StateDep) -> Response:
     """Create or change a subnet for each line of a CSV file; a file with an invalid line is rejected as a whole. Existing equal subnets are not created again, so the request is idempotent."""
     return await state.orchestrator.forward(request)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 
 from api_gateway.api.admission import Admission, Route
 from api_gateway.api.openapi import errors
-from api_gateway.api.state import Handed
+from api_gateway.api.state import StateDep
 from scanfleet import VERSION
 from scanfleet.contracts import rest
 from scanfleet.security.auth import Caller
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/api/v1", tags=["platform"], route_class=Route)
 
 
 @public.get("/info", responses=errors(guarded=False))
-async def read_info(request: Request, state: Handed) -> rest.Info:
+async def read_info(request: Request, state: StateDep) -> rest.Info:
     """Read the settings that a client needs for sign-in and forms; needs no token."""
     settings = state.settings
     limits = await state.scan_limits.read()

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from api_gateway.api.admission import Route
 from api_gateway.api.keys import sent_key
 from api_gateway.api.openapi import IF_MATCH, TAGGED, body, errors, query
-from api_gateway.api.state import Handed
+from api_gateway.api.state import StateDep
 from scanfleet.contracts import queries, rest
 from scanfleet.runtime.service import PathId, typed
 from scanfleet.security.auth import Caller
@@ -71,5 +71,5 @@ def router_of(resource: rest.Resource[rest.NamedBody, BaseModel, BaseModel]) -> 
     return router
 
 
-async def _forward(request: Request, _caller: Caller, state: Handed) -> Response:
+async def _forward(request: Request, _caller: Caller, state: StateDep) -> Response:
     return await state.orchestrator.forward(request)

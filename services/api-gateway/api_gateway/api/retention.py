@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
 from api_gateway.api.openapi import body, errors
-from api_gateway.api.state import Handed
+from api_gateway.api.state import StateDep
 from scanfleet.contracts import rest
 from scanfleet.runtime.service import PathId
 from scanfleet.security.auth import Caller
@@ -15,7 +15,7 @@ router = APIRouter(prefix=f"{rest.SUBNETS.path}/{{subnet_id}}/retention", tags=[
 
 
 @router.get("", response_model=rest.SubnetRetention, responses=errors(404))
-async def read_subnet_retention(subnet_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+async def read_subnet_retention(subnet_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
     """Read how long jobs of a subnet are kept after their end."""
     return await state.orchestrator.forward(request)
 
@@ -26,6 +26,6 @@ async def read_subnet_retention(subnet_id: PathId, request: Request, _caller: Ca
     responses=errors(400, 404, 413),
     openapi_extra=body(rest.SubnetRetentionBody),
 )
-async def replace_subnet_retention(subnet_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+async def replace_subnet_retention(subnet_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
     """Replace how long jobs of a subnet are kept after their end. A replacement of the subnet does not change it."""
     return await state.orchestrator.forward(request)

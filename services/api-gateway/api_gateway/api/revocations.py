@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
 from api_gateway.api.openapi import body, errors, query
-from api_gateway.api.state import Handed
+from api_gateway.api.state import StateDep
 from scanfleet.contracts import queries, rest
 from scanfleet.runtime.service import PathId
 from scanfleet.security.auth import Caller
@@ -20,7 +20,7 @@ router = APIRouter(prefix="/api/v1/revocation", tags=["revocation"], route_class
     responses=errors(400, 403),
     openapi_extra={"parameters": query(queries.Page)},
 )
-async def list_revocations(request: Request, _caller: Caller, state: Handed) -> Response:
+async def list_revocations(request: Request, _caller: Caller, state: StateDep) -> Response:
     """List the revocations that are in force, newest first; for administrators."""
     return await state.orchestrator.forward(request)
 
@@ -32,7 +32,7 @@ async def list_revocations(request: Request, _caller: Caller, state: Handed) -> 
     responses=errors(400, 403, 409, 413),
     openapi_extra=body(rest.RevocationBody),
 )
-async def create_revocation(request: Request, _caller: Caller, state: Handed) -> Response:
+async def create_revocation(request: Request, _caller: Caller, state: StateDep) -> Response:
     """Revoke one token, or all tokens of a user that were issued before a time; for administrators.
 
     Every gateway refuses them within five seconds; a gateway that cannot read the revocations refuses all tokens after 60. A
@@ -42,6 +42,6 @@ async def create_revocation(request: Request, _caller: Caller, state: Handed) ->
 
 
 @router.delete("/{revocation_id}", response_model=rest.Done, responses=errors(403, 404))
-async def delete_revocation(revocation_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+async def delete_revocation(revocation_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
     """Accept the tokens of a revocation again; for administrators."""
     return await state.orchestrator.forward(request)

@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request, Response
 
 from api_gateway.api.admission import Route
 from api_gateway.api.openapi import errors
-from api_gateway.api.state import Handed
+from api_gateway.api.state import StateDep
 from api_gateway.auth import RefusedSignInError, SignIn
 from api_gateway.settings import Settings
 from scanfleet.contracts import rest
@@ -125,7 +125,7 @@ class Sessions:
 
 
 @router.post("", status_code=204, response_class=Response, responses=errors(400, 404))
-async def create_session(request: Request, caller: Caller, state: Handed) -> Response:
+async def create_session(request: Request, caller: Caller, state: StateDep) -> Response:
     """Begin a browser session with the bearer token of this request; it ends when the token does."""
     sessions = _sessions(request)
     token = await bearer_token(request)
@@ -137,7 +137,7 @@ async def create_session(request: Request, caller: Caller, state: Handed) -> Res
 
 
 @router.delete("", responses=errors(404))
-async def end_session(request: Request, response: Response, _caller: Caller, state: Handed) -> rest.SessionEnded:
+async def end_session(request: Request, response: Response, _caller: Caller, state: StateDep) -> rest.SessionEnded:
     """End the browser session."""
     _sessions(request)
     await state.orchestrator.record_session(state.orchestrator.identity(request), "end")
@@ -147,7 +147,7 @@ async def end_session(request: Request, response: Response, _caller: Caller, sta
 
 
 @router.post("/refresh", status_code=204, response_class=Response, responses=errors(400, 404))
-async def refresh_session(request: Request, caller: Caller, state: Handed) -> Response:
+async def refresh_session(request: Request, caller: Caller, state: StateDep) -> Response:
     """Replace the session's tokens by new ones of the issuer. Not concurrently: a refresh token may be valid only once."""
     sessions = _sessions(request)
     sign_in: SignIn | None = request.app.state.sign_in

@@ -18,7 +18,7 @@ from fastapi.responses import RedirectResponse
 
 from api_gateway.api.admission import Admission
 from api_gateway.api.session import Sessions, set_cookie
-from api_gateway.api.state import Handed, State
+from api_gateway.api.state import State, StateDep
 from api_gateway.auth import RefusedSignInError, SignIn
 from scanfleet.errors import (
     BadRequestError,
@@ -63,7 +63,7 @@ async def login(request: Request, next: str = _HOME) -> Response:  # noqa: A002 
 
 
 @router.get("/callback", name="create_session")
-async def callback(request: Request, state: Handed) -> Response:
+async def callback(request: Request, state: StateDep) -> Response:
     """Handle the issuer's redirect, and begin a session."""
     sign_in, sessions = _parts(request)
     try:

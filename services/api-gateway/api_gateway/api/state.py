@@ -32,4 +32,4 @@ async def _state(request: Request) -> State:  # without async the framework woul
     return cast(State, request.app.state.gateway)
 
 
-Handed = Annotated[State, Depends(_state)]
+StateDep = Annotated[State, Depends(_state)]

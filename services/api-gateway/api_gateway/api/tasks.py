@@ -19,7 +19,7 @@ from api_gateway.api.events import (
 )
 from api_gateway.api.keys import SentKey
 from api_gateway.api.openapi import ETAG, IF_NONE_MATCH, errors, query, server_sent
-from api_gateway.api.state import Handed
+from api_gateway.api.state import StateDep
 from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import CancelJob, SubmitJobs
 from scanfleet.runtime import tracing
@@ -129,7 +129,7 @@ _ALL_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
     responses=errors(400, 403),
     openapi_extra={"parameters": query(queries.Tasks)},
 )
-async def list_tasks(request: Request, _caller: Caller, state: Handed) -> Response:
+async def list_tasks(request: Request, _caller: Caller, state: StateDep) -> Response:
     """List the caller's scan jobs, pending ones first, then by start, the latest first."""
     return await state.orchestrator.forward(request)
 
@@ -139,7 +139,7 @@ async def create_tasks(
     body: rest.CreateJobs,
     request: Request,
     caller: Caller,
-    state: Handed,
+    state: StateDep,
     idempotency_key: SentKey,
 ) -> rest.JobsCreated:
     """Create one scan job for each subnet, all or none. The jobs can be read once the response is received."""
@@ -159,19 +159,19 @@ async def create_tasks(
 
 
 @router.post("/estimate", response_model=rest.Estimate, responses=errors(400, 404, 413))
-async def estimate_task(body: rest.EstimateBody, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the body
+async def estimate_task(body: rest.EstimateBody, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the body
     """Estimate a scan of one subnet, with every reason for which a request for it would be refused now. Creates nothing."""
     return await state.orchestrator.forward(request, with_roles=True)
 
 
 @router.get("/{job_id}", response_model=rest.TaskStatus, responses=errors(404))
-async def read_task(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+async def read_task(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
     """Read the current state and progress of a scan job."""
     return await state.orchestrator.forward(request)
 
 
 @router.delete("/{job_id}", response_model=rest.Done, responses=errors(404, 409))
-async def delete_task(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+async def delete_task(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
     """Delete a scan job that has ended, with its results and ledger."""
     return await state.orchestrator.forward(request)
 
@@ -181,7 +181,7 @@ async def watch_task(
     job_id: PathId,
     request: Request,
     _caller: Caller,
-    state: Handed,
+    state: StateDep,
     subscription: JobSubscription,
     last_event_id: LastEventId = None,
 ) -> Response:
@@ -205,7 +205,7 @@ async def watch_tasks(
     *,
     request: Request,
     _caller: Caller,
-    state: Handed,
+    state: StateDep,
     subscription: JobsSubscription,
     selected: Annotated[queries.Events, parsed(queries.Events)],
     last_event_id: LastEventId = None,
@@ -219,7 +219,7 @@ async def watch_tasks(
 
 
 @cancels.post("/cancel", responses=errors(400, 413))
-async def cancel_tasks(body: rest.CancelJobs, request: Request, _caller: Caller, state: Handed) -> rest.JobsCancelled:
+async def cancel_tasks(body: rest.CancelJobs, request: Request, _caller: Caller, state: StateDep) -> rest.JobsCancelled:
     """Cancel the caller's pending and running scan jobs that match every filter, or `all` of them; idempotent."""
     job_ids: list[int] = []
     more = True
@@ -234,7 +234,7 @@ async def cancel_tasks(body: rest.CancelJobs, request: Request, _caller: Caller,
 
 
 @cancels.post("/{job_id}/cancel", responses=errors(400, 404))
-async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: Handed) -> rest.Done:
+async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: StateDep) -> rest.Done:
     """Cancel a pending or running scan job. Its results so far can be read."""
     command = CancelJob(
         command_id=uuid4().hex,
@@ -254,7 +254,7 @@ async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: H
     responses=_RESULTS | errors(400, 403, 404),
     openapi_extra={"parameters": query(queries.Results)},
 )
-async def read_results(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:
+async def read_results(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:
     """Read the results of a scan job so far; for its owner and administrators."""
     refusal = await state.orchestrator.refusal(request, job_id)
     return refusal or await state.result_store.forward(request)
@@ -263,7 +263,7 @@ async def read_results(job_id: PathId, request: Request, _caller: Caller, state:
 @router.get(
     "/{job_id}/hosts", responses=_HOSTS | errors(400, 403, 404, 409), openapi_extra={"parameters": query(queries.Hosts)}
 )
-async def read_hosts(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:
+async def read_hosts(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:
     """Read the hosts of a scan job so far: each address that answered, or that has a port that is open or open|filtered.
 
     For the job's owner and administrators. The map has the outcomes of all other addresses. Of a job of release 0.1 only the
@@ -283,7 +283,7 @@ async def read_nmap_xml(
     job_id: PathId,
     request: Request,
     _caller: Caller,
-    state: Handed,
+    state: StateDep,
     selected: Annotated[queries.NmapXml, parsed(queries.NmapXml)],
 ) -> Response:
     """Read all results of a scan job that has ended as one document in nmap's XML format; for its owner and administrators.
@@ -303,13 +303,13 @@ async def read_nmap_xml(
     responses=errors(400, 404, 413),
     openapi_extra={"parameters": query(queries.Ledger)},
 )
-async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
     """Read the outcomes of all probes of a scan job, and the list of addresses that were not completely probed."""
     return await state.orchestrator.forward(request)
 
 
 @router.get("/{job_id}/snapshot", response_model=rest.JobSnapshot, responses=errors(404))
-async def read_snapshot(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+async def read_snapshot(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
     """Read the subnet and policy of a scan job as they were when it was created."""
     return await state.orchestrator.forward(request)
 
@@ -320,12 +320,12 @@ async def read_snapshot(job_id: PathId, request: Request, _caller: Caller, state
     responses=_NOT_MODIFIED | errors(400, 404, 413),
     openapi_extra={"parameters": [*query(queries.Map), IF_NONE_MATCH]},
 )
-async def read_map(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+async def read_map(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
     """Read the outcome of each address or chunk of a scan job as one letter, for each block of its ports."""
     return await state.orchestrator.forward(request)
 
 
 @router.get("/{job_id}/waiting", response_model=rest.Waiting, responses=errors(404))
-async def read_waiting(job_id: PathId, request: Request, _caller: Caller, state: Handed) -> Response:  # noqa: ARG001 # documents the path
+async def read_waiting(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
     """Read why a scan job does not progress: its queued chunks, and the reasons for which they wait."""
     return await state.orchestrator.forward(request)

@@ -7,18 +7,18 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Request
 
-from job_orchestrator.api.state import Handed, Recorded
+from job_orchestrator.api.state import Recorded, StateDep
 from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Revocation
 from job_orchestrator.domain.audit import first_use
 from scanfleet.contracts import queries, rest
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
 from scanfleet.runtime.service import PathId, parsed, source
 from scanfleet.scanning.policy import Preset, fill_in
-from scanfleet.security.auth import Caller, GatewayRoute, Guarded, Principal
+from scanfleet.security.auth import AuthenticatedRoute, Caller, GatewayRoute, Principal
 
 _SKEW: Final = timedelta(seconds=60)  # maximum by which a caller's clock may be ahead
 
-router = APIRouter(prefix="/api/v1/revocation", route_class=Guarded)
+router = APIRouter(prefix="/api/v1/revocation", route_class=AuthenticatedRoute)
 internal = APIRouter(prefix="/internal", route_class=GatewayRoute)
 
 
@@ -33,7 +33,7 @@ Administrator = Annotated[Principal, Depends(_administrator)]
 
 @router.post("", status_code=201)
 async def create_revocation(
-    body: rest.RevocationBody, caller: Administrator, state: Handed, record: Recorded
+    body: rest.RevocationBody, caller: Administrator, state: StateDep, record: Recorded
 ) -> rest.Revocation:
     now = state.now()
     if body.issued_before is not None and body.issued_before > now + _SKEW:
@@ -59,7 +59,7 @@ async def create_revocation(
 
 @router.get("")
 async def list_revocations(
-    _caller: Administrator, state: Handed, query: Annotated[queries.Page, parsed(queries.Page)]
+    _caller: Administrator, state: StateDep, query: Annotated[queries.Page, parsed(queries.Page)]
 ) -> rest.RevocationList:
     found = await state.store.access.revocations()
     return rest.RevocationList(
@@ -72,7 +72,7 @@ async def list_revocations(
 
 @router.delete("/{revocation_id}")
 async def delete_revocation(
-    revocation_id: PathId, _caller: Administrator, state: Handed, record: Recorded
+    revocation_id: PathId, _caller: Administrator, state: StateDep, record: Recorded
 ) -> rest.Done:
     if not await state.store.access.has_revocation(revocation_id):
         raise NotFoundError("Revocation not found")
@@ -82,7 +82,7 @@ async def delete_revocation(
 
 
 @internal.get("/revocations")
-async def revoked(state: Handed) -> list[rest.Revoked]:
+async def revoked(state: StateDep) -> list[rest.Revoked]:
     """List all revocations; every gateway polls this route every two seconds."""
     return [
         rest.Revoked(jti=each.jti, sub=each.sub, user_id=each.user_id, issued_before=each.issued_before)
@@ -91,7 +91,7 @@ async def revoked(state: Handed) -> list[rest.Revoked]:
 
 
 @internal.get("/limits")
-async def scan_limits(state: Handed) -> rest.ScanLimits:
+async def scan_limits(state: StateDep) -> rest.ScanLimits:
     """Return the limits of scans."""
     return rest.ScanLimits(
         presets={preset: fill_in(preset, {}, state.checks.scripts) for preset in Preset},
@@ -101,7 +101,7 @@ async def scan_limits(state: Handed) -> rest.ScanLimits:
 
 
 @internal.post("/keys")
-async def use_issuer_keys(request: Request, body: rest.IssuerKeys, state: Handed) -> rest.Done:
+async def use_issuer_keys(request: Request, body: rest.IssuerKeys, state: StateDep) -> rest.Done:
     """Record the keys of an issuer that the gateway accepts, each once."""
     await state.store.audit.add(
         [first_use(f"verifies tokens of {body.issuer}", key, source=source(request)) for key in body.keys]
@@ -110,7 +110,7 @@ async def use_issuer_keys(request: Request, body: rest.IssuerKeys, state: Handed
 
 
 @internal.post("/users")
-async def user_id(body: rest.Subject, state: Handed) -> rest.UserId:
+async def user_id(body: rest.Subject, state: StateDep) -> rest.UserId:
     """Return the id of this user; the first call assigns it."""
     return rest.UserId(user_id=await state.store.access.user_id(body.issuer, body.subject))
 

@@ -6,13 +6,13 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Request
 
-from job_orchestrator.api.state import Handed, Recorded
+from job_orchestrator.api.state import Recorded, StateDep
 from scanfleet.contracts import queries, rest
 from scanfleet.errors import ForbiddenError, Rule
 from scanfleet.runtime.service import parsed
-from scanfleet.security.auth import Caller, Guarded
+from scanfleet.security.auth import AuthenticatedRoute, Caller
 
-router = APIRouter(prefix="/api/v1/audit", route_class=Guarded)
+router = APIRouter(prefix="/api/v1/audit", route_class=AuthenticatedRoute)
 
 _PAGING: Final = frozenset({"page", "page_size"})
 
@@ -22,7 +22,7 @@ async def list_audit(
     *,
     request: Request,
     caller: Caller,
-    state: Handed,
+    state: StateDep,
     record: Recorded,
     query: Annotated[queries.Audit, parsed(queries.Audit)],
 ) -> rest.AuditList:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 
-from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, State, tags
+from job_orchestrator.api.state import MAX_ERROR_CHARS, Recorded, State, StateDep, tags
 from job_orchestrator.api.tasks import readable
 from job_orchestrator.domain import coverage, plan
 from job_orchestrator.domain.job import ScanJob
@@ -18,16 +18,16 @@ from scanfleet.errors import BadRequestError, TooLargeError
 from scanfleet.runtime.service import AsciiJSON, PathId, parsed
 from scanfleet.scanning.outcomes import address_at, index_of
 from scanfleet.scanning.ports import PortSet
-from scanfleet.security.auth import Caller, Guarded
+from scanfleet.security.auth import AuthenticatedRoute, Caller
 
 _MAX_CHUNKS = 65_536  # chunks read per response: a /16 of one address each
 _MAX_RANGES = 256  # ranges of chunks, with one query or more each
 
-router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
+router = APIRouter(prefix="/api/v1/task", route_class=AuthenticatedRoute)
 
 
 @router.get("/{job_id}/snapshot")
-async def read_snapshot(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.JobSnapshot:
+async def read_snapshot(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> rest.JobSnapshot:
     job = await readable(state, caller, job_id, record)
     return rest.JobSnapshot(
         job_id=job.id,
@@ -48,7 +48,7 @@ async def read_map(
     request: Request,
     job_id: PathId,
     caller: Caller,
-    state: Handed,
+    state: StateDep,
     record: Recorded,
     query: Annotated[queries.Map, parsed(queries.Map)],
 ) -> Response:

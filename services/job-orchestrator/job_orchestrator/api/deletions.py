@@ -6,19 +6,19 @@ from typing import Annotated
 
 from fastapi import APIRouter
 
-from job_orchestrator.api.state import Handed, Recorded
+from job_orchestrator.api.state import Recorded, StateDep
 from job_orchestrator.api.tasks import readable_user
 from job_orchestrator.domain.deletion import Deletion, Stage
 from scanfleet.contracts import queries, rest
 from scanfleet.runtime.service import parsed
-from scanfleet.security.auth import Caller, Guarded
+from scanfleet.security.auth import AuthenticatedRoute, Caller
 
-router = APIRouter(prefix="/api/v1/deletion", route_class=Guarded)
+router = APIRouter(prefix="/api/v1/deletion", route_class=AuthenticatedRoute)
 
 
 @router.get("")
 async def list_deletions(
-    caller: Caller, state: Handed, record: Recorded, query: Annotated[queries.Deletions, parsed(queries.Deletions)]
+    caller: Caller, state: StateDep, record: Recorded, query: Annotated[queries.Deletions, parsed(queries.Deletions)]
 ) -> rest.DeletionList:
     whose = await readable_user(caller, query.user_id, record, target="/api/v1/deletion", what="deletions")
     stages = [stage for stage in Stage if query.state is None or (stage is Stage.DONE) is (query.state == "done")]

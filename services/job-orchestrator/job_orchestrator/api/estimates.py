@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from fastapi import APIRouter
 
 from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, parsed_target
-from job_orchestrator.api.state import Handed, State, mine
+from job_orchestrator.api.state import State, StateDep, mine
 from job_orchestrator.domain.proposal import Part, Proposal
 from scanfleet.contracts import rest
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import Target
-from scanfleet.security.auth import Caller, Guarded, Principal
+from scanfleet.security.auth import AuthenticatedRoute, Caller, Principal
 
-router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
+router = APIRouter(prefix="/api/v1/task", route_class=AuthenticatedRoute)
 
 
 @router.post("/estimate")
-async def estimate_task(body: rest.EstimateBody, caller: Caller, state: Handed) -> rest.Estimate:
+async def estimate_task(body: rest.EstimateBody, caller: Caller, state: StateDep) -> rest.Estimate:
     policy, target = await _policy(body, caller, state), await _target(body, caller, state)
     proposal = await state.submits.estimate(caller.user_id, caller.roles, policy, target)
     return _view(body, proposal, state.checks.nmap_options(proposal))

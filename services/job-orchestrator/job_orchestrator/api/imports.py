@@ -15,16 +15,16 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
 from job_orchestrator.api.resource_rules import SUBNETS, scan_target
-from job_orchestrator.api.state import MAX_ERROR_CHARS, Handed, Recorded, within_quota
+from job_orchestrator.api.state import MAX_ERROR_CHARS, Recorded, StateDep, within_quota
 from job_orchestrator.domain.proposal import Checks
 from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
 from scanfleet.clock import utc_now
 from scanfleet.contracts import queries, rest
 from scanfleet.errors import BadRequestError, ConflictError
 from scanfleet.runtime.service import parsed
-from scanfleet.security.auth import Caller, Guarded
+from scanfleet.security.auth import AuthenticatedRoute, Caller
 
-router = APIRouter(prefix=rest.SUBNETS.path, route_class=Guarded)
+router = APIRouter(prefix=rest.SUBNETS.path, route_class=AuthenticatedRoute)
 
 _COLUMNS: Final = {"name", "cidr", "exclude"}
 _MAX_IDS: Final = 5  # of subnets with one name, in an error
@@ -66,7 +66,7 @@ async def import_subnets(
     request: Request,
     response: Response,
     caller: Caller,
-    state: Handed,
+    state: StateDep,
     record: Recorded,
     query: Annotated[queries.SubnetImport, parsed(queries.SubnetImport)],
 ) -> rest.SubnetsImported | rest.SubnetImportCheck:

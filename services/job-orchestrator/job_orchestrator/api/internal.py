@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Path
 
-from job_orchestrator.api.state import Handed, Recorded, Recorder, State
+from job_orchestrator.api.state import Recorded, Recorder, State, StateDep
 from job_orchestrator.api.tasks import audit_target, readable, readable_user, task_status
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from scanfleet.contracts import queries, rest
@@ -16,9 +16,9 @@ from scanfleet.contracts.messages.commands import CommandId
 from scanfleet.contracts.messages.fields import MAX_ID
 from scanfleet.errors import ConflictError, ForbiddenError, NotFoundError
 from scanfleet.runtime.service import PathId, parsed
-from scanfleet.security.auth import Caller, Guarded, Principal
+from scanfleet.security.auth import AuthenticatedRoute, Caller, Principal
 
-router = APIRouter(prefix="/internal", route_class=Guarded)
+router = APIRouter(prefix="/internal", route_class=AuthenticatedRoute)
 
 _LATEST_PAGE: Final = 200  # states of jobs: 0.1 MB of the database
 _ENDED_WITHIN: Final = timedelta(days=1)  # clients that were disconnected for longer read the list
@@ -26,21 +26,21 @@ _CANCEL_PAGE: Final = 1_000  # jobs cancelled per request: about a second of wor
 
 
 @router.get("/jobs/{job_id}/owner", name="read_results")
-async def owner(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> dict[str, int]:
+async def owner(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> dict[str, int]:
     """Return the owner of the job, for callers who may read its results."""
     job = await _with_results(job_id, "results", caller, state, record)
     return {"user_id": job.user_id}
 
 
 @router.get("/jobs/{job_id}/owner/hosts", name="read_hosts")
-async def owner_of_hosts(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> dict[str, int]:
+async def owner_of_hosts(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> dict[str, int]:
     """Return the owner of the job, for callers who may read its hosts."""
     job = await _with_results(job_id, "hosts", caller, state, record)
     return {"user_id": job.user_id}
 
 
 @router.get("/jobs/{job_id}/export", name="read_nmap_xml")
-async def exported(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.ExportedJob:
+async def exported(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> rest.ExportedJob:
     """Return the facts of a finished job for the document of its results, for callers who may read them."""
     job = await _with_results(job_id, "nmap.xml", caller, state, record)
     if not job.final or job.end_time is None:
@@ -75,7 +75,7 @@ async def _with_results(job_id: int, what: str, caller: Principal, state: State,
 
 
 @router.get("/jobs/{job_id}/latest", name="watch_task")
-async def latest(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Snapshot:
+async def latest(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> rest.Snapshot:
     """Return the current job and the `seq` from which its events continue."""
     job = await readable(state, caller, job_id, record, target=f"/api/v1/task/{job_id}/events", streamed=True)
     return rest.Snapshot(seq=job.seq, task=task_status(job))
@@ -85,7 +85,7 @@ async def latest(job_id: PathId, caller: Caller, state: Handed, record: Recorded
 async def latest_of(
     *,
     caller: Caller,
-    state: Handed,
+    state: StateDep,
     record: Recorded,
     query: Annotated[queries.LatestJobs, parsed(queries.LatestJobs)],
 ) -> rest.Snapshots:
@@ -118,7 +118,7 @@ def _place(ended_after: str) -> tuple[datetime, int]:
 
 
 @router.post("/jobs/cancel", name="cancel_tasks")
-async def cancel_page(body: rest.CancelJobs, caller: Caller, state: Handed, record: Recorded) -> rest.CancelledPage:
+async def cancel_page(body: rest.CancelJobs, caller: Caller, state: StateDep, record: Recorded) -> rest.CancelledPage:
     """Cancel a page of the caller's matching unfinished jobs; the caller repeats the request while there are more."""
     job_ids = await state.store.jobs.unfinished(
         caller.user_id,
@@ -138,7 +138,7 @@ async def cancel_page(body: rest.CancelJobs, caller: Caller, state: Handed, reco
 async def expire(
     command_id: Annotated[CommandId, Path()],
     caller: Caller,
-    state: Handed,
+    state: StateDep,
 ) -> rest.Verdict:
     """Decide the command: it is expired, or its outcome is returned."""
     match await state.commands.expire(command_id, caller.user_id):

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Path, Request, Response
 from job_orchestrator.api.keys import Creation, IdempotencyKey
 from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, Answer, Body, Listed, ResourceRules
 from job_orchestrator.api.state import (
-    Handed,
     Recorded,
+    StateDep,
     check_unchanged,
     mine,
     repeated,
@@ -22,7 +22,7 @@ from scanfleet.clock import utc_now
 from scanfleet.contracts import queries, rest
 from scanfleet.errors import NotFoundError, PreconditionFailedError
 from scanfleet.runtime.service import PathId, parsed, typed
-from scanfleet.security.auth import Caller, Guarded
+from scanfleet.security.auth import AuthenticatedRoute, Caller
 
 
 def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
@@ -30,7 +30,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
     resource = rules.resource
     name, one = resource.name, f"/{{{resource.id_name}}}"
     path_id = Annotated[PathId, Path(alias=resource.id_name)]
-    router = APIRouter(prefix=resource.path, route_class=Guarded)
+    router = APIRouter(prefix=resource.path, route_class=AuthenticatedRoute)
 
     @router.post("", name=f"create_{name}", status_code=201, response_model=resource.answer)
     @typed(body=resource.body)
@@ -39,7 +39,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         body: Body,
         response: Response,
         caller: Caller,
-        state: Handed,
+        state: StateDep,
         record: Recorded,
         idempotency_key: IdempotencyKey = None,
     ) -> Answer:
@@ -60,7 +60,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         return tagged(view, response)
 
     @router.get("", name=f"list_{resource.plural}", response_model=resource.listed)
-    async def list_(caller: Caller, state: Handed, query: Annotated[queries.Page, parsed(queries.Page)]) -> Listed:
+    async def list_(caller: Caller, state: StateDep, query: Annotated[queries.Page, parsed(queries.Page)]) -> Listed:
         found, total = await rules.repository(state.store).page(caller.user_id, query.skip, query.page_size)
         views = [rules.view(each) for each in found]
         return resource.listed.model_validate(
@@ -69,7 +69,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
 
     @router.get(one, name=f"read_{name}", response_model=resource.answer)
     @typed(id_=path_id)
-    async def read(id_: int, response: Response, caller: Caller, state: Handed) -> Answer:
+    async def read(id_: int, response: Response, caller: Caller, state: StateDep) -> Answer:
         return tagged(rules.view(await mine(state, rules, caller.user_id, id_)), response)
 
     @router.put(one, name=f"replace_{name}", response_model=resource.answer)
@@ -81,7 +81,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         request: Request,
         response: Response,
         caller: Caller,
-        state: Handed,
+        state: StateDep,
         record: Recorded,
     ) -> Answer:
         old = await mine(state, rules, caller.user_id, id_)
@@ -100,7 +100,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
 
     @router.delete(one, name=f"delete_{name}")
     @typed(id_=path_id)
-    async def delete(id_: int, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
+    async def delete(id_: int, caller: Caller, state: StateDep, record: Recorded) -> rest.Done:
         await mine(state, rules, caller.user_id, id_)
         await rules.check_unused(state.store, id_)
         await record()

@@ -5,24 +5,24 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from job_orchestrator.api.resource_rules import SUBNETS
-from job_orchestrator.api.state import Handed, Recorded, State, mine
+from job_orchestrator.api.state import Recorded, State, StateDep, mine
 from scanfleet.contracts import rest
 from scanfleet.errors import NotFoundError
 from scanfleet.runtime.service import PathId
-from scanfleet.security.auth import Caller, Guarded
+from scanfleet.security.auth import AuthenticatedRoute, Caller
 
-router = APIRouter(prefix=f"{rest.SUBNETS.path}/{{subnet_id}}/retention", route_class=Guarded)
+router = APIRouter(prefix=f"{rest.SUBNETS.path}/{{subnet_id}}/retention", route_class=AuthenticatedRoute)
 
 
 @router.get("")
-async def read_subnet_retention(subnet_id: PathId, caller: Caller, state: Handed) -> rest.SubnetRetention:
+async def read_subnet_retention(subnet_id: PathId, caller: Caller, state: StateDep) -> rest.SubnetRetention:
     await mine(state, SUBNETS, caller.user_id, subnet_id)
     return _view(state, await state.store.retention.days(subnet_id))
 
 
 @router.put("")
 async def replace_subnet_retention(
-    subnet_id: PathId, body: rest.SubnetRetentionBody, caller: Caller, state: Handed, record: Recorded
+    subnet_id: PathId, body: rest.SubnetRetentionBody, caller: Caller, state: StateDep, record: Recorded
 ) -> rest.SubnetRetention:
     await mine(state, SUBNETS, caller.user_id, subnet_id)
     await record()

@@ -56,7 +56,7 @@ async def _state(request: Request) -> State:  # without async the framework woul
     return state
 
 
-Handed = Annotated[State, Depends(_state)]
+StateDep = Annotated[State, Depends(_state)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Recorder:
         await record(self.audit, entries)
 
 
-async def _recorder(request: Request, _caller: Caller, state: Handed) -> Recorder:
+async def _recorder(request: Request, _caller: Caller, state: StateDep) -> Recorder:
     return Recorder(request, state.store.audit)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter
 
-from job_orchestrator.api.state import Handed, Recorded, Recorder, State
+from job_orchestrator.api.state import Recorded, Recorder, State, StateDep
 from job_orchestrator.domain import ledger
 from job_orchestrator.domain.census import OpenChunks
 from job_orchestrator.domain.fairness import LIVE
@@ -15,14 +15,14 @@ from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule, TooLargeError
 from scanfleet.runtime.service import PathId, parsed
-from scanfleet.security.auth import Caller, Guarded, Principal
+from scanfleet.security.auth import AuthenticatedRoute, Caller, Principal
 
-router = APIRouter(prefix="/api/v1/task", route_class=Guarded)
+router = APIRouter(prefix="/api/v1/task", route_class=AuthenticatedRoute)
 
 
 @router.get("")
 async def list_tasks(
-    caller: Caller, state: Handed, record: Recorded, query: Annotated[queries.Tasks, parsed(queries.Tasks)]
+    caller: Caller, state: StateDep, record: Recorded, query: Annotated[queries.Tasks, parsed(queries.Tasks)]
 ) -> rest.JobList:
     whose = await readable_user(caller, query.user_id, record, target="/api/v1/task")
     found, total = await state.store.jobs.page(
@@ -38,12 +38,12 @@ async def list_tasks(
 
 
 @router.get("/{job_id}")
-async def read_task(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.TaskStatus:
+async def read_task(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> rest.TaskStatus:
     return task_status(await readable(state, caller, job_id, record))
 
 
 @router.delete("/{job_id}")
-async def delete_task(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Done:
+async def delete_task(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> rest.Done:
     job = (await state.store.jobs.get([job_id])).get(job_id)
     if job is None or not (job.user_id == caller.user_id or caller.admin):
         raise NotFoundError("Job not found", rule=Rule.OWNER if job else None)
@@ -65,7 +65,7 @@ async def read_ledger(
     *,
     job_id: PathId,
     caller: Caller,
-    state: Handed,
+    state: StateDep,
     record: Recorded,
     query: Annotated[queries.Ledger, parsed(queries.Ledger)],
 ) -> rest.Ledger:
@@ -110,7 +110,7 @@ async def read_ledger(
 
 
 @router.get("/{job_id}/waiting")
-async def read_waiting(job_id: PathId, caller: Caller, state: Handed, record: Recorded) -> rest.Waiting:
+async def read_waiting(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> rest.Waiting:
     job = await readable(state, caller, job_id, record)
     open_ = OpenChunks() if job.final else await state.store.chunks.count_open(job_id)
     waiting = not job.final and not open_.held and (open_.queued > 0 or job.status is JobStatus.PENDING)

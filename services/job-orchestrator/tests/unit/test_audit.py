@@ -26,7 +26,7 @@ from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_AUDIT_OPERATOR, SCAN_COMMANDS
 from scanfleet.errors import DependencyError, MessageError
 from scanfleet.runtime.bus import Record
-from scanfleet.runtime.settings import FrontSettings
+from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WORKER
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import Issuer
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.proves("G15")
 
 @pytest.fixture
 def app(world: World) -> FastAPI:
-    settings = FrontSettings(trusted_proxies=(ip_network("127.0.0.1"),))
+    settings = ConnectionSettings(trusted_proxies=(ip_network("127.0.0.1"),))
     return app_of(state_of(world), ISSUER.verifier, settings)
 
 

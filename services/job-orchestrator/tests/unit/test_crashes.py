@@ -39,7 +39,7 @@ class Moment(enum.Enum):
     AFTER = "after"
 
 
-class Fuse:
+class CrashPoint:
     """Lets so many calls through, and breaks one."""
 
     def __init__(
@@ -66,44 +66,44 @@ class Fuse:
 
 
 class FragileStore:
-    """A store whose repositories are behind a fuse."""
+    """A store whose repositories are behind a crash_point."""
 
-    def __init__(self, store: MemoryStore, fuse: Fuse) -> None:
+    def __init__(self, store: MemoryStore, crash_point: CrashPoint) -> None:
         self._store = store
-        self._fuse = fuse
+        self._crash_point = crash_point
 
     def __getattr__(self, name: str) -> FragileRepository:
-        return FragileRepository(getattr(self._store, name), self._fuse)
+        return FragileRepository(getattr(self._store, name), self._crash_point)
 
 
 class FragileRepository:
-    def __init__(self, repository: Any, fuse: Fuse) -> None:
+    def __init__(self, repository: Any, crash_point: CrashPoint) -> None:
         self._repository = repository
-        self._fuse = fuse
+        self._crash_point = crash_point
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         method = getattr(self._repository, name)
 
         async def call(*arguments: Any, **named: Any) -> Any:
-            return await self._fuse.call(method, list(arguments), named)
+            return await self._crash_point.call(method, list(arguments), named)
 
         return call
 
     async def of_job(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
-        await self._fuse.call(self._repository.get, [[]], {})  # stands for the first read
+        await self._crash_point.call(self._repository.get, [[]], {})  # stands for the first read
         async for chunk in self._repository.of_job(job_id, first, end):
             yield chunk
 
 
 class FragileBus:
-    """A publisher behind the same fuse."""
+    """A publisher behind the same crash_point."""
 
-    def __init__(self, bus: MemoryBus, fuse: Fuse) -> None:
+    def __init__(self, bus: MemoryBus, crash_point: CrashPoint) -> None:
         self._bus = bus
-        self._fuse = fuse
+        self._crash_point = crash_point
 
     async def publish(self, topic: Topic, messages: Sequence[Message]) -> None:
-        await self._fuse.call(self._bus.publish, [topic, list(messages)], {})
+        await self._crash_point.call(self._bus.publish, [topic, list(messages)], {})
 
 
 class ImpatientJobs(MemoryJobs):
@@ -123,13 +123,15 @@ class ImpatientChunks(MemoryChunks):
 class CrashingWorld(World):
     """A world on test doubles that fail; failed work is repeated, by another process if the first one died."""
 
-    def __init__(self, fuse: Fuse) -> None:
+    def __init__(self, crash_point: CrashPoint) -> None:
         store = MemoryStore()
         store.jobs, store.chunks = ImpatientJobs(store.data), ImpatientChunks(store.data)
         super().__init__(store)
-        self.fuse = fuse
+        self.crash_point = crash_point
         self.replicas = [
-            self.replica(cast(Store, FragileStore(store, fuse)), cast(Publisher, FragileBus(self.bus, fuse))),
+            self.replica(
+                cast(Store, FragileStore(store, crash_point)), cast(Publisher, FragileBus(self.bus, crash_point))
+            ),
         ]
 
     async def hand(self, topic: Topic, records: Sequence[Record]) -> None:
@@ -158,7 +160,7 @@ class CrashingWorld(World):
 
     async def mend(self) -> None:
         """After a failure, advance the time until leases, dispatches and sweeps have repaired it."""
-        if not self.fuse.is_used:
+        if not self.crash_point.is_used:
             return
         for _ in range(12):
             await self.wait(1, seconds=3.0)
@@ -305,11 +307,11 @@ async def test_single_failed_call_changes_no_outcome(
     moment: Moment,
 ) -> None:
     """Whichever call of a repository or the bus fails, the jobs end the same, with every event in order."""
-    whole = CrashingWorld(Fuse())
+    whole = CrashingWorld(CrashPoint())
     await scenario(whole)
     check(whole)
-    for number in range(1, whole.fuse.calls + 1):
-        world = CrashingWorld(Fuse(number, moment, error))
+    for number in range(1, whole.crash_point.calls + 1):
+        world = CrashingWorld(CrashPoint(number, moment, error))
         await scenario(world)
         check(world)
 
@@ -319,7 +321,7 @@ async def test_replies_of_a_repeated_submit_name_the_same_jobs() -> None:
     count = 40  # more calls than one submit takes
     for moment in Moment:
         for number in range(1, count):
-            world = CrashingWorld(Fuse(number, moment))
+            world = CrashingWorld(CrashPoint(number, moment))
             command = await world.submit("127.9.8.0/30", "127.9.9.0/30")
             await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
             replies = world.replies(command)

@@ -24,7 +24,7 @@ from scanfleet.errors import BadRequestError, ConflictError
 from scanfleet.runtime.service import PathId, parsed
 from scanfleet.scanning.outcomes import Outcome
 from scanfleet.scanning.ports import Range, disjoint, overlap, parse_ranges, ranges_text
-from scanfleet.security.auth import Caller, Guarded
+from scanfleet.security.auth import AuthenticatedRoute, Caller
 
 _FORMATS: Final = (JSON, NDJSON)
 _ALL_FIELDS: Final[Fields] = tuple(rest.Host.model_fields)
@@ -192,7 +192,7 @@ async def _store(request: Request) -> Hosts:  # without async the framework woul
     return cast(Hosts, request.app.state.store)
 
 
-router = APIRouter(route_class=Guarded)
+router = APIRouter(route_class=AuthenticatedRoute)
 
 
 def _after(address: str | None) -> str | None:

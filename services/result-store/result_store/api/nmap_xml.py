@@ -37,7 +37,7 @@ from scanfleet.errors import ConflictError
 from scanfleet.runtime.service import PathId, parsed
 from scanfleet.scanning.outcomes import Outcome, address_key, index_of
 from scanfleet.scanning.ports import PortSet, disjoint, parse_ranges, port_count, ranges_text
-from scanfleet.security.auth import Caller, Guarded
+from scanfleet.security.auth import AuthenticatedRoute, Caller
 
 _PRECEDENCE: Final = "atsd"
 """Of the outcomes of an address in several chunks the first of these is that of the address; others are not written."""
@@ -307,7 +307,7 @@ async def _store(request: Request) -> Findings:  # without async the framework w
     return cast(Findings, request.app.state.store)
 
 
-router = APIRouter(route_class=Guarded)
+router = APIRouter(route_class=AuthenticatedRoute)
 
 
 @router.post("/internal/jobs/{job_id}/nmap.xml", name="read_nmap_xml")

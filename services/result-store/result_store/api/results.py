@@ -19,7 +19,7 @@ from scanfleet.contracts import queries
 from scanfleet.contracts.rest import Result
 from scanfleet.runtime.service import PathId, parsed
 from scanfleet.scanning.targets import Network
-from scanfleet.security.auth import Caller, Guarded
+from scanfleet.security.auth import AuthenticatedRoute, Caller
 
 ALL_FIELDS: Final[Fields] = tuple(Result.model_fields)
 _ROWS: Final = 500  # results of a host between two pauses; a host may have 65,536
@@ -85,7 +85,7 @@ async def _store(request: Request) -> Results:  # without async the framework wo
     return cast(Results, request.app.state.store)
 
 
-router = APIRouter(route_class=Guarded)
+router = APIRouter(route_class=AuthenticatedRoute)
 
 
 @router.get("/api/v1/task/{job_id}/results")

@@ -26,8 +26,8 @@ from scanfleet.contracts.messages import HostDetails, JobStatus, PortFound, Scri
 from scanfleet.contracts.rest import ExportedJob, Result
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import mongo, service
-from scanfleet.runtime.front import BoundedProtocol
-from scanfleet.runtime.settings import FrontSettings
+from scanfleet.runtime.connection_limits import BoundedProtocol
+from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.runtime.turns import Turns
 from scanfleet.scanning.outcomes import address_at
 from scanfleet.scanning.targets import Network
@@ -80,7 +80,7 @@ async def served(store: MemoryStore | MongoStore, limits: Limits | None = None) 
     app = service.create_app(
         name="result-store",
         refusals=Refusals("result-store"),
-        settings=FrontSettings(),
+        settings=ConnectionSettings(),
         lifespan=lifespan,
         routers=[router, hosts.router, nmap_xml.router],
     )

@@ -12,9 +12,9 @@ from scanfleet.security.auth.internal import (
 from scanfleet.security.auth.keys import FixedKeys, JwksKeys, Key, Keys
 from scanfleet.security.auth.principal import Principal
 from scanfleet.security.auth.routes import (
+    AuthenticatedRoute,
     Caller,
     GatewayRoute,
-    Guarded,
     Sessions,
     authenticate,
     bearer_token,
@@ -24,10 +24,10 @@ from scanfleet.security.auth.verifier import Revoked, TokenVerifier, Users, Veri
 
 __all__ = [
     "THE_GATEWAY",
+    "AuthenticatedRoute",
     "Caller",
     "FixedKeys",
     "GatewayRoute",
-    "Guarded",
     "InternalTokens",
     "InternalVerifier",
     "JwksKeys",

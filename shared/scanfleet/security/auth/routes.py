@@ -24,7 +24,7 @@ _bearer: Final = HTTPBearer(
 )
 
 
-class Guarded(APIRoute):
+class AuthenticatedRoute(APIRoute):
     """A route that requires a user's valid token, and verifies it before it reads the rest of the request.
 
     The framework reads the body before it resolves dependencies, so a caller without a token would get validation
@@ -69,7 +69,7 @@ class Sessions(Protocol):
 
 
 async def authenticate(request: Request) -> Principal:
-    """Return the caller of any kind; raises the same errors as `Guarded.authenticate`."""
+    """Return the caller of any kind; raises the same errors as `AuthenticatedRoute.authenticate`."""
     token = await bearer_token(request)
     if token is None:
         sessions: Sessions | None = getattr(request.app.state, "sessions", None)  # only the gateway has them
@@ -85,11 +85,11 @@ async def bearer_token(request: Request) -> str | None:
     return credentials.credentials if credentials else None
 
 
-class GatewayRoute(Guarded):
+class GatewayRoute(AuthenticatedRoute):
     """A route for requests of the gateway itself, not on behalf of a user."""
 
     async def authenticate(self, request: Request) -> Principal:
-        """See `Guarded`."""
+        """See `AuthenticatedRoute`."""
         caller = await authenticate(request)
         if caller.user_id:
             raise UnauthorizedError("the token is not valid", reason="sub is a user")
@@ -105,8 +105,8 @@ async def _ready(request: Request) -> Response:
     return await readiness(request)
 
 
-class _LetIn(SecurityBase):
-    """Declares the security scheme of a `Guarded` route in the OpenAPI document, and injects the caller."""
+class _CallerScheme(SecurityBase):
+    """Declares the security scheme of a `AuthenticatedRoute` route in the OpenAPI document, and injects the caller."""
 
     model = _bearer.model
     scheme_name = _bearer.scheme_name
@@ -115,5 +115,5 @@ class _LetIn(SecurityBase):
         return cast(Principal, request.scope["caller"])
 
 
-Caller = Annotated[Principal, Security(_LetIn())]
-"""The authenticated caller of a `Guarded` route; there is none on any other route."""
+Caller = Annotated[Principal, Security(_CallerScheme())]
+"""The authenticated caller of a `AuthenticatedRoute` route; there is none on any other route."""

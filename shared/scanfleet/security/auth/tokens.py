@@ -29,7 +29,7 @@ _Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, slots=True)
-class _Known(Generic[_Found]):
+class _Verified(Generic[_Found]):
     """The verified content of a token, valid until `until` (Unix time) while its header selects the same key."""
 
     found: _Found
@@ -66,7 +66,7 @@ class Reader(Generic[_Found]):
         self._judge = judge
         self._signatures = jwt.PyJWS(options={"verify_signature": True, "enforce_minimum_key_length": True})
         self._signatures.register_algorithm("Ed25519", OKPAlgorithm())
-        self._known: dict[bytes, _Known[_Found]] = {}
+        self._known: dict[bytes, _Verified[_Found]] = {}
 
     async def read(self, text: str) -> _Found:
         """Verify the token and return the result of `judge`.
@@ -86,10 +86,10 @@ class Reader(Generic[_Found]):
         self._known[digest] = known
         return known.found
 
-    async def _is_current(self, known: _Known[_Found]) -> bool:
+    async def _is_current(self, known: _Verified[_Found]) -> bool:
         return any(key is known.key for key in await self._keys.find(known.kid, known.algorithm))
 
-    async def _read(self, text: str) -> _Known[_Found]:
+    async def _read(self, text: str) -> _Verified[_Found]:
         if len(text) > self._max_chars:
             raise RefusedError("token", f"has more than {self._max_chars} characters")
         try:
@@ -104,7 +104,7 @@ class Reader(Generic[_Found]):
         if not isinstance(claims, dict):
             raise RefusedError("payload", "is not a JSON object")
         check(claims, self._expected)
-        return _Known(await self._judge(claims), key, kid, algorithm, claims["exp"])
+        return _Verified(await self._judge(claims), key, kid, algorithm, claims["exp"])
 
     def _check_header(self, header: dict[str, Any]) -> tuple[str | None, str]:
         for name in sorted(_FORBIDDEN_HEADERS & header.keys()):

@@ -1,7 +1,7 @@
 """Limit what a client may send and hold open before a service has examined its request.
 
 uvicorn and its parser limit neither the size of a request line or of headers, nor the time in which they arrive, nor the number
-of connections. `scanfleet.runtime.server` therefore runs every service with this protocol; `service.create_app` provides its `Front` in the
+of connections. `scanfleet.runtime.server` therefore runs every service with this protocol; `service.create_app` provides its `ConnectionLimits` in the
 lifespan's state.
 """
 
@@ -27,7 +27,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from scanfleet.runtime.proxies import Proxies, client_network
-from scanfleet.runtime.settings import FrontSettings
+from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.runtime.tls import names
 from scanfleet.services import GATEWAY
 
@@ -53,14 +53,14 @@ _REFUSED: Final = Counter(
 _log = structlog.stdlib.get_logger(__name__)
 
 
-class Front:
+class ConnectionLimits:
     """The limits of one server, and its connections by client.
 
     Args:
         settings: maximum number of connections, and their timeouts.
     """
 
-    def __init__(self, settings: FrontSettings) -> None:
+    def __init__(self, settings: ConnectionSettings) -> None:
         self.header_seconds = settings.header_seconds
         self.stalled_seconds = settings.stalled_seconds
         self._most = _with_descriptors(settings.max_connections)
@@ -171,7 +171,7 @@ class BoundedProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._front: Front = app_state["front"]
+        self._limits: ConnectionLimits = app_state["connection_limits"]
         self.host = ""
         self.address = ""
         """The client's IPv4 address, or the /64 network of its IPv6 address."""
@@ -221,10 +221,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self.host = self.client[0] if self.client else ""
         self.address = client_network(self.host)
         if self.handshake is not None:
-            self._front.release(self.handshake)
+            self._limits.release(self.handshake)
         if not _accepted(transport):
             self._refuse(403, "the client's certificate is not that of a service which may send requests here")
-        elif self._front.admit(self):
+        elif self._limits.admit(self):
             self._await_head()
         else:
             self._refuse(503, "too many connections; try again")
@@ -237,7 +237,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True  # uvicorn notifies only the request that was received last
             self._running.message_event.set()
-        self._front.release(self)
+        self._limits.release(self)
         for timer in (self._head_timer, self._stall_timer, self._linger_timer):
             _cancel(timer)
 
@@ -356,11 +356,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._abort_if_stalled()
-        self._front.pause(self)
+        self._limits.pause(self)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._front.resume(self)
+        self._limits.resume(self)
         if self._closing.is_closing():
             self._abort_if_stalled()  # it is not paused again for the data that is left
             return
@@ -374,11 +374,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         if self._head_timer is None and not self.transport.is_closing():
-            self._head_timer = self.loop.call_later(self._front.header_seconds, self._late)
+            self._head_timer = self.loop.call_later(self._limits.header_seconds, self._late)
 
     def _late(self) -> None:
         if self._in_head:
-            seconds = self._front.header_seconds
+            seconds = self._limits.header_seconds
             self._refuse(408, f"the request line and headers did not arrive within {seconds:g} seconds")
         else:
             self.transport.close()
@@ -415,7 +415,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _abort_if_stalled(self) -> None:
         _cancel(self._stall_timer)
-        self._stall_timer = self.loop.call_later(self._front.stalled_seconds, self.abort)
+        self._stall_timer = self.loop.call_later(self._limits.stalled_seconds, self.abort)
 
     def _linger(self) -> None:
         self.flow.resume_reading()

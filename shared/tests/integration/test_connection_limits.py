@@ -1,4 +1,4 @@
-"""The bounded front on real sockets, under uvicorn as it is deployed."""
+"""The limits of connections on real sockets, under uvicorn as it is deployed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import uvloop
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 
-from scanfleet.runtime import front, service
-from scanfleet.runtime.front import BoundedProtocol
-from scanfleet.runtime.settings import FrontSettings
+from scanfleet.runtime import connection_limits, service
+from scanfleet.runtime.connection_limits import BoundedProtocol
+from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.security.audit import Refusals
 from scanfleet_testing.waiting import until
 
@@ -180,7 +180,11 @@ async def serve(**settings: Any) -> AsyncIterator[Served]:
         yield
 
     app = service.create_app(
-        name="test", refusals=Refusals("test"), settings=FrontSettings(**settings), lifespan=lifespan, routers=[router]
+        name="test",
+        refusals=Refusals("test"),
+        settings=ConnectionSettings(**settings),
+        lifespan=lifespan,
+        routers=[router],
     )
     app.state.asked = 0
     app.state.answer = asyncio.Event()
@@ -217,9 +221,9 @@ def lines(count: int, size: int = 1) -> bytes:
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
-        (b"GET /" + b"x" * front.MAX_URL_BYTES + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
-        (HEAD + b"X: " + b"v" * front.MAX_HEADER_BYTES + b"\r\n\r\n", 431),
-        (HEAD + lines(front.MAX_HEADER_LINES) + b"\r\n", 431),
+        (b"GET /" + b"x" * connection_limits.MAX_URL_BYTES + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (HEAD + b"X: " + b"v" * connection_limits.MAX_HEADER_BYTES + b"\r\n\r\n", 431),
+        (HEAD + lines(connection_limits.MAX_HEADER_LINES) + b"\r\n", 431),
         (HEAD + lines(50, 400) + b"\r\n", 431),
         (b"nonsense\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
@@ -243,10 +247,12 @@ async def test_request_at_every_limit_is_served(served: Served) -> None:
     """A request line, headers and a count of lines at their limits are served, and so is the next request."""
     connection = await served.connect()
     for _ in range(2):
-        url = b"GET /" + b"x" * (front.MAX_URL_BYTES - 1) + b" HTTP/1.1\r\nHost: x\r\n"
-        answer = await connection.ask(url + lines(front.MAX_HEADER_LINES - 1, 150) + b"\r\n")
+        url = b"GET /" + b"x" * (connection_limits.MAX_URL_BYTES - 1) + b" HTTP/1.1\r\nHost: x\r\n"
+        answer = await connection.ask(url + lines(connection_limits.MAX_HEADER_LINES - 1, 150) + b"\r\n")
         assert (answer.status, answer.json) == (404, {"error": "Not Found"})
-    assert (await connection.ask(HEAD + lines(front.MAX_HEADER_LINES - 1) + b"\r\n")).json == front.MAX_HEADER_LINES
+    assert (
+        await connection.ask(HEAD + lines(connection_limits.MAX_HEADER_LINES - 1) + b"\r\n")
+    ).json == connection_limits.MAX_HEADER_LINES
 
 
 @pytest.mark.proves("A19", "G11")
@@ -267,7 +273,7 @@ async def test_endless_request_is_closed_after_a_bounded_number_of_bytes(
     connection = await served.connect()
     connection.send(begin)
     room = 16 << 20  # in the buffers of both sockets
-    assert await connection.flood(piece) < front.LINGER_BYTES + room
+    assert await connection.flood(piece) < connection_limits.LINGER_BYTES + room
     await until(lambda: served.connections == 0)
 
 
@@ -322,7 +328,7 @@ async def test_client_that_sends_without_end_is_cut_off(served: Served) -> None:
     connection = await served.connect()
     connection.send(CHUNKED)
     room = 16 << 20  # in the buffers of both sockets
-    assert await connection.flood(b"4000\r\n" + b"x" * 16_384 + b"\r\n") < front.LINGER_BYTES + room
+    assert await connection.flood(b"4000\r\n" + b"x" * 16_384 + b"\r\n") < connection_limits.LINGER_BYTES + room
     await until(lambda: served.connections == 0)
 
 
@@ -340,7 +346,7 @@ async def test_early_answer_to_a_body_that_never_ends_is_closed(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the rest of a body does not arrive after an early answer the connection is closed."""
-    monkeypatch.setattr(front, "LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(connection_limits, "LINGER_SECONDS", 0.1)
     connection = await served.connect()
     assert (await connection.ask(b"POST /nope HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")).status == 404
     assert await connection.closed()
@@ -399,9 +405,9 @@ async def test_stream_with_a_request_behind_it_ends_with_its_client(served: Serv
 async def test_pipelined_requests_are_answered_in_order_and_bounded(served: Served) -> None:
     """A few requests at once are answered in order; a thousand at once are not kept."""
     connection = await served.connect()
-    connection.send((HEAD + b"\r\n" + HEAD + b"X: y\r\n\r\n") * (front.MAX_PIPELINED // 2))
-    found = [(await connection.answer()).json for _ in range(front.MAX_PIPELINED)]
-    assert found == [1, 2] * (front.MAX_PIPELINED // 2)
+    connection.send((HEAD + b"\r\n" + HEAD + b"X: y\r\n\r\n") * (connection_limits.MAX_PIPELINED // 2))
+    found = [(await connection.answer()).json for _ in range(connection_limits.MAX_PIPELINED)]
+    assert found == [1, 2] * (connection_limits.MAX_PIPELINED // 2)
     connection.send((HEAD + b"\r\n") * 1_000)
     await until(lambda: served.connections == 0)
 
@@ -424,7 +430,7 @@ async def test_steady_pipelining_is_not_limited_in_total(served: Served) -> None
     connection = await served.connect()
     request = HEAD + b"X: " + b"y" * 500 + b"\r\n\r\n"
     connection.send(3 * request)
-    for _ in range(2 * front.MAX_WAITING_BYTES // len(request)):
+    for _ in range(2 * connection_limits.MAX_WAITING_BYTES // len(request)):
         assert (await connection.answer()).status == 200
         connection.send(request)
 
@@ -519,8 +525,8 @@ def test_unread_answers_have_bounded_memory(path: bytes) -> None:
             before = resident()
             await served.send_and_read_nothing(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path * 2, 600)
             await until(lambda: served.app.state.asked >= 600)  # of every connection
-            await until(lambda: len(served.paused) == served.connections <= front.MAX_UNREAD)
-            transports = [each.transport.raw for each in served.paused]  # type: ignore[attr-defined] # it is of the front
+            await until(lambda: len(served.paused) == served.connections <= connection_limits.MAX_UNREAD)
+            transports = [each.transport.raw for each in served.paused]  # type: ignore[attr-defined] # of BoundedProtocol
             buffered = sum(transport.get_write_buffer_size() for transport in transports)
             return buffered, resident() - before
 
@@ -563,7 +569,7 @@ async def test_unread_answers_keep_no_new_connection_out(limit: str) -> None:
 @pytest.mark.proves("A19")
 async def test_slow_reader_gets_all_of_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the limit of unread answers, the client with most of them loses one, not a slow reader that was there before."""
-    monkeypatch.setattr(front, "MAX_UNREAD", 4)
+    monkeypatch.setattr(connection_limits, "MAX_UNREAD", 4)
     async with serve() as served:
         slow = await served.connect("127.0.0.2")
         slow.send(b"GET /large HTTP/1.0\r\nHost: x\r\n\r\n")
