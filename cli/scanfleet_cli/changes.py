@@ -196,9 +196,8 @@ def _cancel(session: Session, job_id: int) -> None:
         if error.status != httpx2.codes.BAD_REQUEST:
             raise
         task = session.client.send(calls.read_task(job_id))
-        if not (
-            error.unsure and task.status.status is JobStatus.CANCELLED
-        ):  # else an attempt without a response has cancelled it
+        # Else an attempt without a response has cancelled it.
+        if not (error.unsure and task.status.status is JobStatus.CANCELLED):
             when = task.job.model_dump(mode="json")["end_time"]
             raise AlreadyEndedError(
                 f"{error.message} (since {when})", status=error.status, request_id=error.request_id

@@ -232,9 +232,8 @@ class _Following:
             await asyncio.sleep(LEDGER_SECONDS)
             for job in self._jobs.values():
                 if job.task is not None and not job.final:
-                    with suppress(
-                        ApiError, UnavailableError
-                    ):  # optional for a progress bar; the watch reports the failure
+                    # Optional for a progress bar; the watch reports the failure.
+                    with suppress(ApiError, UnavailableError):
                         reply = await client.ask(call := calls.read_ledger(job.job_id, page_size=1, after=0), timeout=0)
                         ledger = reply.read(call)
                         if not job.final:  # else the job has ended in between, and `_read_end` reads its final ledger

@@ -152,9 +152,8 @@ class Session:
         token = self.stored_tokens.current(name, self.endpoint.url, self._refused)
         if token is None:
             return None
-        if (
-            where := self.stored_tokens.store.where(name)
-        ) != before:  # the keyring refused the new token, or takes it again
+        # The keyring refused the new token, or takes it again.
+        if (where := self.stored_tokens.store.where(name)) != before:
             self.output.note(f"the token of context {name} is now in {where}")
         return token, f"the sign-in of context {name}, stored in {where}"
 

@@ -53,9 +53,8 @@ class CommandToken:
         self._command = command
         self._source = source
         self._token = ""
-        self._lock = (
-            threading.Lock()
-        )  # only one of several concurrent requests runs the command, which may prompt the user
+        # Only one of several concurrent requests runs the command, which may prompt the user.
+        self._lock = threading.Lock()
 
     def current(self) -> str:
         """Return the token to send now. The command may fail while the last token has not expired.

@@ -131,9 +131,8 @@ def test_refused_target_exits_2_with_the_message_of_the_service(start: Start) ->
 
 def test_watch_continues_after_an_outage_of_the_gateway(stack: Stack, start: Start, owner: Client) -> None:
     """An outage of some seconds is reported once, and the watch continues to the final state."""
-    job_id = owner.scan(
-        SUBNET, ports="1-250", service_detection=False, discovery="none", max_rate=2_000
-    )  # half a minute
+    # Half a minute.
+    job_id = owner.scan(SUBNET, ports="1-250", service_detection=False, discovery="none", max_rate=2_000)
     gateway = stack.services.names("api-gateway")[0]
     watch = start("job", "watch", str(job_id))
     assert watch.stderr is not None

@@ -90,9 +90,8 @@ def remove(session: Session, /, *, name: str, yes: bool) -> None:
     """Remove a context and its stored tokens."""
     session.config.known(name)
     session.confirm(f"remove context {name}?", yes=yes)
-    session.stored_tokens.delete(
-        name
-    )  # first: after a failure the context still exists, and the command can be repeated
+    # First: after a failure the context still exists, and the command can be repeated.
+    session.stored_tokens.delete(name)
     session.config.remove(name)
     session.output.note(f"✓ context {name} removed")
 

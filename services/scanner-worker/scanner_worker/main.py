@@ -33,9 +33,8 @@ def create_app() -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         grants = settings.user_grants
-        program = (
-            shutil.which(settings.nmap) or settings.nmap
-        )  # without nmap the worker stays excluded and logs the cause
+        # Without nmap the worker stays excluded and logs the cause.
+        program = shutil.which(settings.nmap) or settings.nmap
         # The random part gives a restarted worker a new id, so that no task for the old process reaches it.
         worker_id = f"{settings.instance}-{token_hex(4)}"
         bus = KafkaBus(settings, source=WORKER, instance=settings.instance)
@@ -75,7 +74,6 @@ def create_app() -> FastAPI:
 
 def _exit_with_0() -> None:
     """Exit with 0 after a graceful shutdown: after the lifespan uvicorn raises the received signal again."""
-    if callable(
-        signal.getsignal(signal.SIGTERM)
-    ):  # only uvicorn installs a handler for the signal; block it only in that case
+    # Only uvicorn installs a handler for the signal; block it only in that case.
+    if callable(signal.getsignal(signal.SIGTERM)):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})

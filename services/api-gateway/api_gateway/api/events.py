@@ -29,9 +29,8 @@ from scanfleet.security.auth import Caller, authenticate
 _RETRY_MS: Final = 3_000  # reconnection delay of clients; a gateway restarts faster
 _OVERLAP: Final = timedelta(minutes=1)  # of two queries: finds changes that were stored late or with another clock
 _OF_JOB: Final = re.compile(r"[0-9]{1,16}")
-_OF_JOBS: Final = re.compile(
-    r"([0-9]{1,14})-[0-9]{1,16}-[0-9]{1,16}"
-)  # the time in milliseconds up to which every change was sent, a job, the number of its state
+# The time in milliseconds up to which every change was sent, a job, the number of its state.
+_OF_JOBS: Final = re.compile(r"([0-9]{1,14})-[0-9]{1,16}-[0-9]{1,16}")
 
 _log = structlog.stdlib.get_logger(__name__)
 

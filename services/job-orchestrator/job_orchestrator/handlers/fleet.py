@@ -63,9 +63,8 @@ class Fleet(PartitionListener):
         self._clock = clock
         self._requeue_lost = requeue_lost
         self._wake = wake
-        self._silent_seconds = min(
-            _SILENT_SECONDS, lease_seconds
-        )  # a worker whose leases have expired does not get the chunk again
+        # A worker whose leases have expired does not get the chunk again.
+        self._silent_seconds = min(_SILENT_SECONDS, lease_seconds)
         self._max_workers = max_workers
         self._workers: dict[str, _Announced] = {}
         """By instance: a new process replaces the previous one."""

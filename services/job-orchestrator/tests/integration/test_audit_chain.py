@@ -486,9 +486,8 @@ async def test_commands_verify_and_export(
     await store.audit.add([entry(8, target="\x1b[31m\x9b31m\u202e\x7f")])
     code, (summary,) = await operator.runs("verify")
     assert code == 0
-    assert summary.startswith(
-        "3 blocks; entries: 6 sealed, 3 not sealed yet; head 3/"
-    )  # with the entry of this command
+    # With the entry of this command.
+    assert summary.startswith("3 blocks; entries: 6 sealed, 3 not sealed yet; head 3/")
     head = summary.rpartition(" ")[2]
     await store.audit.seal()
     assert (await operator.runs("verify", "--head", head))[0] == 0

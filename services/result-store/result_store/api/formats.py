@@ -21,9 +21,8 @@ from pydantic import BaseModel
 
 from result_store.api.turns import Turn
 
-PIECE: Final = (
-    1 << 16
-)  # characters per chunk of the response: as much as the server buffers before it waits for the reader
+# Characters per chunk of the response: as much as the server buffers before it waits for the reader.
+PIECE: Final = 1 << 16
 
 BEGIN_SECONDS: Final = 1.0  # maximum time until the response begins; later errors cut it off
 SILENT_SECONDS: Final = 10.0  # maximum time between two pieces: less than the 15 s of the gateway

@@ -33,9 +33,8 @@ from scanner_worker.domain.scan import (
 
 SLACK_SECONDS: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
 
-_FINISHED: Final = (
-    Outcome.EXCLUDED
-)  # marks an address in a share's map as finished, so that no later nmap scans it again
+# Marks an address in a share's map as finished, so that no later nmap scans it again.
+_FINISHED: Final = Outcome.EXCLUDED
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,8 @@ from scanner_worker.metrics import ADDRESSES, CHUNKS
 CLAIM_SECONDS: Final = 0.25  # delay before a claim is published; a shorter scan publishes only its final report
 BEAT_SECONDS: Final = 1.0  # interval of ChunkProgressed: a third of the shortest lease
 RETRY_SECONDS: Final = 0.5  # delay between attempts to publish; each attempt already waits for the broker
-FENCE: Final = (
-    2 / 3
-)  # fraction of the lease without an acknowledged heartbeat after which nmap is stopped: before the chunk is reassigned
+# Fraction of the lease without an acknowledged heartbeat after which nmap is stopped: before the chunk is reassigned.
+FENCE: Final = 2 / 3
 NOT_NOW: Final = Outcome.EXCLUDED  # code of an address beyond the chunk's limit, in the map that nmap gets
 
 _HOURS_OVER: Final = "the hours in which the user may scan have ended"

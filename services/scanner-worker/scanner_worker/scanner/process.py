@@ -441,9 +441,8 @@ class _Run:
                 if self._process.returncode is not None:
                     self._kill()  # it has exited, and a process that it forked keeps its output open
             finally:
-                self._waited += min(
-                    now() - began, LOOK_SECONDS
-                )  # bounded, because the whole worker may have been stopped meanwhile
+                # Bounded, because the whole worker may have been stopped meanwhile.
+                self._waited += min(now() - began, LOOK_SECONDS)
 
     def moved(self) -> None:
         """Record progress of nmap."""
