@@ -54,9 +54,7 @@ class AuditEntry(BaseModel):
     """Number of equal refusals that this entry represents; `target` and `request_id` are those of the last."""
 
 
-class OperatorActed(Message):
-    """A command that an operator has run: as an administrator of the bus, or the restore command of result-store."""
-
+class _OfEntry(Message):
     entry: AuditEntry
 
     @property
@@ -68,10 +66,12 @@ class OperatorActed(Message):
         return f"audit/{self.entry.id}"
 
 
-class Audited(Message):
-    """A refusal for the audit log; job-orchestrator records allowed actions itself."""
+class OperatorActed(_OfEntry):
+    """A command that an operator has run: as an administrator of the bus, or the restore command of result-store."""
 
-    entry: AuditEntry
+
+class Audited(_OfEntry):
+    """A refusal for the audit log; job-orchestrator records allowed actions itself."""
 
     @field_validator("entry")
     @classmethod
@@ -81,11 +81,3 @@ class Audited(Message):
         if len(entry.target) > MAX_TARGET_CHARS:
             raise ValueError(f"target has {len(entry.target)} characters; {MAX_TARGET_CHARS} is the limit")
         return entry
-
-    @property
-    def event_id(self) -> str:
-        return self.entry.id
-
-    @property
-    def subject(self) -> str:
-        return f"audit/{self.entry.id}"
