@@ -1,6 +1,6 @@
-"""A small world around real handlers: a bus in memory, scripted workers and a stand-in for result-store.
+"""A simulation around the real handlers: a bus in memory, scripted workers and a substitute for result-store.
 
-Nothing runs by itself. A test delivers messages, lets time pass and breaks things where it wants to.
+No part runs concurrently: a test delivers messages, advances the time and injects faults.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Worker:
     async def scanned(
         self, task: ScanChunk, outcomes: str | None = None, *, slot_seconds: float = 0.1, **fields: Any
     ) -> None:
-        """Tell result-store first, then the orchestrator."""
+        """Publish the final report to result-store first, then to the orchestrator."""
         scanned = ChunkScanned(
             **_token(task),
             outcomes=outcomes or task.outcomes.replace(Outcome.BLANK, self.code),
@@ -273,7 +273,7 @@ class World:
         return replica
 
     async def start(self) -> None:
-        """Share the partitions out, as a first rebalance does."""
+        """Assign the partitions to the replicas, as the first rebalance does."""
         for number, replica in enumerate(self.replicas):
             for listener in listeners(replica):
                 await listener.revoked(_EVERY_PARTITION)
@@ -291,7 +291,7 @@ class World:
                 await listener.caught_up(self._partitions(number))
 
     async def wait(self, looks: int, *, seconds: float = 1.0) -> None:
-        """Let time pass, so much between two looks, in which all is read as it comes and workers announce themselves."""
+        """Advance the time in steps; in each, workers announce themselves, and all messages are handled."""
         for _ in range(looks):
             self.now += seconds
             for worker in self.workers:
@@ -306,7 +306,7 @@ class World:
             await self.settle()
 
     async def settle(self) -> None:
-        """Deliver all messages and do all that they lead to, until there are none."""
+        """Deliver all messages, and those that they cause, until there are none."""
         for _ in range(_STEPS):
             delivered = await self.deliver()
             for replica in self.replicas:
@@ -326,7 +326,7 @@ class World:
         return any(batches.values())
 
     async def hand(self, topic: Topic, records: Sequence[Record]) -> None:
-        """Give these records to whom they concern, in one batch each."""
+        """Pass these records to their handlers, in one batch each."""
         if not records:
             return
         if topic is SCAN_TASKS:
@@ -360,7 +360,7 @@ class World:
     async def add(
         self, *cidrs: str, user_id: int = 7, policy: ScanPolicy | None = None, exclude: tuple[str, ...] = ()
     ) -> tuple[int, list[int]]:
-        """A policy and subnets; answers their ids."""
+        """Create a policy and subnets; return their ids."""
         now = utc_now()
         (policy_id,) = await self.store.policies.take_ids()
         ids = await self.store.subnets.take_ids(len(cidrs))
@@ -379,7 +379,7 @@ class World:
         key: str | None = None,
         roles: tuple[str, ...] = (),
     ) -> str:
-        """Send a submit for new subnets; answers its command id."""
+        """Send a submit for new subnets; return its command id."""
         policy_id, subnet_ids = await self.add(*(cidrs or ("127.9.8.0/30",)), user_id=user_id, policy=policy)
         return await self.send(policy_id, subnet_ids, user_id=user_id, key=key, roles=roles)
 

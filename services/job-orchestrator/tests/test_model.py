@@ -1,4 +1,4 @@
-"""Jobs and chunks under anything that can happen, in any order: what must always hold, holds."""
+"""Invariants of jobs and chunks under random sequences of events and faults."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _without_ends(chunk: Chunk, **free: Any) -> Chunk:
 
 
 class Life(RuleBasedStateMachine):
-    """Users, workers, result-store, broker and replicas do what they like; messages are lost, doubled and reordered."""
+    """Users, workers, result-store, broker and replicas act at random; messages are lost, duplicated and reordered."""
 
     def __init__(self) -> None:
         super().__init__()

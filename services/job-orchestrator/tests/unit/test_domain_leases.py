@@ -1,4 +1,4 @@
-"""Silence, as an observer that looks now and then measures it."""
+"""Lease timers, which measure the time without a heartbeat at each observation."""
 
 from __future__ import annotations
 

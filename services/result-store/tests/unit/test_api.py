@@ -330,7 +330,7 @@ async def test_write_pieces_are_bounded(form: Format) -> None:
 
 @pytest.mark.parametrize("form", [JSON, NDJSON, CSV])
 async def test_write_long_search_is_a_valid_document(form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent while nothing is found changes no record, before, between and after them."""
+    """The filler that is sent while a search finds nothing changes no record, before, between and after them."""
     monkeypatch.setattr(formats, "BEGIN_SECONDS", 0.0)
     monkeypatch.setattr(formats, "SILENT_SECONDS", 0.0)
     [one] = fold(Log().append(host("127.9.8.1", 22))).hosts.values()
