@@ -530,7 +530,7 @@ async def test_bulk_cancel_returns_after_the_stops(world: World) -> None:
     await world.settle()
     publisher.kinds.clear()
     world.bus.broker.leaderless = {(SCAN_EVENTS.name, partition) for partition in range(SCAN_EVENTS.partitions)}
-    assert await world.only.commands.cancel([1]) == [1]
+    assert await world.only.cancels.cancel([1]) == [1]
     assert publisher.kinds[0] == "StopChunk"
 
 
