@@ -13,6 +13,7 @@ from aiokafka.errors import KafkaError
 
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.settings import KafkaSettings
+from scanfleet.runtime.tls import FileContext
 
 BACKOFF_MS: Final = 300  # retry backoff of a client: cheap while a broker is unavailable, and notices its recovery soon
 
@@ -27,7 +28,7 @@ def access(settings: KafkaSettings) -> dict[str, Any]:
     protocol = "PLAINTEXT"
     if settings.kafka_ca_file is not None:
         protocol = "SSL"
-        arguments["ssl_context"] = ssl.create_default_context(cafile=settings.kafka_ca_file)
+        arguments["ssl_context"] = FileContext.of(ssl.PROTOCOL_TLS_CLIENT, settings.kafka_ca_file)
     if settings.kafka_username is not None:
         protocol = f"SASL_{protocol}"
         arguments |= {

@@ -144,16 +144,17 @@ class TlsSettings(_Settings):
 
     tls_ca_file: Path | None = Field(
         None,
-        description="PEM file with the authority that signs the services' certificates, read once at start. If set, services use "
+        description="PEM file with the authority that signs the services' certificates. If set, services use "
         "mutual TLS between each other; otherwise they use clear text.",
     )
     tls_certificate_file: Path | None = Field(
         None,
-        description="PEM file with the service's own certificate, which has the service's name as a DNS name, read once at start.",
+        description="PEM file with the service's own certificate, which has the service's name as a DNS name. New connections use "
+        "replaced files without a restart.",
     )
     tls_key_file: Path | None = Field(
         None,
-        description="PEM file with the key of that certificate, read once at start.",
+        description="PEM file with the key of that certificate.",
     )
 
     @model_validator(mode="after")
@@ -200,7 +201,8 @@ class KafkaSettings(_Settings):
     )
     kafka_ca_file: Path | None = Field(
         None,
-        description="PEM file with the certificate authorities of the brokers. If set, connections use TLS.",
+        description="PEM file with the certificate authorities of the brokers. If set, connections use TLS. "
+        "New connections use a replaced file without a restart.",
     )
     kafka_username: str | None = Field(
         None,

@@ -1,23 +1,85 @@
-"""Mutual TLS between the services: both sides present a certificate of the site's own authority and check the other's name."""
+"""TLS with files that may be replaced while the process runs, and mutual TLS between the services.
+
+Between services both sides present a certificate of the site's own authority and check the other's name.
+"""
 
 from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
+import structlog
 from cryptography import x509
 from prometheus_client import Gauge
 
 from scanfleet.errors import ConfigurationError
 from scanfleet.runtime.settings import TlsSettings
 
+_log = structlog.stdlib.get_logger(__name__)
+
 _EXPIRY: Final = Gauge(
     "scanfleet_certificate_expiry_timestamp_seconds",
-    "Earliest expiry of the certificates that were read from this file at start, in seconds since 1970",
+    "Earliest expiry of the certificates in this file, in seconds since 1970; 0 if it cannot be read",
     ["file"],
 )
+
+
+class FileContext(ssl.SSLContext):
+    """A context whose new connections use the certificates that are in its files when the connections begin.
+
+    While the files are unreadable or do not match, the previous content stays in use. Authorities of earlier content remain
+    trusted until a restart.
+    """
+
+    _authority: Path
+    _certificate: tuple[Path, Path] | None
+    _version: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, protocol: ssl._SSLMethod, authority: Path, certificate: tuple[Path, Path] | None = None) -> Self:
+        """Return a context for a protocol.
+
+        Args:
+            protocol: for a server, or for a client that checks the server's name.
+            authority: the trusted certificates.
+            certificate: the own certificate and its key; None for a client without one.
+
+        Raises:
+            OSError: a file cannot be read, or has invalid content.
+        """
+        context = cls(protocol)
+        context._authority, context._certificate = authority, certificate
+        context._read()
+        return context
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        """Begin a connection; asyncio calls this for each one."""
+        try:
+            self._read()
+        except OSError as error:  # the base class of OpenSSL's errors
+            _log.error(
+                "certificate_files_unusable",
+                files=[str(file) for file in self._files()],
+                error=str(error),
+                next_step="the previous content stays in use; replace the certificate and its key together",
+            )
+        return super().wrap_bio(*args, **options)
+
+    def _read(self) -> None:
+        version = tuple((found.st_mtime_ns, found.st_ino, found.st_size) for found in map(Path.stat, self._files()))
+        if version == self._version:
+            return
+        for context in (ssl.SSLContext(self.protocol), self):  # a failure would leave this one without a key
+            context.load_verify_locations(self._authority)
+            if self._certificate is not None:
+                context.load_cert_chain(*self._certificate)
+        self._version = version
+
+    def _files(self) -> tuple[Path, ...]:
+        return self._authority, *(self._certificate or ())
 
 
 def server_context(settings: TlsSettings) -> ssl.SSLContext | None:
@@ -46,21 +108,23 @@ def names(certificate: Mapping[str, Any]) -> set[str]:
 
 
 def _context(settings: TlsSettings, protocol: ssl._SSLMethod) -> ssl.SSLContext | None:
-    if settings.tls_ca_file is None or settings.tls_certificate_file is None:
+    if settings.tls_ca_file is None or settings.tls_certificate_file is None or settings.tls_key_file is None:
         return None
-    context = ssl.SSLContext(protocol)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3  # both sides support it
-    context.verify_mode = ssl.CERT_REQUIRED
     try:
-        context.load_verify_locations(settings.tls_ca_file)
-        context.load_cert_chain(settings.tls_certificate_file, settings.tls_key_file)
-        _EXPIRY.labels("authority").set(_expiry(settings.tls_ca_file))
-        _EXPIRY.labels("certificate").set(_expiry(settings.tls_certificate_file))
-    except (OSError, ValueError) as error:  # the base class of OpenSSL's errors, and that of an unreadable certificate
+        context = FileContext.of(protocol, settings.tls_ca_file, (settings.tls_certificate_file, settings.tls_key_file))
+    except OSError as error:
         files = f"{settings.tls_ca_file}, {settings.tls_certificate_file} and {settings.tls_key_file}"
         raise ConfigurationError(f"cannot use {files} for TLS: {error}") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_3  # both sides support it
+    context.verify_mode = ssl.CERT_REQUIRED
+    _EXPIRY.labels("authority").set_function(partial(_expiry, settings.tls_ca_file))
+    _EXPIRY.labels("certificate").set_function(partial(_expiry, settings.tls_certificate_file))
     return context
 
 
 def _expiry(file: Path) -> float:
-    return min(each.not_valid_after_utc for each in x509.load_pem_x509_certificates(file.read_bytes())).timestamp()
+    try:
+        certificates = x509.load_pem_x509_certificates(file.read_bytes())
+    except (OSError, ValueError):
+        return 0.0
+    return min(each.not_valid_after_utc for each in certificates).timestamp()

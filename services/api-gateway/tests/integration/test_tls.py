@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import shutil
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from fastapi import APIRouter, FastAPI
@@ -65,6 +67,7 @@ class Site:
     """An authority and its certificates."""
 
     def __init__(self, folder: Path, life: timedelta = LIFE) -> None:
+        folder.mkdir(exist_ok=True)
         self._folder = folder
         self._authority = Authority(folder.name, life)
         (folder / "ca.crt").write_text(self._authority.certificate)
@@ -245,6 +248,39 @@ async def test_older_tls_is_refused(orchestrator: Files, gateway: Files) -> None
     async with serving(orchestrator) as server, httpx2.AsyncClient(verify=context) as client:
         with pytest.raises(httpx2.TransportError):
             await client.get(f"{url(server)}/thing")
+
+
+def test_new_connections_use_replaced_files(tmp_path: Path) -> None:
+    """Certificates and authorities that are replaced on both sides are used without a restart, also by uvloop."""
+    sites = [Site(tmp_path / name) for name in ("old", "new")]
+    server_files, new_server = (site.files("job-orchestrator", ExtendedKeyUsageOID.SERVER_AUTH) for site in sites)
+    client_files, new_client = (site.files(name) for site, name in zip(sites, ("another", "api-gateway"), strict=True))
+    context = client_context(Settings(internal_public_keys_file=Path("none"), **client_files.settings))
+
+    async def exchange(server: Server) -> tuple[bytes, bytes]:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+        presented = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.write(b"GET /thing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        status = (await reader.read())[9:12]
+        writer.close()
+        return status, presented
+
+    def certificate(files: Files) -> bytes:
+        return ssl.PEM_cert_to_DER_cert(files.tls_certificate_file.read_text())
+
+    async def renewal() -> None:
+        async with serving(server_files) as server, asyncio.timeout(LIMIT):
+            old = certificate(server_files)
+            assert await exchange(server) == (b"403", old)
+            shutil.copy(new_server.tls_certificate_file, server_files.tls_certificate_file)
+            assert await exchange(server) == (b"403", old)  # its key does not match yet
+            for replaced, by in ((server_files, new_server), (client_files, new_client)):
+                for name in replaced.settings:
+                    shutil.copy(getattr(by, name), getattr(replaced, name))
+            assert await exchange(server) == (b"200", certificate(new_server))
+
+    uvloop.run(renewal())
 
 
 def test_file_that_is_no_certificate_ends_the_start(gateway: Files) -> None:
