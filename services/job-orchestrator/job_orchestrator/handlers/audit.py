@@ -16,8 +16,14 @@ from scanfleet.errors import MessageError, Rule
 from scanfleet.runtime.bus import PartitionListener, Record
 from scanfleet.security.audit import write_line
 
-MAX_PER_MINUTE: Final = 5_000  # of a service: some 2 MB; each honest process sends some 1,100
-MAX_AT_ONCE: Final = 50_000  # of a service: each process sends up to `scanfleet.security.audit.WAITING` after an outage
+MAX_BYTES_PER_MINUTE: Final = 500_000  # of a service: 720 MB a day, and some 800 entries of honest processes a minute
+MAX_BYTES_AT_ONCE: Final = 30_000_000  # of a service: each process sends up to 10,000 entries after an outage
+_OVERHEAD: Final = 300  # bytes of an entry's signature, times and block
+
+
+def stored_bytes(entry: AuditEntry) -> int:
+    """Return about how many bytes the entry takes in the database."""
+    return len(entry.model_dump_json().encode()) + _OVERHEAD
 
 
 async def record(audit: AuditRepository, entries: Sequence[AuditEntry]) -> None:
@@ -36,8 +42,8 @@ class _Minute:
     """The entries of a minute, by the broker's clock."""
 
     number: int = 0
-    left: float = MAX_AT_ONCE
-    """How many more entries are stored."""
+    left: float = 0.0
+    """How many more bytes are stored."""
     excess: int = 0
     """Refusals in the entries since the last counted one that are only counted."""
     offset: int = 0
@@ -50,15 +56,15 @@ class Audit(PartitionListener):
     An entry is attributed to this service regardless of its content, since the broker allows no other service to write to the
     topic. Its id is in the service's own namespace, so that it cannot suppress an entry of another service.
 
-    Of a service `MAX_PER_MINUTE` entries a minute are stored, and up to `MAX_AT_ONCE` after minutes with fewer, since the service
-    may be compromised; the others are counted in an entry of the orchestrator. A restart may lose this count.
+    Of a service `MAX_BYTES_PER_MINUTE` are stored, and up to `MAX_BYTES_AT_ONCE` after minutes with less, since the service may be
+    compromised; further entries are counted in an entry of the orchestrator. A restart may lose this count.
     """
 
     def __init__(self, audit: AuditRepository, service: str) -> None:
         self._audit = audit
         self._service = service
         self._topic = SCAN_AUDIT_OPERATOR if service == OPERATOR else SCAN_AUDIT[service]
-        self._most = float("inf") if service == OPERATOR else MAX_AT_ONCE
+        self._most = float("inf") if service == OPERATOR else MAX_BYTES_AT_ONCE
         self._minute = _Minute(left=self._most)
 
     async def handle(self, records: Sequence[Record[Audited | OperatorActed]]) -> None:
@@ -70,11 +76,11 @@ class Audit(PartitionListener):
             number = int(record.timestamp.timestamp() // 60)
             if number != minute.number:
                 entries += self._counted(minute)
-                more = MAX_PER_MINUTE * max(0, number - minute.number)
+                more = MAX_BYTES_PER_MINUTE * max(0, number - minute.number)
                 minute = _Minute(number, min(self._most, minute.left + more))
-            if minute.left:
+            if minute.left > 0:
                 entries.append(entry)
-                minute = replace(minute, left=minute.left - 1)
+                minute = replace(minute, left=minute.left - stored_bytes(entry))
             else:
                 minute = replace(minute, excess=minute.excess + entry.count, offset=record.offset)
                 excess += entry.count
@@ -96,7 +102,7 @@ class Audit(PartitionListener):
             "refused",
             Rule.FLOOD,
             source=self._topic.name,
-            reason=f"{MAX_PER_MINUTE} entries a minute are stored, and up to {MAX_AT_ONCE} after minutes with fewer",
+            reason=f"{MAX_BYTES_PER_MINUTE} bytes a minute are stored, and up to {MAX_BYTES_AT_ONCE} after minutes with less",
         )
         return [entry.model_copy(update={"count": minute.excess})]
 

@@ -16,12 +16,14 @@ from pydantic import ValidationError
 
 from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.job import JobTrigger, change
-from job_orchestrator.handlers.audit import Audit, record
+from job_orchestrator.handlers import audit
+from job_orchestrator.handlers.audit import MAX_BYTES_AT_ONCE, Audit, record, stored_bytes
 from job_orchestrator_testing import World, scan_job
 from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts.messages import Audited, AuditEntry, CancelJob, OperatorActed
 from scanfleet.contracts.messages.acls import acls_of
+from scanfleet.contracts.messages.audit import MAX_TARGET_CHARS
 from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_AUDIT, SCAN_AUDIT_OPERATOR, SCAN_COMMANDS
 from scanfleet.errors import DependencyError, MessageError
@@ -393,8 +395,11 @@ async def test_refusal_in_the_name_of_another_service_is_its_writers(world: Worl
 
 
 @pytest.mark.proves("A25", "A26", "G20")
-async def test_flood_of_refusals_is_bounded_and_counted(world: World) -> None:
-    """Of 57,000 refusals of a service in a minute 50,000 are stored and the rest is one entry; each minute allows 5,000 more."""
+async def test_flood_of_refusals_is_bounded_and_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 570 refusals of a service in a minute 500 are stored and the rest is one entry; each minute allows 50 more."""
+    size = stored_bytes(refusal(id="x100", service=WORKER))
+    monkeypatch.setattr(audit, "MAX_BYTES_AT_ONCE", 500 * size)
+    monkeypatch.setattr(audit, "MAX_BYTES_PER_MINUTE", 50 * size)
     handler = Audit(world.store.audit, WORKER)
 
     def excess() -> float:
@@ -409,20 +414,40 @@ async def test_flood_of_refusals_is_bounded_and_counted(world: World) -> None:
         return [each.count for each in entries]
 
     before = excess()
-    for first in range(0, 57_000, 500):
-        await handler.handle(sent(range(first, first + 500), 0))
-    assert (await world.store.audit.page(0, 1))[1] == 50_000
-    assert excess() - before == 7_000
-    await handler.handle(sent(range(57_000, 57_010), 1))
-    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 50_010
-    assert await counted() == [7_000]
-    await handler.handle(sent(range(57_010, 62_100), 1))
+    for first in range(100, 670, 10):
+        await handler.handle(sent(range(first, first + 10), 0))
+    assert (await world.store.audit.page(0, 1))[1] == 500
+    assert excess() - before == 70
+    await handler.handle(sent(range(670, 680), 1))
+    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 510
+    assert await counted() == [70]
+    await handler.handle(sent(range(680, 730), 1))
     for _ in range(2):
         await handler.caught_up([0])
-    assert sorted(await counted()) == [100, 7_000]
-    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 55_000
-    await handler.handle(sent(range(62_100, 72_200), 3))
-    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 65_000
+    assert sorted(await counted()) == [10, 70]
+    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 550
+    await handler.handle(sent(range(730, 831), 3))
+    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 650
+
+
+@pytest.mark.proves("A25", "A26", "G20")
+async def test_flood_of_the_largest_refusals_is_bounded_in_bytes(world: World) -> None:
+    """However long its refusals are, a service stores 30 MB at once, and 720 MB a day."""
+    handler = Audit(world.store.audit, WORKER)
+    texts = dict.fromkeys(("subject", "source", "action", "rule", "request_id"), "\U0001d11e" * 200)
+    largest = refusal(**texts, target="\U0001d11e" * MAX_TARGET_CHARS, reason="\U0001d11e" * 300)
+    most = MAX_BYTES_AT_ONCE // len(largest.model_dump_json().encode()) + 1
+
+    async def flood(numbers: range, minute: int) -> int:
+        at = THEN + timedelta(minutes=minute)
+        entries = (largest.model_copy(update={"id": f"x{n}"}) for n in numbers)
+        await handler.handle([Record(Audited(entry=each), SCAN_AUDIT[WORKER].name, 0, 0, at) for each in entries])
+        return (await world.store.audit.page(0, 1, service=WORKER))[1]
+
+    at_once = await flood(range(most + 1_000), 0)
+    assert most * 0.9 < at_once <= most
+    later = await flood(range(most + 1_000, most + 2_000), 10)
+    assert later - at_once <= 10 * 500_000 // len(largest.model_dump_json().encode()) + 1
 
 
 @pytest.mark.proves("A26")
