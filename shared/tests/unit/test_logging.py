@@ -75,6 +75,21 @@ def test_entries_below_the_level_are_omitted(lines: Any) -> None:
     assert lines() == []
 
 
+def test_entry_that_cannot_be_rendered_does_not_stop_its_caller(lines: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The caller of a failed log write continues, and the cause is on standard error."""
+
+    class Broken:
+        def __repr__(self) -> str:
+            raise ValueError("no text")
+
+    structlog.get_logger("x").info("event", value=Broken())
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert "ValueError: no text" in written.err
+    structlog.get_logger("x").info("next")
+    assert [entry["event"] for entry in lines()] == ["next"]
+
+
 @pytest.mark.proves("A17")
 def test_exception_is_in_one_line_with_its_entry(lines: Any) -> None:
     """A traceback is part of its entry."""
