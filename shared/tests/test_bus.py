@@ -22,7 +22,7 @@ from scanfleet.contracts.messages.fields import MAX_BYTES
 from scanfleet.contracts.messages.results import PortFound
 from scanfleet.contracts.messages.topics import SCAN_REPLIES, SCAN_RESULTS, SCAN_WORKERS, Topic
 from scanfleet.errors import DependencyError, MessageError
-from scanfleet.kafka import KafkaBus
+from scanfleet.kafka import KafkaBus, sources
 from scanfleet.kafka.topics import TopicSettings, create_topics
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Bus, Record
@@ -501,15 +501,16 @@ async def test_stop_does_not_wait_for_a_dependency(backend: Backend) -> None:
     assert await backend.committed() == {}
 
 
-async def test_stopped_member_releases_its_partitions(backend: Backend) -> None:
+async def test_stopped_member_releases_its_partitions(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a clean stop the others have all partitions, without waiting for the session timeout."""
+    monkeypatch.setattr(sources, "SESSION_MS", 60_000)
     one, two = await backend.bus("one"), await backend.bus("two")
     a, b = Recorder(), Recorder()
     leaving = two.consume(SCAN_WORKERS, GROUP, b)
     async with Running(one.consume(SCAN_WORKERS, GROUP, a)):
         await leaving.start()
         await until(lambda: len(a.partitions) < SCAN_WORKERS.partitions)
-        async with asyncio.timeout(8):  # a session lasts 10 seconds
+        async with asyncio.timeout(30):  # less than a session
             await leaving.stop()
             await until(lambda: len(a.partitions) == SCAN_WORKERS.partitions)
 

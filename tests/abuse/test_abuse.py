@@ -563,12 +563,15 @@ def test_write_limit_applies_per_user(strict_gateway: str, stack: Stack, audited
             }
             return http.post("/api/v1/subnet", json=subnet(), headers=headers)
 
+        began = time.monotonic()
         answers = [write(27, number) for number in range(50)]
         statuses = [answer.status_code for answer in answers]
         assert statuses[:20] == [201] * 20
-        assert set(statuses[24:]) == {429}  # at the turn of a minute a few more may pass
-        assert 1 <= int(answers[-1].headers["Retry-After"]) <= 60
-        entry = audited(refused(answers[-1], 429))
+        assert set(statuses) == {201, 429}
+        assert statuses.count(201) <= 24 + (time.monotonic() - began) / 3  # at the turn of a minute a few more may pass
+        rejected = next(answer for answer in reversed(answers) if answer.status_code == 429)
+        assert 1 <= int(rejected.headers["Retry-After"]) <= 60
+        entry = audited(refused(rejected, 429))
         assert (entry["subject"], entry["rule"], entry["source"]) == ("27", "rate", "127.0.0.1")
         assert http.get("/api/v1/task", headers={"Authorization": f"Bearer {stack.token(27)}"}).status_code == 200
         assert write(28, 1).status_code == 201
@@ -596,7 +599,8 @@ def test_cancel_is_exempt_from_limits(strict_gateway: str, stack: Stack, caller:
         assert [stream.status_code for stream in streams] == [200, 200, 429]
         assert json.loads(streams[-1].read())["error"].startswith("2 of your event streams are in progress")
         answers = [http.post("/api/v1/subnet", json=subnet()) for _ in range(30)]
-        assert answers[-1].json()["error"].startswith("more than 20 writes a minute")
+        (reason,) = {answer.json()["error"].partition(";")[0] for answer in answers if answer.status_code == 429}
+        assert reason.startswith("more than 20 writes a minute")
         assert http.post(f"/api/v1/task/{jobs[0]}/cancel").json() == {"message": "Job cancelled successfully"}
         cancelled = http.post("/api/v1/task/cancel", json={"all": True}).json()
     assert (cancelled["message"], sorted(cancelled["job_ids"])) == ("2 jobs cancelled", sorted(jobs[1:]))
@@ -609,7 +613,7 @@ def test_administrator_cancels_job_of_another_user(stack: Stack, caller: Callers
     """An administrator can find, read and cancel any job, with audit entries; other users get 404 and 403."""
     owner, other = caller(42), caller(43)
     job = owner.scan("127.9.8.0/24", **SLOW)
-    until(lambda: bool(scanning(stack)), 30, "the scan to run")
+    until(lambda: owner.status(job) == "running" and bool(scanning(stack)), 30, "the scan to run")
     path = f"/api/v1/task/{job}"
     reads = {"read_task": path} | {f"read_{of}": f"{path}/{of}" for of in ("ledger", "waiting", "snapshot", "map")}
     for action, read in {**reads, "cancel_task": f"{path}/cancel", "watch_task": f"{path}/events"}.items():

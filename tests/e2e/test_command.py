@@ -189,7 +189,7 @@ def test_post_that_is_cut_off_creates_one_object(
 
     before = total()
     environment["SCANFLEET_URL"] = f"http://127.0.0.1:{proxy.port}"
-    proxy.delay(1)  # leaves time between the creation and the arrival of the answer
+    proxy.delay(3)  # leaves time between the creation and the arrival of the answer
     command = start(*commands[kind])
     until(lambda: total() > before, LIMIT, "the object to be created", 0.02)
     proxy.cut()

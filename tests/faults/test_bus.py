@@ -35,6 +35,7 @@ from tests.faults.kit import (
     ENDLESS,
     LEASE,
     LIMIT,
+    REQUEUE_SECONDS,
     STEADY,
     TINY,
     Caller,
@@ -48,7 +49,6 @@ pytestmark = pytest.mark.e2e
 CONSUMED = (SCAN_COMMANDS, SCAN_REPLIES, SCAN_WORKERS, SCAN_TASKS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_STORED)
 PROGRESS = "job-orchestrator-scan-progress"  # the group that reads it
 SLOW = {**ENDLESS, "max_rate": 20}  # a /31 with this policy is one chunk of more than a minute
-REBALANCED_SECONDS = LEASE + 5  # as the local stack promises 15 seconds with a lease of 10
 REBALANCE_SECONDS = LEASE * 20 / 45  # between two rebalances: as one every 20 seconds with a lease of 45
 POST_SECONDS = 5 + 2  # the timeout of a command, and the query for its outcome
 ENVELOPE = [("ce_specversion", b"1.0"), ("content-type", b"application/json")]
@@ -292,7 +292,7 @@ def test_rebalances_extend_no_lease_of_a_stopped_worker(
         platform.kill(stopped, signal.SIGSTOP)
         try:
             for chunk in lost:
-                until(lambda: requeued(platform, chunk), REBALANCED_SECONDS, "the chunk to be requeued", 0.05)  # noqa: B023 # called before the next turn
+                until(lambda: requeued(platform, chunk), REQUEUE_SECONDS, "the chunk to be requeued", 0.05)  # noqa: B023 # called before the next turn
             until(reassigned, LIMIT, "another worker to have the chunks")
         finally:
             platform.kill(stopped, signal.SIGCONT)

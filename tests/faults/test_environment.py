@@ -6,6 +6,7 @@ import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from statistics import median
 from threading import Event
 from time import monotonic as clock
 
@@ -103,9 +104,10 @@ def test_job_of_only_worker_without_disk_completes_after_recovery(
 def test_worker_without_disk_does_not_affect_results(platform: Platform, user: Caller, invariants: Invariants) -> None:
     """With one of two workers unable to start nmap, results and ledger are complete, and no chunk has a failure."""
     with platform.listeners() as places, platform.no_disk(full=True):
+        excluded = platform.metric("scanner-worker", "scanfleet_worker_exclusions_total")
         jobs = [user.scan(platform.network(24), **TINY) for _ in range(6)]  # more than the healthy worker has slots
         until(
-            lambda: platform.metric("scanner-worker", "scanfleet_worker_excluded") == 1,
+            lambda: platform.metric("scanner-worker", "scanfleet_worker_exclusions_total") > excluded,
             LIMIT,
             "the broken worker to exclude itself",
         )
@@ -127,9 +129,10 @@ def test_worker_whose_scans_fail_does_not_affect_results(
     with platform.listeners():
         before = scanned(user, user.scan(platform.network(24), **TINY))
         with platform.scans_by(FAILING, "scanner-worker-2"):
+            excluded = platform.metric("scanner-worker", "scanfleet_worker_exclusions_total")
             jobs = [user.scan(platform.network(24), **TINY) for _ in range(6)]  # more than the other worker has slots
             until(
-                lambda: platform.metric("scanner-worker", "scanfleet_worker_excluded") == 1,
+                lambda: platform.metric("scanner-worker", "scanfleet_worker_exclusions_total") > excluded,
                 LIMIT,
                 "the broken worker to exclude itself",
             )
@@ -185,11 +188,11 @@ def test_keys_rotate_during_endpoint_outage(platform: Platform) -> None:
         assert status(before) == httpx2.codes.OK
         assert status(after) == httpx2.codes.UNAUTHORIZED
         keys.away = False
-        until(lambda: status(after) == httpx2.codes.OK, COOLDOWN_SECONDS + 1, "the new key to be accepted")
+        until(lambda: status(after) == httpx2.codes.OK, LIMIT, "the new key to be accepted")
         assert status(before) == httpx2.codes.UNAUTHORIZED
     finally:
         keys.away, keys.issuer = False, old
-    until(lambda: status(before) == httpx2.codes.OK, 10, "the old key to be back")
+    until(lambda: status(before) == httpx2.codes.OK, LIMIT, "the old key to be back")
     caller.close()
 
 
@@ -199,12 +202,16 @@ def test_keys_rotate_during_traffic(platform: Platform) -> None:
     keys, old, new = platform.keys, platform.keys.issuer, Issuer("key-2")
     before, after = platform.token(7), new.token(7)
     answered: list[tuple[str, int]] = []
+    slowest = 0.0
     over = Event()
 
     def ask(token: str) -> None:
+        nonlocal slowest
         caller = platform.caller(token=token)
         while not over.is_set():
+            asked_at = clock()
             answered.append((token, caller.http.get("/api/v1/task").status_code))
+            slowest = max(slowest, clock() - asked_at)
         caller.close()
 
     def latest(token: str) -> int:
@@ -215,9 +222,12 @@ def test_keys_rotate_during_traffic(platform: Platform) -> None:
         try:
             until(lambda: {token for token, _ in answered} == {before, after}, LIMIT, "the first answers")
             assert set(answered) == {(before, 200), (after, 401)}
-            keys.issuer = new
-            until(lambda: latest(after) == 200, COOLDOWN_SECONDS + 1, "the new key to be accepted", 0.02)
-            until(lambda: latest(before) == 401, 1, "the old key to be refused", 0.02)
+            keys.issuer, began = new, clock()
+            until(lambda: latest(after) == 200, LIMIT, "the new key to be accepted", 0.02)
+            until(lambda: latest(before) == 401, LIMIT, "the old key to be refused", 0.02)
+            assert (
+                clock() - began < COOLDOWN_SECONDS + 1 + 2 * slowest
+            )  # one request before the fetch, and one after it
         finally:
             keys.issuer = old
             over.set()
@@ -225,7 +235,7 @@ def test_keys_rotate_during_traffic(platform: Platform) -> None:
         each.result()
     assert {status for _, status in answered} == {200, 401}
     caller = platform.caller(token=before)
-    until(lambda: caller.http.get("/api/v1/task").is_success, COOLDOWN_SECONDS + 1, "the old key to be back")
+    until(lambda: caller.http.get("/api/v1/task").is_success, LIMIT, "the old key to be back")
     caller.close()
 
 
@@ -254,7 +264,7 @@ def test_unknown_keys_cause_one_fetch_per_cooldown(platform: Platform) -> None:
     # The second gateway fetches the keys at the latest when they are as old as it allows.
     assert 1 <= platform.keys.asked - fetched <= 1 + lasted / COOLDOWN_SECONDS + 1 + lasted / MAX_AGE_SECONDS
     assert len(waits) > 10
-    assert max(waits) < 1
+    assert median(waits) < COOLDOWN_SECONDS / 2  # they wait for no fetch
     caller.close()
 
 
@@ -263,17 +273,25 @@ def test_known_key_is_refused_once_it_is_too_stale(platform: Platform) -> None:
     """While the endpoint is unavailable a gateway accepts known keys for the set time and no longer."""
     caller = platform.caller(7, "api-gateway-2")
 
-    def status() -> int:
-        return caller.http.get("/api/v1/task").status_code
+    accepted = 0.0
 
-    until(lambda: status() == 200, 10, "the key to be known")
+    def status() -> int:
+        nonlocal accepted
+        asked = clock()
+        code = caller.http.get("/api/v1/task").status_code
+        if code == httpx2.codes.OK:
+            accepted = asked
+        return code
+
+    until(lambda: status() == 200, LIMIT, "the key to be known")
     platform.keys.away = True
     began = clock()
     try:
-        while clock() - began < MAX_STALE_SECONDS - MAX_AGE_SECONDS - 1:
-            assert status() == 200
-        until(lambda: status() == 503, began + MAX_STALE_SECONDS + 1 - clock(), "the key to be refused")
+        until(lambda: status() != 200, LIMIT, "the key to be refused")
+        assert status() == 503
+        assert clock() - began > MAX_STALE_SECONDS - MAX_AGE_SECONDS - 1
+        assert accepted - began < MAX_STALE_SECONDS
     finally:
         platform.keys.away = False
-    until(lambda: status() == 200, COOLDOWN_SECONDS + 1, "the key to be accepted again")
+    until(lambda: status() == 200, LIMIT, "the key to be accepted again")
     caller.close()

@@ -23,6 +23,7 @@ window.fetch = (path, options) => {
     return Promise.resolve(new Response(new ReadableStream({
         async pull(controller) {
             if (sent && PAUSE) await new Promise((resolve) => setTimeout(resolve, PAUSE));
+            while (sent && window.held) await new Promise((resolve) => setTimeout(resolve, 20));
             if (sent >= RESULTS) return controller.close();
             let lines = "";
             for (const end = sent + PORTION; sent < end; sent++) lines += result(sent);

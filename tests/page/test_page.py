@@ -118,7 +118,8 @@ def test_page_map_cursor_shows_the_open_ports_of_its_address(page: Page, stack: 
     page.keyboard.press("ArrowRight")
     expect(page.locator(".cursor")).to_have_text(f"{NET}.2 — answered, no port open")
     hosts = f"{stack.url}/api/v1/task/{finished}/hosts"
-    assert asked == [f"{hosts}?address={NET}.{host}" for host in (1, 2)]
+    read = [url for url in asked if not url.endswith(f"={NET}.0")]  # a slow page may rest at the first cell
+    assert read == [f"{hosts}?address={NET}.{host}" for host in (1, 2)]
 
 
 def tab_to(page: Page, target: Locator) -> None:

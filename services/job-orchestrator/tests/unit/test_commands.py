@@ -724,7 +724,7 @@ async def test_stalled_partition_does_not_delay_replies() -> None:
     await world.start()
     stalled = await world.submit("127.9.8.0/30")
     other = await world.submit("127.9.9.0/30")
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(4):  # a gateway waits for 5 seconds
         await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
         cancel = await world.cancel(2)
         await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))

@@ -388,7 +388,7 @@ async def test_batch_nmap_crash_fails_unfinished_chunks(
         assert rig.scanned() == {"1-1": "a"}
         assert set(failed()) == {"1-2", "1-3"}
         assert all("SIGSEGV" in reason for reason in failed().values())
-        await until(lambda: not marked(rig.nmap), 2)
+        await until(lambda: not marked(rig.nmap), 30)
 
 
 FAILURES = {
@@ -461,7 +461,7 @@ async def test_scan_faulty_nmap_fails_the_chunk_with_a_reason(  # noqa: PLR0917 
         assert isinstance(failed, ChunkFailed)
         assert (failed.outcomes, reason in failed.reason) == (outcomes, True), failed.reason
         assert len(failed.reason) <= 500
-        await until(lambda: not marked(rig.nmap), 2)
+        await until(lambda: not marked(rig.nmap), 30)
         assert rig.worker.alive
 
 
@@ -515,9 +515,9 @@ async def test_scan_expected_pauses_extend_the_stall_timeout(
     stopped: bool,
 ) -> None:
     """Beyond the stall timeout, slow timings may wait for a probe, and services and scripts for the host timeout."""
-    body = f'write(HEAD, \'<taskbegin task="{task}" time="1"/>\'); time.sleep(3); write(*map(host, range(4)), TAIL)'
-    nmap = await make_nmap(stand_in(body), replace(LIMITS, stall_seconds=1))
-    with pytest.raises(ScanError, match="no progress for 1 seconds") if stopped else contextlib.nullcontext():
+    body = f'write(HEAD, \'<taskbegin task="{task}" time="1"/>\'); time.sleep(4); write(*map(host, range(4)), TAIL)'
+    nmap = await make_nmap(stand_in(body), replace(LIMITS, stall_seconds=2))
+    with pytest.raises(ScanError, match="no progress for 2 seconds") if stopped else contextlib.nullcontext():
         hosts = [host async for hosts in nmap.scan([*arguments, "--"], {"tcp": 2}) for host in hosts]
         assert len(hosts) == 4
 
@@ -668,7 +668,7 @@ async def test_scan_leftover_child_is_killed(
         await rig.send(make_chunk())
         await until(rig.end)
         assert isinstance(rig.end(), ChunkScanned)
-        await until(lambda: not marked(rig.nmap), 2)
+        await until(lambda: not marked(rig.nmap), 30)
 
 
 async def test_scan_nmap_inherits_nothing(  # pytest passes fixtures by name
@@ -743,7 +743,7 @@ async def test_guard_killed_worker_leaves_no_nmap() -> None:
     await until(lambda: marked(theirs))
     process.kill()
     await process.wait()
-    await until(lambda: not marked(theirs), 3)
+    await until(lambda: not marked(theirs), 30)
     await until(lambda: not guards(theirs), 5)
 
 
@@ -755,7 +755,7 @@ async def test_guard_ignores_signals_of_the_process_group() -> None:
         os.kill(pid, signal.SIGTERM)
     os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
-    await until(lambda: not marked(theirs), 3)
+    await until(lambda: not marked(theirs), 30)
 
 
 async def test_guard_signalled_during_its_start_keeps_running() -> None:
@@ -781,7 +781,7 @@ async def test_guard_killed_worker_leaves_no_forked_process(stand_in: Callable[[
     await until(lambda: len(marked(theirs)) == 3)
     process.kill()
     await process.wait()
-    await until(lambda: not marked(theirs), 3)
+    await until(lambda: not marked(theirs), 30)
 
 
 @pytest.mark.proves("F2")

@@ -156,7 +156,7 @@ async def test_service_resumed_after_lease_releases_the_chunk(deployed: Deployed
     deployed.process.send(signal.SIGSTOP)
     await asyncio.sleep(3.5)  # the lease itself is the condition
     deployed.process.send(signal.SIGCONT)
-    await until(lambda: deployed.messages(ChunkReleased), 2)
+    await until(lambda: deployed.messages(ChunkReleased), 30)
 
 
 async def test_service_unknown_tasks_are_ignored(deployed: Deployed, make_chunk: MakeChunk) -> None:
