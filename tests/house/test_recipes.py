@@ -70,7 +70,7 @@ POLICY_FIELD: Final[list[Edit]] = [
     (POLICY, "    max_retries: MaxRetries\n", "    recipes: MaxRetries\n"),
     (POLICY, '    "max_retries": None,\n', '    "recipes": None,\n'),
     (
-        "shared/scanfleet/contracts/rest.py",
+        "shared/scanfleet/contracts/rest/resources.py",
         "    max_retries: vocabulary.MaxRetries = Field(default_factory=_preset_decides)\n",
         "    recipes: vocabulary.MaxRetries = Field(default_factory=_preset_decides)\n",
     ),
