@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from scanfleet.errors import UnavailableError
-from scanfleet.runtime.turns import AT_ONCE, Turns
+from scanfleet.runtime.turns import AT_ONCE, IN_ALL, Turns
 
 
 @pytest.mark.proves("G20", "A22")
@@ -24,6 +24,22 @@ async def test_turn_of_a_user_with_many_requests_delays_no_other_user() -> None:
             pass
     async with turns.turn(7):
         pass
+
+
+@pytest.mark.proves("G20", "A22")
+async def test_turns_of_all_users_are_bounded() -> None:
+    """While many users have turns, one more user waits, and gets the next one that becomes free."""
+    turns = Turns()
+    async with AsyncExitStack() as held:
+        for user in range(IN_ALL):
+            await held.enter_async_context(turns.turn(user))
+        async with AsyncExitStack() as later:
+            waiting = asyncio.create_task(later.enter_async_context(turns.turn(IN_ALL)))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert not waiting.done()
+            await held.aclose()
+            await waiting
 
 
 async def test_turn_is_free_again_after_a_cancelled_wait() -> None:

@@ -9,20 +9,24 @@ from typing import Any, Final
 
 import pytest
 from fastapi import Request, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from job_orchestrator.api.coverage import read_map
 from job_orchestrator.api.internal import latest_of
+from job_orchestrator.api.resource_rules import SUBNETS
+from job_orchestrator.api.resources import ROUTERS
 from job_orchestrator.api.state import Recorder, State
 from job_orchestrator.api.tasks import read_ledger
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.attempts import Attempt
 from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.domain.resources import Owned
 from job_orchestrator.repository import MongoStore
 from job_orchestrator_testing import World, replanned, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
-from scanfleet.contracts import queries
+from scanfleet.contracts import queries, rest
 from scanfleet.errors import UnavailableError
 from scanfleet.scanning.outcomes import address_at
 from scanfleet.security.auth import Principal
@@ -84,6 +88,22 @@ async def test_maps_use_bounded_memory(mongo_store: MongoStore, state: State) ->
     await _insert_large_chunks(mongo_store)
     request = Request({"type": "http", "headers": []})
     assert await peak(read_map, state, job_id=1, request=request, query=queries.Map()) < PEAK
+
+
+async def test_lists_of_large_subnets_use_bounded_memory(mongo_store: MongoStore, state: State) -> None:
+    """A few pages of a hundred subnets with a thousand exclusions are built at a time."""
+    exclude = [str(address_at("127.192.0.0", 2 * n)) for n in range(1_000)]
+    content = SUBNETS.accept(rest.SubnetBody(name="x", cidr="127.192.0.0/16", exclude=exclude), state.checks)
+    owned = (Owned(id=n, user_id=7, name="x", content=content, created_at=THEN, updated_at=THEN) for n in range(1, 101))
+    await mongo_store.subnets.add(*owned)
+    routes = (each for each in ROUTERS[0].routes if isinstance(each, APIRoute))
+    [list_subnets] = [each.endpoint for each in routes if each.name == "list_subnets"]
+
+    async def read(caller: Principal, state: State, query: queries.Page, **_: Any) -> BaseModel:
+        listed: BaseModel = await list_subnets(caller=caller, state=state, query=query)
+        return listed
+
+    assert await peak(read, state, query=queries.Page(page_size=100)) < PEAK
 
 
 async def _insert_large_chunks(store: MongoStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ class Limits:
     """Those of a replica."""
 
     turns: Turns = field(default_factory=Turns)
-    downloads: Turns = field(default_factory=lambda: Turns(at_once=DOWNLOADS, wait_seconds=0.0))
+    downloads: Turns = field(default_factory=lambda: Turns(at_once=DOWNLOADS, in_all=sys.maxsize, wait_seconds=0.0))
 
 
 @dataclass(frozen=True, slots=True)
