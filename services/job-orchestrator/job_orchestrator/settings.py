@@ -60,7 +60,7 @@ class Settings(
     stored_seconds: float = Field(
         60.0,
         gt=0,
-        description="Timeout in seconds of a check of a scanned chunk by result-store; then the orchestrator requests "
+        description="Timeout in seconds, up to 300, of a check of a scanned chunk by result-store; then the orchestrator requests "
         "it again.",
     )
     raw_worker_seconds: float = Field(

@@ -19,7 +19,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.attempts import Attempt, Probed
 from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.census import DeletionCensus, OpenChunks, Standing
-from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState, Token, cancel, dispatch
+from job_orchestrator.domain.chunk import HELD, MAX_PAUSE, OPEN, Chunk, ChunkState, Token, cancel, dispatch
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
@@ -499,20 +499,22 @@ async def test_missing_jobs_are_neither_stored_nor_deleted(store: Store) -> None
 
 
 async def test_jobs_with_old_events_are_found(store: Store) -> None:
-    """A job of the given partitions is found only while its outbox has an old event."""
+    """A job of the given partitions is found only while its outbox has an old event, or one from a clock that was ahead."""
     every = set(range(SCAN_PROGRESS.partitions))
 
     async def found(before: datetime, partitions: Collection[int] = every) -> list[int]:
         return [job.id for job in await store.jobs.with_old_events(before, 10, partitions)]
 
-    await store.jobs.insert([scan_job(1), running(scan_job(2), LATER + timedelta(hours=1))])
+    await store.jobs.insert([scan_job(1), running(scan_job(2), LATER + timedelta(seconds=50))])
     assert await found(LATER) == [1]
     assert await found(LATER, every - {scan_job(1).partition}) == []
     assert await found(THEN) == []
     job = (await store.jobs.get([1]))[1]
     await store.jobs.save([published(job, job.seq)])
     assert await found(LATER) == []
-    assert await found(LATER + timedelta(hours=2)) == [2]
+    assert await found(LATER + timedelta(minutes=1)) == [2]
+    await store.jobs.insert([running(scan_job(3), LATER + timedelta(hours=2))])
+    assert await found(LATER) == [3]
 
 
 async def test_outboxes_of_unchanged_jobs_are_emptied_once(store: Store) -> None:
@@ -882,7 +884,7 @@ async def test_held_chunks_are_found_by_partition(store: Store) -> None:
 
 
 async def test_overdue_returns_scanned_chunks_whose_check_is_due(store: Store) -> None:
-    """Up to a limit, overdue are the scanned chunks of the partitions whose next check is due now or was due before."""
+    """Overdue are the scanned chunks of the partitions whose check was due before, or is due after a longer time than any pause."""
     scanned = ChunkState.SCANNED
     await store.chunks.insert(
         [
@@ -891,8 +893,11 @@ async def test_overdue_returns_scanned_chunks_whose_check_is_due(store: Store) -
             chunk(id="1-2", index=2, state=scanned, partition=3, ask_at=LATER),
             chunk(id="1-3", index=3, state=ChunkState.STORED, partition=3, ask_at=THEN),
             chunk(id="1-4", index=4, state=scanned, partition=5, ask_at=THEN),
+            chunk(id="1-5", index=5, state=scanned, partition=6, ask_at=LATER + MAX_PAUSE),
+            chunk(id="1-6", index=6, state=scanned, partition=6, ask_at=LATER + MAX_PAUSE + timedelta(seconds=1)),
         ],
     )
+    assert {each.id for each in await store.chunks.overdue(LATER, 10, [6])} == {"1-6"}
     assert {each.id for each in await store.chunks.overdue(LATER, 10, [3])} == {"1-0", "1-1"}
     assert {each.id for each in await store.chunks.overdue(LATER, 10, [3, 5])} == {"1-0", "1-1", "1-4"}
     assert len(await store.chunks.overdue(LATER, 1, [3])) == 1
@@ -1086,6 +1091,16 @@ async def test_open_chunks_of_a_job_are_counted(store: Store) -> None:
 
 def worker(name: str, slots: int = 2, *, raw: bool = False) -> Credit:
     return Credit(f"{name}-0000000a", name, slots, raw=raw, partition=3)
+
+
+@pytest.mark.integration
+async def test_live_workers_omits_announcements_of_a_clock_that_was_ahead(
+    mongo_store: MongoStore, database: Database
+) -> None:
+    """A worker that was seen in an hour, by the time of the database now, is not live."""
+    await mongo_store.dispatch.seen_workers([worker("w-1"), worker("w-2")])
+    await database["workers"].update_one({"_id": "w-2"}, [{"$set": {"seen": {"$add": ["$seen", 3_600_000]}}}])
+    assert [each.instance for each in await mongo_store.dispatch.live_workers(timedelta(minutes=1))] == ["w-1"]
 
 
 async def test_live_workers_returns_workers_with_recent_announcements(store: Store) -> None:

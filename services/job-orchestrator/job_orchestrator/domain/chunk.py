@@ -91,7 +91,8 @@ TABLE: Final[dict[ChunkState, dict[ChunkTrigger, frozenset[ChunkState]]]] = {
 }
 
 OPEN: Final = frozenset(state for state, ways in TABLE.items() if ways)
-_LONGEST_PAUSE: Final = timedelta(minutes=5)  # between two requests of a verdict; the sweep limits how many it sends
+# Between two requests of a verdict: the sweep limits how many it sends. A longer one results from a clock that was ahead.
+MAX_PAUSE: Final = timedelta(minutes=5)
 HELD: Final = frozenset({ChunkState.DISPATCHED, ChunkState.RUNNING})  # by a worker
 
 Ended = ChunkReleased | ChunkScanned | ChunkFailed
@@ -267,7 +268,7 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
                 ChunkState.SCANNED,
                 technique=report.technique,
                 probed=_probed(chunk, report),
-                ask_at=now + patience,
+                ask_at=now + min(patience, MAX_PAUSE),
                 reason=report.reason or chunk.reason,
             )
         case ChunkScanned():
@@ -469,7 +470,7 @@ def request_check(chunk: Chunk, now: datetime, patience: timedelta) -> Chunk:
     """Return a scanned chunk for which result-store is asked now, and again after a delay that doubles each time, to 5 minutes at most."""
     if chunk.state is not ChunkState.SCANNED:
         return chunk
-    pause = min(patience * 2 ** min(chunk.asked, MAX_FRUITLESS), _LONGEST_PAUSE)
+    pause = min(patience * 2 ** min(chunk.asked, MAX_FRUITLESS), MAX_PAUSE)
     return replace(chunk, ask_at=now + pause, asked=min(chunk.asked + 1, MAX_FRUITLESS))
 
 

@@ -7,7 +7,7 @@ them increments `seq`, by which readers order its events. An illegal change rais
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
@@ -62,6 +62,7 @@ _EVENTS: Final[dict[JobTrigger, type[JobEvent]]] = {
 }
 
 
+MAX_AHEAD: Final = timedelta(minutes=1)  # later events in an outbox are from a clock that was ahead
 UNFINISHED: Final = (JobStatus.PENDING, JobStatus.RUNNING)
 
 

@@ -199,7 +199,7 @@ class JobRepository(Protocol):
         """Return ids above `after`, in order, of jobs in `partitions` that are not settled."""
 
     async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
-        """Return jobs in `partitions` whose outboxes have events from before `before`."""
+        """Return jobs in `partitions` whose outboxes have events from before `before`, or from `MAX_AHEAD` after it."""
 
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
         """Remove all events from the outboxes, by job, that contain none after this `seq`; idempotent.
@@ -323,7 +323,10 @@ class ChunkRepository(Protocol):
         """Return the standing of each job, in one consistent read."""
 
     async def overdue(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
-        """Return the scanned chunks of jobs in these partitions that result-store must be asked to check now."""
+        """Return the scanned chunks of jobs in these partitions that result-store must be asked to check now.
+
+        A pause beyond `MAX_PAUSE` is ignored.
+        """
 
     async def count_open(self, job_id: int) -> OpenChunks: ...
 

@@ -13,7 +13,7 @@ from pymongo import IndexModel
 from pymongo.read_concern import ReadConcern
 
 from job_orchestrator.domain.census import MAX_COUNTED, OpenChunks, Standing
-from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
+from job_orchestrator.domain.chunk import HELD, MAX_PAUSE, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import save
@@ -131,7 +131,7 @@ class MongoChunks:
         return {job_id: found.get(job_id, Standing()) for job_id in job_ids}
 
     async def overdue(self, now: datetime, limit: int, partitions: Collection[int]) -> list[Chunk]:
-        due = {"$or": [{"ask_at": None}, {"ask_at": {"$lt": now}}]}
+        due = {"$or": [{"ask_at": None}, {"ask_at": {"$lt": now}}, {"ask_at": {"$gt": now + MAX_PAUSE}}]}
         mine = {"partition": {"$in": list(partitions)}}
         return await self._find({"state": ChunkState.SCANNED.value} | mine | due, limit)
 

@@ -148,8 +148,10 @@ class MongoDispatch:
 
     @dependency_errors()
     async def live_workers(self, within: timedelta) -> list[Credit]:
-        since = {"$gt": ["$seen", {"$subtract": ["$$NOW", int(within.total_seconds() * 1_000)]}]}
-        found = self._workers.find({"slots": {"$gt": 0}, "$expr": since})
+        milliseconds = int(within.total_seconds() * 1_000)
+        since = {"$gt": ["$seen", {"$subtract": ["$$NOW", milliseconds]}]}
+        until = {"$lt": ["$seen", {"$add": ["$$NOW", milliseconds]}]}  # a later time is from a clock that was ahead
+        found = self._workers.find({"slots": {"$gt": 0}, "$expr": {"$and": [since, until]}})
         return await documents.read_all(documents.read_worker, found, "workers")
 
     async def _lowest_turns(self, users: Collection[int], states: Iterable[ChunkState]) -> dict[int, int]:

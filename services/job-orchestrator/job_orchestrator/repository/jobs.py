@@ -11,7 +11,7 @@ from typing import Any, Final
 from pymongo import IndexModel, UpdateOne
 
 from job_orchestrator.domain.census import JobCensus
-from job_orchestrator.domain.job import UNFINISHED, ScanJob
+from job_orchestrator.domain.job import MAX_AHEAD, UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator.repository import documents
@@ -192,8 +192,9 @@ class MongoJobs:
 
     @dependency_errors()
     async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
-        old = {"outbox.at": {"$lt": before}, "partition": {"$in": list(partitions)}}
-        found = self._jobs.find(old).batch_size(limit)
+        mine = {"partition": {"$in": list(partitions)}}
+        old = [mine | {"outbox.at": at} for at in ({"$lt": before}, {"$gt": before + MAX_AHEAD})]
+        found = self._jobs.find({"$or": old}).batch_size(limit)
         return await documents.read_all(documents.read_job, found, "jobs", limit)
 
     @dependency_errors()

@@ -9,7 +9,7 @@ from datetime import datetime
 from itertools import islice
 
 from job_orchestrator.domain.census import OpenChunks, Standing
-from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, ChunkState
+from job_orchestrator.domain.chunk import HELD, MAX_PAUSE, OPEN, Chunk, ChunkState
 from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator_testing.repository.data import MemoryRepository
 
@@ -60,7 +60,7 @@ class MemoryChunks(MemoryRepository):
             for chunk in self._data.chunks.values()
             if chunk.state is ChunkState.SCANNED
             and chunk.partition in partitions
-            and (chunk.ask_at is None or chunk.ask_at < now)
+            and not (chunk.ask_at and now <= chunk.ask_at <= now + MAX_PAUSE)
         )
         return list(islice(overdue, limit))
 

@@ -10,7 +10,7 @@ from itertools import islice
 
 from job_orchestrator.api.tasks import task_status
 from job_orchestrator.domain.census import JobCensus
-from job_orchestrator.domain.job import UNFINISHED, ScanJob
+from job_orchestrator.domain.job import MAX_AHEAD, UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator_testing.repository.data import MemoryRepository
@@ -94,7 +94,7 @@ class MemoryJobs(MemoryRepository):
 
     async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
         mine = (job for job in self._data.jobs.values() if job.partition in partitions)
-        old = (job for job in mine if any(out.at < before for out in job.outbox))
+        old = (job for job in mine if any(not before <= out.at <= before + MAX_AHEAD for out in job.outbox))
         return list(islice(old, limit))
 
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
