@@ -168,7 +168,7 @@ async def test_overdue_scanned_chunk_is_requested_again(world: World) -> None:
         technique="syn",
         ask_at=utc_now() - timedelta(seconds=1),
     )
-    later = replace(scanned, id="9-1", index=1, ask_at=utc_now() + timedelta(seconds=3_600))
+    later = replace(scanned, id="9-1", index=1, ask_at=utc_now() + timedelta(seconds=240))
     await world.store.chunks.insert([scanned, later])
     await world.only.sweeper.sweep()
     await world.only.sweeper.sweep()
