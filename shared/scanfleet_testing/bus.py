@@ -121,6 +121,9 @@ class MemoryBus:
         if refused:
             raise DependencyError(f"{refused} of {len(envelopes)} messages are for partitions without a leader")
 
+    def leaderless(self, topic: Topic) -> Collection[int]:
+        return {partition for name, partition in self.broker.leaderless if name == topic.name}
+
     def on_dead_letter(self, callback: DeadLetterCallback) -> None:
         self._dead_letter_callbacks.append(callback)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection
 from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
@@ -80,6 +80,7 @@ class Orchestrator:
         store: Store,
         publisher: Publisher,
         *,
+        leaderless: Callable[[Topic], Collection[int]],
         rules: TargetRules,
         keys: ChainKeys,
         signer: Signer,
@@ -96,7 +97,7 @@ class Orchestrator:
     ) -> None:
         faults = Faults()
         self.clocks = UserClocks(store.dispatch, clock, self._alone)
-        held = HeldChunks(store.dispatch, clock, self._alone)
+        held = HeldChunks(store.dispatch, clock, self._alone, lambda: leaderless(SCAN_PROGRESS), lease_seconds)
         changer = ChunkChanger(store.chunks, self.clocks, held, lambda: self.progress.partitions, clock)
         self.grants = JobGrants(grants, rules.nat64)
         self.outbox = Outbox(store.jobs, publisher)
@@ -297,6 +298,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             orchestrator = Orchestrator(
                 store,
                 bus,
+                leaderless=bus.leaderless,
                 rules=settings.target_rules,
                 keys=keys,
                 signer=signer,

@@ -243,6 +243,7 @@ class World:
         return Orchestrator(
             store or self.store,
             publisher or self.bus,
+            leaderless=self.bus.leaderless,
             rules=self.rules,
             keys=KEYS,
             signer=signer(),

@@ -153,6 +153,10 @@ class KafkaBus:
         envelopes = [encode(topic, message, source=self._source, traceparent=tracing.current()) for message in messages]
         await self.send(topic.name, [(envelope.key, envelope.value, envelope.headers) for envelope in envelopes])
 
+    def leaderless(self, topic: Topic) -> Collection[int]:
+        places = [TopicPartition(self._prefix + topic.name, partition) for partition in range(topic.partitions)]
+        return {place.partition for place in places if self._ends and _leader(self._ends, place) == NO_LEADER}
+
     def on_dead_letter(self, callback: DeadLetterCallback) -> None:
         self._dead_letter_callbacks.append(callback)
 
@@ -234,9 +238,8 @@ class KafkaBus:
     async def _end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         if self._ends is None:
             raise RuntimeError("the bus has not been started")
-        cluster = self._ends._client.cluster  # noqa: SLF001 # no public method
         # The query would wait for a leader, and fail for all partitions.
-        led = [place for place in partitions if cluster.leader_for_partition(place) != NO_LEADER]
+        led = [place for place in partitions if _leader(self._ends, place) != NO_LEADER]
         if partitions and not led:
             raise DependencyError(f"cannot query the end offsets: none of {len(partitions)} partitions has a leader")
         with depending("cannot query the end offsets"):
@@ -326,3 +329,9 @@ class KafkaBus:
     def _check(self) -> None:
         if self._fault is not None:
             raise DependencyError(f"the bus has failed, restart the process: {self._fault!r}")
+
+
+def _leader(consumer: AIOKafkaConsumer, place: TopicPartition) -> int | None:
+    """Return the id of the partition's leader in the client's metadata; None if the partition is unknown."""
+    leader: int | None = consumer._client.cluster.leader_for_partition(place)  # noqa: SLF001 # no public method
+    return leader

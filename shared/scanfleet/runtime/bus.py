@@ -118,6 +118,9 @@ class Bus(Publisher, Protocol):
     def ready(self) -> bool:
         """False while the broker is unavailable."""
 
+    def leaderless(self, topic: Topic) -> Collection[int]:
+        """Return the partitions of the topic that are known to have no leader: no message to them is acknowledged."""
+
     def on_dead_letter(self, callback: DeadLetterCallback) -> None:
         """Call `callback` with each record that is dead-lettered from now on, and the reason."""
 

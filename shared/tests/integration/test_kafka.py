@@ -250,7 +250,9 @@ async def test_publish_to_a_partition_without_a_leader_blocks_only_that_partitio
         without = TopicPartition(bench.name, 0)
         leaders = [cluster.leader_for_partition for cluster in clusters]
         for cluster, leader_of in zip(clusters, leaders, strict=True):
+            assert not bus.leaderless(SCAN_WORKERS)
             cluster.leader_for_partition = partial(unless, without, leader_of)
+        assert bus.leaderless(SCAN_WORKERS) == {0}
         with pytest.raises(DependencyError, match="did not acknowledge"):
             await bus.publish(SCAN_WORKERS, [held_up(3)])
         assert (bus.alive, bus.ready) == (True, True)

@@ -25,18 +25,35 @@ class HeldChunks:
     A chunk that another replica has dispatched or ended since is missing or remains, so that a worker may get too many chunks, which it
     releases, or too few. A dispatch is decided by the compare-and-set of its chunk.
 
+    A chunk whose partition of scan-progress has had no leader for a whole lease does not count as held either: no report of its
+    worker was acknowledged, so the worker has ended the scan, and its slot is free.
+
     Args:
         alone: whether this replica handles the reports on all chunks.
+        leaderless: the partitions of scan-progress without a leader now.
+        lease_seconds: lease timeout.
 
     Attributes:
         read_at: monotonic time of the last read.
+        leaderless: the partitions of scan-progress without a leader now: no report on their chunks is acknowledged.
         certain: whether `known` last returned nothing that another replica may have ended since.
     """
 
-    def __init__(self, dispatch: DispatchRepository, clock: PlatformTime, alone: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        dispatch: DispatchRepository,
+        clock: PlatformTime,
+        alone: Callable[[], bool],
+        leaderless: Callable[[], Collection[int]],
+        lease_seconds: float,
+    ) -> None:
         self._dispatch = dispatch
         self._clock = clock
         self._alone = alone
+        self.leaderless = leaderless
+        self._lease_seconds = lease_seconds
+        self._leaderless_since: dict[int, float] = {}
+        """By partition of scan-progress."""
         self._held: dict[str, Held] = {}
         self._meanwhile: dict[str, Held | None] | None = None
         """Own changes during a read, which may be missing in its result; None for an end."""
@@ -60,13 +77,21 @@ class HeldChunks:
             if old:
                 await self._read()
             self.certain = alone or old
+            ended = self._ended()
+            held = [each for each in self._held.values() if each.partition not in ended]
             step = self._clock.stepped_at
             if step is None:
-                return list(self._held.values())
+                return held
             return [
                 replace(each, dispatched_at=step) if each.dispatched_at and each.dispatched_at < step else each
-                for each in self._held.values()
+                for each in held
             ]
+
+    def _ended(self) -> Collection[int]:
+        """Return the partitions that have had no leader for a whole lease."""
+        now, since = self._clock.monotonic(), self._leaderless_since
+        self._leaderless_since = {partition: since.get(partition, now) for partition in self.leaderless()}
+        return {each for each, begun in self._leaderless_since.items() if now - begun > self._lease_seconds}
 
     async def read(self) -> Collection[Held]:
         """Read the held chunks and return them.

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from datetime import datetime
 from functools import lru_cache
 from typing import Final
 
@@ -120,6 +121,7 @@ class Tasks:
             self._jobs.get({candidate.job_id for candidate, _, _ in picks}),
             self._chunks.get([candidate.chunk_id for candidate, _, _ in picks]),
         )
+        leaderless = self._held.leaderless()
         over: list[str] = []
         due: dict[str, tuple[Chunk, ScanChunk]] = {}
         refused: dict[int, Candidate] = {}
@@ -139,6 +141,8 @@ class Tasks:
                     refused[job.id] = candidate
                 elif self._grants.closed(job, now):
                     closed[job.user_id, job.granted_by] = job
+                elif job.partition in leaderless:
+                    self._skips.skip(candidate, "its partition of scan-progress has no leader")
                 elif chunk.state is ChunkState.QUEUED:
                     size = plan.attempt_size(job, chunk)
                     estimate = plan.expected(job, PortSet.parse(chunk.ports), size)
@@ -157,9 +161,7 @@ class Tasks:
         await self._cancel(over)
         for job_id, candidate in refused.items():
             await self._refuse(jobs[job_id], candidate)
-        for job in closed.values():
-            opens_at = self._grants.opens_at(job, now)
-            await self._skips.await_hours(job, opens_at - now if opens_at else None)
+        await self._await_hours(closed.values(), now)
         # A replica that stalled may have stored chunks of a job after its deletion was done.
         await self._deletions.advance(lost, Stage.DONE, Stage.CHUNKS, now)
         return shorter or len(sent) < len(picks)
@@ -234,6 +236,11 @@ class Tasks:
             error = f"the job's policy is no longer allowed: {_problem(job.policy, self._scripts)}"
         if not await self._give_up(job.id, error):
             self._skips.skip(candidate, f"cannot be failed; {error}")
+
+    async def _await_hours(self, jobs: Iterable[ScanJob], now: datetime) -> None:
+        for job in jobs:
+            opens_at = self._grants.opens_at(job, now)
+            await self._skips.await_hours(job, opens_at - now if opens_at else None)
 
     async def _cancel(self, over: Collection[str]) -> None:
         """Cancel chunks of a job that ended while another replica was still creating them."""

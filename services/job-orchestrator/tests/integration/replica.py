@@ -58,6 +58,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
     orchestrator = Orchestrator(
         store,
         KillingPublisher(bus, kind, moment),
+        leaderless=bus.leaderless,
         rules=RULES,
         keys=KEYS,
         signer=signer(),

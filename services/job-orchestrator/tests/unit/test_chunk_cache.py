@@ -30,7 +30,7 @@ async def test_cache_of_chunks_is_bounded() -> None:
     chunks = ReadChunks(store.data)
     time = PlatformTime(store.time, lambda: 1.0)
     clocks = UserClocks(store.dispatch, time, lambda: True)
-    held = HeldChunks(store.dispatch, time, lambda: True)
+    held = HeldChunks(store.dispatch, time, lambda: True, tuple, 30.0)
     changer = ChunkChanger(chunks, clocks, held, lambda: range(12), time)
     scanned = [chunk(id=f"1-{n}", index=n, state=ChunkState.SCANNED) for n in range(10_001)]
     changer.cache(scanned[:2])

@@ -1008,6 +1008,27 @@ async def test_partition_without_a_leader_delays_only_its_own_workers(world: Wor
     assert Counter(task.worker_id for task in tasks(world)) == {"w-1": 2, "w-2": 2}
 
 
+@pytest.mark.proves("F33", "G17")
+async def test_job_without_a_leader_of_its_reports_takes_the_slots_for_one_lease(world: World) -> None:
+    """After a lease without a leader another user's job gets a slot, and the job whose reports are not acknowledged gets none."""
+    partition = SCAN_PROGRESS.partition_of("7")
+    assert partition != SCAN_PROGRESS.partition_of("9")
+    world.worker.slots = 2
+    await world.start()
+    await queue(world, 7, 4)
+    await world.worker.announce()
+    await world.deliver()
+    await world.only.dispatcher.fill()
+    world.bus.broker.leaderless = {(SCAN_PROGRESS.name, partition)}
+    await queue(world, 9, 1)
+    for after, begun in ((0.0, {7: 2}), (30.0, {7: 2}), (1.0, {7: 2, 9: 1})):
+        world.now += after
+        await world.worker.announce()
+        await world.deliver()
+        await world.only.dispatcher.fill()
+        assert Counter(task.job_id for task in tasks(world)) == begun
+
+
 async def test_users_whose_chunks_may_not_start_yet_leave_no_slot_idle(world: World) -> None:
     """A chunk is dispatched although a whole page of needier users have only chunks that wait for their next attempt."""
     await world.start()

@@ -49,7 +49,8 @@ class HeldFixture:
         self.dispatch.allowed = asyncio.Event()
         self.dispatch.allowed.set()
         self.clock = PlatformTime(self.store.time, lambda: self.now)
-        self.held = HeldChunks(self.dispatch, self.clock, lambda: alone)
+        self.leaderless: set[int] = set()
+        self.held = HeldChunks(self.dispatch, self.clock, lambda: alone, lambda: self.leaderless, 30.0)
 
     async def ids(self) -> set[str]:
         return {each.token.chunk_id for each in await self.held.known()}
@@ -80,6 +81,21 @@ async def test_known_chunks_are_read_again_when_they_are_old(
     fixture.now = stale
     await fixture.ids()
     assert fixture.dispatch.reads == 2
+
+
+@pytest.mark.proves("F33", "G17")
+async def test_chunk_without_a_leader_of_its_reports_is_not_held_after_a_lease() -> None:
+    """A chunk whose partition has had no leader for a whole lease occupies no slot, and does again when a leader is back."""
+    fixture = HeldFixture()
+    await fixture.store.chunks.insert([dispatched(0), replace(dispatched(1), partition=dispatched(0).partition + 1)])
+    fixture.leaderless = {dispatched(0).partition}
+    for now, held in ((0.0, {"1-0", "1-1"}), (30.0, {"1-0", "1-1"}), (30.1, {"1-1"})):
+        fixture.now = now
+        assert await fixture.ids() == held
+    fixture.leaderless = set()
+    assert await fixture.ids() == {"1-0", "1-1"}
+    fixture.leaderless = {dispatched(0).partition}
+    assert await fixture.ids() == {"1-0", "1-1"}
 
 
 async def test_own_changes_need_no_read() -> None:
