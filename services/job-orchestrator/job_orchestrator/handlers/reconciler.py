@@ -96,8 +96,8 @@ class Reconciler:
         self._started: dict[int, None] = {}
         self.loop = Loop("jobs", _WORK_SECONDS, self.work, vital=False)
 
-    async def reconcile(self, job_ids: Collection[int], known: Known = _NOTHING) -> None:
-        """Update these jobs to the state of their chunks.
+    async def reconcile(self, job_ids: Collection[int], known: Known = _NOTHING) -> Mapping[int, ScanJob]:
+        """Update these jobs to the state of their chunks; return them as they are stored then.
 
         Args:
             job_ids: ids of the jobs.
@@ -106,8 +106,7 @@ class Reconciler:
         Raises:
             DependencyError: some steps may be missing; a retry performs them.
         """
-        if job_ids:
-            await self.update(await self._jobs.get(job_ids), known)
+        return await self.update(await self._jobs.get(job_ids), known) if job_ids else {}
 
     async def update(self, jobs: Mapping[int, ScanJob], known: Known = _NOTHING) -> dict[int, ScanJob]:
         """Do the same for jobs that were just read; return them as they are stored then.
@@ -182,8 +181,9 @@ class Reconciler:
         changes = list(changes)
         await self.reopen(changes)
         moved = {each.after.job_id for each in changes if self._matters(each) or _is_late(each)}
-        await self.reconcile(moved, {each.after.id: each.after for each in changes})
+        updated = await self.reconcile(moved, {each.after.id: each.after for each in changes})
         self._reporter.note(each.after.job_id for each in changes if each.after.outcomes != each.before.outcomes)
+        self._reporter.end(job.id for job in updated.values() if job.final)
 
     async def reopen(self, changes: Iterable[Changed]) -> None:
         """Count the jobs of cancelled chunks whose maps change again, from their first chunks.

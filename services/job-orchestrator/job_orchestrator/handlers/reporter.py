@@ -56,6 +56,12 @@ class Reporter:
         """Report the progress of these jobs soon: outcomes of their chunks have changed."""
         self._further |= set(job_ids)
 
+    def end(self, job_ids: Iterable[int]) -> None:
+        """Do not read these jobs, which have ended, for a report."""
+        for id_ in job_ids:
+            self._further.discard(id_)
+            self._counts.pop(id_, None)
+
     async def report(self) -> None:
         """Publish the progress of jobs that has increased since the last call; called about once a second.
 

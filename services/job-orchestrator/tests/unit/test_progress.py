@@ -675,6 +675,15 @@ class Broken:
         raise DependencyError("unavailable")
 
 
+async def test_ended_job_is_not_read_for_a_report(world: World, task: ScanChunk) -> None:
+    """A job that has ended since the last report costs the next one no query."""
+    await world.worker.scanned(task)
+    await world.settle()
+    assert await status_of(world) is JobStatus.COMPLETED
+    world.only.reporter._jobs = Broken()  # type: ignore[assignment] # as above
+    await world.only.reporter.report()
+
+
 async def test_progress_has_the_expected_end(world: World, task: ScanChunk) -> None:
     """The remaining probes take their measured time, in as many slots as the job holds."""
     job = (await world.store.jobs.get([1]))[1]
