@@ -113,6 +113,7 @@ class Orchestrator:
         self.reconciler = Reconciler(
             jobs=store.jobs,
             chunks=store.chunks,
+            changer=changer,
             dispatch=store.dispatch,
             canceller=canceller,
             outbox=self.outbox,

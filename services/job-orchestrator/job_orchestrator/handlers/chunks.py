@@ -13,7 +13,7 @@ import structlog
 from pydantic import ValidationError
 
 from job_orchestrator.domain.attempts import Probed
-from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, Token, elapsed
+from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, Token, elapsed
 from job_orchestrator.domain.ports import ChunkRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.clocks import UserClocks
@@ -29,8 +29,6 @@ _log = structlog.stdlib.get_logger(__name__)
 STOPPED_LATER: Final = "the next heartbeat of each worker is answered with a stop"
 """How the loss of a StopChunk is repaired, for the log."""
 
-# Their next change follows soon; that of a scanned one may be stored by another replica, which reads the verdicts on the job.
-_CACHED: Final = HELD | {ChunkState.SCANNED}
 _MAX_CACHED: Final = 10_000  # the chunks that other replicas have changed stay until `verify`
 _ROUNDS: Final = 20  # each lost race is progress of another replica; this many in a row are an error
 
@@ -60,7 +58,7 @@ def saved(chunk: Chunk) -> Chunk:
 class ChunkChanger:
     """Changes chunks, and charges their users for attempts that end.
 
-    Held and scanned chunks of the jobs whose reports this replica handles are cached as they were stored last. Another replica may
+    Chunks of the jobs whose reports this replica handles are cached as they were stored last, until they end. Another replica may
     have changed one since: a change of it loses the compare-and-set, and only `enough` decides without reading the chunk.
 
     Args:
@@ -133,11 +131,22 @@ class ChunkChanger:
         raise DependencyError(f"chunks were changed by other replicas {_ROUNDS} times in a row: {sorted(left)[:5]}")
 
     def cache(self, chunks: Iterable[Chunk]) -> None:
-        """Keep those of these chunks, as they are stored, that this replica will change next."""
+        """Keep those of these chunks, as they are stored, whose next change this replica probably makes."""
         mine = self._partitions()
-        self._cached |= {each.id: each for each in chunks if each.state in _CACHED and each.partition in mine}
+        self._cached |= {each.id: each for each in chunks if each.state in OPEN and each.partition in mine}
         for id_ in list(islice(self._cached, max(0, len(self._cached) - _MAX_CACHED))):
             del self._cached[id_]  # the oldest
+
+    async def queued(self, ids: Collection[str]) -> dict[str, Chunk]:
+        """Return these chunks for a change that the caller stores; those that were cached may have changed since.
+
+        Raises:
+            DependencyError: the database is unavailable.
+        """
+        known = {id_: chunk for id_ in ids if (chunk := self._cached.pop(id_, None))}
+        if unknown := set(ids) - known.keys():
+            known |= await self._chunks.get(unknown)
+        return known
 
     def verify(self, partitions: Collection[int], held: Collection[Token]) -> None:
         """Keep only those of the cached chunks of jobs in these partitions whose attempts are among those that workers hold."""

@@ -19,7 +19,7 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.domain.work_queue import WorkQueue
 from job_orchestrator.handlers.cancellation import ChunkCanceller, reason, reasons
-from job_orchestrator.handlers.chunks import Changed
+from job_orchestrator.handlers.chunks import Changed, ChunkChanger
 from job_orchestrator.handlers.isolation import Faults
 from job_orchestrator.handlers.outbox import Outbox
 from job_orchestrator.handlers.reporter import Reporter
@@ -75,6 +75,7 @@ class Reconciler:
         *,
         jobs: JobRepository,
         chunks: ChunkRepository,
+        changer: ChunkChanger,
         dispatch: DispatchRepository,
         canceller: ChunkCanceller,
         outbox: Outbox,
@@ -85,6 +86,7 @@ class Reconciler:
     ) -> None:
         self._jobs = jobs
         self._chunks = chunks
+        self._changer = changer
         self._dispatch = dispatch
         self._canceller = canceller
         self._outbox = outbox
@@ -147,6 +149,7 @@ class Reconciler:
         for job in jobs:
             with self._faults.isolated(job):
                 window += plan.chunks(job, 0, job.made)
+        self._changer.cache(window)  # first: a dispatch may follow at once
         await self._create({job.id: job for job in jobs}, window)
         if window:
             self._wake({chunk.user_id for chunk in window})

@@ -119,7 +119,7 @@ class Tasks:
         now = self._clock.now()
         jobs, chunks = await asyncio.gather(
             self._jobs.get({candidate.job_id for candidate, _, _ in picks}),
-            self._chunks.get([candidate.chunk_id for candidate, _, _ in picks]),
+            self._changer.queued([candidate.chunk_id for candidate, _, _ in picks]),
         )
         leaderless = self._held.leaderless()
         over: list[str] = []

@@ -804,6 +804,19 @@ async def test_round_trips_of_a_batch_do_not_grow_with_its_commands() -> None:
         assert {name: calls for name, calls in store.calls.items() if calls} == dict.fromkeys(reads | writes, 1)
 
 
+async def test_first_chunks_of_a_job_are_dispatched_without_a_read() -> None:
+    """The replica that creates the chunks of a new job does not read them to dispatch them."""
+    store, world = await counting_world()
+    world.worker.hold = True
+    await world.worker.announce()
+    policy_id, subnets = await world.add("127.9.8.0/30")
+    await world.send(policy_id, subnets)
+    store.calls.clear()
+    await world.settle()
+    assert len(world.worker.tasks) == 1
+    assert store.calls["chunks.get"] == 0
+
+
 async def test_late_cancels_of_a_batch_are_rejected_in_one_write() -> None:
     """Fifty cancels of ended jobs in one batch cost as many calls of the store as one."""
     costs = []
