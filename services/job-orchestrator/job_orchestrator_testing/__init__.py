@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from job_orchestrator_testing.builders import KEYS, chunk, replanned, scan_job, scan_policy
 from job_orchestrator_testing.repository import MemoryStore
-from job_orchestrator_testing.world import RULES, ResultStore, Worker, World
+from job_orchestrator_testing.simulation import RULES, ResultStore, Simulation, Worker
 
 __all__ = [
     "KEYS",
     "RULES",
     "MemoryStore",
     "ResultStore",
+    "Simulation",
     "Worker",
-    "World",
     "chunk",
     "replanned",
     "scan_job",

@@ -1,4 +1,4 @@
-"""The orchestrator's API over the handlers of a `World`."""
+"""The orchestrator's API over the handlers of a `Simulation`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from job_orchestrator.api import ROUTERS
 from job_orchestrator.api.state import State
-from job_orchestrator_testing.world import World
+from job_orchestrator_testing.simulation import Simulation
 from scanfleet.runtime import service
 from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.security.audit import Refusals
@@ -17,10 +17,10 @@ from scanfleet.security.auth import Verifier
 from scanfleet.services import ORCHESTRATOR
 
 
-def state_of(world: World) -> State:
+def state_of(simulation: Simulation) -> State:
     """Return the state of the only replica's routes."""
-    only = world.only
-    return State(world.store, only.commands, only.cancels, only.submits, only.deletions, only.checks, only.backlog)
+    only = simulation.only
+    return State(simulation.store, only.commands, only.cancels, only.submits, only.deletions, only.checks, only.backlog)
 
 
 def app_of(state: State, verifier: Verifier, settings: ConnectionSettings | None = None) -> FastAPI:

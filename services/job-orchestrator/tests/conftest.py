@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from job_orchestrator.repository import MongoStore
-from job_orchestrator_testing import KEYS, MemoryStore, World
+from job_orchestrator_testing import KEYS, MemoryStore, Simulation
 from scanfleet.clock import utc_now
 from scanfleet.runtime import mongo
 from scanfleet.runtime.mongo import Database
@@ -40,9 +40,9 @@ def store(request: pytest.FixtureRequest) -> MemoryStore | MongoStore:
 
 
 @pytest.fixture
-async def world() -> World:
+async def simulation() -> Simulation:
     """One caught-up replica on memory, and a worker that has announced itself."""
-    world = World(MemoryStore())
-    await world.start()
-    await world.worker.announce()
-    return world
+    simulation = Simulation(MemoryStore())
+    await simulation.start()
+    await simulation.worker.announce()
+    return simulation

@@ -24,7 +24,7 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.ports import ChunkRepository, JobRepository, Store
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.repository import MongoStore
-from job_orchestrator_testing import KEYS, MemoryStore, Worker, World, scan_policy
+from job_orchestrator_testing import KEYS, MemoryStore, Simulation, Worker, scan_policy
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     ChunkClaimed,
@@ -162,7 +162,7 @@ class Life(RuleBasedStateMachine):
         self.scanned: list[ChunkScanned] = []
         self.asked: list[tuple[str, int]] = []
         self.expired: set[str] = set()
-        self.world: World
+        self.simulation: Simulation
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         return self.runner.run(coroutine)
@@ -176,9 +176,9 @@ class Life(RuleBasedStateMachine):
     def begin(self) -> None:
         async def begin() -> None:
             store = cast(Store, Inspector(await self.make_store()))
-            self.world = World(store, replicas=REPLICAS)
-            self.world.workers = [Worker(self.world.bus, f"w-{n}", slots=2) for n in range(2)]
-            await self.world.start()
+            self.simulation = Simulation(store, replicas=REPLICAS)
+            self.simulation.workers = [Worker(self.simulation.bus, f"w-{n}", slots=2) for n in range(2)]
+            await self.simulation.start()
 
         self.run(begin())
         self.submit(7, 2, "22")
@@ -193,20 +193,20 @@ class Life(RuleBasedStateMachine):
         if len(self.run(self.jobs())) > MOST_JOBS:
             return
         cidrs = ["127.9.8.0/31", "127.9.9.4/32"][:subnets]
-        command = self.run(self.world.submit(*cidrs, user_id=user, policy=scan_policy(ports=ports)))
+        command = self.run(self.simulation.submit(*cidrs, user_id=user, policy=scan_policy(ports=ports)))
         self.asked.append((command, user))
 
     @rule(data=st.data(), really=st.sampled_from([False, False, True]))
     def cancel(self, data: st.DataObject, really: bool) -> None:
         if really and (jobs := self.run(self.jobs())):
             job = data.draw(st.sampled_from(jobs))
-            self.asked.append((self.run(self.world.cancel(job.id, job.user_id)), job.user_id))
+            self.asked.append((self.run(self.simulation.cancel(job.id, job.user_id)), job.user_id))
 
     @rule(data=st.data(), number=st.integers(0, REPLICAS - 1))
     def give_up(self, data: st.DataObject, number: int) -> None:
         """The gateway received no reply in time; most likely to the last command."""
         command, user = data.draw(st.sampled_from(self.asked[-1:]) | st.sampled_from(self.asked))
-        if self.run(self.world.replicas[number].commands.expire(command, user)) is None:
+        if self.run(self.simulation.replicas[number].commands.expire(command, user)) is None:
             self.expired.add(command)
 
     # Broker
@@ -242,7 +242,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 1))
     def announce(self, number: int) -> None:
-        self.run(self.world.workers[number].announce())
+        self.run(self.simulation.workers[number].announce())
 
     @rule(
         data=st.data(),
@@ -255,7 +255,7 @@ class Life(RuleBasedStateMachine):
         if not self.tasks:
             return
         task = data.draw(st.sampled_from(self.tasks[-4:]) | st.sampled_from(self.tasks))
-        worker = self.world.workers[int(task.worker_id[-1])]
+        worker = self.simulation.workers[int(task.worker_id[-1])]
         outcomes = "".join(news if known == "." else known for known, news in zip(task.outcomes, codes, strict=False))
         actions: dict[str, Callable[[], Awaitable[None]]] = {
             "claim": lambda: worker.claim(task),
@@ -288,7 +288,7 @@ class Life(RuleBasedStateMachine):
                 worker_id=scanned.worker_id,
                 addresses=(scanned.first_address,),
             )
-        self.run(self.world.bus.publish(SCAN_STORED, [answer]))
+        self.run(self.simulation.bus.publish(SCAN_STORED, [answer]))
         if delivered:
             self.go_on()
 
@@ -298,26 +298,26 @@ class Life(RuleBasedStateMachine):
     def wait(self, looks: int) -> None:
         async def wait() -> None:
             for _ in range(looks):
-                self.world.now += 3.0
-                await self.world.catch_up()
+                self.simulation.now += 3.0
+                await self.simulation.catch_up()
 
         self.run(wait())
 
     @rule(hours=st.sampled_from([-3, -1, 2, 4]))
     def step_clock(self, hours: int) -> None:
         """The database's clock steps; neither a lease, nor an order, nor a delay follows it."""
-        self.world.step_clock(timedelta(hours=hours))
+        self.simulation.step_clock(timedelta(hours=hours))
 
     @rule(number=st.integers(0, REPLICAS - 1))
     def sweep(self, number: int) -> None:
-        self.run(self.world.replicas[number].sweeper.sweep())
+        self.run(self.simulation.replicas[number].sweeper.sweep())
 
     @rule(number=st.integers(0, REPLICAS - 1))
     def act(self, number: int) -> None:
         """Run the periodic steps of a replica."""
 
         async def act() -> None:
-            replica = self.world.replicas[number]
+            replica = self.simulation.replicas[number]
             await replica.reconciler.work()
             await replica.dispatcher.fill()
 
@@ -325,7 +325,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, REPLICAS - 1))
     def restart(self, number: int) -> None:
-        self.run(self.world.restart(number))
+        self.run(self.simulation.restart(number))
 
     # Invariants
 
@@ -333,7 +333,7 @@ class Life(RuleBasedStateMachine):
     def the_ledger_adds_up(self) -> None:
         async def check() -> None:
             for job in await self.jobs():
-                stored = {each.id: each async for each in self.world.store.chunks.of_job(job.id)}
+                stored = {each.id: each async for each in self.simulation.store.chunks.of_job(job.id)}
                 planned = [each.id for each in plan.chunks(job, 0, job.plan.chunk_count)]
                 assert list(stored) == planned[: len(stored)]
                 whole, ended = Tally(job, EMPTY), Tally(job, EMPTY)
@@ -350,15 +350,15 @@ class Life(RuleBasedStateMachine):
                     assert {each.state for each in stored.values()} == {ChunkState.STORED}
                     assert len(stored) == job.plan.chunk_count
 
-        if hasattr(self, "world"):
+        if hasattr(self, "simulation"):
             self.run(check())
 
     @invariant()
     def events_come_in_order(self) -> None:
-        if not hasattr(self, "world"):
+        if not hasattr(self, "simulation"):
             return
         seen: dict[int, dict[int, JobEvent]] = {}
-        for event in self.world.bus.messages(SCAN_EVENTS):
+        for event in self.simulation.bus.messages(SCAN_EVENTS):
             assert isinstance(event, JobEvent)
             first = seen.setdefault(event.job.id, {}).setdefault(event.seq, event)
             assert first == event
@@ -372,32 +372,32 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def no_token_is_given_twice(self) -> None:
-        if hasattr(self, "world"):
-            tasks = [each for each in self.world.bus.messages(SCAN_TASKS) if isinstance(each, ScanChunk)]
+        if hasattr(self, "simulation"):
+            tasks = [each for each in self.simulation.bus.messages(SCAN_TASKS) if isinstance(each, ScanChunk)]
             tokens = [(task.chunk_id, task.attempt) for task in tasks]
             assert len(tokens) == len(set(tokens))
 
     @invariant()
     def nothing_comes_of_what_expired(self) -> None:
-        if hasattr(self, "world"):
+        if hasattr(self, "simulation"):
             jobs = self.run(self.jobs())
             assert not self.expired & ({job.command_id for job in jobs} | {job.cancel_command for job in jobs})
-            replies = self.world.bus.messages(SCAN_REPLIES)
+            replies = self.simulation.bus.messages(SCAN_REPLIES)
             assert not self.expired & {each.command_id for each in replies if isinstance(each, CommandAccepted)}
 
     def teardown(self) -> None:
         """After all dependencies have recovered, every job ends, even if the clock was set back."""
 
         async def heal() -> None:
-            self.world.step_clock(-timedelta(hours=5))
-            await self.world.start()
-            await self.world.settle()
-            await self.world.wait(LOOKS, seconds=3.0)
+            self.simulation.step_clock(-timedelta(hours=5))
+            await self.simulation.start()
+            await self.simulation.settle()
+            await self.simulation.wait(LOOKS, seconds=3.0)
             for job in await self.jobs():
                 assert (job.final, job.settled, job.outbox) == (True, True, ())
 
         try:
-            if hasattr(self, "world"):
+            if hasattr(self, "simulation"):
                 self.collect()
                 self.hand(list(self.pending))
                 self.run(heal())
@@ -409,14 +409,14 @@ class Life(RuleBasedStateMachine):
             self.runner.close()
 
     async def jobs(self) -> list[ScanJob]:
-        listed = [job.id for user in (7, 8) for job in (await self.world.store.jobs.page(user, set(), 0, 100))[0]]
-        found = await self.world.store.jobs.get(listed)
+        listed = [job.id for user in (7, 8) for job in (await self.simulation.store.jobs.page(user, set(), 0, 100))[0]]
+        found = await self.simulation.store.jobs.get(listed)
         return [found[id_] for id_ in sorted(listed)]
 
     def collect(self) -> None:
         """Note what was sent, as what is under way."""
         for topic in TOPICS:
-            self.pending += self.world.take(topic)
+            self.pending += self.simulation.take(topic)
 
     def hand(self, records: Sequence[Record]) -> None:
         for topic in TOPICS:
@@ -428,7 +428,7 @@ class Life(RuleBasedStateMachine):
             elif topic is SCAN_PROGRESS:
                 self.run(self.hear(batch))
             else:
-                self.run(self.world.hand(topic, batch))
+                self.run(self.simulation.hand(topic, batch))
         for record in records:
             if record in self.pending:
                 self.pending.remove(record)
@@ -437,10 +437,10 @@ class Life(RuleBasedStateMachine):
     async def hear(self, batch: Sequence[Record]) -> None:
         """Hand reports over: one that is not of a chunk's holder changes no state, and its scan is stopped."""
         reports = [each.message for each in batch if isinstance(each.message, WorkerReport)]
-        before = await self.world.store.chunks.get({report.chunk_id for report in reports})
-        tasks = len(self.world.bus.messages(SCAN_TASKS))
-        await self.world.hand(SCAN_PROGRESS, batch)
-        for after in (await self.world.store.chunks.get(before)).values():
+        before = await self.simulation.store.chunks.get({report.chunk_id for report in reports})
+        tasks = len(self.simulation.bus.messages(SCAN_TASKS))
+        await self.simulation.hand(SCAN_PROGRESS, batch)
+        for after in (await self.simulation.store.chunks.get(before)).values():
             chunk = before[after.id]
             current = chunk.token in {Token.of(report) for report in reports}
             if current and chunk.state in HELD:
@@ -456,15 +456,17 @@ class Life(RuleBasedStateMachine):
         scanning = {Token.of(each) for each in reports if isinstance(each, ChunkClaimed | ChunkProgressed)}
         if unstopped := scanning - held - self.stopped(tasks):
             # Another replica has ended these attempts since the last check of the leases: their next heartbeats are answered.
-            await self.world.catch_up()
-            await self.world.hand(SCAN_PROGRESS, [each for each in batch if isinstance(each.message, ChunkProgressed)])
+            await self.simulation.catch_up()
+            await self.simulation.hand(
+                SCAN_PROGRESS, [each for each in batch if isinstance(each.message, ChunkProgressed)]
+            )
             assert unstopped <= self.stopped(tasks)
 
     def stopped(self, first: int) -> set[Token]:
         """The attempts that were stopped since so many tasks were sent."""
         return {
             Token(each.job_id, each.chunk_id, each.attempt, each.worker_id)
-            for each in self.world.bus.messages(SCAN_TASKS)[first:]
+            for each in self.simulation.bus.messages(SCAN_TASKS)[first:]
             if isinstance(each, StopChunk)
         }
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from job_orchestrator.repository import MongoStore
-from job_orchestrator_testing import World
+from job_orchestrator_testing import Simulation
 from scanfleet.contracts.messages import Run
 from scanfleet.runtime.mongo import Database
 
@@ -18,24 +18,24 @@ RUN = Run(nmap="7.93", arguments="a" * 64, source="127.0.0.1", rules="b" * 64, b
 
 async def test_record_of_attempts_costs_no_write(mongo_store: MongoStore, database: Database) -> None:
     """As before attempts were recorded, one is written by its dispatch, its claim and its final report only."""
-    world = World(mongo_store)
-    await world.start()
-    world.worker.hold = True
-    await world.worker.announce()
+    simulation = Simulation(mongo_store)
+    await simulation.start()
+    simulation.worker.hold = True
+    await simulation.worker.announce()
     await database.command("profile", 2)
-    await world.submit("127.9.8.0/30")
-    await world.settle()
-    [first] = world.worker.tasks
-    await world.worker.claim(first, run=RUN)
-    await world.settle()
-    await world.worker.release(first, "ss..", run=RUN)
-    await world.worker.announce()
-    await world.settle()
-    [_, second] = world.worker.tasks
-    await world.worker.claim(second, run=RUN)
-    await world.settle()
-    await world.worker.scanned(second, nmap="7.93", run=RUN)
-    await world.settle()
+    await simulation.submit("127.9.8.0/30")
+    await simulation.settle()
+    [first] = simulation.worker.tasks
+    await simulation.worker.claim(first, run=RUN)
+    await simulation.settle()
+    await simulation.worker.release(first, "ss..", run=RUN)
+    await simulation.worker.announce()
+    await simulation.settle()
+    [_, second] = simulation.worker.tasks
+    await simulation.worker.claim(second, run=RUN)
+    await simulation.settle()
+    await simulation.worker.scanned(second, nmap="7.93", run=RUN)
+    await simulation.settle()
     await database.command("profile", 0)
     writes = {"ns": f"{database.name}.chunks", "op": {"$in": ["insert", "update", "remove"]}}
     counts = Counter([each["op"] async for each in database["system.profile"].find(writes)])

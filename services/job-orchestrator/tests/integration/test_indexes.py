@@ -28,7 +28,7 @@ from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.resources import Owned, ScanTarget
 from job_orchestrator.repository import MongoStore
-from job_orchestrator_testing import World, chunk, replanned, scan_job, scan_policy
+from job_orchestrator_testing import Simulation, chunk, replanned, scan_job, scan_policy
 from job_orchestrator_testing.api import state_of
 from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
@@ -331,16 +331,16 @@ async def test_report_reads_ended_chunks_once(mongo_store: MongoStore, database:
             for each, state in zip(chunks, states, strict=True)
         ]
     )
-    world = World(mongo_store)
+    simulation = Simulation(mongo_store)
     reports: list[tuple[int, int]] = []
     for begun in (0, 1, 11):
         dispatched = (await mongo_store.chunks.get([f"1-{ended + 1 + n}" for n in range(begun)])).values()
         await mongo_store.chunks.save([replace(each, state=ChunkState.STORED, outcomes="aaaa") for each in dispatched])
-        world.only.reporter.note([1])
-        read = await _read_by(database, world.only.reporter.report(), "chunks")
+        simulation.only.reporter.note([1])
+        read = await _read_by(database, simulation.only.reporter.report(), "chunks")
         stored = (await mongo_store.jobs.get([1]))[1]
         reports.append((read, stored.machines_found))
-        world.now += 1.1
+        simulation.now += 1.1
     assert [found for _, found in reports] == [0, 4, 44]
     assert reports[0][0] > ended
     assert max(read for read, _ in reports[1:]) <= 300
@@ -379,9 +379,9 @@ async def test_sweep_reads_each_waiting_job_and_each_of_its_open_chunks_once(
     jobs = [replace(each, waiting="no_worker", waiting_since=THEN) for each in jobs]
     await mongo_store.jobs.insert(jobs)
     await mongo_store.chunks.insert([next(iter(plan.chunks(job, 0, 1))) for job in jobs])
-    world = World(mongo_store)
-    await world.start()
-    sweep = world.only.sweeper._reconcile_all
+    simulation = Simulation(mongo_store)
+    await simulation.start()
+    sweep = simulation.only.sweeper._reconcile_all
     await database.command("profile", 2)
     await sweep()
     await database.command("profile", 0)
@@ -427,7 +427,7 @@ async def test_ledger_page_after_a_position_reads_four_chunks_for_each_of_its_ad
         await mongo_store.chunks.insert(few)
     job = change(replace(job, totals=sparse.totals), JobTrigger.FAIL, THEN, settled=True)
     await mongo_store.jobs.insert([job])
-    state = state_of(World(mongo_store))
+    state = state_of(Simulation(mongo_store))
     record = Recorder(Request({"type": "http"}), mongo_store.audit)
 
     async def listed(size: int) -> list[str]:
@@ -499,9 +499,9 @@ async def test_waiting_of_many_jobs_reads_the_backlog_once_a_second(
     """Fifty requests within a second share one sum over the keys of all unfinished jobs, and read no other job."""
     jobs = 500
     await mongo_store.jobs.insert([scan_job(n, user_id=7) for n in range(1, jobs + 1)])
-    world = World(mongo_store)
+    simulation = Simulation(mongo_store)
     await mongo_store.dispatch.seen_workers([Credit("w-1", "w-1", 2, raw=True, partition=1)])
-    state = state_of(world)
+    state = state_of(simulation)
     record = Recorder(Request({"type": "http"}), mongo_store.audit)
 
     async def ask(job_id: int) -> str:
@@ -511,7 +511,7 @@ async def test_waiting_of_many_jobs_reads_the_backlog_once_a_second(
     await database.command("profile", 2)
     assert set(await asyncio.gather(*map(ask, range(1, 51)))) == {"queue"}
     assert await ask(51) == "queue"
-    world.now += 1.1
+    simulation.now += 1.1
     assert await ask(52) == "queue"
     await mongo_store.jobs.census()
     await database.command("profile", 0)
@@ -536,7 +536,7 @@ async def test_map_reads_only_the_shown_fields_of_each_chunk(mongo_store: MongoS
             for each in plan.chunks(job, 0, 512)
         ]
     )
-    state = state_of(World(mongo_store))
+    state = state_of(Simulation(mongo_store))
     request = Request({"type": "http", "headers": []})
     record = Recorder(request, mongo_store.audit)
     await database.command("profile", 2)
@@ -559,8 +559,8 @@ async def test_sweep_of_many_large_waiting_jobs_has_bounded_cost(mongo_store: Mo
     await mongo_store.jobs.insert(jobs)
     for job in jobs:
         await mongo_store.chunks.insert(list(plan.chunks(job, 0, job.made)))
-    world = World(mongo_store)
-    await world.start()
+    simulation = Simulation(mongo_store)
+    await simulation.start()
     blocked = [0.0]
 
     async def measure() -> None:
@@ -573,7 +573,7 @@ async def test_sweep_of_many_large_waiting_jobs_has_bounded_cost(mongo_store: Mo
         measuring = asyncio.create_task(measure())
         await database.command("profile", 2)
         try:
-            await world.only.sweeper.sweep()
+            await simulation.only.sweeper.sweep()
         finally:
             measuring.cancel()
         await database.command("profile", 0)
@@ -585,5 +585,5 @@ async def test_sweep_of_many_large_waiting_jobs_has_bounded_cost(mongo_store: Mo
         # The chunks of the jobs once, and those of the census up to its limit.
         assert sum(each["keysExamined"] for each in of["chunks"]) <= 1.01 * count * plan.WINDOW + MAX_COUNTED
         assert len(reads) <= 50
-        world.now += 11
+        simulation.now += 11
     assert max(blocked) < 0.1

@@ -14,7 +14,7 @@ from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.metrics import UNREADABLE
 from job_orchestrator.repository import MongoStore
-from job_orchestrator_testing import World, chunk, scan_job
+from job_orchestrator_testing import Simulation, chunk, scan_job
 from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import JobStatus
@@ -89,9 +89,9 @@ async def test_damaged_document_does_not_block_other_jobs(
     mongo_store: MongoStore, database: Database, damage: _Damage
 ) -> None:
     """Other jobs of the same user and of others complete, while the damaged document is counted."""
-    world = World(mongo_store, keep=timedelta(days=1))
-    await world.start()
-    await world.worker.announce()
+    simulation = Simulation(mongo_store, keep=timedelta(days=1))
+    await simulation.start()
+    await simulation.worker.announce()
     running = replace(
         scan_job(99, user_id=8, chunk_addresses=2, chunk_count=2, made=1), status=JobStatus.RUNNING, outbox=()
     )
@@ -104,9 +104,9 @@ async def test_damaged_document_does_not_block_other_jobs(
     seen = {"seen": "$$NOW"} if damage.collection == "workers" else {}
     await database[damage.collection].update_one({"_id": damage.id_}, [{"$set": damage.fields | seen}], upsert=True)
 
-    await world.submit(user_id=7)
-    await world.submit(user_id=8)
-    await world.wait(12)
+    await simulation.submit(user_id=7)
+    await simulation.submit(user_id=8)
+    await simulation.wait(12)
     others = {job.user_id: job.status for id_, job in (await mongo_store.jobs.get([1, 2])).items()}
     assert others == {7: JobStatus.COMPLETED, 8: JobStatus.COMPLETED}
     assert (UNREADABLE.labels(damage.counted)._value.get() > before) is damage.unreadable

@@ -24,7 +24,7 @@ from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.resources import Owned
 from job_orchestrator.repository import MongoStore
-from job_orchestrator_testing import World, replanned, scan_job, scan_policy
+from job_orchestrator_testing import Simulation, replanned, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts import queries, rest
 from scanfleet.errors import UnavailableError
@@ -41,7 +41,7 @@ PORTS: Final = ",".join(map(str, range(1, 3_900, 2)))  # 1,950 ports, in 9 kB
 
 @pytest.fixture
 def state(mongo_store: MongoStore) -> State:
-    parts = World(mongo_store).only
+    parts = Simulation(mongo_store).only
     return State(
         mongo_store, parts.commands, parts.cancels, parts.submits, parts.deletions, parts.checks, parts.backlog
     )

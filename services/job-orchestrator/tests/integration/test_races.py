@@ -13,7 +13,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import OPEN, ChunkState
 from job_orchestrator.domain.job import TABLE
 from job_orchestrator.repository import MongoStore
-from job_orchestrator_testing import World, scan_policy
+from job_orchestrator_testing import Simulation, scan_policy
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     CancelJob,
@@ -46,16 +46,16 @@ async def soon(handler: Handler, message: Message, seconds: float) -> None:
 @pytest.mark.proves("F11", "G6", "G8")
 async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoStore) -> None:
     """Cancelled within five milliseconds of its completion a job ends once, and reply, events and document agree on how."""
-    world = World(mongo_store, replicas=2)
-    await world.start()
-    world.worker.slots, world.results = MAX_SLOTS, None
-    await world.worker.announce()
-    await world.submit(*["127.9.8.0/30"] * RACES)
-    await world.settle()
-    scanned = {each.job_id: each for each in world.bus.messages(SCAN_RESULTS) if isinstance(each, ChunkScanned)}
+    simulation = Simulation(mongo_store, replicas=2)
+    await simulation.start()
+    simulation.worker.slots, simulation.results = MAX_SLOTS, None
+    await simulation.worker.announce()
+    await simulation.submit(*["127.9.8.0/30"] * RACES)
+    await simulation.settle()
+    scanned = {each.job_id: each for each in simulation.bus.messages(SCAN_RESULTS) if isinstance(each, ChunkScanned)}
     assert len(scanned) == RACES
     chance = random.Random(5)  # noqa: S311 # moments, not secrets
-    stores, commands = world.replicas[0].handlers[SCAN_STORED], world.replicas[1].handlers[SCAN_COMMANDS]
+    stores, commands = simulation.replicas[0].handlers[SCAN_STORED], simulation.replicas[1].handlers[SCAN_COMMANDS]
 
     lead = 0.0  # of the completion; of the cancel if it is negative
 
@@ -72,11 +72,13 @@ async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoSt
     while left:
         await asyncio.gather(*map(race, left[:AT_ONCE]))
         left = left[AT_ONCE:]
-    await world.settle()
+    await simulation.settle()
 
-    replies = {each.command_id: each for each in world.bus.messages(SCAN_REPLIES) if isinstance(each, CommandReply)}
+    replies = {
+        each.command_id: each for each in simulation.bus.messages(SCAN_REPLIES) if isinstance(each, CommandReply)
+    }
     last: dict[int, dict[int, JobStatus]] = defaultdict(dict)
-    for event in world.bus.messages(SCAN_EVENTS):
+    for event in simulation.bus.messages(SCAN_EVENTS):
         if isinstance(event, JobEvent) and not TABLE[event.job.status]:
             last[event.job.id][event.seq] = event.job.status
     states = {job_id: {chunk.state async for chunk in mongo_store.chunks.of_job(job_id)} for job_id in scanned}
@@ -102,26 +104,26 @@ async def test_three_replicas_create_each_chunk_of_a_large_job_once(
     mongo_store: MongoStore, database: Database, cidr: str, ports: str, chunk_count: int
 ) -> None:
     """Of a large job beside small ones only a window exists at any time; each chunk is created, scanned and counted once."""
-    world = World(mongo_store, replicas=3)
-    await world.start()
-    world.worker.slots = plan.WINDOW
-    await world.worker.announce()
+    simulation = Simulation(mongo_store, replicas=3)
+    await simulation.start()
+    simulation.worker.slots = plan.WINDOW
+    await simulation.worker.announce()
     large, small = 1, range(2, 22)
-    await world.submit(cidr, policy=scan_policy(ports=ports))
-    await world.submit(*["127.9.8.0/30"] * len(small))
-    await world.deliver()
+    await simulation.submit(cidr, policy=scan_policy(ports=ports))
+    await simulation.submit(*["127.9.8.0/30"] * len(small))
+    await simulation.deliver()
     most = 0
     ended: list[int] = []
     async with asyncio.timeout(60 + chunk_count / 20):
         while large not in ended:
             # Every replica works on the jobs, although one owns them, while their owner handles the reports.
             await asyncio.gather(
-                world.deliver(),
-                *(replica.reconciler.reconcile([large, *small]) for replica in world.replicas),
-                *(replica.dispatcher.fill() for replica in world.replicas),
+                simulation.deliver(),
+                *(replica.reconciler.reconcile([large, *small]) for replica in simulation.replicas),
+                *(replica.dispatcher.fill() for replica in simulation.replicas),
             )
-            await world.worker.announce()
-            world.now += 0.1  # the dispatcher reads the free slots again after a second
+            await simulation.worker.announce()
+            simulation.now += 0.1  # the dispatcher reads the free slots again after a second
             most = max(most, await database["chunks"].count_documents({"job_id": large, "state": {"$in": [*OPEN]}}))
             jobs = await mongo_store.jobs.get([large, *small])
             ended += [id_ for id_, job in jobs.items() if job.final and id_ not in ended]
@@ -134,4 +136,8 @@ async def test_three_replicas_create_each_chunk_of_a_large_job_once(
     chunks = [chunk async for chunk in mongo_store.chunks.of_job(large)]
     assert [chunk.index for chunk in chunks] == [*range(chunk_count)]
     assert {(chunk.state, chunk.attempt) for chunk in chunks} == {(ChunkState.STORED, 1)}
-    assert len(world.worker.tasks) == len({task.chunk_id for task in world.worker.tasks}) == chunk_count + len(small)
+    assert (
+        len(simulation.worker.tasks)
+        == len({task.chunk_id for task in simulation.worker.tasks})
+        == chunk_count + len(small)
+    )

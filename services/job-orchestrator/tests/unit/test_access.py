@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from job_orchestrator.domain import access
 from job_orchestrator.metrics import UNREADABLE
-from job_orchestrator_testing import RULES, MemoryStore, World
+from job_orchestrator_testing import RULES, MemoryStore, Simulation
 from job_orchestrator_testing.api import app_of, state_of
 from scanfleet.clock import utc_now
 from scanfleet.security.auth import InternalVerifier, read_public_keys
@@ -46,7 +46,7 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     keys = InternalKeys(tmp_path)
     slow = lambda: utc_now() - SLOW  # noqa: E731 # the platform's time differs from the process's
     app = app_of(
-        replace(state_of(World(store)), now=slow),
+        replace(state_of(Simulation(store)), now=slow),
         InternalVerifier(read_public_keys(keys.public_keys_file), ORCHESTRATOR),
     )
     running = Api(app, keys, store)

@@ -23,7 +23,7 @@ from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.resources import Owned, Subnet
-from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing import MemoryStore, Simulation, chunk, scan_job, scan_policy
 from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
 from scanfleet.clock import utc_now
@@ -104,8 +104,8 @@ def store() -> MemoryStore:
 
 
 @pytest.fixture
-def world(store: MemoryStore) -> World:
-    return World(store)
+def simulation(store: MemoryStore) -> Simulation:
+    return Simulation(store)
 
 
 @pytest.fixture
@@ -114,9 +114,9 @@ def quotas() -> Quotas:
 
 
 @pytest.fixture
-def api(world: World, quotas: Quotas) -> Api:
-    checks = replace(world.only.checks, quotas=quotas)
-    return Api(app_of(replace(state_of(world), checks=checks), ISSUER.verifier))
+def api(simulation: Simulation, quotas: Quotas) -> Api:
+    checks = replace(simulation.only.checks, quotas=quotas)
+    return Api(app_of(replace(state_of(simulation), checks=checks), ISSUER.verifier))
 
 
 def times(answer: dict[str, Any]) -> None:
@@ -1154,26 +1154,28 @@ async def test_map_etag_changes_with_each_code(api: Api, store: MemoryStore) -> 
     assert (await ask(over.headers["ETag"])).status_code == 304
 
 
-async def test_map_tag_of_a_settled_job_changes_with_a_late_report(api: Api, store: MemoryStore, world: World) -> None:
+async def test_map_tag_of_a_settled_job_changes_with_a_late_report(
+    api: Api, store: MemoryStore, simulation: Simulation
+) -> None:
     """A chunk of a cancelled job that was stored after all shows its outcomes to a caller who has the map before it."""
 
     async def ask(tag: str = "") -> httpx2.Response:
         return await api.raw("GET", "/api/v1/task/1/map", headers=ISSUER.bearer() | {"If-None-Match": tag})
 
-    world.worker.hold = True
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.8.0/30")
-    await world.settle()
-    (task,) = world.worker.tasks
-    await world.worker.claim(task)
-    await world.cancel(1)
-    await world.settle()
+    simulation.worker.hold = True
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.8.0/30")
+    await simulation.settle()
+    (task,) = simulation.worker.tasks
+    await simulation.worker.claim(task)
+    await simulation.cancel(1)
+    await simulation.settle()
     assert (await store.jobs.get([1]))[1].settled
     before = await ask()
     assert (await ask(before.headers["ETag"])).status_code == 304
-    await world.worker.scanned(task)
-    await world.wait(2, seconds=11.0)
+    await simulation.worker.scanned(task)
+    await simulation.wait(2, seconds=11.0)
     assert (await store.jobs.get([1]))[1].settled
     after = await ask(before.headers["ETag"])
     assert (before.json()["blocks"][0]["letters"], after.status_code) == ("cccc", 200)
@@ -1261,7 +1263,7 @@ async def test_map_of_other_addresses_or_ports_is_a_400(api: Api, store: MemoryS
     ],
 )
 async def test_jobs_are_cancelled_by_filter(
-    api: Api, world: World, store: MemoryStore, wanted: object, cancelled: list[int]
+    api: Api, simulation: Simulation, store: MemoryStore, wanted: object, cancelled: list[int]
 ) -> None:
     """The caller's unfinished jobs that match every filter are cancelled, with their events; no other job changes."""
     await store.jobs.insert(
@@ -1280,7 +1282,7 @@ async def test_jobs_are_cancelled_by_filter(
     after = await store.jobs.get(range(1, 6))
     assert [id_ for id_ in after if after[id_].status != before[id_].status] == cancelled
     for id_ in cancelled:
-        assert (after[id_].status, world.events(id_)[-1].job.status) == ("cancelled", "cancelled")
+        assert (after[id_].status, simulation.events(id_)[-1].job.status) == ("cancelled", "cancelled")
 
 
 async def test_bulk_cancel_above_a_page_needs_several_requests(api: Api, store: MemoryStore) -> None:
@@ -1291,14 +1293,18 @@ async def test_bulk_cancel_above_a_page_needs_several_requests(api: Api, store: 
     assert not await store.jobs.unfinished(7, 10)
 
 
-async def test_jobs_are_cancelled_while_the_bus_is_unavailable(api: Api, world: World, store: MemoryStore) -> None:
+async def test_jobs_are_cancelled_while_the_bus_is_unavailable(
+    api: Api, simulation: Simulation, store: MemoryStore
+) -> None:
     """Without the bus jobs are cancelled all the same, and their events are published once it is back."""
     await store.jobs.insert([scan_job(1)])
-    world.bus.broker.away = True
+    simulation.bus.broker.away = True
     assert (await api("POST /internal/jobs/cancel", {"all": True}))["job_ids"] == [1]
-    world.bus.broker.away = False
-    await world.only.outbox.publish(await store.jobs.with_old_events(utc_now() + timedelta(hours=1), 10, range(12)))
-    assert world.events(1)[-1].job.status == "cancelled"
+    simulation.bus.broker.away = False
+    await simulation.only.outbox.publish(
+        await store.jobs.with_old_events(utc_now() + timedelta(hours=1), 10, range(12))
+    )
+    assert simulation.events(1)[-1].job.status == "cancelled"
 
 
 @pytest.mark.parametrize(
@@ -1569,15 +1575,18 @@ async def test_jobs_that_ended_long_ago_are_not_listed_again(api: Api, store: Me
     assert [each["task"]["job_id"] for each in answer["snapshots"]] == ["1"]
 
 
-async def test_expire_decides_an_undecided_command(api: Api, world: World) -> None:
+async def test_expire_decides_an_undecided_command(api: Api, simulation: Simulation) -> None:
     """An unknown command is expired permanently; a decided one gets its original reply."""
     assert await api("POST /internal/commands/c-1/expire") == {"state": "expired"}
     assert await api("POST /internal/commands/c-1/expire") == {"state": "expired"}
-    accepted = await world.submit()
-    refused = await world.send(99, [1])
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    accepted = await simulation.submit()
+    refused = await simulation.send(99, [1])
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
     answer = await api(f"POST /internal/commands/{accepted}/expire")
-    assert answer == {"state": "accepted", "jobs": [job.model_dump(mode="json") for job in world.accepted(accepted)]}
+    assert answer == {
+        "state": "accepted",
+        "jobs": [job.model_dump(mode="json") for job in simulation.accepted(accepted)],
+    }
     assert list(answer["jobs"][0]) == JOB
     assert await api(f"POST /internal/commands/{refused}/expire") == {
         "state": "rejected",

@@ -18,7 +18,7 @@ from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.handlers import audit
 from job_orchestrator.handlers.audit import MAX_BYTES_AT_ONCE, Audit, record, stored_bytes
-from job_orchestrator_testing import World, scan_job
+from job_orchestrator_testing import Simulation, scan_job
 from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts.messages import Audited, AuditEntry, CancelJob, OperatorActed
@@ -40,17 +40,17 @@ pytestmark = pytest.mark.proves("G15")
 
 
 @pytest.fixture
-def app(world: World) -> FastAPI:
+def app(simulation: Simulation) -> FastAPI:
     settings = ConnectionSettings(trusted_proxies=(ip_network("127.0.0.1"),))
-    return app_of(state_of(world), ISSUER.verifier, settings)
+    return app_of(state_of(simulation), ISSUER.verifier, settings)
 
 
 class Caller:
     """Asks, and answers with the status and the entries that were made of it."""
 
-    def __init__(self, app: FastAPI, world: World) -> None:
+    def __init__(self, app: FastAPI, simulation: Simulation) -> None:
         self._app = app
-        self._world = world
+        self._simulation = simulation
         self._http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://orchestrator")
 
     async def __call__(
@@ -63,16 +63,16 @@ class Caller:
         bus = MemoryBus()
         await self._app.state.refusals.flush(bus)
         refused = [each.entry for each in bus.messages(SCAN_AUDIT[ORCHESTRATOR]) if isinstance(each, Audited)]
-        await self._world.store.audit.add(refused)
-        entries, _ = await self._world.store.audit.page(0, 100, request_id=id_)
+        await self._simulation.store.audit.add(refused)
+        entries, _ = await self._simulation.store.audit.page(0, 100, request_id=id_)
         assert {entry.service for entry in entries} <= {"job-orchestrator"}
         assert {entry.source for entry in entries} <= {"127.0.0.1"}
         return answer.status_code, entries
 
 
 @pytest.fixture
-def ask(app: FastAPI, world: World) -> Caller:
-    return Caller(app, world)
+def ask(app: FastAPI, simulation: Simulation) -> Caller:
+    return Caller(app, simulation)
 
 
 def fields_of(entries: Sequence[AuditEntry]) -> list[tuple[str, str, str, str, str]]:
@@ -94,28 +94,28 @@ async def test_change_of_a_resource_is_audited(ask: Caller) -> None:
 
 @pytest.mark.parametrize("request_", ["POST /api/v1/subnet", "PUT /api/v1/subnet/1", "DELETE /api/v1/subnet/1"])
 async def test_change_without_an_audit_entry_is_a_503_and_not_made(
-    ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch, request_: str
+    ask: Caller, simulation: Simulation, monkeypatch: pytest.MonkeyPatch, request_: str
 ) -> None:
     """If the audit log cannot be written, a change is a 503 and does not happen."""
     await ask("POST /api/v1/subnet", SUBNET)
-    before = await world.store.subnets.page(7, 0, 10)
+    before = await simulation.store.subnets.page(7, 0, 10)
 
     async def away(_entries: object) -> None:
         raise DependencyError("no disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(world.store.audit, "add", away)
+        patch.setattr(simulation.store.audit, "add", away)
         answer = await ask._http.request(*request_.split(" "), json=SUBNET | {"name": "new"}, headers=ISSUER.bearer(7))
     assert answer.status_code == 503
-    assert await world.store.subnets.page(7, 0, 10) == before
+    assert await simulation.store.subnets.page(7, 0, 10) == before
 
 
 @pytest.mark.proves("A3", "A10")
-async def test_refusal_is_audited_with_its_rule(ask: Caller, world: World) -> None:
+async def test_refusal_is_audited_with_its_rule(ask: Caller, simulation: Simulation) -> None:
     """Resources of other users, refused targets, wrong roles, bad tokens and malformed requests add one entry each with the rule."""
     await ask("POST /api/v1/subnet", SUBNET)
     await ask("POST /api/v1/policy", {"name": "p"})
-    await world.store.jobs.insert([scan_job(5)])
+    await simulation.store.jobs.insert([scan_job(5)])
     metadata = {"name": "x", "cidr": "169.254.169.254/32"}
     for request, body, user, status, expected in (
         ("GET /api/v1/subnet/1", None, 8, 404, ("8", "read_subnet", "/api/v1/subnet/1", "refused", "owner")),
@@ -168,17 +168,17 @@ READS = {
 @pytest.mark.proves("A24", "G13")
 @pytest.mark.parametrize("request_", READS)
 async def test_read_by_an_administrator_of_another_users_data_is_audited(
-    ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch, request_: str
+    ask: Caller, simulation: Simulation, monkeypatch: pytest.MonkeyPatch, request_: str
 ) -> None:
     """Reads of another user's job are one entry a minute with job and owner; reads of one's own job have none."""
-    await world.store.jobs.insert([scan_job(5)])
+    await simulation.store.jobs.insert([scan_job(5)])
     action, target = READS[request_]
     times = [THEN, THEN + timedelta(seconds=59), THEN + timedelta(days=1)]
     for now, entries in zip(times, (1, 1, 2), strict=True):
         monkeypatch.setattr("scanfleet.runtime.service.utc_now", lambda now=now: now)
         expected = [("9", action, target, "allowed", "role")] * entries
         assert (await ask(request_, user=9, admin=True))[0] == 200
-        recorded, _ = await world.store.audit.page(0, 10)
+        recorded, _ = await simulation.store.audit.page(0, 10)
         assert fields_of(recorded) == expected
     if "all" not in request_:
         assert await ask(request_, user=7) == (200, [])
@@ -186,24 +186,24 @@ async def test_read_by_an_administrator_of_another_users_data_is_audited(
 
 @pytest.mark.proves("A24", "G13")
 async def test_stream_of_an_administrator_is_audited_once(
-    ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch
+    ask: Caller, simulation: Simulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream that asks for the job's state for an hour is one entry; another stream has its own."""
-    await world.store.jobs.insert([scan_job(5)])
+    await simulation.store.jobs.insert([scan_job(5)])
     for minute in range(60):
         monkeypatch.setattr("scanfleet.runtime.service.utc_now", lambda minute=minute: THEN + timedelta(minutes=minute))
         await ask("GET /internal/jobs/5/latest", user=9, admin=True)
-    _, total = await world.store.audit.page(0, 10)
+    _, total = await simulation.store.audit.page(0, 10)
     assert total == 1
     headers = {"X-Request-ID": "another"} | ISSUER.bearer(9, admin=True)
     await ask._http.get("/internal/jobs/5/latest", headers=headers)
-    _, total = await world.store.audit.page(0, 10)
+    _, total = await simulation.store.audit.page(0, 10)
     assert total == 2
 
 
-async def test_cancel_by_filter_is_audited_for_each_job(ask: Caller, world: World) -> None:
+async def test_cancel_by_filter_is_audited_for_each_job(ask: Caller, simulation: Simulation) -> None:
     """Each job that a filter matches is audited before it is cancelled; a request that matches none adds no entry."""
-    await world.store.jobs.insert([scan_job(5), scan_job(6)])
+    await simulation.store.jobs.insert([scan_job(5), scan_job(6)])
     status, entries = await ask("POST /internal/jobs/cancel", {"all": True})
     assert status == 200
     assert sorted(fields_of(entries)) == [("7", "cancel_tasks", f"/api/v1/task/{id_}", "allowed", "") for id_ in (5, 6)]
@@ -211,12 +211,12 @@ async def test_cancel_by_filter_is_audited_for_each_job(ask: Caller, world: Worl
 
 
 @pytest.mark.proves("A24", "G13")
-async def test_cancel_by_an_administrator_is_audited_with_the_owner(world: World) -> None:
+async def test_cancel_by_an_administrator_is_audited_with_the_owner(simulation: Simulation) -> None:
     """An administrator's cancel of another user's job is audited with the rule `role`, of their own job without it."""
-    await world.store.jobs.insert([scan_job(5), scan_job(6, user_id=9)])
+    await simulation.store.jobs.insert([scan_job(5), scan_job(6, user_id=9)])
     for job_id in (5, 6):
-        await world.cancel(job_id, user_id=9, admin=True)
-    assert sorted(await commanded(world, user=9)) == [
+        await simulation.cancel(job_id, user_id=9, admin=True)
+    assert sorted(await commanded(simulation, user=9)) == [
         ("9", "cancel_task", "/api/v1/task/5 of user 7", "allowed", "role"),
         ("9", "cancel_task", "/api/v1/task/6", "allowed", ""),
     ]
@@ -244,59 +244,63 @@ async def test_audit_log_is_paged_newest_first(ask: Caller, app: FastAPI) -> Non
 
 
 @pytest.mark.proves("A24")
-async def test_read_of_the_audit_log_is_audited(ask: Caller, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_read_of_the_audit_log_is_audited(
+    ask: Caller, simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A read of the log is in the log with its filters, once a minute for each of them."""
     monkeypatch.setattr("scanfleet.runtime.service.utc_now", lambda: THEN)
     for query in ("", "?page=2", "?subject=7&page=1", "?page_size=3&subject=7", "?request_id=r-1&subject=7"):
         assert (await ask(f"GET /api/v1/audit{query}", user=9, admin=True))[0] == 200
-    recorded, _ = await world.store.audit.page(0, 10)
+    recorded, _ = await simulation.store.audit.page(0, 10)
     assert sorted(fields_of(recorded)) == [
         ("9", "list_audit", f"/api/v1/audit{query}", "allowed", "role")
         for query in ("", "?request_id=r-1&subject=7", "?subject=7")
     ]
 
 
-async def commanded(world: World, *, user: int = 7) -> list[tuple[str, str, str, str, str]]:
-    records = world.take(SCAN_COMMANDS)
+async def commanded(simulation: Simulation, *, user: int = 7) -> list[tuple[str, str, str, str, str]]:
+    records = simulation.take(SCAN_COMMANDS)
     for _ in range(2):  # a redelivery changes nothing
-        await world.hand(SCAN_COMMANDS, records)
-    entries, _ = await world.store.audit.page(0, 100, subject=str(user))
+        await simulation.hand(SCAN_COMMANDS, records)
+    entries, _ = await simulation.store.audit.page(0, 100, subject=str(user))
     return fields_of(entries)
 
 
-async def test_command_is_audited_once(world: World) -> None:
+async def test_command_is_audited_once(simulation: Simulation) -> None:
     """A command that was carried out adds one entry, however often it is delivered."""
-    await world.submit("127.9.8.0/30", "127.9.9.0/30")
-    assert await commanded(world) == [("7", "create_tasks", "/api/v1/task/1,2", "allowed", "")]
-    await world.cancel(1)
-    assert ("7", "cancel_task", "/api/v1/task/1", "allowed", "") in await commanded(world)
+    await simulation.submit("127.9.8.0/30", "127.9.9.0/30")
+    assert await commanded(simulation) == [("7", "create_tasks", "/api/v1/task/1,2", "allowed", "")]
+    await simulation.cancel(1)
+    assert ("7", "cancel_task", "/api/v1/task/1", "allowed", "") in await commanded(simulation)
 
 
-async def test_id_of_a_command_suppresses_no_entry_of_the_orchestrator(world: World) -> None:
+async def test_id_of_a_command_suppresses_no_entry_of_the_orchestrator(simulation: Simulation) -> None:
     """A cancel under the id that the entry of a deletion by age will have does not take its place."""
-    await world.bus.publish(SCAN_COMMANDS, [CancelJob(command_id="retention-1", user_id=7, job_id=1)])
-    await world.settle()
-    await record(world.store.audit, [own_entry("retention-1", "delete_task", "/api/v1/task/1", "allowed", "retention")])
-    entries, _ = await world.store.audit.page(0, 10)
+    await simulation.bus.publish(SCAN_COMMANDS, [CancelJob(command_id="retention-1", user_id=7, job_id=1)])
+    await simulation.settle()
+    await record(
+        simulation.store.audit, [own_entry("retention-1", "delete_task", "/api/v1/task/1", "allowed", "retention")]
+    )
+    entries, _ = await simulation.store.audit.page(0, 10)
     assert {entry.action for entry in entries} == {"cancel_task", "delete_task"}
 
 
 @pytest.mark.proves("A10", "A13")
-async def test_refused_command_is_audited_with_its_rule(world: World) -> None:
+async def test_refused_command_is_audited_with_its_rule(simulation: Simulation) -> None:
     """A policy, subnet or job of another user, a refused target and a job that has ended are refusals with their rule."""
-    policy_id, subnet_ids = await world.add("127.9.8.0/30")
-    await world.store.jobs.insert([scan_job(50), change(scan_job(51, user_id=11), JobTrigger.CANCEL, THEN)])
+    policy_id, subnet_ids = await simulation.add("127.9.8.0/30")
+    await simulation.store.jobs.insert([scan_job(50), change(scan_job(51, user_id=11), JobTrigger.CANCEL, THEN)])
 
     async def rules(user: int) -> Any:
-        return [(action, decision, rule) for _, action, _, decision, rule in await commanded(world, user=user)]
+        return [(action, decision, rule) for _, action, _, decision, rule in await commanded(simulation, user=user)]
 
-    await world.send(policy_id, subnet_ids, user_id=8)
+    await simulation.send(policy_id, subnet_ids, user_id=8)
     assert await rules(8) == [("create_tasks", "refused", "owner")]
-    await world.cancel(50, user_id=9)
+    await simulation.cancel(50, user_id=9)
     assert await rules(9) == [("cancel_task", "refused", "owner")]
-    await world.submit("10.0.0.0/30", user_id=10)
+    await simulation.submit("10.0.0.0/30", user_id=10)
     assert await rules(10) == [("create_tasks", "refused", "targets")]
-    await world.cancel(51, user_id=11)
+    await simulation.cancel(51, user_id=11)
     assert await rules(11) == [("cancel_task", "refused", "state")]
 
 
@@ -316,48 +320,48 @@ def refusal(**changed: Any) -> AuditEntry:
     return AuditEntry(**fields | changed)
 
 
-async def test_redelivered_refusal_is_stored_once(world: World) -> None:
+async def test_redelivered_refusal_is_stored_once(simulation: Simulation) -> None:
     """Entries of an audit topic are stored once, however often they are delivered."""
-    await world.bus.publish(SCAN_AUDIT[GATEWAY], [Audited(entry=refusal())] * 2)
-    await world.hand(SCAN_AUDIT[GATEWAY], world.take(SCAN_AUDIT[GATEWAY]))
-    entries, total = await world.store.audit.page(0, 10)
+    await simulation.bus.publish(SCAN_AUDIT[GATEWAY], [Audited(entry=refusal())] * 2)
+    await simulation.hand(SCAN_AUDIT[GATEWAY], simulation.take(SCAN_AUDIT[GATEWAY]))
+    entries, total = await simulation.store.audit.page(0, 10)
     assert total == 1
     assert entries[0].model_dump(exclude={"id", "received_at", "genuine"}) == refusal().model_dump(exclude={"id"})
 
 
 @pytest.mark.proves("G15")
-async def test_operator_command_is_an_entry_of_the_operators(world: World) -> None:
+async def test_operator_command_is_an_entry_of_the_operators(simulation: Simulation) -> None:
     """Operators' actions on the bus are stored as entries of the operator, whatever service they name."""
     acted = OperatorActed(entry=refusal(action="replay_dead_letter", decision="allowed", rule="operator"))
-    await world.bus.publish(SCAN_AUDIT_OPERATOR, [acted])
-    await world.hand(SCAN_AUDIT_OPERATOR, world.take(SCAN_AUDIT_OPERATOR))
-    entries, _ = await world.store.audit.page(0, 10)
+    await simulation.bus.publish(SCAN_AUDIT_OPERATOR, [acted])
+    await simulation.hand(SCAN_AUDIT_OPERATOR, simulation.take(SCAN_AUDIT_OPERATOR))
+    entries, _ = await simulation.store.audit.page(0, 10)
     assert [(each.service, each.action, each.decision) for each in entries] == [
         ("operator", "replay_dead_letter", "allowed")
     ]
 
 
 @pytest.mark.proves("G15")
-async def test_restore_command_of_result_store_is_an_entry_of_result_store(world: World) -> None:
+async def test_restore_command_of_result_store_is_an_entry_of_result_store(simulation: Simulation) -> None:
     """result-store publishes its restore command over its own topic."""
     topic = SCAN_AUDIT[RESULT_STORE]
     acted = OperatorActed(entry=refusal(action="restore_database", decision="allowed", rule="operator"))
-    await world.bus.publish(topic, [acted])
-    await world.hand(topic, world.take(topic))
-    entries, _ = await world.store.audit.page(0, 10)
+    await simulation.bus.publish(topic, [acted])
+    await simulation.hand(topic, simulation.take(topic))
+    entries, _ = await simulation.store.audit.page(0, 10)
     assert [(each.service, each.action, each.decision) for each in entries] == [
         ("result-store", "restore_database", "allowed")
     ]
 
 
 @pytest.mark.proves("A26")
-async def test_other_command_on_result_stores_topic_is_refused(world: World) -> None:
+async def test_other_command_on_result_stores_topic_is_refused(simulation: Simulation) -> None:
     """result-store cannot add entries of commands that only an administrator of the bus can run."""
     topic = SCAN_AUDIT[RESULT_STORE]
-    await world.bus.publish(topic, [OperatorActed(entry=refusal(action="create_acls", decision="allowed"))])
+    await simulation.bus.publish(topic, [OperatorActed(entry=refusal(action="create_acls", decision="allowed"))])
     with pytest.raises(MessageError, match="OperatorActed"):
-        await world.hand(topic, world.take(topic))
-    assert await world.store.audit.page(0, 10) == ([], 0)
+        await simulation.hand(topic, simulation.take(topic))
+    assert await simulation.store.audit.page(0, 10) == ([], 0)
 
 
 @pytest.mark.proves("A26")
@@ -378,16 +382,16 @@ def test_operators_topic_is_not_writable_by_services() -> None:
 
 
 @pytest.mark.proves("A26")
-async def test_refusal_in_the_name_of_another_service_is_its_writers(world: World) -> None:
+async def test_refusal_in_the_name_of_another_service_is_its_writers(simulation: Simulation) -> None:
     """An entry is attributed by its topic; an id of another service's entry suppresses nothing."""
-    await world.submit("127.9.8.0/30")
-    (command,) = world.take(SCAN_COMMANDS)
+    await simulation.submit("127.9.8.0/30")
+    (command,) = simulation.take(SCAN_COMMANDS)
     command_id = getattr(command.message, "command_id")  # noqa: B009 # of one of two messages
     forged = refusal(id=command_id, service="job-orchestrator", subject="7")
-    await world.bus.publish(SCAN_AUDIT[WORKER], [Audited(entry=forged)])
-    await world.hand(SCAN_AUDIT[WORKER], world.take(SCAN_AUDIT[WORKER]))
-    await world.hand(SCAN_COMMANDS, [command])
-    entries, _ = await world.store.audit.page(0, 10, subject="7")
+    await simulation.bus.publish(SCAN_AUDIT[WORKER], [Audited(entry=forged)])
+    await simulation.hand(SCAN_AUDIT[WORKER], simulation.take(SCAN_AUDIT[WORKER]))
+    await simulation.hand(SCAN_COMMANDS, [command])
+    entries, _ = await simulation.store.audit.page(0, 10, subject="7")
     assert {(each.service, each.decision) for each in entries} == {
         ("scanner-worker", "refused"),
         ("job-orchestrator", "allowed"),
@@ -395,12 +399,14 @@ async def test_refusal_in_the_name_of_another_service_is_its_writers(world: Worl
 
 
 @pytest.mark.proves("A25", "A26", "G20")
-async def test_flood_of_refusals_is_bounded_and_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_flood_of_refusals_is_bounded_and_counted(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 570 refusals of a service in a minute 500 are stored and the rest is one entry; each minute allows 50 more."""
     size = stored_bytes(refusal(id="x100", service=WORKER))
     monkeypatch.setattr(audit, "MAX_BYTES_AT_ONCE", 500 * size)
     monkeypatch.setattr(audit, "MAX_BYTES_PER_MINUTE", 50 * size)
-    handler = Audit(world.store.audit, WORKER)
+    handler = Audit(simulation.store.audit, WORKER)
 
     def excess() -> float:
         return REGISTRY.get_sample_value("scanfleet_audit_excess_total", {"service": WORKER}) or 0.0
@@ -410,30 +416,30 @@ async def test_flood_of_refusals_is_bounded_and_counted(world: World, monkeypatc
         return [Record(Audited(entry=refusal(id=f"x{n}")), SCAN_AUDIT[WORKER].name, 0, n, at) for n in numbers]
 
     async def counted() -> list[int]:
-        entries, _ = await world.store.audit.page(0, 10, rule="flood", service=ORCHESTRATOR)
+        entries, _ = await simulation.store.audit.page(0, 10, rule="flood", service=ORCHESTRATOR)
         return [each.count for each in entries]
 
     before = excess()
     for first in range(100, 670, 10):
         await handler.handle(sent(range(first, first + 10), 0))
-    assert (await world.store.audit.page(0, 1))[1] == 500
+    assert (await simulation.store.audit.page(0, 1))[1] == 500
     assert excess() - before == 70
     await handler.handle(sent(range(670, 680), 1))
-    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 510
+    assert (await simulation.store.audit.page(0, 1, service=WORKER))[1] == 510
     assert await counted() == [70]
     await handler.handle(sent(range(680, 730), 1))
     for _ in range(2):
         await handler.caught_up([0])
     assert sorted(await counted()) == [10, 70]
-    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 550
+    assert (await simulation.store.audit.page(0, 1, service=WORKER))[1] == 550
     await handler.handle(sent(range(730, 831), 3))
-    assert (await world.store.audit.page(0, 1, service=WORKER))[1] == 650
+    assert (await simulation.store.audit.page(0, 1, service=WORKER))[1] == 650
 
 
 @pytest.mark.proves("A25", "A26", "G20")
-async def test_flood_of_the_largest_refusals_is_bounded_in_bytes(world: World) -> None:
+async def test_flood_of_the_largest_refusals_is_bounded_in_bytes(simulation: Simulation) -> None:
     """However long its refusals are, a service stores 30 MB at once, and 720 MB a day."""
-    handler = Audit(world.store.audit, WORKER)
+    handler = Audit(simulation.store.audit, WORKER)
     texts = dict.fromkeys(("subject", "source", "action", "rule", "request_id"), "\U0001d11e" * 200)
     largest = refusal(**texts, target="\U0001d11e" * MAX_TARGET_CHARS, reason="\U0001d11e" * 300)
     most = MAX_BYTES_AT_ONCE // len(largest.model_dump_json().encode()) + 1
@@ -442,7 +448,7 @@ async def test_flood_of_the_largest_refusals_is_bounded_in_bytes(world: World) -
         at = THEN + timedelta(minutes=minute)
         entries = (largest.model_copy(update={"id": f"x{n}"}) for n in numbers)
         await handler.handle([Record(Audited(entry=each), SCAN_AUDIT[WORKER].name, 0, 0, at) for each in entries])
-        return (await world.store.audit.page(0, 1, service=WORKER))[1]
+        return (await simulation.store.audit.page(0, 1, service=WORKER))[1]
 
     at_once = await flood(range(most + 1_000), 0)
     assert most * 0.9 < at_once <= most

@@ -55,77 +55,77 @@ class ClocksFixture:
 
 async def test_charges_of_a_second_are_stored_in_one_write() -> None:
     """Forty rounds with a report each cost one read and two writes, and each round sees all charges before it."""
-    world = ClocksFixture()
+    simulation = ClocksFixture()
     for number in range(1, 41):
-        await world.clocks.charge({7: 0.1})
-        await world.clocks.advance((), 4.0 + number)
-        assert await world.times(7) == {7: pytest.approx(5.0 + number / 10)}
-    assert world.dispatch.calls == 1
+        await simulation.clocks.charge({7: 0.1})
+        await simulation.clocks.advance((), 4.0 + number)
+        assert await simulation.times(7) == {7: pytest.approx(5.0 + number / 10)}
+    assert simulation.dispatch.calls == 1
     for _ in range(2):
-        await world.clocks.store()
-    assert world.dispatch.calls == 3
-    assert (await world.stored())[7] == pytest.approx(9.0)
-    assert await world.times(7) == {7: pytest.approx(9.0)}
-    assert (await world.dispatch.clocks([])).virtual == 44.0
+        await simulation.clocks.store()
+    assert simulation.dispatch.calls == 3
+    assert (await simulation.stored())[7] == pytest.approx(9.0)
+    assert await simulation.times(7) == {7: pytest.approx(9.0)}
+    assert (await simulation.dispatch.clocks([])).virtual == 44.0
 
 
 async def test_clocks_are_read_with_the_held_chunks_or_for_a_new_user() -> None:
     """Charges by other replicas are visible after a read of the held chunks, and for a user whose clock was not read."""
-    world = ClocksFixture()
-    await world.times(7)
-    await MemoryDispatch.charge(world.dispatch, {7: 1.0})
-    assert await world.times(7) == {7: 5.0}
-    assert await world.times(7, since=1.1) == {7: 6.0}
-    await MemoryDispatch.charge(world.dispatch, {8: 1.0})
-    assert await world.times(7, 8) == {7: 6.0, 8: 2.0}
+    simulation = ClocksFixture()
+    await simulation.times(7)
+    await MemoryDispatch.charge(simulation.dispatch, {7: 1.0})
+    assert await simulation.times(7) == {7: 5.0}
+    assert await simulation.times(7, since=1.1) == {7: 6.0}
+    await MemoryDispatch.charge(simulation.dispatch, {8: 1.0})
+    assert await simulation.times(7, 8) == {7: 6.0, 8: 2.0}
 
 
 async def test_charges_beside_other_replicas_are_stored_at_once() -> None:
     """Another replica sees a charge before it can miss the ended attempt among the held chunks."""
-    world = ClocksFixture(alone=False)
-    await world.times(7)
-    await world.clocks.charge({7: 1.0})
-    assert ((await world.stored())[7], await world.times(7)) == (6.0, {7: 6.0})
-    await world.clocks.charge({})
-    assert world.dispatch.calls == 2
+    simulation = ClocksFixture(alone=False)
+    await simulation.times(7)
+    await simulation.clocks.charge({7: 1.0})
+    assert ((await simulation.stored())[7], await simulation.times(7)) == (6.0, {7: 6.0})
+    await simulation.clocks.charge({})
+    assert simulation.dispatch.calls == 2
 
 
 async def test_woken_user_is_charged_once() -> None:
     """Seconds that are not stored yet are part of the time with which a user becomes active, and are not added again."""
-    world = ClocksFixture()
-    await world.clocks.charge({8: 9.0})
-    known = await world.clocks.known([8], 1.0)
+    simulation = ClocksFixture()
+    await simulation.clocks.charge({8: 9.0})
+    known = await simulation.clocks.known([8], 1.0)
     woken = fairness.wake(known, [8])
-    await world.clocks.advance(woken.values(), 4.0)
-    await world.clocks.store()
+    await simulation.clocks.advance(woken.values(), 4.0)
+    await simulation.clocks.store()
     assert woken[8] == Clock(8, 10.0, active=True)
-    assert (await world.times(8), (await world.stored())[8]) == ({8: 10.0}, 10.0)
+    assert (await simulation.times(8), (await simulation.stored())[8]) == ({8: 10.0}, 10.0)
 
 
 @pytest.mark.parametrize("stored", [False, True])
 async def test_charge_while_a_user_is_woken_is_kept(*, stored: bool) -> None:
     """Seconds that are added after the clock was read, stored or not, are added to the time with which a user becomes active."""
-    world = ClocksFixture()
-    await world.clocks.charge({8: 9.0})
-    woken = fairness.wake(await world.clocks.known([8], 1.0), [8])
-    await world.clocks.charge({8: 1.0})
+    simulation = ClocksFixture()
+    await simulation.clocks.charge({8: 9.0})
+    woken = fairness.wake(await simulation.clocks.known([8], 1.0), [8])
+    await simulation.clocks.charge({8: 1.0})
     if stored:
-        await world.clocks.store()
-    await world.clocks.advance(woken.values(), 4.0)
-    await world.clocks.store()
-    assert (await world.times(8), (await world.stored())[8]) == ({8: 11.0}, 11.0)
+        await simulation.clocks.store()
+    await simulation.clocks.advance(woken.values(), 4.0)
+    await simulation.clocks.store()
+    assert (await simulation.times(8), (await simulation.stored())[8]) == ({8: 11.0}, 11.0)
 
 
 async def test_seconds_are_never_stored_twice() -> None:
     """After a failed write, which may have been done, the same seconds are not added again; a stop does not wait for it."""
-    world = ClocksFixture()
-    world.dispatch.error = DependencyError("unavailable")
-    await world.clocks.charge({7: 1.0})
+    simulation = ClocksFixture()
+    simulation.dispatch.error = DependencyError("unavailable")
+    await simulation.clocks.charge({7: 1.0})
     with pytest.raises(DependencyError):
-        await world.clocks.store()
-    await world.clocks.charge({7: 1.0})
-    await world.clocks.close()
-    world.dispatch.error = None
-    await world.clocks.charge({7: 1.0})
-    await world.clocks.close()
-    assert (await world.stored())[7] == 8.0
+        await simulation.clocks.store()
+    await simulation.clocks.charge({7: 1.0})
+    await simulation.clocks.close()
+    simulation.dispatch.error = None
+    await simulation.clocks.charge({7: 1.0})
+    await simulation.clocks.close()
+    assert (await simulation.stored())[7] == 8.0

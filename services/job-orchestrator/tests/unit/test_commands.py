@@ -18,7 +18,7 @@ from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
-from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
+from job_orchestrator_testing import MemoryStore, Simulation, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryJobs, MemorySubnets
 from job_orchestrator_testing.repository.data import Data
@@ -33,24 +33,24 @@ from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tracing import ids, recording
 
 
-async def jobs_of(world: World, user_id: int = 7) -> list[int]:
-    jobs, _ = await world.store.jobs.page(user_id, set(), 0, 100)
+async def jobs_of(simulation: Simulation, user_id: int = 7) -> list[int]:
+    jobs, _ = await simulation.store.jobs.page(user_id, set(), 0, 100)
     return sorted(job.id for job in jobs)
 
 
-async def test_submit_creates_a_job_for_each_subnet(world: World) -> None:
+async def test_submit_creates_a_job_for_each_subnet(simulation: Simulation) -> None:
     """One reply names a pending job for each subnet, in the order asked for, and they are stored when it is sent."""
-    command = await world.submit("127.9.8.0/30", "127.9.9.0/30")
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    (reply,) = world.replies(command)
+    command = await simulation.submit("127.9.8.0/30", "127.9.9.0/30")
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    (reply,) = simulation.replies(command)
     assert isinstance(reply, CommandAccepted)
     assert [(job.id, job.subnet_id, job.user_id, job.status) for job in reply.jobs] == [
         (1, 1, 7, JobStatus.PENDING),
         (2, 2, 7, JobStatus.PENDING),
     ]
-    stored = await world.store.jobs.get([1, 2])
+    stored = await simulation.store.jobs.get([1, 2])
     assert [stored[1].view, stored[2].view] == list(reply.jobs)
-    assert [event.seq for event in world.events(1)] == [1]
+    assert [event.seq for event in simulation.events(1)] == [1]
 
 
 @pytest.mark.parametrize(
@@ -64,46 +64,46 @@ async def test_submit_creates_a_job_for_each_subnet(world: World) -> None:
 async def test_job_whose_window_must_hold_is_inserted_without_chunks(policy: ScanPolicy, made: int) -> None:
     """A job with a `max_rate` or several blocks of ports counts no chunk as created before they exist."""
     store = MemoryStore()
-    world = World(store)
-    await world.start()
-    command = await world.submit("127.9.8.0/30", policy=policy)
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    simulation = Simulation(store)
+    await simulation.start()
+    command = await simulation.submit("127.9.8.0/30", policy=policy)
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
     assert [job.made for job in store.data.commands[command].jobs] == [made]
 
 
-async def test_job_keeps_its_snapshot_of_subnet_and_policy(world: World) -> None:
+async def test_job_keeps_its_snapshot_of_subnet_and_policy(simulation: Simulation) -> None:
     """Changing or deleting subnet and policy after the submit does not change the job."""
-    command = await world.submit("127.9.8.0/30", policy=scan_policy(ports="22"))
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    await world.store.subnets.delete(7, 1)
-    await world.store.policies.delete(7, 1)
-    await world.settle()
-    job = (await world.store.jobs.get([world.accepted(command)[0].id]))[1]
+    command = await simulation.submit("127.9.8.0/30", policy=scan_policy(ports="22"))
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    await simulation.store.subnets.delete(7, 1)
+    await simulation.store.policies.delete(7, 1)
+    await simulation.settle()
+    job = (await simulation.store.jobs.get([simulation.accepted(command)[0].id]))[1]
     assert (job.status, job.cidr, job.policy.ports) == (JobStatus.COMPLETED, "127.9.8.0/30", "22")
 
 
-async def test_redelivered_command_is_answered_again_without_new_jobs(world: World) -> None:
+async def test_redelivered_command_is_answered_again_without_new_jobs(simulation: Simulation) -> None:
     """The same record handled three times, alone or twice in a batch, leaves one set of jobs and the same answer."""
-    command = await world.submit("127.9.8.0/30", "127.9.9.0/30")
-    records = world.take(SCAN_COMMANDS)
-    await world.hand(SCAN_COMMANDS, records)
-    await world.hand(SCAN_COMMANDS, records + records)
-    await world.settle()
-    await world.hand(SCAN_COMMANDS, records)
-    assert await jobs_of(world) == [1, 2]
-    assert {tuple(job.id for job in reply.jobs) for reply in world.replies(command)} == {(1, 2)}
-    assert len(world.replies(command)) == 3
+    command = await simulation.submit("127.9.8.0/30", "127.9.9.0/30")
+    records = simulation.take(SCAN_COMMANDS)
+    await simulation.hand(SCAN_COMMANDS, records)
+    await simulation.hand(SCAN_COMMANDS, records + records)
+    await simulation.settle()
+    await simulation.hand(SCAN_COMMANDS, records)
+    assert await jobs_of(simulation) == [1, 2]
+    assert {tuple(job.id for job in reply.jobs) for reply in simulation.replies(command)} == {(1, 2)}
+    assert len(simulation.replies(command)) == 3
 
 
-async def test_idempotency_key_creates_jobs_once(world: World) -> None:
+async def test_idempotency_key_creates_jobs_once(simulation: Simulation) -> None:
     """Commands under one key and body, in one batch or later, are all answered with the first one's jobs."""
-    policy_id, subnets = await world.add("127.9.8.0/30")
-    commands = [await world.send(policy_id, subnets, key="k") for _ in range(50)]
-    await world.settle()
-    commands.append(await world.send(policy_id, subnets, key="k"))
-    await world.settle()
-    assert await jobs_of(world) == [1]
-    assert {world.accepted(command)[0].id for command in commands} == {1}
+    policy_id, subnets = await simulation.add("127.9.8.0/30")
+    commands = [await simulation.send(policy_id, subnets, key="k") for _ in range(50)]
+    await simulation.settle()
+    commands.append(await simulation.send(policy_id, subnets, key="k"))
+    await simulation.settle()
+    assert await jobs_of(simulation) == [1]
+    assert {simulation.accepted(command)[0].id for command in commands} == {1}
 
 
 class InsertedJobs(MemoryJobs):
@@ -129,16 +129,16 @@ class EncodingBus(MemoryBus):
 
 
 @pytest.fixture
-async def large() -> World:
-    """A world with a policy, and a thousand subnets of user 7."""
-    world = World(MemoryStore())
-    await world.start()
-    await world.add(*(f"127.9.{n >> 8}.{n & 255}/32" for n in range(1_000)))
-    return world
+async def large() -> Simulation:
+    """A simulation with a policy, and a thousand subnets of user 7."""
+    simulation = Simulation(MemoryStore())
+    await simulation.start()
+    await simulation.add(*(f"127.9.{n >> 8}.{n & 255}/32" for n in range(1_000)))
+    return simulation
 
 
 @pytest.mark.proves("A22")
-async def test_repeats_of_a_large_command_in_one_batch_use_bounded_memory(large: World) -> None:
+async def test_repeats_of_a_large_command_in_one_batch_use_bounded_memory(large: Simulation) -> None:
     """Repeats of a command for a thousand jobs insert each job once, and need no more memory than a few of them."""
     store, bus = large.store, EncodingBus()
     assert isinstance(store, MemoryStore)
@@ -159,7 +159,7 @@ async def test_repeats_of_a_large_command_in_one_batch_use_bounded_memory(large:
     assert peak < 10_000_000
 
 
-async def test_repeat_behind_a_mismatched_one_gets_the_jobs(large: World) -> None:
+async def test_repeat_behind_a_mismatched_one_gets_the_jobs(large: Simulation) -> None:
     """In a batch of several groups, another body under a key does not change the answer to the next repeat."""
     await large.send(1, range(1, 1_001), key="k")
     await large.hand(SCAN_COMMANDS, large.take(SCAN_COMMANDS))
@@ -171,49 +171,49 @@ async def test_repeat_behind_a_mismatched_one_gets_the_jobs(large: World) -> Non
 
 async def test_keys_of_other_requests_read_no_jobs() -> None:
     """Requests under the keys of other ones, which may have a thousand jobs each, are refused without reading these."""
-    store, world = await counting_world()
-    policy_id, subnets = await world.add("127.9.8.0/30", "127.9.8.4/30")
+    store, simulation = await counting_simulation()
+    policy_id, subnets = await simulation.add("127.9.8.0/30", "127.9.8.4/30")
     for n in range(3):
-        await world.send(policy_id, subnets, key=f"k-{n}")
-    await world.settle()
+        await simulation.send(policy_id, subnets, key=f"k-{n}")
+    await simulation.settle()
     store.calls.clear()
-    commands = [await world.send(policy_id, subnets[:1], key=f"k-{n}") for n in range(3)]
-    await world.settle()
-    assert [type(world.replies(command)[0]) for command in commands] == [CommandRejected] * 3
+    commands = [await simulation.send(policy_id, subnets[:1], key=f"k-{n}") for n in range(3)]
+    await simulation.settle()
+    assert [type(simulation.replies(command)[0]) for command in commands] == [CommandRejected] * 3
     assert store.calls["commands.get"] == 0
 
 
-async def test_late_repeat_of_a_key_expires(world: World) -> None:
+async def test_late_repeat_of_a_key_expires(simulation: Simulation) -> None:
     """A repeat that was in the log for more than a minute gets no reply, as any other command."""
-    policy_id, subnets = await world.add("127.9.8.0/30")
-    await world.send(policy_id, subnets, key="k")
-    await world.settle()
-    world.now += 61
-    repeat = await world.send(policy_id, subnets, key="k")
-    old = [replace(each, timestamp=each.timestamp - timedelta(seconds=61)) for each in world.take(SCAN_COMMANDS)]
-    await world.hand(SCAN_COMMANDS, old)
-    assert world.replies(repeat) == []
+    policy_id, subnets = await simulation.add("127.9.8.0/30")
+    await simulation.send(policy_id, subnets, key="k")
+    await simulation.settle()
+    simulation.now += 61
+    repeat = await simulation.send(policy_id, subnets, key="k")
+    old = [replace(each, timestamp=each.timestamp - timedelta(seconds=61)) for each in simulation.take(SCAN_COMMANDS)]
+    await simulation.hand(SCAN_COMMANDS, old)
+    assert simulation.replies(repeat) == []
 
 
-async def test_repeat_after_a_minute_reads_and_inserts_no_existing_job(world: World) -> None:
+async def test_repeat_after_a_minute_reads_and_inserts_no_existing_job(simulation: Simulation) -> None:
     """A repeat of an older command is answered from the command, and only a job that is missing is inserted."""
-    store = world.store
+    store = simulation.store
     assert isinstance(store, MemoryStore)
     store.jobs = jobs = InsertedJobs(store.data)
-    await world.restart()
-    policy_id, subnets = await world.add("127.9.8.0/30", "127.9.8.4/30")
-    await world.send(policy_id, subnets, key="k")
-    await world.settle()
-    world.now += 61
-    await world.catch_up()
+    await simulation.restart()
+    policy_id, subnets = await simulation.add("127.9.8.0/30", "127.9.8.4/30")
+    await simulation.send(policy_id, subnets, key="k")
+    await simulation.settle()
+    simulation.now += 61
+    await simulation.catch_up()
     jobs.inserted.clear()
-    repeat = await world.send(policy_id, subnets, key="k")
-    await world.settle()
-    assert [job.id for job in world.accepted(repeat)] == [1, 2]
+    repeat = await simulation.send(policy_id, subnets, key="k")
+    await simulation.settle()
+    assert [job.id for job in simulation.accepted(repeat)] == [1, 2]
     assert jobs.inserted == {}
     del store.data.jobs[2]
-    await world.send(policy_id, subnets, key="k")
-    await world.settle()
+    await simulation.send(policy_id, subnets, key="k")
+    await simulation.settle()
     assert jobs.inserted == {2: 1}
     assert (await store.jobs.get([2]))[2].status is JobStatus.COMPLETED
 
@@ -229,44 +229,47 @@ class UnavailableJobIds(MemoryJobs):
 async def test_cancel_is_answered_before_the_submits_of_its_batch() -> None:
     """A cancel is carried out and answered although the submits that were sent before it cannot even be decided."""
     store = MemoryStore()
-    world = World(store)
-    await world.start()
-    submitted = await world.submit()
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    simulation = Simulation(store)
+    await simulation.start()
+    submitted = await simulation.submit()
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
     store.jobs = UnavailableJobIds(store.data)
-    await world.restart()
-    await world.submit()
-    cancel = await world.cancel(world.accepted(submitted)[0].id)
+    await simulation.restart()
+    await simulation.submit()
+    cancel = await simulation.cancel(simulation.accepted(submitted)[0].id)
     with pytest.raises(DependencyError, match="no 1 ids"):
-        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    assert isinstance(world.replies(cancel)[0], CommandAccepted)
+        await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    assert isinstance(simulation.replies(cancel)[0], CommandAccepted)
 
 
-async def test_idempotency_key_with_another_body_is_refused(world: World) -> None:
+async def test_idempotency_key_with_another_body_is_refused(simulation: Simulation) -> None:
     """The same key with another policy or subnet is a 400; for another user it is another key."""
-    policy_id, (one, other) = await world.add("127.9.8.0/30", "127.9.9.0/30")
-    await world.send(policy_id, [one], key="k")
-    mismatched = [await world.send(policy_id, [other], key="k"), await world.send(policy_id, [one, other], key="k")]
-    theirs = await world.submit("127.9.8.0/30", user_id=8, key="k")
-    await world.settle()
+    policy_id, (one, other) = await simulation.add("127.9.8.0/30", "127.9.9.0/30")
+    await simulation.send(policy_id, [one], key="k")
+    mismatched = [
+        await simulation.send(policy_id, [other], key="k"),
+        await simulation.send(policy_id, [one, other], key="k"),
+    ]
+    theirs = await simulation.submit("127.9.8.0/30", user_id=8, key="k")
+    await simulation.settle()
     for command in mismatched:
-        (reply,) = world.replies(command)
+        (reply,) = simulation.replies(command)
         assert isinstance(reply, CommandRejected)
         assert (reply.status, "Idempotency-Key" in reply.error) == (400, True)
-    assert await jobs_of(world) == [1]
-    assert world.accepted(theirs)[0].user_id == 8
+    assert await jobs_of(simulation) == [1]
+    assert simulation.accepted(theirs)[0].user_id == 8
 
 
-async def test_refused_command_leaves_its_key_unused(world: World) -> None:
+async def test_refused_command_leaves_its_key_unused(simulation: Simulation) -> None:
     """After a 400 the same key can be sent again once the request is right."""
-    policy_id, _ = await world.add()
-    first = await world.send(policy_id, [1], key="k")
-    await world.settle()
-    await world.add("127.9.8.0/30")
-    second = await world.send(policy_id, [1], key="k")
-    await world.settle()
-    assert isinstance(world.replies(first)[0], CommandRejected)
-    assert isinstance(world.replies(second)[0], CommandAccepted)
+    policy_id, _ = await simulation.add()
+    first = await simulation.send(policy_id, [1], key="k")
+    await simulation.settle()
+    await simulation.add("127.9.8.0/30")
+    second = await simulation.send(policy_id, [1], key="k")
+    await simulation.settle()
+    assert isinstance(simulation.replies(first)[0], CommandRejected)
+    assert isinstance(simulation.replies(second)[0], CommandAccepted)
 
 
 @pytest.mark.parametrize(
@@ -281,68 +284,68 @@ async def test_refused_command_leaves_its_key_unused(world: World) -> None:
     ],
 )
 async def test_submit_is_checked_before_any_job_is_created(
-    world: World,
+    simulation: Simulation,
     policy: int,
     subnets: list[int],
     error: str,
 ) -> None:
     """A policy or subnet that is unknown, another user's, given twice or denied is a 400 that names it; no job is made."""
-    await world.add("127.9.8.0/30")
-    await world.add("127.9.8.0/30", user_id=8)
-    await world.add("10.0.0.0/30")
-    command = await world.send(policy, subnets)
-    await world.settle()
-    (reply,) = world.replies(command)
+    await simulation.add("127.9.8.0/30")
+    await simulation.add("127.9.8.0/30", user_id=8)
+    await simulation.add("10.0.0.0/30")
+    command = await simulation.send(policy, subnets)
+    await simulation.settle()
+    (reply,) = simulation.replies(command)
     assert isinstance(reply, CommandRejected)
     assert (reply.status, reply.error) == (400, error)
-    assert await jobs_of(world) == []
+    assert await jobs_of(simulation) == []
 
 
 @pytest.mark.proves("A23", "G12")
-async def test_policy_of_an_older_release_with_categories_is_refused(world: World) -> None:
+async def test_policy_of_an_older_release_with_categories_is_refused(simulation: Simulation) -> None:
     """A stored policy that names a category of scripts creates no job, and the answer names the change to make."""
-    await world.add("127.9.8.0/30")
-    (stored,) = (await world.store.policies.get([(7, 1)])).values()
-    await world.store.policies.replace(
+    await simulation.add("127.9.8.0/30")
+    (stored,) = (await simulation.store.policies.get([(7, 1)])).values()
+    await simulation.store.policies.replace(
         replace(stored, content=stored.content.model_copy(update={"scripts": ("default",)}))
     )
-    command = await world.send(1, [1])
-    await world.settle()
-    (reply,) = world.replies(command)
+    command = await simulation.send(1, [1])
+    await simulation.settle()
+    (reply,) = simulation.replies(command)
     assert isinstance(reply, CommandRejected)
     assert reply.status == 400
     assert (
         "Policy 1 must be changed before it can be used: scripts.0: default is not one of the allowed scripts"
         in reply.error
     )
-    assert await jobs_of(world) == []
+    assert await jobs_of(simulation) == []
 
 
 @pytest.mark.proves("G17")
-async def test_submit_of_a_damaged_subnet_is_refused_without_delaying_others(world: World) -> None:
+async def test_submit_of_a_damaged_subnet_is_refused_without_delaying_others(simulation: Simulation) -> None:
     """A stored network that cannot be read refuses its own submit, and the others of the batch are accepted."""
-    _, (damaged, intact) = await world.add("127.9.8.0/30", "127.9.9.0/30")
-    (stored,) = (await world.store.subnets.get([(7, damaged)])).values()
-    await world.store.subnets.replace(replace(stored, content=ScanTarget("foo")))
-    refused, accepted = await world.send(1, [damaged]), await world.send(1, [intact])
-    await world.settle()
-    (reply,) = world.replies(refused)
+    _, (damaged, intact) = await simulation.add("127.9.8.0/30", "127.9.9.0/30")
+    (stored,) = (await simulation.store.subnets.get([(7, damaged)])).values()
+    await simulation.store.subnets.replace(replace(stored, content=ScanTarget("foo")))
+    refused, accepted = await simulation.send(1, [damaged]), await simulation.send(1, [intact])
+    await simulation.settle()
+    (reply,) = simulation.replies(refused)
     assert isinstance(reply, CommandRejected)
     assert reply.status == 400
     assert f"Subnet {damaged} must be corrected: " in reply.error
-    assert [type(each) for each in world.replies(accepted)] == [CommandAccepted]
+    assert [type(each) for each in simulation.replies(accepted)] == [CommandAccepted]
 
 
 async def test_job_excludes_the_broadcast_address_of_its_subnet() -> None:
     """The job excludes one address more than its subnet, which does not change, and the plan counts it."""
-    world = World(MemoryStore(), rules=TargetRules((parse_network("10.0.0.0/8"),)))
-    await world.start()
-    command = await world.submit("10.0.0.0/29")
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    (accepted,) = world.accepted(command)
-    job = (await world.store.jobs.get([accepted.id]))[accepted.id]
+    simulation = Simulation(MemoryStore(), rules=TargetRules((parse_network("10.0.0.0/8"),)))
+    await simulation.start()
+    command = await simulation.submit("10.0.0.0/29")
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    (accepted,) = simulation.accepted(command)
+    job = (await simulation.store.jobs.get([accepted.id]))[accepted.id]
     assert (job.exclude, job.plan.addresses, job.plan.excluded) == (("10.0.0.7/32",), 8, 1)
-    (subnet,) = (await world.store.subnets.get([(7, job.subnet_id)])).values()
+    (subnet,) = (await simulation.store.subnets.get([(7, job.subnet_id)])).values()
     assert subnet.content.exclude == ()
 
 
@@ -366,12 +369,12 @@ async def test_submit_too_large_for_a_document_is_a_400(missed: int, read: int) 
     store = MemoryStore()
     store.subnets = subnets = Growing(store.data, "subnets")
     subnets.missed = missed
-    world = World(store)
-    await world.start()
-    policy_id, _ = await world.add()
+    simulation = Simulation(store)
+    await simulation.start()
+    policy_id, _ = await simulation.add()
     excludes = tuple(f"127.{n >> 8}.{n & 255}.1/32" for n in range(1_000))
     for id_ in range(1, 102):
-        await world.store.subnets.add(
+        await simulation.store.subnets.add(
             Owned(
                 id=id_,
                 user_id=7,
@@ -381,114 +384,116 @@ async def test_submit_too_large_for_a_document_is_a_400(missed: int, read: int) 
                 updated_at=THEN,
             ),
         )
-    command = await world.send(policy_id, range(1, 102))
-    await world.settle()
-    (reply,) = world.replies(command)
+    command = await simulation.send(policy_id, range(1, 102))
+    await simulation.settle()
+    (reply,) = simulation.replies(command)
     assert isinstance(reply, CommandRejected)
     assert (reply.status, "exclude 101000 networks" in reply.error) == (400, True)
     assert subnets.read == read
 
 
-async def test_late_command_expires(world: World) -> None:
+async def test_late_command_expires(simulation: Simulation) -> None:
     """A command that was in the log for more than a minute expires: no jobs and no reply, after a redelivery either."""
-    command = await world.submit()
-    world.now += 61  # in which nothing was read
-    old = [replace(each, timestamp=each.timestamp - timedelta(seconds=61)) for each in world.take(SCAN_COMMANDS)]
-    await world.hand(SCAN_COMMANDS, old)
+    command = await simulation.submit()
+    simulation.now += 61  # in which nothing was read
+    old = [replace(each, timestamp=each.timestamp - timedelta(seconds=61)) for each in simulation.take(SCAN_COMMANDS)]
+    await simulation.hand(SCAN_COMMANDS, old)
     fresh = [replace(each, timestamp=each.timestamp + timedelta(seconds=61)) for each in old]
-    await world.hand(SCAN_COMMANDS, fresh)
-    await world.settle()
-    assert world.replies(command) == []
-    assert await jobs_of(world) == []
+    await simulation.hand(SCAN_COMMANDS, fresh)
+    await simulation.settle()
+    assert simulation.replies(command) == []
+    assert await jobs_of(simulation) == []
 
 
-async def test_command_is_accepted_by_a_caught_up_replica_whatever_its_clock(world: World) -> None:
+async def test_command_is_accepted_by_a_caught_up_replica_whatever_its_clock(simulation: Simulation) -> None:
     """A replica that has read everything within the last minute accepts each new command, even one an hour old by its clock."""
-    command = await world.submit()
-    records = [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in world.take(SCAN_COMMANDS)]
-    world.now += 59
-    await world.hand(SCAN_COMMANDS, records)
-    assert isinstance(world.replies(command)[0], CommandAccepted)
+    command = await simulation.submit()
+    records = [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in simulation.take(SCAN_COMMANDS)]
+    simulation.now += 59
+    await simulation.hand(SCAN_COMMANDS, records)
+    assert isinstance(simulation.replies(command)[0], CommandAccepted)
 
 
-async def test_age_of_a_command_after_a_rebalance_is_by_its_timestamp(world: World) -> None:
+async def test_age_of_a_command_after_a_rebalance_is_by_its_timestamp(simulation: Simulation) -> None:
     """After a rebalance, an earlier read of the partition does not count: an old command expires."""
-    await world.only.commands.revoked(range(SCAN_COMMANDS.partitions))
-    command = await world.submit()
-    records = [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in world.take(SCAN_COMMANDS)]
-    await world.hand(SCAN_COMMANDS, records)
-    assert world.replies(command) == []
-    assert await jobs_of(world) == []
+    await simulation.only.commands.revoked(range(SCAN_COMMANDS.partitions))
+    command = await simulation.submit()
+    records = [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in simulation.take(SCAN_COMMANDS)]
+    await simulation.hand(SCAN_COMMANDS, records)
+    assert simulation.replies(command) == []
+    assert await jobs_of(simulation) == []
 
 
-async def test_redelivery_of_an_accepted_command_after_a_minute_is_answered(world: World) -> None:
+async def test_redelivery_of_an_accepted_command_after_a_minute_is_answered(simulation: Simulation) -> None:
     """A command that was accepted in time stays accepted, however late its record is redelivered."""
-    command = await world.submit()
-    records = world.take(SCAN_COMMANDS)
-    await world.hand(SCAN_COMMANDS, records)
-    await world.hand(SCAN_COMMANDS, [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in records])
-    assert [type(reply) for reply in world.replies(command)] == [CommandAccepted] * 2
+    command = await simulation.submit()
+    records = simulation.take(SCAN_COMMANDS)
+    await simulation.hand(SCAN_COMMANDS, records)
+    await simulation.hand(
+        SCAN_COMMANDS, [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in records]
+    )
+    assert [type(reply) for reply in simulation.replies(command)] == [CommandAccepted] * 2
 
 
-async def test_expired_command_is_never_accepted(world: World) -> None:
+async def test_expired_command_is_never_accepted(simulation: Simulation) -> None:
     """After the gateway was answered that a command is expired, its record creates no job and gets no reply."""
-    command = await world.submit()
-    assert await world.only.commands.expire(command, 7) is None
-    await world.settle()
-    assert world.replies(command) == []
-    assert await jobs_of(world) == []
+    command = await simulation.submit()
+    assert await simulation.only.commands.expire(command, 7) is None
+    await simulation.settle()
+    assert simulation.replies(command) == []
+    assert await jobs_of(simulation) == []
 
 
-async def test_expire_of_a_decided_command_returns_its_reply(world: World) -> None:
+async def test_expire_of_a_decided_command_returns_its_reply(simulation: Simulation) -> None:
     """Expiring an accepted or rejected command returns its reply, however often, and the jobs continue."""
-    accepted = await world.submit()
-    rejected = await world.send(99, [1])
-    await world.settle()
+    accepted = await simulation.submit()
+    rejected = await simulation.send(99, [1])
+    await simulation.settle()
     for _ in range(2):
-        answer = await world.only.commands.expire(accepted, 7)
+        answer = await simulation.only.commands.expire(accepted, 7)
         assert isinstance(answer, CommandAccepted)
         assert [job.id for job in answer.jobs] == [1]
-        assert isinstance(await world.only.commands.expire(rejected, 7), CommandRejected)
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
+        assert isinstance(await simulation.only.commands.expire(rejected, 7), CommandRejected)
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
 
 
-async def test_expire_finishes_a_command_of_a_crashed_replica(world: World) -> None:
+async def test_expire_finishes_a_command_of_a_crashed_replica(simulation: Simulation) -> None:
     """A command that was accepted by a replica that crashed before creating the jobs is finished by the replica that is asked."""
-    await world.submit()
-    await world.settle()
-    (job,) = (await world.store.jobs.get([1])).values()
+    await simulation.submit()
+    await simulation.settle()
+    (job,) = (await simulation.store.jobs.get([1])).values()
     half = Command(id="half", user_id=7, state="accepted", jobs=(replace(job, id=99, command_id="half"),))
-    await world.store.commands.insert([half])
-    answer = await world.only.commands.expire("half", 7)
+    await simulation.store.commands.insert([half])
+    answer = await simulation.only.commands.expire("half", 7)
     assert isinstance(answer, CommandAccepted)
-    assert list(await world.store.jobs.get([99])) == [99]
+    assert list(await simulation.store.jobs.get([99])) == [99]
 
 
-async def test_expire_of_another_users_command_reveals_and_changes_nothing(world: World) -> None:
+async def test_expire_of_another_users_command_reveals_and_changes_nothing(simulation: Simulation) -> None:
     """Expiring another user's command is answered as for an unknown one, and changes nothing."""
-    command = await world.submit()
-    await world.settle()
-    assert await world.only.commands.expire(command, 8) is None
-    assert (await world.store.commands.get([command]))[command].state == "accepted"
+    command = await simulation.submit()
+    await simulation.settle()
+    assert await simulation.only.commands.expire(command, 8) is None
+    assert (await simulation.store.commands.get([command]))[command].state == "accepted"
 
 
-async def test_cancel_ends_a_pending_job(world: World) -> None:
+async def test_cancel_ends_a_pending_job(simulation: Simulation) -> None:
     """A cancel of a pending job ends it without a start, and its chunks are never dispatched."""
-    world.workers = []
-    submitted = await world.submit()
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    await world.only.reconciler.work()
-    cancelled = await world.cancel(world.accepted(submitted)[0].id)
-    await world.settle()
-    (reply,) = world.replies(cancelled)
+    simulation.workers = []
+    submitted = await simulation.submit()
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    await simulation.only.reconciler.work()
+    cancelled = await simulation.cancel(simulation.accepted(submitted)[0].id)
+    await simulation.settle()
+    (reply,) = simulation.replies(cancelled)
     assert isinstance(reply, CommandAccepted)
-    job = (await world.store.jobs.get([1]))[1]
+    job = (await simulation.store.jobs.get([1]))[1]
     assert (job.status, job.start_time, job.settled) == (JobStatus.CANCELLED, None, True)
     assert reply.jobs == (job.view,)
     assert job.end_time is not None
-    assert [chunk.state async for chunk in world.store.chunks.of_job(1)] == [ChunkState.CANCELLED]
-    assert [type(event).__name__ for event in world.events(1)] == ["JobCreated", "JobCancelled"]
-    assert world.bus.messages(SCAN_TASKS) == []
+    assert [chunk.state async for chunk in simulation.store.chunks.of_job(1)] == [ChunkState.CANCELLED]
+    assert [type(event).__name__ for event in simulation.events(1)] == ["JobCreated", "JobCancelled"]
+    assert simulation.bus.messages(SCAN_TASKS) == []
 
 
 class RecordingPublisher:
@@ -504,101 +509,101 @@ class RecordingPublisher:
         await self._publisher.publish(topic, messages)
 
 
-async def test_reply_to_a_cancel_follows_the_stops(world: World) -> None:
+async def test_reply_to_a_cancel_follows_the_stops(simulation: Simulation) -> None:
     """Workers are sent the stop before the caller gets the reply, so no later failure of an orchestrator delays it."""
-    publisher = RecordingPublisher(world.bus)
-    world.replicas = [world.replica(publisher=publisher)]
-    world.worker.hold = True
-    await world.start()
-    await world.worker.announce()
-    await world.submit()
-    await world.settle()
-    await world.cancel(1)
-    await world.settle()
+    publisher = RecordingPublisher(simulation.bus)
+    simulation.replicas = [simulation.replica(publisher=publisher)]
+    simulation.worker.hold = True
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit()
+    await simulation.settle()
+    await simulation.cancel(1)
+    await simulation.settle()
     kinds = [kind for kind in publisher.kinds if kind in {"ScanChunk", "StopChunk", "CommandAccepted"}]
     assert kinds == ["CommandAccepted", "ScanChunk", "StopChunk", "CommandAccepted"]
 
 
-async def test_bulk_cancel_returns_after_the_stops(world: World) -> None:
+async def test_bulk_cancel_returns_after_the_stops(simulation: Simulation) -> None:
     """Workers are sent the stops of all jobs before the caller gets the response, also while events cannot be published."""
-    publisher = RecordingPublisher(world.bus)
-    world.replicas = [world.replica(publisher=publisher)]
-    world.worker.hold = True
-    await world.start()
-    await world.worker.announce()
-    await world.submit()
-    await world.settle()
+    publisher = RecordingPublisher(simulation.bus)
+    simulation.replicas = [simulation.replica(publisher=publisher)]
+    simulation.worker.hold = True
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit()
+    await simulation.settle()
     publisher.kinds.clear()
-    world.bus.broker.leaderless = {(SCAN_EVENTS.name, partition) for partition in range(SCAN_EVENTS.partitions)}
-    assert await world.only.cancels.cancel([1]) == [1]
+    simulation.bus.broker.leaderless = {(SCAN_EVENTS.name, partition) for partition in range(SCAN_EVENTS.partitions)}
+    assert await simulation.only.cancels.cancel([1]) == [1]
     assert publisher.kinds[0] == "StopChunk"
 
 
-async def test_cancel_of_a_running_job_stops_its_workers(world: World) -> None:
+async def test_cancel_of_a_running_job_stops_its_workers(simulation: Simulation) -> None:
     """A cancel of a running job stops the holder of each chunk at once, and the last map is kept."""
-    world.worker.hold = True
-    await world.submit()
-    await world.settle()
-    (task,) = world.worker.tasks
-    await world.worker.claim(task)
-    await world.settle()
-    await world.cancel(1)
-    await world.settle()
-    assert [(stop.chunk_id, stop.attempt) for stop in world.worker.stops] == [(task.chunk_id, task.attempt)]
-    await world.worker.release(task, "as..")
-    await world.settle()
-    job = (await world.store.jobs.get([1]))[1]
+    simulation.worker.hold = True
+    await simulation.submit()
+    await simulation.settle()
+    (task,) = simulation.worker.tasks
+    await simulation.worker.claim(task)
+    await simulation.settle()
+    await simulation.cancel(1)
+    await simulation.settle()
+    assert [(stop.chunk_id, stop.attempt) for stop in simulation.worker.stops] == [(task.chunk_id, task.attempt)]
+    await simulation.worker.release(task, "as..")
+    await simulation.settle()
+    job = (await simulation.store.jobs.get([1]))[1]
     assert (job.status, job.settled) == (JobStatus.CANCELLED, True)
-    [chunk] = [each async for each in world.store.chunks.of_job(1)]
+    [chunk] = [each async for each in simulation.store.chunks.of_job(1)]
     assert (chunk.state, chunk.outcomes) == (ChunkState.CANCELLED, "as..")
 
 
-async def test_redelivered_cancel_is_accepted_again(world: World) -> None:
+async def test_redelivered_cancel_is_accepted_again(simulation: Simulation) -> None:
     """Every redelivery of the cancel is answered with success; another cancel is answered that the job is cancelled."""
-    world.workers = []
-    await world.submit()
-    await world.settle()
-    first = await world.cancel(1)
-    records = world.take(SCAN_COMMANDS)
-    await world.hand(SCAN_COMMANDS, records)
-    await world.hand(SCAN_COMMANDS, records)
-    second = await world.cancel(1)
-    await world.settle()
-    assert [type(reply) for reply in world.replies(first)] == [CommandAccepted] * 2
-    assert world.replies(second) == [
+    simulation.workers = []
+    await simulation.submit()
+    await simulation.settle()
+    first = await simulation.cancel(1)
+    records = simulation.take(SCAN_COMMANDS)
+    await simulation.hand(SCAN_COMMANDS, records)
+    await simulation.hand(SCAN_COMMANDS, records)
+    second = await simulation.cancel(1)
+    await simulation.settle()
+    assert [type(reply) for reply in simulation.replies(first)] == [CommandAccepted] * 2
+    assert simulation.replies(second) == [
         CommandRejected(command_id=second, status=400, error="Job is already cancelled", rule="state"),
     ]
 
 
-async def test_cancel_of_an_ended_job_is_refused(world: World) -> None:
+async def test_cancel_of_an_ended_job_is_refused(simulation: Simulation) -> None:
     """A cancel after completion is a 400 with that reason, and the job stays completed."""
-    await world.submit()
-    await world.settle()
-    late = await world.cancel(1)
-    records = world.take(SCAN_COMMANDS)
-    await world.hand(SCAN_COMMANDS, records)
-    await world.hand(SCAN_COMMANDS, records)
+    await simulation.submit()
+    await simulation.settle()
+    late = await simulation.cancel(1)
+    records = simulation.take(SCAN_COMMANDS)
+    await simulation.hand(SCAN_COMMANDS, records)
+    await simulation.hand(SCAN_COMMANDS, records)
     rejected = CommandRejected(command_id=late, status=400, error="Job is already completed", rule="state")
-    assert world.replies(late) == [rejected, rejected]
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
+    assert simulation.replies(late) == [rejected, rejected]
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
 
 
-async def test_spans_of_a_job_are_in_the_trace_of_its_request(world: World) -> None:
+async def test_spans_of_a_job_are_in_the_trace_of_its_request(simulation: Simulation) -> None:
     """The command, each dispatch and each life-cycle event are spans of the request's trace; a worker continues its dispatch."""
     trace = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
-    await world.submit()
-    records = world.take(SCAN_COMMANDS)
+    await simulation.submit()
+    records = simulation.take(SCAN_COMMANDS)
     traced = [replace(each, message=each.message.model_copy(update={"traceparent": trace})) for each in records]
-    world.worker.hold = True
-    await world.worker.announce()
+    simulation.worker.hold = True
+    await simulation.worker.announce()
     with recording() as exporter:
-        await world.hand(SCAN_COMMANDS, traced)
-        await world.settle()
-        (task,) = world.worker.tasks
-        await world.worker.claim(task)
-        await world.settle()
-        await world.worker.scanned(task)
-        await world.settle()
+        await simulation.hand(SCAN_COMMANDS, traced)
+        await simulation.settle()
+        (task,) = simulation.worker.tasks
+        await simulation.worker.claim(task)
+        await simulation.settle()
+        await simulation.worker.scanned(task)
+        await simulation.settle()
     spans = exporter.get_finished_spans()
     assert {span.name for span in spans} == {"SubmitJobs", "JobCreated", "dispatch chunk", "JobStarted", "JobCompleted"}
     assert {f"{span.parent.trace_id:032x}-{span.parent.span_id:016x}" for span in spans if span.parent} == {trace[3:-3]}
@@ -606,104 +611,109 @@ async def test_spans_of_a_job_are_in_the_trace_of_its_request(world: World) -> N
     assert (task.traceparent or "")[36:52] == f"{ids(dispatched).span_id:016x}"
 
 
-async def test_cancel_of_another_users_job_is_a_404(world: World) -> None:
+async def test_cancel_of_another_users_job_is_a_404(simulation: Simulation) -> None:
     """A cancel of another user's job, or of none, is a 404 and changes nothing."""
-    world.workers = []
-    await world.submit()
-    await world.settle()
-    for command in (await world.cancel(1, user_id=8), await world.cancel(99)):
-        await world.settle()
-        assert [(each.status, each.error) for each in world.replies(command)] == [(404, "Job not found")]
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.PENDING
+    simulation.workers = []
+    await simulation.submit()
+    await simulation.settle()
+    for command in (await simulation.cancel(1, user_id=8), await simulation.cancel(99)):
+        await simulation.settle()
+        assert [(each.status, each.error) for each in simulation.replies(command)] == [(404, "Job not found")]
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.PENDING
 
 
 @pytest.mark.proves("A24", "G13")
-async def test_administrator_cancels_the_job_of_another_user(world: World) -> None:
+async def test_administrator_cancels_the_job_of_another_user(simulation: Simulation) -> None:
     """A cancel by an administrator ends any job, with the same reply as for the owner; an unknown job is a 404."""
-    world.workers = []
-    await world.submit()
-    await world.settle()
-    cancelled, unknown = await world.cancel(1, user_id=9, admin=True), await world.cancel(99, user_id=9, admin=True)
-    await world.settle()
-    assert world.accepted(cancelled)[0].status is JobStatus.CANCELLED
-    assert [each.status for each in world.replies(unknown)] == [404]
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.CANCELLED
+    simulation.workers = []
+    await simulation.submit()
+    await simulation.settle()
+    cancelled, unknown = (
+        await simulation.cancel(1, user_id=9, admin=True),
+        await simulation.cancel(99, user_id=9, admin=True),
+    )
+    await simulation.settle()
+    assert simulation.accepted(cancelled)[0].status is JobStatus.CANCELLED
+    assert [each.status for each in simulation.replies(unknown)] == [404]
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.CANCELLED
 
 
-async def test_cancels_in_one_batch_are_answered_in_order(world: World) -> None:
+async def test_cancels_in_one_batch_are_answered_in_order(simulation: Simulation) -> None:
     """Cancels of one job in one batch are answered as if sent one after the other; another user's has no effect."""
-    world.workers = []
-    await world.submit()
-    await world.settle()
-    stranger, first, second = [await world.cancel(1, user_id=user) for user in (8, 7, 7)]
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    assert [each.status for each in world.replies(stranger)] == [404]
-    assert world.accepted(first)[0].status is JobStatus.CANCELLED
-    assert [(each.status, each.error) for each in world.replies(second)] == [(400, "Job is already cancelled")]
+    simulation.workers = []
+    await simulation.submit()
+    await simulation.settle()
+    stranger, first, second = [await simulation.cancel(1, user_id=user) for user in (8, 7, 7)]
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    assert [each.status for each in simulation.replies(stranger)] == [404]
+    assert simulation.accepted(first)[0].status is JobStatus.CANCELLED
+    assert [(each.status, each.error) for each in simulation.replies(second)] == [(400, "Job is already cancelled")]
 
 
-async def test_batch_of_cancels_costs_a_fixed_number_of_writes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_batch_of_cancels_costs_a_fixed_number_of_writes(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A hundred cancels need as many saves of jobs as one, so that none waits for the others."""
-    await world.store.jobs.insert([scan_job(id_) for id_ in range(1, 102)])
+    await simulation.store.jobs.insert([scan_job(id_) for id_ in range(1, 102)])
     saves: list[int] = []
-    save = world.store.jobs.save
+    save = simulation.store.jobs.save
 
     async def counted(jobs: Sequence[ScanJob]) -> set[int]:
         saves.append(len(jobs))
         return await save(jobs)
 
-    monkeypatch.setattr(world.store.jobs, "save", counted)
-    await world.cancel(101)
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    monkeypatch.setattr(simulation.store.jobs, "save", counted)
+    await simulation.cancel(101)
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
     alone = len(saves)
-    commands = [await world.cancel(id_) for id_ in range(1, 101)]
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+    commands = [await simulation.cancel(id_) for id_ in range(1, 101)]
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
     assert len(saves) == 2 * alone
-    assert {world.accepted(command)[0].status for command in commands} == {JobStatus.CANCELLED}
+    assert {simulation.accepted(command)[0].status for command in commands} == {JobStatus.CANCELLED}
 
 
-async def test_command_is_answered_after_the_broker_was_unavailable(world: World) -> None:
+async def test_command_is_answered_after_the_broker_was_unavailable(simulation: Simulation) -> None:
     """A command whose reply cannot be published is carried out, and the reply is returned when the gateway requests it."""
-    command = await world.submit()
-    world.bus.broker.away = True
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    assert await jobs_of(world) == [1]
-    world.bus.broker.away = False
-    reply = await world.only.commands.expire(command, 7)
+    command = await simulation.submit()
+    simulation.bus.broker.away = True
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    assert await jobs_of(simulation) == [1]
+    simulation.bus.broker.away = False
+    reply = await simulation.only.commands.expire(command, 7)
     assert isinstance(reply, CommandAccepted)
     assert [job.id for job in reply.jobs] == [1]
-    assert [event.seq for event in world.events(1)] == [1]
+    assert [event.seq for event in simulation.events(1)] == [1]
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_job_whose_events_are_invalid_stops_no_other_cancel(world: World) -> None:
+async def test_job_whose_events_are_invalid_stops_no_other_cancel(simulation: Simulation) -> None:
     """Beside a damaged job the others are cancelled, by a command or all at once."""
     damaged = replace(scan_job(1), machines_found=-1)
-    await world.store.jobs.insert([damaged, scan_job(2), scan_job(3)])
-    commands = [await world.cancel(id_) for id_ in (1, 2)]
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    assert [type(world.replies(command)[0]) for command in commands] == [CommandRejected, CommandAccepted]
-    assert (world.replies(commands[0])[0].status, world.replies(commands[0])[0].rule) == (503, "state")
-    assert await world.only.cancels.cancel([1, 2, 3]) == [3]
+    await simulation.store.jobs.insert([damaged, scan_job(2), scan_job(3)])
+    commands = [await simulation.cancel(id_) for id_ in (1, 2)]
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    assert [type(simulation.replies(command)[0]) for command in commands] == [CommandRejected, CommandAccepted]
+    assert (simulation.replies(commands[0])[0].status, simulation.replies(commands[0])[0].rule) == (503, "state")
+    assert await simulation.only.cancels.cancel([1, 2, 3]) == [3]
 
 
 @pytest.mark.parametrize("topic", [SCAN_EVENTS, SCAN_REPLIES])
-async def test_partition_without_a_leader_blocks_no_other_command(world: World, topic: Topic) -> None:
+async def test_partition_without_a_leader_blocks_no_other_command(simulation: Simulation, topic: Topic) -> None:
     """Commands whose replies or events cannot be published are carried out, and those behind them are answered."""
-    world.worker.hold = True
-    world.bus.broker.leaderless = {(topic.name, topic.partition_of("1" if topic is SCAN_EVENTS else "command-1"))}
-    await world.submit("127.9.8.0/30")
-    other = await world.submit("127.9.9.0/30")
-    await world.settle()
-    await world.cancel(1)
-    cancel = await world.cancel(2)
-    await world.settle()
-    assert {job.status for job in (await world.store.jobs.get([1, 2])).values()} == {JobStatus.CANCELLED}
-    assert [len(world.replies(command)) for command in (other, cancel)] == [1, 1]
-    assert [event.seq for event in world.events(2)] == [1, 2]
-    world.bus.broker.leaderless.clear()
-    await world.wait(10)
-    assert [event.seq for event in world.events(1)] == [1, 2]
+    simulation.worker.hold = True
+    simulation.bus.broker.leaderless = {(topic.name, topic.partition_of("1" if topic is SCAN_EVENTS else "command-1"))}
+    await simulation.submit("127.9.8.0/30")
+    other = await simulation.submit("127.9.9.0/30")
+    await simulation.settle()
+    await simulation.cancel(1)
+    cancel = await simulation.cancel(2)
+    await simulation.settle()
+    assert {job.status for job in (await simulation.store.jobs.get([1, 2])).values()} == {JobStatus.CANCELLED}
+    assert [len(simulation.replies(command)) for command in (other, cancel)] == [1, 1]
+    assert [event.seq for event in simulation.events(2)] == [1, 2]
+    simulation.bus.broker.leaderless.clear()
+    await simulation.wait(10)
+    assert [event.seq for event in simulation.events(1)] == [1, 2]
 
 
 class StalledBus(MemoryBus):
@@ -719,30 +729,30 @@ class StalledBus(MemoryBus):
 
 async def test_stalled_partition_does_not_delay_replies() -> None:
     """Behind a submit whose events cannot be published, a cancel and a repair are answered before the gateway gives up."""
-    world = World(MemoryStore(), bus=StalledBus())
-    world.worker.hold = True
-    await world.start()
-    stalled = await world.submit("127.9.8.0/30")
-    other = await world.submit("127.9.9.0/30")
+    simulation = Simulation(MemoryStore(), bus=StalledBus())
+    simulation.worker.hold = True
+    await simulation.start()
+    stalled = await simulation.submit("127.9.8.0/30")
+    other = await simulation.submit("127.9.9.0/30")
     async with asyncio.timeout(4):  # a gateway waits for 5 seconds
-        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-        cancel = await world.cancel(2)
-        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    assert [len(world.replies(command)) for command in (other, cancel)] == [1, 1]
+        await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+        cancel = await simulation.cancel(2)
+        await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    assert [len(simulation.replies(command)) for command in (other, cancel)] == [1, 1]
     async with asyncio.timeout(4):
-        assert isinstance(await world.only.commands.expire(stalled, 7), CommandAccepted)
+        assert isinstance(await simulation.only.commands.expire(stalled, 7), CommandAccepted)
 
 
-async def test_traceparent_of_a_request_is_in_events_and_tasks(world: World) -> None:
+async def test_traceparent_of_a_request_is_in_events_and_tasks(simulation: Simulation) -> None:
     """Events and tasks of a job have the traceparent of the request that created it."""
     trace = "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
-    await world.submit()
-    records = world.take(SCAN_COMMANDS)
+    await simulation.submit()
+    records = simulation.take(SCAN_COMMANDS)
     traced = [replace(each, message=each.message.model_copy(update={"traceparent": trace})) for each in records]
-    await world.hand(SCAN_COMMANDS, traced)
-    await world.settle()
-    assert {event.traceparent for event in world.events(1)} == {trace}
-    assert {task.traceparent for task in world.worker.tasks} == {trace}
+    await simulation.hand(SCAN_COMMANDS, traced)
+    await simulation.settle()
+    assert {event.traceparent for event in simulation.events(1)} == {trace}
+    assert {task.traceparent for task in simulation.worker.tasks} == {trace}
 
 
 class CountingStore:
@@ -774,24 +784,24 @@ class _CountingRepository:
         return counted
 
 
-async def counting_world() -> tuple[CountingStore, World]:
+async def counting_simulation() -> tuple[CountingStore, Simulation]:
     store = CountingStore(MemoryStore())
-    world = World(cast(Store, store))
-    await world.start()
-    return store, world
+    simulation = Simulation(cast(Store, store))
+    await simulation.start()
+    return store, simulation
 
 
 async def test_round_trips_of_a_batch_do_not_grow_with_its_commands() -> None:
     """Submits in one batch cost as many calls of the store as one submit, their first chunks included; so for other users."""
     for users, count in ((1, 1), (1, 100), (50, 1)):
-        store, world = await counting_world()
+        store, simulation = await counting_simulation()
         for user_id in range(1, users + 1):
-            policy_id, subnets = await world.add("127.9.8.0/30", user_id=user_id)
+            policy_id, subnets = await simulation.add("127.9.8.0/30", user_id=user_id)
             for _ in range(count):
-                await world.send(policy_id, subnets, user_id=user_id)
+                await simulation.send(policy_id, subnets, user_id=user_id)
         store.calls.clear()
-        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-        await world.only.reconciler.work()
+        await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+        await simulation.only.reconciler.work()
         reads = {
             "commands.by_key",
             "policies.get",
@@ -806,14 +816,14 @@ async def test_round_trips_of_a_batch_do_not_grow_with_its_commands() -> None:
 
 async def test_first_chunks_of_a_job_are_dispatched_without_a_read() -> None:
     """The replica that creates the chunks of a new job does not read them to dispatch them."""
-    store, world = await counting_world()
-    world.worker.hold = True
-    await world.worker.announce()
-    policy_id, subnets = await world.add("127.9.8.0/30")
-    await world.send(policy_id, subnets)
+    store, simulation = await counting_simulation()
+    simulation.worker.hold = True
+    await simulation.worker.announce()
+    policy_id, subnets = await simulation.add("127.9.8.0/30")
+    await simulation.send(policy_id, subnets)
     store.calls.clear()
-    await world.settle()
-    assert len(world.worker.tasks) == 1
+    await simulation.settle()
+    assert len(simulation.worker.tasks) == 1
     assert store.calls["chunks.get"] == 0
 
 
@@ -821,13 +831,13 @@ async def test_late_cancels_of_a_batch_are_rejected_in_one_write() -> None:
     """Fifty cancels of ended jobs in one batch cost as many calls of the store as one."""
     costs = []
     for count in (1, 50):
-        store, world = await counting_world()
+        store, simulation = await counting_simulation()
         ended = [replace(scan_job(id_), status=JobStatus.COMPLETED) for id_ in range(1, count + 1)]
-        await world.store.jobs.insert(ended)
-        commands = [await world.cancel(job.id) for job in ended]
+        await simulation.store.jobs.insert(ended)
+        commands = [await simulation.cancel(job.id) for job in ended]
         store.calls.clear()
-        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-        assert {world.replies(command)[0].error for command in commands} == {"Job is already completed"}
+        await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+        assert {simulation.replies(command)[0].error for command in commands} == {"Job is already completed"}
         assert store.calls["commands.reject"] == 1
         costs.append(store.calls.total())
     assert costs[0] == costs[1]
@@ -835,30 +845,30 @@ async def test_late_cancels_of_a_batch_are_rejected_in_one_write() -> None:
 
 async def test_first_turn_is_not_read_for_each_command() -> None:
     """A user who submits without a pause costs one read of their queue a second."""
-    store, world = await counting_world()
-    policy_id, subnets = await world.add("127.9.8.0/30")
+    store, simulation = await counting_simulation()
+    policy_id, subnets = await simulation.add("127.9.8.0/30")
     store.calls.clear()
     for seconds, reads in ((0.0, 1), (0.9, 1), (0.1, 2)):
-        world.now += seconds
-        await world.send(policy_id, subnets)
-        await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
+        simulation.now += seconds
+        await simulation.send(policy_id, subnets)
+        await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
         assert store.calls["dispatch.first_turns"] == reads
 
 
 async def test_small_job_costs_few_round_trips_and_records() -> None:
     """A job of one chunk is saved once, at its end, and read once; nothing reads or counts its chunks."""
-    store, world = await counting_world()
-    await world.submit("127.9.8.1/32")
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    world.worker.hold = True
-    await world.worker.announce()
-    await world.settle()
-    (task,) = world.worker.tasks
+    store, simulation = await counting_simulation()
+    await simulation.submit("127.9.8.1/32")
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    simulation.worker.hold = True
+    await simulation.worker.announce()
+    await simulation.settle()
+    (task,) = simulation.worker.tasks
     store.calls.clear()
-    await world.worker.scanned(task)
-    await world.settle()
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
+    await simulation.worker.scanned(task)
+    await simulation.settle()
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
     wanted = {"jobs.get": 2, "jobs.save": 1, "chunks.get": 0, "chunks.save": 2, "chunks.standings": 0}
     assert {name: store.calls[name] for name in wanted} == wanted
-    records = {topic.name: len(world.bus.messages(topic)) for topic in (SCAN_EVENTS, SCAN_TASKS, SCAN_REPLIES)}
+    records = {topic.name: len(simulation.bus.messages(topic)) for topic in (SCAN_EVENTS, SCAN_TASKS, SCAN_REPLIES)}
     assert records == {"scan-events": 3, "scan-tasks": 1, "scan-replies": 1}

@@ -19,7 +19,7 @@ from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.main import Orchestrator
-from job_orchestrator_testing import MemoryStore, World, scan_policy
+from job_orchestrator_testing import MemoryStore, Simulation, scan_policy
 from job_orchestrator_testing.repository import MemoryChunks, MemoryJobs
 from scanfleet.contracts.messages import CommandAccepted, JobEvent, JobProgressed, JobStatus, Message, ScanChunk
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_TASKS, Topic
@@ -120,8 +120,8 @@ class ImpatientChunks(MemoryChunks):
         return await super().overdue(now + timedelta(days=1), limit, partitions)
 
 
-class CrashingWorld(World):
-    """A world on test doubles that fail; failed work is repeated, by another process if the first one died."""
+class CrashingSimulation(Simulation):
+    """A simulation on test doubles that fail; failed work is repeated, by another process if the first one died."""
 
     def __init__(self, crash_point: CrashPoint) -> None:
         store = MemoryStore()
@@ -135,7 +135,7 @@ class CrashingWorld(World):
         ]
 
     async def hand(self, topic: Topic, records: Sequence[Record]) -> None:
-        await self._again(lambda: super(CrashingWorld, self).hand(topic, records))
+        await self._again(lambda: super(CrashingSimulation, self).hand(topic, records))
 
     async def step(self, action: Callable[[Orchestrator], Awaitable[object]]) -> None:
         await self._again(lambda: action(self.only))
@@ -147,7 +147,7 @@ class CrashingWorld(World):
             await self.step(lambda replica: replica.dispatcher.fill())
             if not delivered and not self._waiting():
                 return
-        raise AssertionError("the world did not reach a stable state")
+        raise AssertionError("the simulation did not reach a stable state")
 
     async def start(self) -> None:
         await self._again(super().start)
@@ -187,98 +187,98 @@ class CrashingWorld(World):
             await action()
 
 
-Scenario = Callable[[CrashingWorld], Awaitable[None]]
+Scenario = Callable[[CrashingSimulation], Awaitable[None]]
 
 
-async def scan(world: CrashingWorld) -> None:
+async def scan(simulation: CrashingSimulation) -> None:
     """Two jobs are submitted, scanned and completed."""
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.8.0/30", "127.9.9.0/31", policy=scan_policy(ports="1-3000"))
-    await world.settle()
-    await world.mend()
-    jobs = await world.jobs()
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.8.0/30", "127.9.9.0/31", policy=scan_policy(ports="1-3000"))
+    await simulation.settle()
+    await simulation.mend()
+    jobs = await simulation.jobs()
     assert [job.status for job in jobs] == [JobStatus.COMPLETED] * 2
     for job in jobs:
         tally = Tally(job, EMPTY)
-        async for chunk in world.store.chunks.of_job(job.id):
+        async for chunk in simulation.store.chunks.of_job(job.id):
             tally.end(chunk)
         assert tally.accounted
         assert tally.totals == job.totals
         assert (tally.counts["silent"], job.settled) == (job.plan.addresses * job.plan.ports, True)
 
 
-async def lose(world: CrashingWorld) -> None:
+async def lose(simulation: CrashingSimulation) -> None:
     """A worker fails a chunk, releases it, loses results of it, and gets it done at last."""
-    world.worker.hold = True
-    await world.start()
-    await world.worker.announce()
-    await world.submit()
-    await world.settle()
-    await world.mend()
-    await world.worker.claim(world.worker.tasks[-1])
-    await world.worker.fail(world.worker.tasks[-1], outcomes="a...")
-    await world.wait(2, seconds=3.0)
-    await world.mend()
-    await world.worker.release(world.worker.tasks[-1], "a.s.")
-    await world.worker.announce()
-    await world.settle()
-    await world.mend()
-    assert world.results is not None
-    world.results.missing[world.worker.tasks[-1].chunk_id] = ("127.9.8.1",)
-    await world.worker.scanned(world.worker.tasks[-1])
-    world.worker.hold = False
-    await world.worker.announce()
-    await world.settle()
-    await world.wait(1, seconds=3.0)
-    await world.mend()
-    (job,) = await world.jobs()
+    simulation.worker.hold = True
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit()
+    await simulation.settle()
+    await simulation.mend()
+    await simulation.worker.claim(simulation.worker.tasks[-1])
+    await simulation.worker.fail(simulation.worker.tasks[-1], outcomes="a...")
+    await simulation.wait(2, seconds=3.0)
+    await simulation.mend()
+    await simulation.worker.release(simulation.worker.tasks[-1], "a.s.")
+    await simulation.worker.announce()
+    await simulation.settle()
+    await simulation.mend()
+    assert simulation.results is not None
+    simulation.results.missing[simulation.worker.tasks[-1].chunk_id] = ("127.9.8.1",)
+    await simulation.worker.scanned(simulation.worker.tasks[-1])
+    simulation.worker.hold = False
+    await simulation.worker.announce()
+    await simulation.settle()
+    await simulation.wait(1, seconds=3.0)
+    await simulation.mend()
+    (job,) = await simulation.jobs()
     assert (job.status, job.machines_found) == (JobStatus.COMPLETED, 1)
 
 
-async def cancel(world: CrashingWorld) -> None:
+async def cancel(simulation: CrashingSimulation) -> None:
     """A running job of several chunks is cancelled, and its worker is stopped."""
-    world.worker.hold = True
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.8.0/24", policy=scan_policy(ports="1-3000"))
-    await world.settle()
-    await world.mend()
-    running = world.worker.tasks[-1]
-    await world.worker.claim(running)
-    await world.settle()
-    await world.cancel(running.job_id)
-    await world.settle()
-    await world.worker.progress(running, running.outcomes)
-    await world.settle()
-    await world.mend()
-    (job,) = await world.jobs()
-    states = [chunk.state async for chunk in world.store.chunks.of_job(job.id)]
+    simulation.worker.hold = True
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.8.0/24", policy=scan_policy(ports="1-3000"))
+    await simulation.settle()
+    await simulation.mend()
+    running = simulation.worker.tasks[-1]
+    await simulation.worker.claim(running)
+    await simulation.settle()
+    await simulation.cancel(running.job_id)
+    await simulation.settle()
+    await simulation.worker.progress(running, running.outcomes)
+    await simulation.settle()
+    await simulation.mend()
+    (job,) = await simulation.jobs()
+    states = [chunk.state async for chunk in simulation.store.chunks.of_job(job.id)]
     assert (job.status, job.settled, job.error) == (JobStatus.CANCELLED, True, "")
     assert states == [ChunkState.CANCELLED] * job.made
-    assert (running.chunk_id, running.attempt) in {(stop.chunk_id, stop.attempt) for stop in world.worker.stops}
+    assert (running.chunk_id, running.attempt) in {(stop.chunk_id, stop.attempt) for stop in simulation.worker.stops}
 
 
-async def fail(world: CrashingWorld) -> None:
+async def fail(simulation: CrashingSimulation) -> None:
     """A job fails because three attempts on its address fail."""
-    world.worker.hold = True
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.8.1/32")
-    await world.settle()
+    simulation.worker.hold = True
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.8.1/32")
+    await simulation.settle()
     for _ in range(3):
-        await world.mend()
-        await world.worker.claim(world.worker.tasks[-1])
-        await world.worker.fail(world.worker.tasks[-1])
-        await world.wait(4, seconds=3.0)
-    await world.mend()
-    (job,) = await world.jobs()
+        await simulation.mend()
+        await simulation.worker.claim(simulation.worker.tasks[-1])
+        await simulation.worker.fail(simulation.worker.tasks[-1])
+        await simulation.wait(4, seconds=3.0)
+    await simulation.mend()
+    (job,) = await simulation.jobs()
     assert (job.status, job.error) == (JobStatus.FAILED, "1 address lost: worker w-1: nmap died")
 
 
-def check(world: CrashingWorld) -> None:
+def check(simulation: CrashingSimulation) -> None:
     """Check the invariants that hold for every observer after any fault."""
-    events = [event for event in world.bus.messages(SCAN_EVENTS) if isinstance(event, JobEvent)]
+    events = [event for event in simulation.bus.messages(SCAN_EVENTS) if isinstance(event, JobEvent)]
     for job_id in {event.job.id for event in events}:
         mine = [event for event in events if event.job.id == job_id]
         by_seq: dict[int, JobEvent] = {}
@@ -293,7 +293,7 @@ def check(world: CrashingWorld) -> None:
         assert kinds[-1].lower() == max(by_seq.values(), key=lambda event: event.seq).job.status
         missing = set(range(1, max(by_seq) + 1)) - set(by_seq)
         assert len(missing) <= 3, "only progress may be missing"
-    tasks = [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, ScanChunk)]
+    tasks = [each for each in simulation.bus.messages(SCAN_TASKS) if isinstance(each, ScanChunk)]
     tokens = [(task.chunk_id, task.attempt) for task in tasks]
     assert len(tokens) == len(set(tokens)), "one token was sent twice"
 
@@ -307,13 +307,13 @@ async def test_single_failed_call_changes_no_outcome(
     moment: Moment,
 ) -> None:
     """Whichever call of a repository or the bus fails, the jobs end the same, with every event in order."""
-    whole = CrashingWorld(CrashPoint())
+    whole = CrashingSimulation(CrashPoint())
     await scenario(whole)
     check(whole)
     for number in range(1, whole.crash_point.calls + 1):
-        world = CrashingWorld(CrashPoint(number, moment, error))
-        await scenario(world)
-        check(world)
+        simulation = CrashingSimulation(CrashPoint(number, moment, error))
+        await scenario(simulation)
+        check(simulation)
 
 
 async def test_replies_of_a_repeated_submit_name_the_same_jobs() -> None:
@@ -321,11 +321,11 @@ async def test_replies_of_a_repeated_submit_name_the_same_jobs() -> None:
     count = 40  # more calls than one submit takes
     for moment in Moment:
         for number in range(1, count):
-            world = CrashingWorld(CrashPoint(number, moment))
-            command = await world.submit("127.9.8.0/30", "127.9.9.0/30")
-            await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-            replies = world.replies(command)
+            simulation = CrashingSimulation(CrashPoint(number, moment))
+            command = await simulation.submit("127.9.8.0/30", "127.9.9.0/30")
+            await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+            replies = simulation.replies(command)
             assert replies
             assert all(isinstance(reply, CommandAccepted) for reply in replies)
             assert len({tuple(job.id for job in reply.jobs) for reply in replies}) == 1
-            assert sorted(job.id for job in await world.jobs()) == [job.id for job in replies[0].jobs]
+            assert sorted(job.id for job in await simulation.jobs()) == [job.id for job in replies[0].jobs]

@@ -19,9 +19,9 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
 from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, change
-from job_orchestrator_testing import MemoryStore, Worker, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing import MemoryStore, Simulation, Worker, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository import Data, MemoryChunks, MemoryDispatch
-from job_orchestrator_testing.world import listeners
+from job_orchestrator_testing.simulation import listeners
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import ChunkScanned, JobStatus, Message, ScanChunk, WorkerReady
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_TASKS, SCAN_WORKERS, Topic
@@ -32,18 +32,20 @@ from scanfleet.scanning.ports import PortSet
 from scanfleet_testing.chunk_grants import grants
 
 
-async def chunk_of(world: World, chunk_id: str = "1-0") -> Chunk:
-    return (await world.store.chunks.get([chunk_id]))[chunk_id]
+async def chunk_of(simulation: Simulation, chunk_id: str = "1-0") -> Chunk:
+    return (await simulation.store.chunks.get([chunk_id]))[chunk_id]
 
 
-def tasks(world: World) -> list[ScanChunk]:
-    return [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, ScanChunk)]
+def tasks(simulation: Simulation) -> list[ScanChunk]:
+    return [each for each in simulation.bus.messages(SCAN_TASKS) if isinstance(each, ScanChunk)]
 
 
-async def queue(world: World, user: int, count: int, *, estimate: float = 5.0, needs_raw: bool = False) -> None:
+async def queue(
+    simulation: Simulation, user: int, count: int, *, estimate: float = 5.0, needs_raw: bool = False
+) -> None:
     """A job of a user with so many chunks."""
-    await world.store.jobs.insert([scan_job(user, user_id=user, chunk_count=count, made=count)])
-    await world.store.chunks.insert(
+    await simulation.store.jobs.insert([scan_job(user, user_id=user, chunk_count=count, made=count)])
+    await simulation.store.chunks.insert(
         [
             chunk(
                 id=f"{user}-{n}",
@@ -61,22 +63,22 @@ async def queue(world: World, user: int, count: int, *, estimate: float = 5.0, n
 
 
 @pytest.fixture
-def world() -> World:
+def simulation() -> Simulation:
     """One replica whose worker only records its tasks; the test starts it."""
-    world = World(MemoryStore())
-    world.worker.hold = True
-    return world
+    simulation = Simulation(MemoryStore())
+    simulation.worker.hold = True
+    return simulation
 
 
-async def test_task_contains_chunk_token_lease_and_policy(world: World) -> None:
+async def test_task_contains_chunk_token_lease_and_policy(simulation: Simulation) -> None:
     """A ScanChunk contains the chunk's addresses, map, ports, token and lease, and the job's policy."""
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.8.0/30", policy=scan_policy(ports="22,80", max_rate=100))
-    await world.settle()
-    (task,) = world.worker.tasks
-    stored = await chunk_of(world)
-    job = (await world.store.jobs.get([1]))[1]
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.8.0/30", policy=scan_policy(ports="22,80", max_rate=100))
+    await simulation.settle()
+    (task,) = simulation.worker.tasks
+    stored = await chunk_of(simulation)
+    job = (await simulation.store.jobs.get([1]))[1]
     assert (task.job_id, task.chunk_id, task.user_id) == (1, "1-0", 7)
     assert (task.attempt, task.worker_id) == (stored.attempt, stored.worker_id) == (1, "w-1")
     assert (task.first_address, task.outcomes, task.ports) == ("127.9.8.0", "....", "22,80")
@@ -89,54 +91,54 @@ async def test_task_contains_chunk_token_lease_and_policy(world: World) -> None:
 
 async def test_dispatch_of_a_job_whose_script_was_withdrawn_fails_it() -> None:
     """No chunk of the job goes to a worker, its error names the field, and another job of the user is dispatched."""
-    world = World(MemoryStore(), scripts=ADMITTED_SCRIPTS | {"http-grep"})
-    policy = fill_in(Preset.QUICK, {"ports": "80", "scripts": ("http-grep",)}, world.scripts)
-    commands = [await world.submit("127.9.8.0/24", policy=policy), await world.submit("127.9.8.0/30")]
-    await world.settle()
-    withdrawn, other = (world.accepted(command)[0].id for command in commands)
-    world.scripts = ADMITTED_SCRIPTS
-    await world.restart()
-    await world.worker.announce()
-    await world.settle()
-    jobs = await world.store.jobs.get([withdrawn, other])
+    simulation = Simulation(MemoryStore(), scripts=ADMITTED_SCRIPTS | {"http-grep"})
+    policy = fill_in(Preset.QUICK, {"ports": "80", "scripts": ("http-grep",)}, simulation.scripts)
+    commands = [await simulation.submit("127.9.8.0/24", policy=policy), await simulation.submit("127.9.8.0/30")]
+    await simulation.settle()
+    withdrawn, other = (simulation.accepted(command)[0].id for command in commands)
+    simulation.scripts = ADMITTED_SCRIPTS
+    await simulation.restart()
+    await simulation.worker.announce()
+    await simulation.settle()
+    jobs = await simulation.store.jobs.get([withdrawn, other])
     assert (jobs[withdrawn].status, jobs[other].status) == (JobStatus.FAILED, JobStatus.COMPLETED)
     assert jobs[withdrawn].error.startswith(
         "the job's policy is no longer allowed: scripts.0: http-grep is not one of "
     )
-    assert {task.job_id for task in tasks(world)} == {other}
+    assert {task.job_id for task in tasks(simulation)} == {other}
 
 
 @pytest.mark.proves("G19")
-async def test_fill_dispatched_chunk_carries_a_valid_grant(world: World) -> None:
+async def test_fill_dispatched_chunk_carries_a_valid_grant(simulation: Simulation) -> None:
     """The grant of a dispatched chunk covers the end that its worker may report, and no other chunk's."""
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.8.0/30")
-    await world.settle()
-    (task,) = world.worker.tasks
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.8.0/30")
+    await simulation.settle()
+    (task,) = simulation.worker.tasks
     token = task.model_dump(include={"job_id", "chunk_id", "attempt", "worker_id", "first_address"})
     end = ChunkScanned(**token, outcomes="asdt", slot_seconds=1, technique="connect", grant=task.grant)
     assert grants().fault(end) == ""
     assert grants().fault(end.model_copy(update={"chunk_id": "1-1"})) != ""
 
 
-async def test_worker_holds_at_most_one_chunk_per_slot(world: World) -> None:
+async def test_worker_holds_at_most_one_chunk_per_slot(simulation: Simulation) -> None:
     """For any number of queued chunks and announcements, a worker holds one chunk per slot."""
-    await world.start()
-    await queue(world, 7, 20)
+    await simulation.start()
+    await queue(simulation, 7, 20)
     for _ in range(3):
-        await world.worker.announce()
-        await world.settle()
-    assert len(tasks(world)) == 4
+        await simulation.worker.announce()
+        await simulation.settle()
+    assert len(tasks(simulation)) == 4
 
 
-async def test_tiny_chunks_are_prefetched(world: World) -> None:
+async def test_tiny_chunks_are_prefetched(simulation: Simulation) -> None:
     """A worker holds up to two seconds of tiny chunks beyond its slots."""
-    await world.start()
-    await queue(world, 7, 40, estimate=0.2)
-    await world.worker.announce()
-    await world.settle()
-    assert len(tasks(world)) == 4 + 10
+    await simulation.start()
+    await queue(simulation, 7, 40, estimate=0.2)
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert len(tasks(simulation)) == 4 + 10
 
 
 @pytest.mark.parametrize(
@@ -149,149 +151,149 @@ async def test_tiny_chunks_are_prefetched(world: World) -> None:
     ],
 )
 async def test_chunks_are_prefetched_by_the_time_of_finished_ones(
-    world: World, *, cidr: str, ports: str, estimate: float, held: int, seconds: int, held_later: int
+    simulation: Simulation, *, cidr: str, ports: str, estimate: float, held: int, seconds: int, held_later: int
 ) -> None:
     """Once chunks of a job have finished, their time decides about its other chunks, and the estimate no longer."""
-    await world.start()
-    await world.worker.announce()
-    await world.submit(cidr, policy=scan_policy(ports=ports, timing=4))
-    await world.settle()
-    assert [task.estimate_seconds for task in world.worker.tasks] == [estimate] * held
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit(cidr, policy=scan_policy(ports=ports, timing=4))
+    await simulation.settle()
+    assert [task.estimate_seconds for task in simulation.worker.tasks] == [estimate] * held
     for _ in range(3):
-        ended = len(world.worker.tasks)
-        await world.wait(seconds)
-        for task in world.worker.tasks[-held:]:
-            await world.worker.scanned(task, slot_seconds=seconds)
-        await world.settle()
-        held = len(world.worker.tasks) - ended
+        ended = len(simulation.worker.tasks)
+        await simulation.wait(seconds)
+        for task in simulation.worker.tasks[-held:]:
+            await simulation.worker.scanned(task, slot_seconds=seconds)
+        await simulation.settle()
+        held = len(simulation.worker.tasks) - ended
     assert held == held_later
 
 
-async def test_worker_without_slots_gets_no_chunk(world: World) -> None:
+async def test_worker_without_slots_gets_no_chunk(simulation: Simulation) -> None:
     """A worker that announces no slots is not given a chunk."""
-    world.worker.slots = 0
-    await world.start()
-    await queue(world, 7, 3)
-    await world.worker.announce()
-    await world.settle()
-    assert tasks(world) == []
+    simulation.worker.slots = 0
+    await simulation.start()
+    await queue(simulation, 7, 3)
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert tasks(simulation) == []
 
 
 @pytest.mark.parametrize(("lease_seconds", "silent"), [(30.0, 8.0), (4.0, 5.0)])
 async def test_silent_worker_gets_no_chunk(lease_seconds: float, silent: float) -> None:
     """A worker silent for seven seconds, or for a lease, gets no chunk until it announces itself again."""
-    world = World(MemoryStore(), lease_seconds=lease_seconds)
-    world.worker.hold = True
-    await world.start()
-    await world.worker.announce()
-    await world.settle()
-    world.now += silent
-    await queue(world, 7, 1)
-    world.only.dispatcher.wake()
-    await world.settle()
-    assert tasks(world) == []
-    await world.worker.announce()
-    await world.settle()
-    assert len(tasks(world)) == 1
+    simulation = Simulation(MemoryStore(), lease_seconds=lease_seconds)
+    simulation.worker.hold = True
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.settle()
+    simulation.now += silent
+    await queue(simulation, 7, 1)
+    simulation.only.dispatcher.wake()
+    await simulation.settle()
+    assert tasks(simulation) == []
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert len(tasks(simulation)) == 1
 
 
-async def test_replica_dispatches_only_after_reading_all_announcements(world: World) -> None:
+async def test_replica_dispatches_only_after_reading_all_announcements(simulation: Simulation) -> None:
     """A replica that has not read its partitions to their end dispatches no chunk: the announcements may be outdated."""
-    replica = world.only
+    replica = simulation.only
     for listener in listeners(replica):
         await listener.assigned(range(12))
-    await queue(world, 7, 1)
-    await world.worker.announce()
-    await world.settle()
-    assert tasks(world) == []
-    await world.catch_up()
-    await world.worker.announce()
-    await world.settle()
-    assert len(tasks(world)) == 1
+    await queue(simulation, 7, 1)
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert tasks(simulation) == []
+    await simulation.catch_up()
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert len(tasks(simulation)) == 1
 
 
-async def test_replica_dispatches_no_chunk_to_workers_of_revoked_partitions(world: World) -> None:
+async def test_replica_dispatches_no_chunk_to_workers_of_revoked_partitions(simulation: Simulation) -> None:
     """After a revocation another replica dispatches to the workers of that partition."""
-    await world.start()
-    await world.worker.announce()
-    await world.settle()
-    await world.only.fleet.revoked(range(12))
-    await queue(world, 7, 1)
-    world.only.dispatcher.wake()
-    await world.settle()
-    assert tasks(world) == []
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.settle()
+    await simulation.only.fleet.revoked(range(12))
+    await queue(simulation, 7, 1)
+    simulation.only.dispatcher.wake()
+    await simulation.settle()
+    assert tasks(simulation) == []
 
 
-async def test_unclaimed_task_is_requeued_after_a_lease(world: World) -> None:
+async def test_unclaimed_task_is_requeued_after_a_lease(simulation: Simulation) -> None:
     """One lease covers a chunk from its dispatch on, and a lost one is not charged to its user."""
-    await world.start()
-    await queue(world, 7, 1)
-    await world.worker.announce()
-    await world.settle()
-    await world.wait(29)
-    assert len(world.worker.tasks) == 1
-    await world.wait(3)
-    assert [task.attempt for task in world.worker.tasks] == [1, 2]
-    assert (await chunk_of(world, "7-0")).failures == 0
-    assert (await world.store.dispatch.clocks([7])).users[7].time == 0.0
+    await simulation.start()
+    await queue(simulation, 7, 1)
+    await simulation.worker.announce()
+    await simulation.settle()
+    await simulation.wait(29)
+    assert len(simulation.worker.tasks) == 1
+    await simulation.wait(3)
+    assert [task.attempt for task in simulation.worker.tasks] == [1, 2]
+    assert (await chunk_of(simulation, "7-0")).failures == 0
+    assert (await simulation.store.dispatch.clocks([7])).users[7].time == 0.0
 
 
-async def test_late_claim_of_a_requeued_chunk_is_stopped(world: World) -> None:
+async def test_late_claim_of_a_requeued_chunk_is_stopped(simulation: Simulation) -> None:
     """A worker that claims late, with the old token, gets a StopChunk."""
-    await world.start()
-    await queue(world, 7, 1)
-    await world.worker.announce()
-    await world.settle()
-    await world.wait(32)
-    world.worker.stops.clear()
-    await world.worker.claim(world.worker.tasks[0])
-    await world.settle()
-    assert [stop.attempt for stop in world.worker.stops] == [1]
+    await simulation.start()
+    await queue(simulation, 7, 1)
+    await simulation.worker.announce()
+    await simulation.settle()
+    await simulation.wait(32)
+    simulation.worker.stops.clear()
+    await simulation.worker.claim(simulation.worker.tasks[0])
+    await simulation.settle()
+    assert [stop.attempt for stop in simulation.worker.stops] == [1]
 
 
 @pytest.mark.proves("F25", "G17")
-async def test_failed_chunk_is_dispatched_to_another_instance(world: World) -> None:
+async def test_failed_chunk_is_dispatched_to_another_instance(simulation: Simulation) -> None:
     """While another live worker can run it, a failed chunk is not dispatched to the instance that failed it."""
-    other = Worker(world.bus, "w-2", slots=1)
+    other = Worker(simulation.bus, "w-2", slots=1)
     other.hold = True
-    world.workers.append(other)
-    await world.start()
-    for worker in world.workers:
+    simulation.workers.append(other)
+    await simulation.start()
+    for worker in simulation.workers:
         await worker.announce()
-    await world.settle()
-    await world.submit("127.9.8.1/32")
-    await world.settle()
-    (first,) = world.worker.tasks or other.tasks
-    holder = world.worker if world.worker.tasks else other
-    rest = other if holder is world.worker else world.worker
+    await simulation.settle()
+    await simulation.submit("127.9.8.1/32")
+    await simulation.settle()
+    (first,) = simulation.worker.tasks or other.tasks
+    holder = simulation.worker if simulation.worker.tasks else other
+    rest = other if holder is simulation.worker else simulation.worker
     await holder.claim(first)
     await holder.fail(first)
-    await world.wait(4)
+    await simulation.wait(4)
     assert [task.attempt for task in rest.tasks] == [2]
     await rest.fail(rest.tasks[0])
-    await world.wait(8)
-    assert len(world.worker.tasks) + len(other.tasks) == 3  # no other worker is left
+    await simulation.wait(8)
+    assert len(simulation.worker.tasks) + len(other.tasks) == 3  # no other worker is left
 
 
 @pytest.mark.proves("F25", "G17")
 async def test_failing_worker_among_others_loses_no_chunk() -> None:
     """One of ten workers fails every chunk at once, and a /20 still completes."""
-    world = World(MemoryStore())
-    world.workers = [Worker(world.bus, f"w-{n}", slots=2) for n in range(9)]
-    broken = Worker(world.bus, "w-broken", slots=2)
+    simulation = Simulation(MemoryStore())
+    simulation.workers = [Worker(simulation.bus, f"w-{n}", slots=2) for n in range(9)]
+    broken = Worker(simulation.bus, "w-broken", slots=2)
     broken.hold = True
-    world.workers.append(broken)
-    await world.start()
-    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
+    simulation.workers.append(broken)
+    await simulation.start()
+    await simulation.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
     failed = 0
     for _ in range(200):
         for task in broken.tasks[failed:]:
             failed += 1
             await broken.fail(task, "exited with 1")
-        await world.wait(1)
-        if (await world.store.jobs.get([1]))[1].final:
+        await simulation.wait(1)
+        if (await simulation.store.jobs.get([1]))[1].final:
             break
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
     assert failed
 
 
@@ -299,47 +301,47 @@ async def test_failing_worker_among_others_loses_no_chunk() -> None:
 @pytest.mark.parametrize("route", [True, False])
 async def test_chunk_without_a_route_is_dispatched_to_each_instance(*, route: bool) -> None:
     """The one worker that has a route scans the chunk; if none has, the addresses are lost in half a minute, with the reason."""
-    world = World(MemoryStore())
-    world.workers = [Worker(world.bus, f"w-{number}", slots=1) for number in range(4)]
-    for worker in world.workers:
+    simulation = Simulation(MemoryStore())
+    simulation.workers = [Worker(simulation.bus, f"w-{number}", slots=1) for number in range(4)]
+    for worker in simulation.workers:
         worker.hold = worker.worker_id != "w-3" or not route
-    await world.start()
-    await world.submit("127.9.8.0/24")
+    await simulation.start()
+    await simulation.submit("127.9.8.0/24")
     done = 0
     for _ in range(30):
-        await world.wait(1)
-        tasks = [(worker, task) for worker in world.workers if worker.hold for task in worker.tasks]
+        await simulation.wait(1)
+        tasks = [(worker, task) for worker in simulation.workers if worker.hold for task in worker.tasks]
         for worker, task in sorted(tasks, key=lambda each: each[1].attempt)[done:]:
             done += 1
             assert task.limit is None
             await worker.fail(task, "failed to determine route to 127.9.8.0", no_route=True)
-    job = (await world.store.jobs.get([1]))[1]
+    job = (await simulation.store.jobs.get([1]))[1]
     if route:
-        assert (job.status, len(world.workers[3].tasks)) == (JobStatus.COMPLETED, 1)
+        assert (job.status, len(simulation.workers[3].tasks)) == (JobStatus.COMPLETED, 1)
     else:
-        assert (job.status, done) == (JobStatus.FAILED, len(world.workers) + MAX_FAILURES)
+        assert (job.status, done) == (JobStatus.FAILED, len(simulation.workers) + MAX_FAILURES)
         assert job.error.startswith("256 addresses lost: worker w-")
         assert job.error.endswith("failed to determine route to 127.9.8.0")
 
 
 @pytest.mark.proves("F30", "G18")
 @pytest.mark.parametrize(("max_rate", "width"), [(100, 1), (1_000, 2), (1_700, 3)])
-async def test_rates_of_a_job_add_up_to_its_max_rate(world: World, max_rate: int, width: int) -> None:
+async def test_rates_of_a_job_add_up_to_its_max_rate(simulation: Simulation, max_rate: int, width: int) -> None:
     """The concurrent nmap processes of a job share its `max_rate`, whatever the number of free slots."""
-    world.worker.slots = 20
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000", max_rate=max_rate))
-    await world.settle()
-    assert len(tasks(world)) == width
-    assert sum(task.max_rate or 0 for task in tasks(world)) <= max_rate
+    simulation.worker.slots = 20
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000", max_rate=max_rate))
+    await simulation.settle()
+    assert len(tasks(simulation)) == width
+    assert sum(task.max_rate or 0 for task in tasks(simulation)) <= max_rate
     for number in range(1, 4):
-        done = tasks(world)[-1]
-        await world.worker.claim(done)
-        await world.worker.scanned(done)
-        await world.worker.announce()
-        await world.settle()
-        assert len(tasks(world)) == width + number
+        done = tasks(simulation)[-1]
+        await simulation.worker.claim(done)
+        await simulation.worker.scanned(done)
+        await simulation.worker.announce()
+        await simulation.settle()
+        assert len(tasks(simulation)) == width + number
 
 
 @pytest.mark.proves("G18")
@@ -347,87 +349,87 @@ async def test_rates_of_a_job_add_up_to_its_max_rate(world: World, max_rate: int
     ("cidr", "ports", "rates"), [("127.9.8.0/32", "1-20000", [5_000]), ("127.9.8.0/30", "1-1000", [2_500] * 2)]
 )
 async def test_job_of_few_chunks_at_once_uses_its_max_rate(
-    world: World, cidr: str, ports: str, rates: list[int]
+    simulation: Simulation, cidr: str, ports: str, rates: list[int]
 ) -> None:
     """A job that has fewer chunks at once than its `max_rate` allows shares it among these."""
-    world.worker.slots = 20
-    await world.start()
-    await world.worker.announce()
-    await world.submit(cidr, policy=scan_policy(ports=ports, max_rate=5_000))
-    await world.settle()
-    assert [task.max_rate for task in tasks(world)] == rates
+    simulation.worker.slots = 20
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit(cidr, policy=scan_policy(ports=ports, max_rate=5_000))
+    await simulation.settle()
+    assert [task.max_rate for task in tasks(simulation)] == rates
 
 
 @pytest.mark.proves("F30")
-async def test_port_blocks_of_an_address_are_scanned_one_at_a_time(world: World) -> None:
+async def test_port_blocks_of_an_address_are_scanned_one_at_a_time(simulation: Simulation) -> None:
     """All ports of a host are scanned block after block, whatever the number of free slots."""
-    world.worker.slots = 20
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.8.1/32", policy=scan_policy(ports="1-65535"))
-    await world.settle()
+    simulation.worker.slots = 20
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.8.1/32", policy=scan_policy(ports="1-65535"))
+    await simulation.settle()
     for number in range(1, 9):
-        assert len(tasks(world)) == number
-        await world.worker.claim(tasks(world)[-1])
-        await world.worker.scanned(tasks(world)[-1])
-        await world.worker.announce()
-        await world.settle()
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
+        assert len(tasks(simulation)) == number
+        await simulation.worker.claim(tasks(simulation)[-1])
+        await simulation.worker.scanned(tasks(simulation)[-1])
+        await simulation.worker.announce()
+        await simulation.settle()
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_unreadable_job_does_not_block_other_jobs(world: World) -> None:
+async def test_unreadable_job_does_not_block_other_jobs(simulation: Simulation) -> None:
     """A chunk whose job cannot be read is skipped and logged; the user's other chunks are dispatched."""
-    await world.start()
-    await world.worker.announce()
-    await queue(world, 7, 2)
-    await world.store.chunks.insert([chunk(id="99-0", job_id=99, turn=-5)])
-    world.only.dispatcher.wake()
-    await world.settle()
-    assert [task.chunk_id for task in tasks(world)] == ["7-0", "7-1"]
+    await simulation.start()
+    await simulation.worker.announce()
+    await queue(simulation, 7, 2)
+    await simulation.store.chunks.insert([chunk(id="99-0", job_id=99, turn=-5)])
+    simulation.only.dispatcher.wake()
+    await simulation.settle()
+    assert [task.chunk_id for task in tasks(simulation)] == ["7-0", "7-1"]
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_refused_job_that_cannot_be_failed_blocks_no_other_job(world: World) -> None:
+async def test_refused_job_that_cannot_be_failed_blocks_no_other_job(simulation: Simulation) -> None:
     """A damaged job whose script was withdrawn is skipped; a round ends, and the user's other chunks are dispatched."""
     policy = scan_policy().model_copy(update={"scripts": ("http-grep",)})
-    await world.store.jobs.insert([replace(scan_job(99, policy=policy, chunk_count=1, made=1), machines_found=-1)])
-    await world.store.chunks.insert([chunk(id="99-0", job_id=99, turn=-5)])
-    await queue(world, 7, 2)
-    await world.start()
-    await world.worker.announce()
-    await world.deliver()
+    await simulation.store.jobs.insert([replace(scan_job(99, policy=policy, chunk_count=1, made=1), machines_found=-1)])
+    await simulation.store.chunks.insert([chunk(id="99-0", job_id=99, turn=-5)])
+    await queue(simulation, 7, 2)
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.deliver()
     async with asyncio.timeout(5):
-        await world.only.dispatcher.fill()
-    assert [task.chunk_id for task in tasks(world)] == ["7-0", "7-1"]
-    assert (await chunk_of(world, "99-0")).state is ChunkState.QUEUED
+        await simulation.only.dispatcher.fill()
+    assert [task.chunk_id for task in tasks(simulation)] == ["7-0", "7-1"]
+    assert (await chunk_of(simulation, "99-0")).state is ChunkState.QUEUED
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_chunk_with_an_error_at_dispatch_stays_queued(world: World) -> None:
+async def test_chunk_with_an_error_at_dispatch_stays_queued(simulation: Simulation) -> None:
     """An error while the task is created is logged with its job, before the chunk is stored; other chunks are dispatched."""
-    await world.start()
-    await world.worker.announce()
-    await queue(world, 7, 2)
-    await world.store.jobs.insert([scan_job(99)])
-    await world.store.chunks.insert([chunk(id="99-0", job_id=99, turn=-5, ports="foo")])
-    world.only.dispatcher.wake()
+    await simulation.start()
+    await simulation.worker.announce()
+    await queue(simulation, 7, 2)
+    await simulation.store.jobs.insert([scan_job(99)])
+    await simulation.store.chunks.insert([chunk(id="99-0", job_id=99, turn=-5, ports="foo")])
+    simulation.only.dispatcher.wake()
     with capture_logs() as logs:
-        await world.settle()
-    assert [task.chunk_id for task in tasks(world)] == ["7-0", "7-1"]
-    assert (await world.store.chunks.get(["99-0"]))["99-0"].state is ChunkState.QUEUED
+        await simulation.settle()
+    assert [task.chunk_id for task in tasks(simulation)] == ["7-0", "7-1"]
+    assert (await simulation.store.chunks.get(["99-0"]))["99-0"].state is ChunkState.QUEUED
     assert [each["job_id"] for each in logs if each["event"] == "job_skipped"] == [99]
 
 
-async def test_round_reads_no_queue_while_no_worker_has_room(world: World) -> None:
+async def test_round_reads_no_queue_while_no_worker_has_room(simulation: Simulation) -> None:
     """With every worker full, a look reads what workers hold and no queue, however many users wait."""
-    await world.start()
+    await simulation.start()
     for user in range(1, 9):
-        await queue(world, user, 5)
-    await world.worker.announce()
-    await world.settle()
+        await queue(simulation, user, 5)
+    await simulation.worker.announce()
+    await simulation.settle()
     reads: list[int] = []
-    store = world.store
+    store = simulation.store
     count = store.dispatch.queue
 
     async def counted(user_id: int, *arguments: Any, **named: Any) -> Any:
@@ -435,274 +437,274 @@ async def test_round_reads_no_queue_while_no_worker_has_room(world: World) -> No
         return await count(user_id, *arguments, **named)
 
     store.dispatch.queue = counted  # type: ignore[method-assign] # counts what is read
-    await world.worker.announce()
-    await world.settle()
+    await simulation.worker.announce()
+    await simulation.settle()
     assert reads == []
 
 
-async def test_work_is_spread_over_workers(world: World) -> None:
+async def test_work_is_spread_over_workers(simulation: Simulation) -> None:
     """Chunks go to the worker with the most of its slots free."""
-    others = [Worker(world.bus, f"w-{n}", slots=4) for n in (2, 3)]
-    await world.start()
-    for worker in (world.worker, *others):
+    others = [Worker(simulation.bus, f"w-{n}", slots=4) for n in (2, 3)]
+    await simulation.start()
+    for worker in (simulation.worker, *others):
         await worker.announce()
-    await world.settle()
-    await queue(world, 7, 6)
-    world.only.dispatcher.wake()
-    await world.settle()
-    assert Counter(task.worker_id for task in tasks(world)) == {"w-1": 2, "w-2": 2, "w-3": 2}
+    await simulation.settle()
+    await queue(simulation, 7, 6)
+    simulation.only.dispatcher.wake()
+    await simulation.settle()
+    assert Counter(task.worker_id for task in tasks(simulation)) == {"w-1": 2, "w-2": 2, "w-3": 2}
 
 
-async def test_users_share_the_slots(world: World) -> None:
+async def test_users_share_the_slots(simulation: Simulation) -> None:
     """With two users waiting each gets half of the slots, though one has queued a hundred times as much."""
-    world.worker.slots = 10
-    await world.start()
-    await queue(world, 1, 500)
-    await queue(world, 2, 5)
-    await world.worker.announce()
-    await world.settle()
-    assert Counter(task.user_id for task in tasks(world)) == {1: 5, 2: 5}
+    simulation.worker.slots = 10
+    await simulation.start()
+    await queue(simulation, 1, 500)
+    await queue(simulation, 2, 5)
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert Counter(task.user_id for task in tasks(simulation)) == {1: 5, 2: 5}
 
 
-async def test_user_with_less_slot_time_is_served_first(world: World) -> None:
+async def test_user_with_less_slot_time_is_served_first(simulation: Simulation) -> None:
     """Among active users the one with less slot time is served first, until they are equal."""
-    world.worker.slots = 3
-    await world.start()
-    await queue(world, 1, 10)
-    await queue(world, 2, 10)
-    await world.store.dispatch.wake_clocks([Clock(1, 10.0), Clock(2, 0.0)], 0.0)
-    await world.worker.announce()
-    await world.settle()
-    assert [task.user_id for task in tasks(world)][:2] == [2, 2]
+    simulation.worker.slots = 3
+    await simulation.start()
+    await queue(simulation, 1, 10)
+    await queue(simulation, 2, 10)
+    await simulation.store.dispatch.wake_clocks([Clock(1, 10.0), Clock(2, 0.0)], 0.0)
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert [task.user_id for task in tasks(simulation)][:2] == [2, 2]
 
 
-async def test_user_is_charged_the_measured_time_once(world: World) -> None:
+async def test_user_is_charged_the_measured_time_once(simulation: Simulation) -> None:
     """At the end of a chunk its user has paid the time since its dispatch, whatever the worker reports, and only once."""
-    await world.start()
-    await queue(world, 7, 1)
-    world.worker.slots = 1
-    await world.worker.announce()
-    await world.settle()
-    (task,) = world.worker.tasks
-    await world.worker.claim(task)
-    await world.settle()
-    world.now += 7.0
+    await simulation.start()
+    await queue(simulation, 7, 1)
+    simulation.worker.slots = 1
+    await simulation.worker.announce()
+    await simulation.settle()
+    (task,) = simulation.worker.tasks
+    await simulation.worker.claim(task)
+    await simulation.settle()
+    simulation.now += 7.0
     for _ in range(3):
-        await world.worker.scanned(task)
-    await world.settle()
-    await world.only.clocks.store()
-    assert (await world.store.dispatch.clocks([7])).users[7].time == pytest.approx(7.0)
+        await simulation.worker.scanned(task)
+    await simulation.settle()
+    await simulation.only.clocks.store()
+    assert (await simulation.store.dispatch.clocks([7])).users[7].time == pytest.approx(7.0)
 
 
-async def test_user_is_charged_for_the_blanks_of_an_attempt(world: World) -> None:
+async def test_user_is_charged_for_the_blanks_of_an_attempt(simulation: Simulation) -> None:
     """The next attempt on a chunk is expected to take as long as its blanks need, for its user and for the worker."""
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.8.0/28")
-    await world.settle()
-    (first,) = world.worker.tasks
-    await world.worker.release(first, "s" * 15 + ".")
-    await world.settle()
-    (_, second), job = world.worker.tasks, (await world.store.jobs.get([1]))[1]
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.8.0/28")
+    await simulation.settle()
+    (first,) = simulation.worker.tasks
+    await simulation.worker.release(first, "s" * 15 + ".")
+    await simulation.settle()
+    (_, second), job = simulation.worker.tasks, (await simulation.store.jobs.get([1]))[1]
     whole, rest = (plan.expected(job, PortSet.parse(second.ports), addresses) for addresses in (16, 1))
-    (held,) = await world.store.dispatch.held()
+    (held,) = await simulation.store.dispatch.held()
     assert (first.estimate_seconds, second.estimate_seconds, held.estimate) == (whole, rest, rest)
-    assert (await chunk_of(world)).estimate == whole > rest
+    assert (await chunk_of(simulation)).estimate == whole > rest
 
 
-async def test_jobs_of_one_user_alternate(world: World) -> None:
+async def test_jobs_of_one_user_alternate(simulation: Simulation) -> None:
     """A small job that follows a large one of the same user is not dispatched last."""
-    world.worker.slots = 6
-    await world.start()
-    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
-    await world.settle()
-    await world.submit("127.9.8.0/26", policy=scan_policy(ports="1-1000"))
-    await world.settle()
-    await world.worker.announce()
-    await world.settle()
-    assert {task.job_id for task in tasks(world)} == {1, 2}
+    simulation.worker.slots = 6
+    await simulation.start()
+    await simulation.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
+    await simulation.settle()
+    await simulation.submit("127.9.8.0/26", policy=scan_policy(ports="1-1000"))
+    await simulation.settle()
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert {task.job_id for task in tasks(simulation)} == {1, 2}
 
 
-async def test_new_job_does_not_overtake_one_without_queued_chunks(world: World) -> None:
+async def test_new_job_does_not_overtake_one_without_queued_chunks(simulation: Simulation) -> None:
     """A job whose `max_rate` allows one open chunk alternates with a new job of its user, regardless of how many chunks have ended."""
-    world.worker.slots = 1
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000", max_rate=100))
-    await world.settle()
+    simulation.worker.slots = 1
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000", max_rate=100))
+    await simulation.settle()
 
     async def end_chunks(number: int) -> None:
         for _ in range(number):
-            await world.worker.scanned(world.worker.tasks[-1])
-            await world.worker.announce()
-            await world.settle()
+            await simulation.worker.scanned(simulation.worker.tasks[-1])
+            await simulation.worker.announce()
+            await simulation.settle()
 
     await end_chunks(9)
-    world.now += 2.0
-    await world.submit("127.9.16.0/20", policy=scan_policy(ports="1-1000"))
-    await world.settle()
+    simulation.now += 2.0
+    await simulation.submit("127.9.16.0/20", policy=scan_policy(ports="1-1000"))
+    await simulation.settle()
     await end_chunks(8)
-    assert Counter(task.job_id for task in world.worker.tasks[-8:])[1] >= 3
+    assert Counter(task.job_id for task in simulation.worker.tasks[-8:])[1] >= 3
 
 
-async def test_raw_chunks_wait_for_a_raw_worker(world: World) -> None:
+async def test_raw_chunks_wait_for_a_raw_worker(simulation: Simulation) -> None:
     """While a raw worker is live, chunks that need raw packets are dispatched only to it, the others to any worker."""
-    raw = Worker(world.bus, "w-raw", slots=2, raw=True)
+    raw = Worker(simulation.bus, "w-raw", slots=2, raw=True)
     raw.hold = True
-    world.workers.append(raw)
-    await world.start()
+    simulation.workers.append(raw)
+    await simulation.start()
     await raw.announce()
-    await world.worker.announce()
-    await world.settle()
-    await queue(world, 7, 6, needs_raw=True)
-    await queue(world, 8, 2)
-    world.only.dispatcher.wake()
-    await world.settle()
-    by_worker = {worker.worker_id: {task.user_id for task in worker.tasks} for worker in world.workers}
+    await simulation.worker.announce()
+    await simulation.settle()
+    await queue(simulation, 7, 6, needs_raw=True)
+    await queue(simulation, 8, 2)
+    simulation.only.dispatcher.wake()
+    await simulation.settle()
+    by_worker = {worker.worker_id: {task.user_id for task in worker.tasks} for worker in simulation.workers}
     assert by_worker["w-1"] <= {8}
     assert len(raw.tasks) == 2
     assert 7 not in by_worker["w-1"]
 
 
 @pytest.mark.proves("F28")
-async def test_raw_chunks_never_go_to_a_plain_worker(world: World) -> None:
+async def test_raw_chunks_never_go_to_a_plain_worker(simulation: Simulation) -> None:
     """When the last raw worker leaves, its job's chunks wait for another one, and the job shows it until it comes."""
-    raw = Worker(world.bus, "w-raw", slots=2, raw=True)
+    raw = Worker(simulation.bus, "w-raw", slots=2, raw=True)
     raw.hold = True
-    world.workers.append(raw)
-    await world.start()
-    await world.submit("127.9.0.0/24", policy=scan_policy(ports="1-1000", technique="syn"))
-    await world.wait(1)
+    simulation.workers.append(raw)
+    await simulation.start()
+    await simulation.submit("127.9.0.0/24", policy=scan_policy(ports="1-1000", technique="syn"))
+    await simulation.wait(1)
     assert len(raw.tasks) == 2
     raw.slots = 0
     for task in raw.tasks:
         await raw.release(task)
-    await world.wait(15)
-    assert world.worker.tasks == []
-    job = (await world.store.jobs.get([1]))[1]
+    await simulation.wait(15)
+    assert simulation.worker.tasks == []
+    job = (await simulation.store.jobs.get([1]))[1]
     assert (job.waiting, job.error, job.final) == ("no_raw_worker", "", False)
-    assert world.events(1)[-1].waiting == "no_raw_worker"
+    assert simulation.events(1)[-1].waiting == "no_raw_worker"
     raw.slots = 4
     raw.hold = False
-    await world.wait(15)
-    job = (await world.store.jobs.get([1]))[1]
+    await simulation.wait(15)
+    job = (await simulation.store.jobs.get([1]))[1]
     assert (job.status, job.waiting) == (JobStatus.COMPLETED, "")
 
 
-async def test_job_without_a_raw_worker_fails_after_the_timeout(world: World) -> None:
+async def test_job_without_a_raw_worker_fails_after_the_timeout(simulation: Simulation) -> None:
     """A job that waited for a raw worker for the configured time fails, and its error names the remedy."""
-    await world.start()
-    await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
-    await world.wait(590)
-    assert not (await world.store.jobs.get([1]))[1].final
-    await world.wait(40)
-    job = (await world.store.jobs.get([1]))[1]
+    await simulation.start()
+    await simulation.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
+    await simulation.wait(590)
+    assert not (await simulation.store.jobs.get([1]))[1].final
+    await simulation.wait(40)
+    job = (await simulation.store.jobs.get([1]))[1]
     assert (job.status, job.settled) == (JobStatus.FAILED, True)
     assert "no worker that may send raw packets was available for 600 s" in job.error
 
 
-async def test_step_of_the_platforms_clock_fails_no_job_that_waits_for_a_raw_worker(world: World) -> None:
+async def test_step_of_the_platforms_clock_fails_no_job_that_waits_for_a_raw_worker(simulation: Simulation) -> None:
     """A job waits for its timeout again from a step of the database's clock on."""
-    await world.start()
-    await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
-    await world.wait(30)
-    world.step_clock(timedelta(days=1))
-    await world.wait(590)
-    assert (await world.store.jobs.get([1]))[1].waiting == "no_raw_worker"
-    await world.wait(30)
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.FAILED
+    await simulation.start()
+    await simulation.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
+    await simulation.wait(30)
+    simulation.step_clock(timedelta(days=1))
+    await simulation.wait(590)
+    assert (await simulation.store.jobs.get([1]))[1].waiting == "no_raw_worker"
+    await simulation.wait(30)
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.FAILED
 
 
-async def test_restart_begins_the_timeout_of_a_job_that_waits_for_a_raw_worker_again(world: World) -> None:
+async def test_restart_begins_the_timeout_of_a_job_that_waits_for_a_raw_worker_again(simulation: Simulation) -> None:
     """Workers may have come, and the clock may have been changed, while no orchestrator was running."""
-    await world.start()
-    await world.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
-    await world.wait(30)
-    await world.restart()
-    world.step_clock(timedelta(days=1))
-    world.only.sweeper._clock.stepped_at = None  # the new process has not seen the step
-    await world.wait(590)
-    assert (await world.store.jobs.get([1]))[1].waiting == "no_raw_worker"
-    await world.wait(30)
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.FAILED
+    await simulation.start()
+    await simulation.submit("127.9.8.0/30", policy=scan_policy(technique="syn"))
+    await simulation.wait(30)
+    await simulation.restart()
+    simulation.step_clock(timedelta(days=1))
+    simulation.only.sweeper._clock.stepped_at = None  # the new process has not seen the step
+    await simulation.wait(590)
+    assert (await simulation.store.jobs.get([1]))[1].waiting == "no_raw_worker"
+    await simulation.wait(30)
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.FAILED
 
 
-async def test_step_of_the_platforms_clock_is_not_charged(world: World) -> None:
+async def test_step_of_the_platforms_clock_is_not_charged(simulation: Simulation) -> None:
     """Neither the clock of a user with held chunks nor the global virtual time rises by a step of ten hours."""
-    world.worker.slots = 1
-    await world.start()
-    await queue(world, 7, 3)
-    await world.worker.announce()
-    await world.settle()
-    world.now += 5.0
-    world.step_clock(timedelta(hours=10))
-    world.worker.slots = 2
+    simulation.worker.slots = 1
+    await simulation.start()
+    await queue(simulation, 7, 3)
+    await simulation.worker.announce()
+    await simulation.settle()
+    simulation.now += 5.0
+    simulation.step_clock(timedelta(hours=10))
+    simulation.worker.slots = 2
     for _ in range(2):
-        await world.worker.announce()
-        await world.settle()
-        world.now += 5.0
-    first, second = world.worker.tasks
+        await simulation.worker.announce()
+        await simulation.settle()
+        simulation.now += 5.0
+    first, second = simulation.worker.tasks
     assert first.attempt == second.attempt == 1
     for task in (first, second):
-        await world.worker.scanned(task)
-    await world.settle()
-    await world.only.clocks.store()
-    clocks = await world.store.dispatch.clocks([7])
+        await simulation.worker.scanned(task)
+    await simulation.settle()
+    await simulation.only.clocks.store()
+    clocks = await simulation.store.dispatch.clocks([7])
     assert 10.0 <= clocks.users[7].time <= 25.0
     assert clocks.virtual <= 25.0
 
 
-async def test_chunk_delayed_by_a_clock_that_was_set_back_is_dispatched(world: World) -> None:
+async def test_chunk_delayed_by_a_clock_that_was_set_back_is_dispatched(simulation: Simulation) -> None:
     """A chunk whose next attempt may start in an hour, because the clock was an hour ahead, does not wait for it."""
-    await world.start()
-    await queue(world, 7, 1)
-    await world.wait(1)
-    (task,) = world.worker.tasks
-    await world.worker.fail(task)
-    await world.deliver()
-    world.step_clock(-timedelta(hours=1))
-    await world.wait(2)
-    assert [task.attempt for task in world.worker.tasks] == [1, 2]
+    await simulation.start()
+    await queue(simulation, 7, 1)
+    await simulation.wait(1)
+    (task,) = simulation.worker.tasks
+    await simulation.worker.fail(task)
+    await simulation.deliver()
+    simulation.step_clock(-timedelta(hours=1))
+    await simulation.wait(2)
+    assert [task.attempt for task in simulation.worker.tasks] == [1, 2]
 
 
-async def test_chunks_of_an_ended_job_are_cancelled_and_not_sent(world: World) -> None:
+async def test_chunks_of_an_ended_job_are_cancelled_and_not_sent(simulation: Simulation) -> None:
     """Chunks that a slow replica inserts after their job was cancelled and settled are never scanned, nor left queued."""
     ended = change(scan_job(1, chunk_count=30, made=30, settled=True), JobTrigger.CANCEL, utc_now())
-    await world.store.jobs.insert([ended])
-    await world.store.chunks.insert([chunk(id=f"1-{n}", index=n, turn=n) for n in range(30)])
-    await queue(world, 8, 1)
-    await world.start()
-    await world.worker.announce()
-    await world.settle()
-    assert [task.job_id for task in world.worker.tasks] == [8]
-    assert [each.state async for each in world.store.chunks.of_job(1)] == [ChunkState.CANCELLED] * 30
+    await simulation.store.jobs.insert([ended])
+    await simulation.store.chunks.insert([chunk(id=f"1-{n}", index=n, turn=n) for n in range(30)])
+    await queue(simulation, 8, 1)
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert [task.job_id for task in simulation.worker.tasks] == [8]
+    assert [each.state async for each in simulation.store.chunks.of_job(1)] == [ChunkState.CANCELLED] * 30
 
 
 async def test_replicas_never_dispatch_a_chunk_twice() -> None:
     """With waiting workers of both replicas every chunk is dispatched to one of them."""
-    world = World(MemoryStore(), replicas=2)
-    world.workers = [Worker(world.bus, f"w-{n}", slots=8) for n in range(6)]
-    for worker in world.workers:
+    simulation = Simulation(MemoryStore(), replicas=2)
+    simulation.workers = [Worker(simulation.bus, f"w-{n}", slots=8) for n in range(6)]
+    for worker in simulation.workers:
         worker.hold = True
-    await queue(world, 7, 200, estimate=0.1)
-    await world.start()
-    for worker in world.workers:
+    await queue(simulation, 7, 200, estimate=0.1)
+    await simulation.start()
+    for worker in simulation.workers:
         await worker.announce()
-    await world.settle()
-    given = [(task.chunk_id, task.attempt) for task in tasks(world)]
+    await simulation.settle()
+    given = [(task.chunk_id, task.attempt) for task in tasks(simulation)]
     assert len(given) == len(set(given)) > 100
 
 
-async def test_last_announcement_of_a_batch_counts(world: World) -> None:
+async def test_last_announcement_of_a_batch_counts(simulation: Simulation) -> None:
     """Among several announcements of a worker in a batch the last one counts."""
-    await world.start()
-    await queue(world, 7, 9)
-    await world.bus.publish(
+    await simulation.start()
+    await queue(simulation, 7, 9)
+    await simulation.bus.publish(
         SCAN_WORKERS,
         [WorkerReady(worker_id="w-1", slots=slots, raw=False) for slots in (9, 5, 2)],
     )
-    await world.settle()
-    assert len(tasks(world)) == 2
+    await simulation.settle()
+    assert len(tasks(simulation)) == 2
 
 
 _OLD, _NEW, _THIRD = (WorkerReady(worker_id=f"w-0000000{number}", slots=1, raw=False) for number in (1, 2, 3))
@@ -721,17 +723,17 @@ _LEAVING = _OLD.model_copy(update={"slots": 0})
 )
 @pytest.mark.parametrize("size", [1, 6])
 async def test_workers_with_the_same_name_are_reported(
-    world: World, announced: list[WorkerReady], reports: int, size: int
+    simulation: Simulation, announced: list[WorkerReady], reports: int, size: int
 ) -> None:
     """Two processes that announce slots by turns are reported; a restart is not, and neither are redelivered announcements."""
 
     def reported() -> float:
         return REGISTRY.get_sample_value("scanfleet_duplicate_workers_total") or 0.0
 
-    await world.start()
+    await simulation.start()
     before = reported()
     records = [Record(each, SCAN_WORKERS.name, 0, offset, utc_now()) for offset, each in enumerate(announced)]
-    handler = world.only.handlers[SCAN_WORKERS]
+    handler = simulation.only.handlers[SCAN_WORKERS]
     with capture_logs() as logs:
         for first in range(0, len(records), size):
             await handler.handle(records[first : first + size])
@@ -745,13 +747,13 @@ async def test_workers_with_the_same_name_are_reported(
 async def test_invented_workers_neither_block_dispatch_nor_fill_the_database() -> None:
     """Among 100,000 invented workers no step takes long, at most 2,000 are stored, and a known worker gets its chunks."""
     store = MemoryStore()
-    world = World(store)
-    world.worker.hold = True
-    await queue(world, 7, 200)
-    await world.start()
-    await world.worker.announce()
-    await world.settle()
-    handler = world.only.handlers[SCAN_WORKERS]
+    simulation = Simulation(store)
+    simulation.worker.hold = True
+    await queue(simulation, 7, 200)
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.settle()
+    handler = simulation.only.handlers[SCAN_WORKERS]
     ignored = REGISTRY.get_sample_value("scanfleet_ignored_workers_total") or 0.0
     longest = 0.0
     with capture_logs() as logs:
@@ -765,30 +767,30 @@ async def test_invented_workers_neither_block_dispatch_nor_fill_the_database() -
             began = time.thread_time()
             await handler.handle(records)
             longest = max(longest, time.thread_time() - began)
-    world.only.dispatcher.wake()
+    simulation.only.dispatcher.wake()
     began = time.thread_time()
-    await world.only.dispatcher.fill()
+    await simulation.only.dispatcher.fill()
     longest = max(longest, time.thread_time() - began)
     assert longest < 0.2
     assert len(store.data.workers) == 2_000
     assert (REGISTRY.get_sample_value("scanfleet_ignored_workers_total") or 0.0) - ignored == 98_001
     assert [log["event"] for log in logs] == ["too_many_workers"] * 20
-    assert "w-1" in {credit.instance for credit in world.only.fleet.credits()}
-    world.now += 8.0
-    await world.worker.announce()
-    await world.settle()
-    assert [credit.instance for credit in world.only.fleet.credits()] == ["w-1"]
+    assert "w-1" in {credit.instance for credit in simulation.only.fleet.credits()}
+    simulation.now += 8.0
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert [credit.instance for credit in simulation.only.fleet.credits()] == ["w-1"]
 
 
 async def test_processes_of_an_instance_are_one_worker() -> None:
     """A worker that announces a new process id each time takes one place and one document."""
     store = MemoryStore()
-    world = World(store, max_workers=1)
-    await world.start()
+    simulation = Simulation(store, max_workers=1)
+    await simulation.start()
     for number in range(100):
-        await world.bus.publish(SCAN_WORKERS, [WorkerReady(worker_id=f"w-{number:08x}", slots=1, raw=False)])
-        await world.settle()
-    assert [credit.worker_id for credit in world.only.fleet.credits()] == ["w-00000063"]
+        await simulation.bus.publish(SCAN_WORKERS, [WorkerReady(worker_id=f"w-{number:08x}", slots=1, raw=False)])
+        await simulation.settle()
+    assert [credit.worker_id for credit in simulation.only.fleet.credits()] == ["w-00000063"]
     assert len(store.data.workers) == 1
 
 
@@ -821,16 +823,16 @@ async def test_announcement_is_stored_every_five_seconds_or_when_changed() -> No
     """Unchanged announcements of a worker are stored every five seconds, changed ones at once."""
     store = MemoryStore()
     store.dispatch = noting = Noting(store.data)
-    world = World(store)
-    await world.start()
+    simulation = Simulation(store)
+    await simulation.start()
     for _ in range(12):
-        await world.worker.announce()
-        await world.settle()
-        world.now += 1.0
+        await simulation.worker.announce()
+        await simulation.settle()
+        simulation.now += 1.0
     assert len(noting.seen) == 3
-    world.worker.slots = 1
-    await world.worker.announce()
-    await world.settle()
+    simulation.worker.slots = 1
+    await simulation.worker.announce()
+    await simulation.settle()
     assert noting.seen == ["w-1"] * 4
 
 
@@ -838,15 +840,15 @@ async def test_rounds_keep_a_minimum_interval() -> None:
     """For any number of wake-ups two rounds are 25 ms apart, and the next round sees all changes since."""
     store = MemoryStore()
     store.dispatch = noting = Noting(store.data)
-    world = World(store)
-    world.worker.hold = True
-    await world.start()
-    await queue(world, 7, 2)
-    await world.worker.announce()
-    await world.settle()
-    assert len(tasks(world)) == 2
+    simulation = Simulation(store)
+    simulation.worker.hold = True
+    await simulation.start()
+    await queue(simulation, 7, 2)
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert len(tasks(simulation)) == 2
     noting.rounds.clear()
-    dispatcher = world.only.dispatcher
+    dispatcher = simulation.only.dispatcher
     await dispatcher.loop.start()
     try:
         async with asyncio.timeout(20):
@@ -862,22 +864,22 @@ async def test_rounds_do_not_read_the_held_chunks() -> None:
     """Forty rounds in a second beside a thousand chunks that other workers hold read none, and fill each slot that is freed."""
     store = MemoryStore()
     store.dispatch = noting = Noting(store.data)
-    world = World(store)
-    world.worker.hold, world.worker.slots = True, 1
-    await queue(world, 7, 41)
+    simulation = Simulation(store)
+    simulation.worker.hold, simulation.worker.slots = True, 1
+    await queue(simulation, 7, 41)
     others = {"job_id": 8, "user_id": 8, "state": ChunkState.DISPATCHED, "attempt": 1, "worker_id": "other"}
     await store.jobs.insert([scan_job(8, user_id=8, chunk_count=1_000, made=1_000)])
     await store.chunks.insert([chunk(id=f"8-{n}", index=n, turn=n, **others) for n in range(1_000)])
-    await world.start()
-    await world.worker.announce()
-    await world.settle()
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.settle()
     assert noting.read >= 1_000
     noting.read = 0
     for number in range(1, 41):
-        await world.worker.scanned(world.worker.tasks[-1])
-        world.now += 0.025
-        await world.settle()
-        assert len(world.worker.tasks) == 1 + number
+        await simulation.worker.scanned(simulation.worker.tasks[-1])
+        simulation.now += 0.025
+        await simulation.settle()
+        assert len(simulation.worker.tasks) == 1 + number
     assert noting.read == 0
 
 
@@ -903,40 +905,40 @@ async def test_held_chunks_are_read_again_after_a_dispatch_was_not_stored(error:
     store.dispatch = noting = Noting(store.data)
     store.chunks = losing = Losing(store.data)
     losing.error = error
-    world = World(store)
-    world.worker.hold = True
-    await queue(world, 7, 1)
-    await world.start()
-    await world.worker.announce()
-    await world.deliver()
+    simulation = Simulation(store)
+    simulation.worker.hold = True
+    await queue(simulation, 7, 1)
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.deliver()
     looks = noting.looks
     with contextlib.suppress(DependencyError):
-        await world.only.dispatcher.fill()
+        await simulation.only.dispatcher.fill()
     assert noting.looks == looks + (error is None)
-    world.only.dispatcher.wake()
-    await world.only.dispatcher.fill()
-    assert (noting.looks, len(tasks(world))) == (looks + 1, 1)
+    simulation.only.dispatcher.wake()
+    await simulation.only.dispatcher.fill()
+    assert (noting.looks, len(tasks(simulation))) == (looks + 1, 1)
 
 
 async def test_slot_freed_by_another_replica_is_filled_soon() -> None:
     """A worker whose chunk ended on another replica gets the next one with the second look, a tenth of a second later."""
-    world = World(MemoryStore(), replicas=2)
-    world.worker.hold, world.worker.slots = True, 1
-    await world.start()
-    await world.worker.announce()
-    (announcement,) = world.take(SCAN_WORKERS)
+    simulation = Simulation(MemoryStore(), replicas=2)
+    simulation.worker.hold, simulation.worker.slots = True, 1
+    await simulation.start()
+    await simulation.worker.announce()
+    (announcement,) = simulation.take(SCAN_WORKERS)
     user = next(user for user in range(1, 99) if (SCAN_PROGRESS.partition_of(str(user)) - announcement.partition) % 2)
-    await queue(world, user, 2)
-    await world.hand(SCAN_WORKERS, [announcement])
-    await world.settle()
-    (task,) = world.worker.tasks
-    await world.worker.scanned(task)
-    await world.worker.announce()
-    await world.settle()
-    assert len(tasks(world)) == 1
-    world.now += 0.1
-    await world.settle()
-    assert len(tasks(world)) == 2
+    await queue(simulation, user, 2)
+    await simulation.hand(SCAN_WORKERS, [announcement])
+    await simulation.settle()
+    (task,) = simulation.worker.tasks
+    await simulation.worker.scanned(task)
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert len(tasks(simulation)) == 1
+    simulation.now += 0.1
+    await simulation.settle()
+    assert len(tasks(simulation)) == 2
 
 
 class SlowPublisher:
@@ -963,87 +965,87 @@ class SlowPublisher:
 
 
 @pytest.mark.proves("G10")
-async def test_stop_publishes_the_tasks_of_stored_dispatches(world: World) -> None:
+async def test_stop_publishes_the_tasks_of_stored_dispatches(simulation: Simulation) -> None:
     """A replica that is stopped between storing its dispatches and publishing them publishes them first."""
-    slow = SlowPublisher(world.bus)
-    world.replicas = [world.replica(publisher=slow)]
-    await world.start()
-    await queue(world, 7, 3)
-    await world.worker.announce()
-    await world.deliver()
-    loop = world.only.dispatcher.loop
+    slow = SlowPublisher(simulation.bus)
+    simulation.replicas = [simulation.replica(publisher=slow)]
+    await simulation.start()
+    await queue(simulation, 7, 3)
+    await simulation.worker.announce()
+    await simulation.deliver()
+    loop = simulation.only.dispatcher.loop
     await loop.start()
     await slow.begun.wait()
     stopping = asyncio.create_task(loop.stop())
     await asyncio.sleep(0)
     slow.allowed.set()
     await stopping
-    assert len(tasks(world)) == 3
+    assert len(tasks(simulation)) == 3
 
 
 @pytest.mark.proves("F33", "G17")
-async def test_partition_without_a_leader_delays_only_its_own_workers(world: World) -> None:
+async def test_partition_without_a_leader_delays_only_its_own_workers(simulation: Simulation) -> None:
     """While the tasks of one partition are not acknowledged, other workers get chunks, and its own workers none."""
-    world.workers.append(Worker(world.bus, "w-2"))
-    for worker in world.workers:
+    simulation.workers.append(Worker(simulation.bus, "w-2"))
+    for worker in simulation.workers:
         worker.slots, worker.hold = 2, True
     assert SCAN_TASKS.partition_of("w-1") != SCAN_TASKS.partition_of("w-2")
-    slow = SlowPublisher(world.bus, others=["w-1"])
-    world.replicas = [world.replica(publisher=slow)]
-    await world.start()
-    await queue(world, 7, 2)
-    for worker in world.workers:
+    slow = SlowPublisher(simulation.bus, others=["w-1"])
+    simulation.replicas = [simulation.replica(publisher=slow)]
+    await simulation.start()
+    await queue(simulation, 7, 2)
+    for worker in simulation.workers:
         await worker.announce()
-    await world.deliver()
-    await world.only.dispatcher.fill()
-    await queue(world, 8, 4)
-    world.only.dispatcher.wake(made=[8])
-    await world.only.dispatcher.fill()
-    assert [task.worker_id for task in tasks(world)] == ["w-1"] * 2
-    held = await world.store.dispatch.held()
+    await simulation.deliver()
+    await simulation.only.dispatcher.fill()
+    await queue(simulation, 8, 4)
+    simulation.only.dispatcher.wake(made=[8])
+    await simulation.only.dispatcher.fill()
+    assert [task.worker_id for task in tasks(simulation)] == ["w-1"] * 2
+    held = await simulation.store.dispatch.held()
     assert Counter(each.token.worker_id for each in held) == {"w-1": 2, "w-2": 1}
     slow.others = ["w-1", "w-2"]
     slow.allowed.set()
-    await world.settle()
-    assert Counter(task.worker_id for task in tasks(world)) == {"w-1": 2, "w-2": 2}
+    await simulation.settle()
+    assert Counter(task.worker_id for task in tasks(simulation)) == {"w-1": 2, "w-2": 2}
 
 
 @pytest.mark.proves("F33", "G17")
-async def test_job_without_a_leader_of_its_reports_takes_the_slots_for_one_lease(world: World) -> None:
+async def test_job_without_a_leader_of_its_reports_takes_the_slots_for_one_lease(simulation: Simulation) -> None:
     """After a lease without a leader another user's job gets a slot, and the job whose reports are not acknowledged gets none."""
     partition = SCAN_PROGRESS.partition_of("7")
     assert partition != SCAN_PROGRESS.partition_of("9")
-    world.worker.slots = 2
-    await world.start()
-    await queue(world, 7, 4)
-    await world.worker.announce()
-    await world.deliver()
-    await world.only.dispatcher.fill()
-    world.bus.broker.leaderless = {(SCAN_PROGRESS.name, partition)}
-    await queue(world, 9, 1)
+    simulation.worker.slots = 2
+    await simulation.start()
+    await queue(simulation, 7, 4)
+    await simulation.worker.announce()
+    await simulation.deliver()
+    await simulation.only.dispatcher.fill()
+    simulation.bus.broker.leaderless = {(SCAN_PROGRESS.name, partition)}
+    await queue(simulation, 9, 1)
     for after, begun in ((0.0, {7: 2}), (30.0, {7: 2}), (1.0, {7: 2, 9: 1})):
-        world.now += after
-        await world.worker.announce()
-        await world.deliver()
-        await world.only.dispatcher.fill()
-        assert Counter(task.job_id for task in tasks(world)) == begun
+        simulation.now += after
+        await simulation.worker.announce()
+        await simulation.deliver()
+        await simulation.only.dispatcher.fill()
+        assert Counter(task.job_id for task in tasks(simulation)) == begun
 
 
-async def test_users_whose_chunks_may_not_start_yet_leave_no_slot_idle(world: World) -> None:
+async def test_users_whose_chunks_may_not_start_yet_leave_no_slot_idle(simulation: Simulation) -> None:
     """A chunk is dispatched although a whole page of needier users have only chunks that wait for their next attempt."""
-    await world.start()
-    await world.worker.announce()
-    later = world.time + timedelta(seconds=60)
+    await simulation.start()
+    await simulation.worker.announce()
+    later = simulation.time + timedelta(seconds=60)
     waiting = [scan_job(n, user_id=100 + n, made=1) for n in range(1, 65)]
     ready = scan_job(65, user_id=99, made=1)
-    await world.store.jobs.insert([*waiting, ready])
-    await world.store.chunks.insert(
+    await simulation.store.jobs.insert([*waiting, ready])
+    await simulation.store.chunks.insert(
         [chunk(id=f"{job.id}-0", job_id=job.id, user_id=job.user_id, not_before=later) for job in waiting]
     )
-    await world.store.chunks.insert([chunk(id="65-0", job_id=65, user_id=99)])
-    await world.store.dispatch.charge({99: 100.0})
-    await world.settle()
-    assert [task.chunk_id for task in tasks(world)] == ["65-0"]
+    await simulation.store.chunks.insert([chunk(id="65-0", job_id=65, user_id=99)])
+    await simulation.store.dispatch.charge({99: 100.0})
+    await simulation.settle()
+    assert [task.chunk_id for task in tasks(simulation)] == ["65-0"]
 
 
 class CountingQueues(MemoryDispatch):
@@ -1064,23 +1066,23 @@ async def test_rounds_query_bounded_queues_of_users_whose_chunks_may_not_start_y
     """Ten rounds beside a thousand such users query at most 257 queues each, and each queue about once a second."""
     store = MemoryStore()
     store.dispatch = counting = CountingQueues(store.data)
-    world = World(store)
-    world.worker.hold = True
-    await world.start()
-    await world.worker.announce()
-    later = world.time + timedelta(seconds=60)
+    simulation = Simulation(store)
+    simulation.worker.hold = True
+    await simulation.start()
+    await simulation.worker.announce()
+    later = simulation.time + timedelta(seconds=60)
     await store.jobs.insert([scan_job(n, user_id=n, made=1) for n in range(1, 1_002)])
     await store.chunks.insert(
         [chunk(id=f"{n}-0", job_id=n, user_id=n, not_before=later if n < 1_001 else None) for n in range(1, 1_002)]
     )
     await store.dispatch.charge({1_001: 100.0})
-    await world.deliver()
+    await simulation.deliver()
     for _ in range(10):
         before = counting.queues
-        await world.only.dispatcher.fill()
+        await simulation.only.dispatcher.fill()
         assert counting.queues - before <= 257
-        world.now += 0.05
-    assert [task.chunk_id for task in tasks(world)] == ["1001-0"]
+        simulation.now += 0.05
+    assert [task.chunk_id for task in tasks(simulation)] == ["1001-0"]
     assert counting.queues <= 1_010
 
 
@@ -1088,19 +1090,19 @@ async def test_full_workers_beside_other_replicas_cost_no_query_of_queues() -> N
     """While all slots are taken, forty rounds in a second look about once for chunks to prefetch."""
     store = MemoryStore()
     store.dispatch = counting = CountingQueues(store.data)
-    world = World(store, replicas=2)
-    world.worker.hold, world.worker.slots = True, 1
-    await queue(world, 7, 1, estimate=1.0)
-    await world.start()
-    await world.worker.announce()
-    await world.settle()
-    await queue(world, 8, 3, estimate=30.0)
-    await world.settle()
-    assert len(tasks(world)) == 1
+    simulation = Simulation(store, replicas=2)
+    simulation.worker.hold, simulation.worker.slots = True, 1
+    await queue(simulation, 7, 1, estimate=1.0)
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.settle()
+    await queue(simulation, 8, 3, estimate=30.0)
+    await simulation.settle()
+    assert len(tasks(simulation)) == 1
     counting.looks = 0
     for _ in range(40):
-        world.now += 0.025
-        for replica in world.replicas:
+        simulation.now += 0.025
+        for replica in simulation.replicas:
             replica.dispatcher.wake()
             await replica.dispatcher.fill()
     assert counting.looks <= 2
@@ -1108,28 +1110,28 @@ async def test_full_workers_beside_other_replicas_cost_no_query_of_queues() -> N
 
 async def test_plain_workers_are_filled_with_regard_to_the_chunks_of_raw_ones() -> None:
     """While two users wait, none holds more than their share of the slots of both kinds of workers plus one."""
-    world = World(MemoryStore())
-    world.workers = [Worker(world.bus, "w-raw", slots=10, raw=True), Worker(world.bus, "w-1", slots=10)]
-    for worker in world.workers:
+    simulation = Simulation(MemoryStore())
+    simulation.workers = [Worker(simulation.bus, "w-raw", slots=10, raw=True), Worker(simulation.bus, "w-1", slots=10)]
+    for worker in simulation.workers:
         worker.hold = True
-    await world.start()
+    await simulation.start()
     for user in (1, 2):
-        await queue(world, user, 30)
-    await world.store.dispatch.wake_clocks([Clock(1, 0.0), Clock(2, 25.0)], 0.0)
-    for worker in world.workers:
+        await queue(simulation, user, 30)
+    await simulation.store.dispatch.wake_clocks([Clock(1, 0.0), Clock(2, 25.0)], 0.0)
+    for worker in simulation.workers:
         await worker.announce()
-    await world.settle()
-    assert Counter(task.user_id for task in tasks(world)) == {1: 11, 2: 9}
+    await simulation.settle()
+    assert Counter(task.user_id for task in tasks(simulation)) == {1: 11, 2: 9}
 
 
 class SlowAnnouncements(MemoryDispatch):
     """Takes the time in which a worker becomes silent to store an announcement."""
 
-    world: World
+    simulation: Simulation
 
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
-        self.world.now += 4.0
-        self.world.only.fleet.credits()
+        self.simulation.now += 4.0
+        self.simulation.only.fleet.credits()
         await super().seen_workers(workers)
 
 
@@ -1137,10 +1139,10 @@ async def test_announcement_counts_although_its_worker_was_removed_while_it_was_
     """A worker that has been silent until its announcement was stored gets chunks."""
     store = MemoryStore()
     store.dispatch = slow = SlowAnnouncements(store.data)
-    world = slow.world = World(store)
-    await world.start()
-    await world.worker.announce()
-    await world.deliver()
-    await world.worker.announce()
-    await world.deliver()
-    assert [credit.worker_id for credit in world.only.fleet.credits()] == ["w-1"]
+    simulation = slow.simulation = Simulation(store)
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.deliver()
+    await simulation.worker.announce()
+    await simulation.deliver()
+    assert [credit.worker_id for credit in simulation.only.fleet.credits()] == ["w-1"]

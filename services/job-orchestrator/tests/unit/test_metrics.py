@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from job_orchestrator.domain.census import DeletionCensus, JobCensus
 from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.metrics import CHUNK_CENSUS, DELETION_CENSUS, JOB_CENSUS, OUTBOX_AGE, CensusGauges
-from job_orchestrator_testing import MemoryStore, World, chunk, scan_job
+from job_orchestrator_testing import MemoryStore, Simulation, chunk, scan_job
 from job_orchestrator_testing.repository import MemoryJobs
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import JobStatus
@@ -68,20 +68,20 @@ def test_every_part_of_a_census_has_its_gauges() -> None:
     assert shown("outbox_age_seconds") == 0.0
 
 
-async def test_sweep_takes_a_census_every_ten_seconds(world: World) -> None:
+async def test_sweep_takes_a_census_every_ten_seconds(simulation: Simulation) -> None:
     """Exported numbers are at most ten seconds old, and the database is queried no more often."""
-    await world.only.sweeper.sweep()
-    await world.store.jobs.insert([replace(scan_job(9, created_at=utc_now() - timedelta(hours=1)), outbox=())])
-    world.now += 9.0
-    await world.only.sweeper.sweep()
+    await simulation.only.sweeper.sweep()
+    await simulation.store.jobs.insert([replace(scan_job(9, created_at=utc_now() - timedelta(hours=1)), outbox=())])
+    simulation.now += 9.0
+    await simulation.only.sweeper.sweep()
     assert counted("jobs", status="pending") == 0
-    world.now += 2.0
-    await world.only.sweeper.sweep()
+    simulation.now += 2.0
+    await simulation.only.sweeper.sweep()
     assert counted("jobs", status="pending") == 1
     assert 3_600 <= counted("oldest_job_age_seconds", status="pending") < 3_700
 
 
-async def test_transitions_and_probes_are_counted_once(world: World) -> None:
+async def test_transitions_and_probes_are_counted_once(simulation: Simulation) -> None:
     """A scan is counted once at each status and state that it was stored in, with its probes by outcome and its times."""
 
     def numbers() -> Counter[str]:
@@ -96,10 +96,10 @@ async def test_transitions_and_probes_are_counted_once(world: World) -> None:
         )
 
     before = numbers()
-    await world.submit("127.9.8.0/30")
-    await world.wait(2)
-    await world.cancel(1)
-    await world.settle()
+    await simulation.submit("127.9.8.0/30")
+    await simulation.wait(2)
+    await simulation.cancel(1)
+    await simulation.settle()
     assert numbers() - before == {
         "pending jobs": 1,
         "running jobs": 1,
@@ -113,15 +113,15 @@ async def test_transitions_and_probes_are_counted_once(world: World) -> None:
     }
 
 
-async def test_cancelled_job_is_counted_once(world: World) -> None:
+async def test_cancelled_job_is_counted_once(simulation: Simulation) -> None:
     """A cancel counts one job, however often it is delivered, and no probes."""
-    world.workers = []
-    await world.submit("127.9.8.0/30")
-    await world.settle()
+    simulation.workers = []
+    await simulation.submit("127.9.8.0/30")
+    await simulation.settle()
     before = counted("job_transitions_total", status="cancelled"), counted("job_probes_total", outcome="cancelled")
-    await world.cancel(1)
-    await world.cancel(1)
-    await world.wait(2)
+    await simulation.cancel(1)
+    await simulation.cancel(1)
+    await simulation.wait(2)
     after = counted("job_transitions_total", status="cancelled"), counted("job_probes_total", outcome="cancelled")
     assert after == (before[0] + 1, before[1])
 
@@ -140,13 +140,13 @@ async def test_failed_census_is_retried_after_ten_seconds() -> None:
     """A failed census is retried ten seconds later, and repairs continue meanwhile."""
     store = MemoryStore()
     store.jobs = refusing = Refusing(store.data)
-    world = World(store)
-    await world.start()
+    simulation = Simulation(store)
+    await simulation.start()
     await store.jobs.insert([scan_job(9)])
     with pytest.raises(DependencyError):
-        await world.only.sweeper.sweep()
-    await world.only.sweeper.sweep()
-    await world.settle()
+        await simulation.only.sweeper.sweep()
+    await simulation.only.sweeper.sweep()
+    await simulation.settle()
     assert (refusing.asked, (await store.chunks.standings([9]))[9].open) == (1, 1)
 
 
@@ -154,12 +154,12 @@ async def test_failed_census_of_jobs_hides_no_other_gauges() -> None:
     """A query that fails, for whatever cause, ends only its own gauges."""
     store = MemoryStore()
     store.jobs = Refusing(store.data)
-    world = World(store)
-    await world.start()
+    simulation = Simulation(store)
+    await simulation.start()
     for gauges in (CHUNK_CENSUS, DELETION_CENSUS, OUTBOX_AGE):
         gauges._taken = float("-inf")
     await store.chunks.insert([chunk(id=f"9-{n}", job_id=9, index=n) for n in range(3)])
     with pytest.raises(DependencyError):
-        await world.only.sweeper.sweep()
+        await simulation.only.sweeper.sweep()
     assert (shown("chunks", state="queued"), shown("deletions_open")) == (3.0, 0.0)
     assert shown("outbox_age_seconds") == 0.0

@@ -9,7 +9,7 @@ import pytest
 
 from job_orchestrator.domain.job import Plan
 from job_orchestrator.domain.quotas import Quotas, Usage
-from job_orchestrator_testing import MemoryStore, World, scan_job, scan_policy
+from job_orchestrator_testing import MemoryStore, Simulation, scan_job, scan_policy
 from job_orchestrator_testing.repository import MemoryJobs
 from scanfleet.contracts.messages import CommandAccepted, CommandRejected
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS
@@ -30,21 +30,21 @@ class CountingJobs(MemoryJobs):
         return await super().usage(users)
 
 
-async def world_with(*, store: MemoryStore | None = None, **quotas: Any) -> World:
-    world = World(store or MemoryStore(), quotas=Quotas(**quotas))
-    await world.start()
-    return world
+async def simulation_with(*, store: MemoryStore | None = None, **quotas: Any) -> Simulation:
+    simulation = Simulation(store or MemoryStore(), quotas=Quotas(**quotas))
+    await simulation.start()
+    return simulation
 
 
-async def decided(world: World, *commands: str) -> list[int]:
+async def decided(simulation: Simulation, *commands: str) -> list[int]:
     """The status of the last reply to each of these commands, after all that was sent was handled in one batch."""
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    replies = [world.replies(command)[-1] for command in commands]
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    replies = [simulation.replies(command)[-1] for command in commands]
     return [201 if isinstance(reply, CommandAccepted) else reply.status for reply in replies]
 
 
-def error(world: World, command: str) -> str:
-    reply = world.replies(command)[-1]
+def error(simulation: Simulation, command: str) -> str:
+    reply = simulation.replies(command)[-1]
     assert isinstance(reply, CommandRejected)
     assert reply.rule == "quota"
     return reply.error
@@ -60,93 +60,93 @@ def error(world: World, command: str) -> str:
 @pytest.mark.proves("G20")
 async def test_job_above_a_quota_is_refused_by_name(quotas: dict[str, Any], words: list[str]) -> None:
     """A job with too many probes or chunks is a 400 that names subnet, limit and way out, and no job is made."""
-    world = await world_with(**quotas)
+    simulation = await simulation_with(**quotas)
     policy = scan_policy(ports="1-2" if "probes_per_job" in quotas else "1-8193")
-    command = await world.submit("127.9.9.0/32", "127.9.8.0/30", policy=policy)
-    assert await decided(world, command) == [400]
-    assert all(word in error(world, command) for word in ["Subnet", *words]), error(world, command)
-    assert await world.store.jobs.page(7, set(), 0, 10) == ([], 0)
+    command = await simulation.submit("127.9.9.0/32", "127.9.8.0/30", policy=policy)
+    assert await decided(simulation, command) == [400]
+    assert all(word in error(simulation, command) for word in ["Subnet", *words]), error(simulation, command)
+    assert await simulation.store.jobs.page(7, set(), 0, 10) == ([], 0)
 
 
 async def test_job_at_a_quota_is_accepted() -> None:
     """As many probes and chunks as the limits allow are a job; what is excluded does not count."""
-    world = await world_with(probes_per_job=8, chunks_per_job=1)
-    assert await decided(world, await world.submit("127.9.8.0/30")) == [201]
+    simulation = await simulation_with(probes_per_job=8, chunks_per_job=1)
+    assert await decided(simulation, await simulation.submit("127.9.8.0/30")) == [201]
 
 
 @pytest.mark.proves("G20")
 async def test_unfinished_jobs_above_the_quota_are_refused_until_one_ends() -> None:
     """The first job above the quota is a 429 with the remedy; when one has ended it is accepted."""
-    world = await world_with(unfinished_jobs_per_user=2)
-    first = [await world.submit("127.9.8.0/32") for _ in range(3)]
-    others = await world.submit("127.9.8.0/32", user_id=8)
-    assert await decided(world, *first, others) == [201, 201, 429, 201]
-    text = error(world, first[2])
+    simulation = await simulation_with(unfinished_jobs_per_user=2)
+    first = [await simulation.submit("127.9.8.0/32") for _ in range(3)]
+    others = await simulation.submit("127.9.8.0/32", user_id=8)
+    assert await decided(simulation, *first, others) == [201, 201, 429, 201]
+    text = error(simulation, first[2])
     assert all(word in text for word in ("2 unfinished", "1 more", "limit is 2", "wait until some have ended")), text
-    assert await decided(world, await world.submit("127.9.8.0/32")) == [429]
-    await world.cancel(world.accepted(first[0])[0].id)
-    await decided(world)
-    assert await decided(world, await world.submit("127.9.8.0/32")) == [201]
+    assert await decided(simulation, await simulation.submit("127.9.8.0/32")) == [429]
+    await simulation.cancel(simulation.accepted(first[0])[0].id)
+    await decided(simulation)
+    assert await decided(simulation, await simulation.submit("127.9.8.0/32")) == [201]
 
 
 async def test_request_that_can_never_fit_is_a_400() -> None:
     """Waiting does not help a request that alone asks for more than a quota, so it is no 429."""
-    world = await world_with(unfinished_jobs_per_user=2)
-    command = await world.submit("127.9.8.0/32", "127.9.8.1/32", "127.9.8.2/32")
-    assert await decided(world, command) == [400]
-    assert "name fewer subnets" in error(world, command)
-    world = await world_with(queued_seconds_per_user=SECONDS)
-    command = await world.submit("127.9.8.0/24", policy=scan_policy(ports="1-1000"))
-    assert await decided(world, command) == [400]
-    assert "SCANFLEET_QUEUED_SECONDS_PER_USER" in error(world, command)
+    simulation = await simulation_with(unfinished_jobs_per_user=2)
+    command = await simulation.submit("127.9.8.0/32", "127.9.8.1/32", "127.9.8.2/32")
+    assert await decided(simulation, command) == [400]
+    assert "name fewer subnets" in error(simulation, command)
+    simulation = await simulation_with(queued_seconds_per_user=SECONDS)
+    command = await simulation.submit("127.9.8.0/24", policy=scan_policy(ports="1-1000"))
+    assert await decided(simulation, command) == [400]
+    assert "SCANFLEET_QUEUED_SECONDS_PER_USER" in error(simulation, command)
 
 
 async def test_queued_seconds_above_the_quota_are_refused() -> None:
     """Jobs that together are expected to take longer than the limit are a 429."""
-    world = await world_with(queued_seconds_per_user=2.5 * SECONDS)
-    commands = [await world.submit("127.9.8.0/31") for _ in range(3)]
-    assert await decided(world, *commands) == [201, 201, 429]
-    assert "cancel some" in error(world, commands[2])
+    simulation = await simulation_with(queued_seconds_per_user=2.5 * SECONDS)
+    commands = [await simulation.submit("127.9.8.0/31") for _ in range(3)]
+    assert await decided(simulation, *commands) == [201, 201, 429]
+    assert "cancel some" in error(simulation, commands[2])
 
 
 @pytest.mark.proves("G2")
 async def test_replay_of_an_accepted_request_is_never_refused() -> None:
     """At the quota, a redelivered command and a repeat under its key are answered with the jobs that exist."""
-    world = await world_with(unfinished_jobs_per_user=1)
-    policy_id, subnets = await world.add("127.9.8.0/32")
-    same = [await world.send(policy_id, subnets, key="k") for _ in range(3)]
-    records = world.take(SCAN_COMMANDS)
-    await world.hand(SCAN_COMMANDS, records)
-    await world.hand(SCAN_COMMANDS, records)
-    same.append(await world.send(policy_id, subnets, key="k"))
-    assert await decided(world, *same) == [201] * 4
-    assert {world.replies(command)[-1].jobs[0].id for command in same} == {1}
-    assert await decided(world, await world.send(policy_id, subnets, key="other")) == [429]
+    simulation = await simulation_with(unfinished_jobs_per_user=1)
+    policy_id, subnets = await simulation.add("127.9.8.0/32")
+    same = [await simulation.send(policy_id, subnets, key="k") for _ in range(3)]
+    records = simulation.take(SCAN_COMMANDS)
+    await simulation.hand(SCAN_COMMANDS, records)
+    await simulation.hand(SCAN_COMMANDS, records)
+    same.append(await simulation.send(policy_id, subnets, key="k"))
+    assert await decided(simulation, *same) == [201] * 4
+    assert {simulation.replies(command)[-1].jobs[0].id for command in same} == {1}
+    assert await decided(simulation, await simulation.send(policy_id, subnets, key="other")) == [429]
 
 
 async def test_refused_request_keeps_its_key() -> None:
     """A request that was refused by a quota can be repeated under its key and is then accepted."""
-    world = await world_with(unfinished_jobs_per_user=1)
-    running = await world.submit("127.9.8.0/32")
-    policy_id, subnets = await world.add("127.9.8.0/32")
-    refused = await world.send(policy_id, subnets, key="k")
-    assert await decided(world, running, refused) == [201, 429]
-    await world.cancel(world.accepted(running)[0].id)
-    await decided(world)
-    assert await decided(world, await world.send(policy_id, subnets, key="k")) == [201]
+    simulation = await simulation_with(unfinished_jobs_per_user=1)
+    running = await simulation.submit("127.9.8.0/32")
+    policy_id, subnets = await simulation.add("127.9.8.0/32")
+    refused = await simulation.send(policy_id, subnets, key="k")
+    assert await decided(simulation, running, refused) == [201, 429]
+    await simulation.cancel(simulation.accepted(running)[0].id)
+    await decided(simulation)
+    assert await decided(simulation, await simulation.send(policy_id, subnets, key="k")) == [201]
 
 
 async def test_usage_is_not_read_for_each_command() -> None:
     """A user who submits without a pause costs one read of their jobs a second."""
     store = MemoryStore()
     store.jobs = counting = CountingJobs(store.data)
-    world = await world_with(store=store)
-    policy_id, subnets = await world.add("127.9.8.0/32")
+    simulation = await simulation_with(store=store)
+    policy_id, subnets = await simulation.add("127.9.8.0/32")
     for _ in range(20):
-        assert await decided(world, await world.send(policy_id, subnets)) == [201]
+        assert await decided(simulation, await simulation.send(policy_id, subnets)) == [201]
     assert counting.reads == 1
-    world.now += 1.5
-    assert await decided(world, await world.send(policy_id, subnets)) == [201]
+    simulation.now += 1.5
+    assert await decided(simulation, await simulation.send(policy_id, subnets)) == [201]
     assert counting.reads == 2
 
 
@@ -167,11 +167,11 @@ class PlanningQuotas(Quotas):
 async def test_submits_of_a_user_at_a_quota_are_refused_without_plans(quota: dict[str, Any]) -> None:
     """Requests for a thousand jobs each, of a user at the quota, cost no plan."""
     quotas = PlanningQuotas(**quota)
-    world = World(MemoryStore(), quotas=quotas)
-    await world.start()
-    policy_id, subnets = await world.add(*(f"127.9.{n >> 8}.{n & 255}/32" for n in range(1_000)))
-    assert await decided(world, await world.send(policy_id, subnets)) == [201]
-    commands = [await world.send(policy_id, subnets) for _ in range(20)]
+    simulation = Simulation(MemoryStore(), quotas=quotas)
+    await simulation.start()
+    policy_id, subnets = await simulation.add(*(f"127.9.{n >> 8}.{n & 255}/32" for n in range(1_000)))
+    assert await decided(simulation, await simulation.send(policy_id, subnets)) == [201]
+    commands = [await simulation.send(policy_id, subnets) for _ in range(20)]
     quotas.plans.clear()
-    assert await decided(world, *commands) == [429] * 20
+    assert await decided(simulation, *commands) == [429] * 20
     assert quotas.plans == []

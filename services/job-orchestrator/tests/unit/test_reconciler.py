@@ -15,7 +15,7 @@ from job_orchestrator.domain.census import Standing
 from job_orchestrator.domain.chunk import OPEN, Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.domain.ledger import Tally
-from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing import MemoryStore, Simulation, chunk, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository.chunks import MemoryChunks
 from job_orchestrator_testing.repository.data import Data
@@ -80,8 +80,8 @@ class CountingPublisher:
         await self._publisher.publish(topic, messages)
 
 
-class LargeWorld(World):
-    """A world in which user 7 submits many jobs, each of more chunks than fit into its window."""
+class LargeSimulation(Simulation):
+    """A simulation in which user 7 submits many jobs, each of more chunks than fit into its window."""
 
     def __init__(self) -> None:
         store = MemoryStore()
@@ -102,51 +102,53 @@ class LargeWorld(World):
 
 async def test_jobs_of_one_request_do_not_delay_another_users_job() -> None:
     """While a request for many large jobs is processed, at most two pages of its chunks precede those of another user's job."""
-    world = LargeWorld()
-    await world.start()
-    await world.submit_many()
-    step = asyncio.create_task(world.only.reconciler.work())
+    simulation = LargeSimulation()
+    await simulation.start()
+    await simulation.submit_many()
+    step = asyncio.create_task(simulation.only.reconciler.work())
     await asyncio.sleep(0)
-    await world.submit("127.99.0.1/32", user_id=8)
-    await world.deliver()
+    await simulation.submit("127.99.0.1/32", user_id=8)
+    await simulation.deliver()
     await step
-    await world.settle()
-    assert world.chunks.inserted.index(8) <= 2 * (PAGE + plan.WINDOW)
-    assert world.chunks.inserted.count(7) == LARGE * plan.WINDOW
+    await simulation.settle()
+    assert simulation.chunks.inserted.index(8) <= 2 * (PAGE + plan.WINDOW)
+    assert simulation.chunks.inserted.count(7) == LARGE * plan.WINDOW
 
 
 async def test_jobs_are_saved_with_each_page_of_their_chunks() -> None:
     """The first jobs of a large step are saved before the chunks of the others are created, in the work loop and the sweep."""
     for sweep in (False, True):
-        world = LargeWorld()
-        await world.start()
-        ids = await world.submit_many()
-        world.jobs.saves.append(len(world.chunks.inserted))  # chunks that are created with their jobs
-        await (world.only.reconciler.reconcile(ids) if sweep else world.settle())
-        steps = [after - before for before, after in pairwise((0, *world.jobs.saves, len(world.chunks.inserted)))]
+        simulation = LargeSimulation()
+        await simulation.start()
+        ids = await simulation.submit_many()
+        simulation.jobs.saves.append(len(simulation.chunks.inserted))  # chunks that are created with their jobs
+        await (simulation.only.reconciler.reconcile(ids) if sweep else simulation.settle())
+        steps = [
+            after - before for before, after in pairwise((0, *simulation.jobs.saves, len(simulation.chunks.inserted)))
+        ]
         assert max(steps) <= PAGE + plan.WINDOW
 
 
 async def test_cancel_of_many_jobs_stops_their_scans_before_queued_chunks_are_cancelled() -> None:
     """The stops of many cancelled jobs precede the cancels of their queued chunks, in the work loop and in one step."""
     for one_step in (False, True):
-        world = LargeWorld()
-        await world.start()
-        ids = await world.submit_many()
-        await world.settle()
+        simulation = LargeSimulation()
+        await simulation.start()
+        ids = await simulation.submit_many()
+        await simulation.settle()
         for job_id in ids[-2:]:
-            (chunk,) = (await world.store.chunks.get([f"{job_id}-0"])).values()
-            await world.store.chunks.save([_held(chunk)])
-        world.chunks.saved = 0
+            (chunk,) = (await simulation.store.chunks.get([f"{job_id}-0"])).values()
+            await simulation.store.chunks.save([_held(chunk)])
+        simulation.chunks.saved = 0
         if one_step:
             for job_id in ids:
-                await world.cancel(job_id)
-            await world.deliver()
+                await simulation.cancel(job_id)
+            await simulation.deliver()
         else:
-            await world.only.cancels.cancel(ids)
-        await world.settle()
-        assert [saved <= 2 for saved in world.publisher.stops] == [True, True]
-        assert world.chunks.saved == LARGE * plan.WINDOW
+            await simulation.only.cancels.cancel(ids)
+        await simulation.settle()
+        assert [saved <= 2 for saved in simulation.publisher.stops] == [True, True]
+        assert simulation.chunks.saved == LARGE * plan.WINDOW
 
 
 class QueryingChunks(MemoryChunks):
@@ -166,23 +168,23 @@ class QueryingChunks(MemoryChunks):
         return await super().ids_in(job_ids, states, limit)
 
 
-async def cancelled_jobs(*held: Chunk) -> tuple[World, QueryingChunks]:
-    """A world with three cancelled jobs of three chunks each, except for `held` all queued."""
+async def cancelled_jobs(*held: Chunk) -> tuple[Simulation, QueryingChunks]:
+    """A simulation with three cancelled jobs of three chunks each, except for `held` all queued."""
     store = MemoryStore()
     store.chunks = chunks = QueryingChunks(store.data)
     jobs = [scan_job(id_, cidr="127.9.8.0/30", chunk_count=3, made=3) for id_ in (1, 2, 3)]
     await store.jobs.insert([replace(change(job, JobTrigger.CANCEL, THEN), outbox=()) for job in jobs])
     await store.chunks.insert(held)
     await store.chunks.insert([chunk(id=f"{id_}-{n}", job_id=id_, index=n) for id_ in (1, 2, 3) for n in range(3)])
-    world = World(store)
-    await world.start()
-    return world, chunks
+    simulation = Simulation(store)
+    await simulation.start()
+    return simulation, chunks
 
 
 async def test_scans_of_ended_jobs_are_looked_for_once_for_all() -> None:
     """A step with several ended jobs has one query for the chunks that workers hold, and cancels all others."""
-    world, chunks = await cancelled_jobs()
-    await world.only.reconciler.reconcile([1, 2, 3])
+    simulation, chunks = await cancelled_jobs()
+    await simulation.only.reconciler.reconcile([1, 2, 3])
     assert chunks.queries == [[1, 2, 3]]
     assert await chunks.ids_in([1, 2, 3], OPEN, 9) == []
 
@@ -190,11 +192,13 @@ async def test_scans_of_ended_jobs_are_looked_for_once_for_all() -> None:
 async def test_damaged_worker_id_does_not_prevent_the_other_stops() -> None:
     """A held chunk whose worker id is invalid is cancelled and logged, and the scans of all other chunks are stopped."""
     damaged = chunk(id="1-0", state=ChunkState.RUNNING, attempt=1, worker_id="not/valid")
-    world, chunks = await cancelled_jobs(damaged, _held(chunk(id="1-1", index=1)), _held(chunk(id="2-0", job_id=2)))
+    simulation, chunks = await cancelled_jobs(
+        damaged, _held(chunk(id="1-1", index=1)), _held(chunk(id="2-0", job_id=2))
+    )
     with capture_logs() as logs:
-        await world.only.reconciler.reconcile([1, 2, 3])
+        await simulation.only.reconciler.reconcile([1, 2, 3])
     assert await chunks.ids_in([1, 2, 3], OPEN, 9) == []
-    stops = [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)]
+    stops = [each for each in simulation.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)]
     assert sorted(each.chunk_id for each in stops) == ["1-1", "2-0"]
     assert [each["chunk_id"] for each in logs if each["event"] == "scan_not_stopped"] == ["1-0"]
 
@@ -217,10 +221,10 @@ async def test_chunk_dispatched_during_a_cancel_is_stopped_by_the_same_step() ->
     job = scan_job(1, cidr="127.9.8.0/30", chunk_count=3, made=3)
     await store.jobs.insert([change(job, JobTrigger.CANCEL, THEN)])
     await store.chunks.insert([chunk(id=f"1-{n}", index=n) for n in range(3)])
-    world = World(store)
-    await world.start()
-    await world.only.reconciler.reconcile([1])
-    stops = [each for each in world.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)]
+    simulation = Simulation(store)
+    await simulation.start()
+    await simulation.only.reconciler.reconcile([1])
+    stops = [each for each in simulation.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)]
     assert sorted(each.chunk_id for each in stops) == ["1-0", "1-1", "1-2"]
 
 
@@ -240,11 +244,11 @@ async def test_job_whose_chunks_are_created_meanwhile_is_not_started(max_rate: i
     """A job whose chunks another replica creates during a step stays pending, with one window of chunks."""
     store = MemoryStore()
     store.chunks = RacingChunks(store.data)
-    world = World(store)
-    await world.start()
+    simulation = Simulation(store)
+    await simulation.start()
     policy = scan_policy(ports="1-60000", max_rate=max_rate)
     await store.jobs.insert([replace(scan_job(cidr="127.0.0.0/16", policy=policy, made=window), outbox=())])
-    await world.only.reconciler.reconcile([1])
+    await simulation.only.reconciler.reconcile([1])
     job = (await store.jobs.get([1]))[1]
     assert (job.status, job.made, await store.chunks.count(1)) == (JobStatus.PENDING, window, window)
 
@@ -275,61 +279,61 @@ class ReadingChunks(MemoryChunks):
         return losers
 
 
-async def cancelled() -> tuple[World, ReadingChunks, list[ScanChunk]]:
-    """A world with a cancelled job of 256 chunks, two of which were being scanned."""
+async def cancelled() -> tuple[Simulation, ReadingChunks, list[ScanChunk]]:
+    """A simulation with a cancelled job of 256 chunks, two of which were being scanned."""
     store = MemoryStore()
     store.chunks = chunks = ReadingChunks(store.data)
-    world = World(store)
-    world.worker.slots = 2
-    world.worker.hold = True
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.0.0/16", policy=scan_policy(ports="1-60000"))
-    await world.settle()
-    for task in world.worker.tasks:
-        await world.worker.claim(task)
-    await world.settle()
-    await world.cancel(1)
-    await world.settle()
+    simulation = Simulation(store)
+    simulation.worker.slots = 2
+    simulation.worker.hold = True
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.0.0/16", policy=scan_policy(ports="1-60000"))
+    await simulation.settle()
+    for task in simulation.worker.tasks:
+        await simulation.worker.claim(task)
+    await simulation.settle()
+    await simulation.cancel(1)
+    await simulation.settle()
     chunks.read = 0
-    return world, chunks, world.worker.tasks
+    return simulation, chunks, simulation.worker.tasks
 
 
 async def test_late_reports_without_news_read_no_chunk_and_leave_the_job_settled() -> None:
     """Reports of a cancelled job's workers whose maps are as stored, and repeated ones, do not count the job again."""
-    world, chunks, tasks = await cancelled()
+    simulation, chunks, tasks = await cancelled()
     for _ in range(2):
         for task in tasks:
-            await world.worker.release(task)
-            await world.worker.progress(task, task.outcomes)
-            await world.deliver()
-            assert (await world.store.jobs.get([1]))[1].settled
+            await simulation.worker.release(task)
+            await simulation.worker.progress(task, task.outcomes)
+            await simulation.deliver()
+            assert (await simulation.store.jobs.get([1]))[1].settled
     assert chunks.read == 0
 
 
 async def test_late_report_with_news_counts_the_job_again_once() -> None:
     """A changed map of a cancelled chunk reads each chunk of the job once; the repeated report reads none."""
-    world, chunks, tasks = await cancelled()
+    simulation, chunks, tasks = await cancelled()
     news = "a" + tasks[0].outcomes[1:]
     for expected in (plan.WINDOW, 0):
         chunks.read = 0
-        await world.worker.release(tasks[0], news)
-        await world.settle()
-        job = (await world.store.jobs.get([1]))[1]
+        await simulation.worker.release(tasks[0], news)
+        await simulation.settle()
+        job = (await simulation.store.jobs.get([1]))[1]
         assert (job.settled, job.totals.addresses) == (True, {"answered": 1})
         assert chunks.read <= expected + 1
 
 
 async def test_late_report_counts_although_the_replica_dies_after_the_save() -> None:
     """If a replica dies between the save of a late map and the count, the sweep counts the job again."""
-    world, chunks, tasks = await cancelled()
+    simulation, chunks, tasks = await cancelled()
     chunks.broken = True
-    await world.worker.release(tasks[0], "a" + tasks[0].outcomes[1:])
+    await simulation.worker.release(tasks[0], "a" + tasks[0].outcomes[1:])
     with pytest.raises(DependencyError):
-        await world.deliver()
-    await world.restart()
-    await world.wait(2)
-    job = (await world.store.jobs.get([1]))[1]
+        await simulation.deliver()
+    await simulation.restart()
+    await simulation.wait(2)
+    job = (await simulation.store.jobs.get([1]))[1]
     assert (job.settled, job.totals.addresses) == (True, {"answered": 1})
 
 
@@ -339,29 +343,29 @@ def _held(chunk: Chunk) -> Chunk:
 
 @pytest.mark.parametrize("states", [[ChunkState.STORED] * 3 + [ChunkState.QUEUED], [ChunkState.STORED] * 4])
 async def test_chunks_that_a_replica_created_before_it_stopped_are_counted_after_a_cancel(
-    world: World, states: list[ChunkState]
+    simulation: Simulation, states: list[ChunkState]
 ) -> None:
     """A cancelled job whose last chunks are not counted as created settles, and its ledger shows all stored results."""
     job = replace(scan_job(9, cidr="127.9.8.0/27", chunk_addresses=4, chunk_count=8, made=2), status=JobStatus.RUNNING)
-    await world.store.jobs.insert([replace(job, outbox=())])
+    await simulation.store.jobs.insert([replace(job, outbox=())])
     created = zip(plan.chunks(job, 0, 4), states, strict=True)
     stored = [
         replace(each, state=state, outcomes="ssss" if state is ChunkState.STORED else each.outcomes)
         for each, state in created
     ]
-    await world.store.chunks.insert(stored)
-    await world.cancel(9)
-    await world.wait(2)
-    after = (await world.store.jobs.get([9]))[9]
+    await simulation.store.chunks.insert(stored)
+    await simulation.cancel(9)
+    await simulation.wait(2)
+    after = (await simulation.store.jobs.get([9]))[9]
     assert (after.status, after.settled, after.totals.done, after.made) == (JobStatus.CANCELLED, True, 4, 4)
     assert Tally(after).counts["silent"] == 4 * 2 * states.count(ChunkState.STORED)
 
 
-async def test_missing_chunks_of_a_cancelled_job_are_created_as_cancelled(world: World) -> None:
+async def test_missing_chunks_of_a_cancelled_job_are_created_as_cancelled(simulation: Simulation) -> None:
     """The dispatcher finds no queued chunk of a job that has ended."""
-    await world.store.jobs.insert([change(scan_job(9, chunk_count=2, made=2), JobTrigger.CANCEL, THEN)])
-    await world.only.reconciler.reconcile([9])
-    assert [each.state async for each in world.store.chunks.of_job(9)] == [ChunkState.CANCELLED] * 2
-    world.now += 11.0
-    await world.only.sweeper.sweep()
-    assert (await world.store.jobs.get([9]))[9].settled
+    await simulation.store.jobs.insert([change(scan_job(9, chunk_count=2, made=2), JobTrigger.CANCEL, THEN)])
+    await simulation.only.reconciler.reconcile([9])
+    assert [each.state async for each in simulation.store.chunks.of_job(9)] == [ChunkState.CANCELLED] * 2
+    simulation.now += 11.0
+    await simulation.only.sweeper.sweep()
+    assert (await simulation.store.jobs.get([9]))[9].settled

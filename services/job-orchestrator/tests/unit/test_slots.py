@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from job_orchestrator.domain import plan
-from job_orchestrator_testing import MemoryStore, Worker, World, scan_policy
+from job_orchestrator_testing import MemoryStore, Simulation, Worker, scan_policy
 from scanfleet.contracts.messages import ScanChunk
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.scanning.policy import Preset, fill_in
@@ -63,8 +63,8 @@ class BusyWorker(Worker):
                 await self.release(task)
 
 
-class BusyWorld(World):
-    """A world with one busy worker."""
+class BusySimulation(Simulation):
+    """A simulation with one busy worker."""
 
     def __init__(self, seconds: Seconds, *, slots: int = 2) -> None:
         store = MemoryStore()
@@ -94,26 +94,26 @@ def of_udp(task: ScanChunk) -> bool:
 
 async def test_small_job_behind_slow_chunks_of_another_user_loses_no_address() -> None:
     """A one-port job waits at no cost while a /28 at timing 0 holds every slot, and is not sent to wait at the worker."""
-    world = BusyWorld(lambda task: 900.0 if task.policy.timing == 0 else 0.2)
-    await world.begin()
-    await world.submit("127.9.0.0/28", user_id=7, policy=scan_policy(timing=0, ports="22"))
-    await world.settle()
-    await world.submit("127.9.9.1/32", user_id=8)
-    await world.pass_time(200)
-    assert world.lost() == []
-    assert world.busy.released <= 2
+    simulation = BusySimulation(lambda task: 900.0 if task.policy.timing == 0 else 0.2)
+    await simulation.begin()
+    await simulation.submit("127.9.0.0/28", user_id=7, policy=scan_policy(timing=0, ports="22"))
+    await simulation.settle()
+    await simulation.submit("127.9.9.1/32", user_id=8)
+    await simulation.pass_time(200)
+    assert simulation.lost() == []
+    assert simulation.busy.released <= 2
 
 
 async def test_udp_blocks_far_beyond_their_estimate_lose_no_address() -> None:
     """UDP chunks that take 600 s, whatever was measured of the job's TCP chunks, lose no address that waits behind them."""
-    world = BusyWorld(lambda task: 600.0 if of_udp(task) else 0.5)
-    await world.begin()
-    await world.submit("127.9.9.0/29", policy=scan_policy(ports="T:1-1000,U:1-600", timing=3, discovery="none"))
-    await world.pass_time(200)
-    task = next(task for task, _ in world.busy.begun if of_udp(task))
+    simulation = BusySimulation(lambda task: 600.0 if of_udp(task) else 0.5)
+    await simulation.begin()
+    await simulation.submit("127.9.9.0/29", policy=scan_policy(ports="T:1-1000,U:1-600", timing=3, discovery="none"))
+    await simulation.pass_time(200)
+    task = next(task for task, _ in simulation.busy.begun if of_udp(task))
     assert task.estimate_seconds == pytest.approx(plan.estimate(task.policy, PortSet.parse(task.ports), 1))
-    assert world.lost() == []
-    assert world.busy.released <= 8
+    assert simulation.lost() == []
+    assert simulation.busy.released <= 8
 
 
 async def test_dense_chunks_after_empty_ones_lose_no_address() -> None:
@@ -122,22 +122,22 @@ async def test_dense_chunks_after_empty_ones_lose_no_address() -> None:
     def empty(task: ScanChunk) -> bool:
         return int(task.chunk_id.split("-")[1]) < plan.WINDOW + 16
 
-    world = BusyWorld(lambda task: 1.0 if empty(task) else 60.0, slots=16)
-    world.busy.outcomes = lambda task: task.outcomes.replace(".", "d" if empty(task) else "a")
-    await world.begin()
-    await world.submit("127.8.0.0/16", policy=fill_in(Preset.STANDARD, {}))
-    await world.pass_time(100)
-    task = next(task for task, _ in world.busy.begun if not empty(task))
+    simulation = BusySimulation(lambda task: 1.0 if empty(task) else 60.0, slots=16)
+    simulation.busy.outcomes = lambda task: task.outcomes.replace(".", "d" if empty(task) else "a")
+    await simulation.begin()
+    await simulation.submit("127.8.0.0/16", policy=fill_in(Preset.STANDARD, {}))
+    await simulation.pass_time(100)
+    task = next(task for task, _ in simulation.busy.begun if not empty(task))
     assert task.estimate_seconds >= plan.estimate(task.policy, PortSet.parse(task.ports), len(task.outcomes)) / 10
-    assert world.lost() == []
-    assert world.busy.released <= 8
+    assert simulation.lost() == []
+    assert simulation.busy.released <= 8
 
 
 async def test_chunks_with_few_hosts_are_attempted_whole() -> None:
     """Discovery of 512 addresses of which two are up takes most of the 2 s, and does not count as the pace of these two."""
-    world = BusyWorld(lambda _: 2.0, slots=1)
-    world.busy.outcomes = lambda task: task.outcomes.replace(".", "a", 2).replace(".", "d")
-    await world.begin()
-    await world.submit("127.8.0.0/19", policy=fill_in(Preset.QUICK, {}))
-    await world.pass_time(40)
-    assert [task.limit for task, _ in world.busy.begun] == [None] * 16
+    simulation = BusySimulation(lambda _: 2.0, slots=1)
+    simulation.busy.outcomes = lambda task: task.outcomes.replace(".", "a", 2).replace(".", "d")
+    await simulation.begin()
+    await simulation.submit("127.8.0.0/19", policy=fill_in(Preset.QUICK, {}))
+    await simulation.pass_time(40)
+    assert [task.limit for task, _ in simulation.busy.begun] == [None] * 16

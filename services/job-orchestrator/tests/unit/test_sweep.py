@@ -18,7 +18,7 @@ from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.metrics import SKIPPED_JOBS
-from job_orchestrator_testing import MemoryStore, World, chunk, scan_job, scan_policy
+from job_orchestrator_testing import MemoryStore, Simulation, chunk, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import Data, MemoryChunks
 from scanfleet.clock import utc_now
@@ -40,91 +40,91 @@ from scanfleet_testing.chunk_grants import grants
 from scanfleet_testing.waiting import until
 
 
-async def test_old_event_in_an_outbox_is_published(world: World) -> None:
+async def test_old_event_in_an_outbox_is_published(simulation: Simulation) -> None:
     """Events that are in an outbox for five seconds are published in order by any replica, and removed."""
     job = change(scan_job(9), JobTrigger.CANCEL, THEN)
-    await world.store.jobs.insert([job])
-    await world.only.sweeper.sweep()
-    assert [event.seq for event in world.events(9)] == [1, 2]
-    await world.only.outbox.empty()
-    assert (await world.store.jobs.get([9]))[9].outbox == ()
-    await world.only.sweeper.sweep()
-    assert len(world.events(9)) == 2
+    await simulation.store.jobs.insert([job])
+    await simulation.only.sweeper.sweep()
+    assert [event.seq for event in simulation.events(9)] == [1, 2]
+    await simulation.only.outbox.empty()
+    assert (await simulation.store.jobs.get([9]))[9].outbox == ()
+    await simulation.only.sweeper.sweep()
+    assert len(simulation.events(9)) == 2
 
 
-async def test_partition_without_a_leader_ends_no_sweep(world: World) -> None:
+async def test_partition_without_a_leader_ends_no_sweep(simulation: Simulation) -> None:
     """Events that cannot be published stop neither the other repairs nor the events of other partitions, sent once each."""
-    world.bus.broker.leaderless = {(SCAN_EVENTS.name, SCAN_EVENTS.partition_of("1"))}
-    await world.store.jobs.insert([scan_job(1), replace(scan_job(2, made=1), status=JobStatus.RUNNING)])
-    await world.store.chunks.insert([chunk(id="2-0", job_id=2, state=ChunkState.STORED, outcomes="asdt")])
+    simulation.bus.broker.leaderless = {(SCAN_EVENTS.name, SCAN_EVENTS.partition_of("1"))}
+    await simulation.store.jobs.insert([scan_job(1), replace(scan_job(2, made=1), status=JobStatus.RUNNING)])
+    await simulation.store.chunks.insert([chunk(id="2-0", job_id=2, state=ChunkState.STORED, outcomes="asdt")])
     for _ in range(30):
-        world.now += 1.0
-        await world.only.sweeper.sweep()
-        await world.only.outbox.empty()
-    assert (await world.store.jobs.get([2]))[2].status is JobStatus.COMPLETED
-    assert [event.seq for event in world.events(2)] == [1, 2]
-    world.bus.broker.leaderless.clear()
-    await world.only.sweeper.sweep()
-    assert [event.seq for event in world.events(1)] == [1]
+        simulation.now += 1.0
+        await simulation.only.sweeper.sweep()
+        await simulation.only.outbox.empty()
+    assert (await simulation.store.jobs.get([2]))[2].status is JobStatus.COMPLETED
+    assert [event.seq for event in simulation.events(2)] == [1, 2]
+    simulation.bus.broker.leaderless.clear()
+    await simulation.only.sweeper.sweep()
+    assert [event.seq for event in simulation.events(1)] == [1]
 
 
 async def test_old_event_is_not_repeated_by_a_sweep_while_its_acknowledgement_is_slow(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An event that the broker acknowledges after longer than a command may wait is published once."""
-    publish = world.bus.publish
+    publish = simulation.bus.publish
 
     async def slowly(topic: Topic, messages: Iterable[Message]) -> None:
         await publish(topic, messages)
         await asyncio.sleep(1.2 * TIMEOUT_SECONDS)
 
-    await world.only.sweeper.sweep()  # reconciles all jobs, and again in ten seconds
-    await world.store.jobs.insert([scan_job(9)])
-    monkeypatch.setattr(world.bus, "publish", slowly)
+    await simulation.only.sweeper.sweep()  # reconciles all jobs, and again in ten seconds
+    await simulation.store.jobs.insert([scan_job(9)])
+    monkeypatch.setattr(simulation.bus, "publish", slowly)
     for _ in range(2):
-        await world.only.sweeper.sweep()
-        await world.only.outbox.empty()
-    assert [event.seq for event in world.events(9)] == [1]
+        await simulation.only.sweeper.sweep()
+        await simulation.only.outbox.empty()
+    assert [event.seq for event in simulation.events(9)] == [1]
 
 
-async def test_partition_without_a_leader_fills_no_page_of_old_events(world: World) -> None:
+async def test_partition_without_a_leader_fills_no_page_of_old_events(simulation: Simulation) -> None:
     """The event of a job is published although more than a page of older ones is for a partition without a leader."""
     dead = SCAN_EVENTS.partition_of("1")
-    world.bus.broker.leaderless = {(SCAN_EVENTS.name, dead)}
+    simulation.bus.broker.leaderless = {(SCAN_EVENTS.name, dead)}
     of_dead = [id_ for id_ in range(1, 20_000) if SCAN_EVENTS.partition_of(str(id_)) == dead][:501]
     healthy = of_dead[-1] + 1
     assert SCAN_EVENTS.partition_of(str(healthy)) != dead
-    await world.only.sweeper.sweep()  # reconciles all jobs, and again in ten seconds
-    await world.store.jobs.insert([scan_job(id_) for id_ in (*of_dead, healthy)])
-    await world.only.sweeper.sweep()
-    assert [event.seq for event in world.events(healthy)] == [1]
+    await simulation.only.sweeper.sweep()  # reconciles all jobs, and again in ten seconds
+    await simulation.store.jobs.insert([scan_job(id_) for id_ in (*of_dead, healthy)])
+    await simulation.only.sweeper.sweep()
+    assert [event.seq for event in simulation.events(healthy)] == [1]
 
 
-async def test_request_to_a_partition_without_a_leader_repeats_no_other(world: World) -> None:
+async def test_request_to_a_partition_without_a_leader_repeats_no_other(simulation: Simulation) -> None:
     """result-store is asked once for a chunk, although another request of the page cannot be published."""
     scanned = [
         chunk(id=f"{n}-0", job_id=n, partition=n, state=ChunkState.SCANNED, outcomes="asdt", attempt=1, worker_id="w")
         for n in (1, 2)
     ]
-    await world.store.chunks.insert(scanned)
-    world.bus.broker.leaderless = {(SCAN_RESULTS.name, SCAN_RESULTS.partition_of("1"))}
+    await simulation.store.chunks.insert(scanned)
+    simulation.bus.broker.leaderless = {(SCAN_RESULTS.name, SCAN_RESULTS.partition_of("1"))}
     for _ in range(3):
-        await world.only.sweeper.sweep()
-    assert [asked.chunk_id for asked in world.bus.messages(SCAN_RESULTS)] == ["2-0"]
-    assert {each.asked for each in (await world.store.chunks.get(["1-0", "2-0"])).values()} == {1}
+        await simulation.only.sweeper.sweep()
+    assert [asked.chunk_id for asked in simulation.bus.messages(SCAN_RESULTS)] == ["2-0"]
+    assert {each.asked for each in (await simulation.store.chunks.get(["1-0", "2-0"])).values()} == {1}
 
 
 async def test_failed_part_of_a_sweep_does_not_stop_the_others() -> None:
     """A census that takes too long fails its sweep, which publishes old events and repairs jobs all the same."""
     store = MemoryStore()
     store.chunks = UncountedChunks(store.data)
-    world = World(store)
-    await world.start()
+    simulation = Simulation(store)
+    await simulation.start()
     await store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING)])
     await store.chunks.insert([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
     with pytest.raises(DependencyError):
-        await world.only.sweeper.sweep()
-    assert [event.seq for event in world.events(9)] == [1, 2]
+        await simulation.only.sweeper.sweep()
+    assert [event.seq for event in simulation.events(9)] == [1, 2]
 
 
 class UncountedChunks(MemoryChunks):
@@ -134,28 +134,28 @@ class UncountedChunks(MemoryChunks):
         raise DependencyError("the census took too long")
 
 
-async def test_fresh_event_is_left_to_its_replica(world: World) -> None:
+async def test_fresh_event_is_left_to_its_replica(simulation: Simulation) -> None:
     """An event younger than five seconds is not published by the sweep: it would be published twice."""
-    await world.only.sweeper.sweep()
-    await world.store.jobs.insert([scan_job(9, created_at=utc_now())])
-    await world.only.sweeper.sweep()
-    assert world.events(9) == []
+    await simulation.only.sweeper.sweep()
+    await simulation.store.jobs.insert([scan_job(9, created_at=utc_now())])
+    await simulation.only.sweeper.sweep()
+    assert simulation.events(9) == []
 
 
-async def test_pending_job_without_its_chunks_gets_them_and_stays_pending(world: World) -> None:
+async def test_pending_job_without_its_chunks_gets_them_and_stays_pending(simulation: Simulation) -> None:
     """The sweep creates the chunks of a job whose replica stopped between the inserts of the job and of its chunks."""
-    await world.submit("127.9.8.0/30")
-    await world.deliver()
-    chunks = [chunk.id async for chunk in world.store.chunks.of_job(1)]
-    assert await world.store.chunks.delete(1, 10) == len(chunks) > 0
-    await world.only.sweeper.sweep()
-    assert [chunk.id async for chunk in world.store.chunks.of_job(1)] == chunks
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.PENDING
-    await world.wait(2)
-    assert (await world.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
+    await simulation.submit("127.9.8.0/30")
+    await simulation.deliver()
+    chunks = [chunk.id async for chunk in simulation.store.chunks.of_job(1)]
+    assert await simulation.store.chunks.delete(1, 10) == len(chunks) > 0
+    await simulation.only.sweeper.sweep()
+    assert [chunk.id async for chunk in simulation.store.chunks.of_job(1)] == chunks
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.PENDING
+    await simulation.wait(2)
+    assert (await simulation.store.jobs.get([1]))[1].status is JobStatus.COMPLETED
 
 
-async def test_overdue_scanned_chunk_is_requested_again(world: World) -> None:
+async def test_overdue_scanned_chunk_is_requested_again(simulation: Simulation) -> None:
     """The ChunkScanned of a chunk without a verdict is sent again when due, by the owner of its partition."""
     scanned = chunk(
         id="9-0",
@@ -169,10 +169,10 @@ async def test_overdue_scanned_chunk_is_requested_again(world: World) -> None:
         ask_at=utc_now() - timedelta(seconds=1),
     )
     later = replace(scanned, id="9-1", index=1, ask_at=utc_now() + timedelta(seconds=240))
-    await world.store.chunks.insert([scanned, later])
-    await world.only.sweeper.sweep()
-    await world.only.sweeper.sweep()
-    (asked,) = world.bus.messages(SCAN_RESULTS)
+    await simulation.store.chunks.insert([scanned, later])
+    await simulation.only.sweeper.sweep()
+    await simulation.only.sweeper.sweep()
+    (asked,) = simulation.bus.messages(SCAN_RESULTS)
     assert isinstance(asked, ChunkScanned)
     assert grants().fault(asked) == ""
     assert asked.model_copy(update={"grant": None}) == ChunkScanned(
@@ -187,100 +187,102 @@ async def test_overdue_scanned_chunk_is_requested_again(world: World) -> None:
     )
 
 
-async def test_lost_request_to_result_store_is_repeated(world: World) -> None:
+async def test_lost_request_to_result_store_is_repeated(simulation: Simulation) -> None:
     """A job whose ChunkScanned got lost completes after it was asked for again."""
-    await world.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
-    await world.store.chunks.insert(
+    await simulation.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
+    await simulation.store.chunks.insert(
         [chunk(id="9-0", job_id=9, state=ChunkState.SCANNED, outcomes="asdt", attempt=1, worker_id="w")]
     )
-    await world.wait(1)
-    assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
+    await simulation.wait(1)
+    assert (await simulation.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
 
 
-async def test_job_without_its_last_step_is_completed(world: World) -> None:
+async def test_job_without_its_last_step_is_completed(simulation: Simulation) -> None:
     """A job whose replica died before the last step is ended by the next pass."""
-    await world.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
-    await world.store.chunks.insert([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
-    await world.only.sweeper.sweep()
-    job = (await world.store.jobs.get([9]))[9]
+    await simulation.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
+    await simulation.store.chunks.insert([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
+    await simulation.only.sweeper.sweep()
+    job = (await simulation.store.jobs.get([9]))[9]
     assert (job.status, job.progress, job.machines_found, job.settled) == (JobStatus.COMPLETED, 100, 1, True)
 
 
-async def test_job_without_chunks_is_planned(world: World) -> None:
+async def test_job_without_chunks_is_planned(simulation: Simulation) -> None:
     """A job of a replica that died immediately after accepting it is planned and scanned by another."""
-    await world.store.jobs.insert([scan_job(9, cidr="127.9.8.0/24")])
-    await world.wait(1)
-    assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
+    await simulation.store.jobs.insert([scan_job(9, cidr="127.9.8.0/24")])
+    await simulation.wait(1)
+    assert (await simulation.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
 
 
-async def test_open_chunks_of_an_ended_job_are_cancelled(world: World) -> None:
+async def test_open_chunks_of_an_ended_job_are_cancelled(simulation: Simulation) -> None:
     """A cancelled job that was left with open chunks, settled or not, is cleaned up, and their holders are stopped."""
     ended = change(scan_job(9, chunk_count=2, made=2), JobTrigger.CANCEL, THEN)
-    await world.store.jobs.insert([ended])
-    await world.store.chunks.insert(
+    await simulation.store.jobs.insert([ended])
+    await simulation.store.chunks.insert(
         [
             chunk(id="9-0", job_id=9, state=ChunkState.RUNNING, worker_id="w-1", attempt=1, partition=3),
             chunk(id="9-1", job_id=9, index=1),
         ],
     )
-    await world.only.sweeper.sweep()
-    await world.settle()
-    assert [each.state async for each in world.store.chunks.of_job(9)] == [ChunkState.CANCELLED] * 2
-    assert (await world.store.jobs.get([9]))[9].settled
-    assert [stop.chunk_id for stop in world.worker.stops] == ["9-0"]
+    await simulation.only.sweeper.sweep()
+    await simulation.settle()
+    assert [each.state async for each in simulation.store.chunks.of_job(9)] == [ChunkState.CANCELLED] * 2
+    assert (await simulation.store.jobs.get([9]))[9].settled
+    assert [stop.chunk_id for stop in simulation.worker.stops] == ["9-0"]
 
 
-async def test_unfinished_jobs_are_looked_at_every_ten_seconds(world: World) -> None:
+async def test_unfinished_jobs_are_looked_at_every_ten_seconds(simulation: Simulation) -> None:
     """Between two looks at all unfinished jobs lie ten seconds, whatever else is swept."""
-    await world.only.sweeper.sweep()
-    await world.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
-    await world.store.chunks.insert([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
-    world.now += 9.0
-    await world.only.sweeper.sweep()
-    assert (await world.store.jobs.get([9]))[9].status is JobStatus.RUNNING
-    world.now += 2.0
-    await world.only.sweeper.sweep()
-    assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
+    await simulation.only.sweeper.sweep()
+    await simulation.store.jobs.insert([replace(scan_job(9, made=1), status=JobStatus.RUNNING, outbox=())])
+    await simulation.store.chunks.insert([chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="asdt")])
+    simulation.now += 9.0
+    await simulation.only.sweeper.sweep()
+    assert (await simulation.store.jobs.get([9]))[9].status is JobStatus.RUNNING
+    simulation.now += 2.0
+    await simulation.only.sweeper.sweep()
+    assert (await simulation.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
 
 
 @pytest.mark.proves("F34", "G20")
-async def test_large_job_is_created_in_a_window(world: World) -> None:
+async def test_large_job_is_created_in_a_window(simulation: Simulation) -> None:
     """Of a job of 65,536 chunks at most a window is created ahead of dispatch, and all are scanned and counted once."""
-    world.worker.hold = True
-    large = await world.submit("127.8.0.0/16", policy=fill_in(Preset.FULL, {"service_detection": False, "scripts": ()}))
-    small = await world.submit("127.9.8.0/30", user_id=8)
-    await world.settle()
-    (large_job,), (small_job,) = world.accepted(large), world.accepted(small)
-    job = (await world.store.jobs.get([large_job.id]))[large_job.id]
+    simulation.worker.hold = True
+    large = await simulation.submit(
+        "127.8.0.0/16", policy=fill_in(Preset.FULL, {"service_detection": False, "scripts": ()})
+    )
+    small = await simulation.submit("127.9.8.0/30", user_id=8)
+    await simulation.settle()
+    (large_job,), (small_job,) = simulation.accepted(large), simulation.accepted(small)
+    job = (await simulation.store.jobs.get([large_job.id]))[large_job.id]
     assert job.plan.chunk_count > 65_000
     assert job.made == plan.WINDOW
-    assert (await world.store.jobs.get([small_job.id]))[small_job.id].made == 1
+    assert (await simulation.store.jobs.get([small_job.id]))[small_job.id].made == 1
     done = 0
     while done < 2_000:
-        for task in world.worker.tasks[done:]:
+        for task in simulation.worker.tasks[done:]:
             done += 1
-            await world.worker.claim(task)
-            await world.worker.scanned(task)
-        await world.worker.announce()
-        await world.settle()
-    job = (await world.store.jobs.get([large_job.id]))[large_job.id]
-    standing = (await world.store.chunks.standings([job.id]))[job.id]
+            await simulation.worker.claim(task)
+            await simulation.worker.scanned(task)
+        await simulation.worker.announce()
+        await simulation.settle()
+    job = (await simulation.store.jobs.get([large_job.id]))[large_job.id]
+    standing = (await simulation.store.chunks.standings([job.id]))[job.id]
     assert standing.open <= plan.WINDOW
     assert job.totals.done == standing.lowest
     assert (job.plan.chunk_addresses, job.plan.chunk_ports) == (4, 8_192)
     assert sum(job.totals.probes.values()) == 4 * 8_192 * job.totals.done
 
 
-async def test_cancel_of_a_large_job_creates_no_further_chunks(world: World) -> None:
+async def test_cancel_of_a_large_job_creates_no_further_chunks(simulation: Simulation) -> None:
     """A cancel of a job of thousands of chunks cancels the existing ones, and no others are created afterwards."""
-    world.workers = []
-    await world.submit("127.8.0.0/16", policy=scan_policy(ports="1-5000"))
-    await world.settle()
-    await world.cancel(1)
-    await world.settle()
-    job = (await world.store.jobs.get([1]))[1]
+    simulation.workers = []
+    await simulation.submit("127.8.0.0/16", policy=scan_policy(ports="1-5000"))
+    await simulation.settle()
+    await simulation.cancel(1)
+    await simulation.settle()
+    job = (await simulation.store.jobs.get([1]))[1]
     assert (job.status, job.settled) == (JobStatus.CANCELLED, True)
-    assert [each.state async for each in world.store.chunks.of_job(1)] == [ChunkState.CANCELLED] * plan.WINDOW
+    assert [each.state async for each in simulation.store.chunks.of_job(1)] == [ChunkState.CANCELLED] * plan.WINDOW
     assert Tally(job).counts["cancelled"] == job.plan.addresses * job.plan.ports
 
 
@@ -295,79 +297,79 @@ async def test_three_replicas_create_each_chunk_once() -> None:
 
     store = MemoryStore()
     store.chunks = Counting(store.data)
-    world = World(store, replicas=3)
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
-    await world.wait(40)
-    job = (await world.store.jobs.get([1]))[1]
+    simulation = Simulation(store, replicas=3)
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000"))
+    await simulation.wait(40)
+    job = (await simulation.store.jobs.get([1]))[1]
     assert job.status is JobStatus.COMPLETED
     assert inserted.total() == len(inserted) == job.plan.chunk_count
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_faulty_job_is_skipped(world: World) -> None:
+async def test_faulty_job_is_skipped(simulation: Simulation) -> None:
     """A job that raises an unexpected error is logged, counted and skipped until it changes; the others end."""
-    await world.store.jobs.insert([scan_job(8, cidr="127.9.8.0/30", chunk_addresses=0), scan_job(9)])
+    await simulation.store.jobs.insert([scan_job(8, cidr="127.9.8.0/30", chunk_addresses=0), scan_job(9)])
     before = SKIPPED_JOBS._value.get()
     with capture_logs() as logs:
-        await world.wait(2)
-    assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
-    assert (await world.store.jobs.get([8]))[8].status is JobStatus.PENDING
+        await simulation.wait(2)
+    assert (await simulation.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
+    assert (await simulation.store.jobs.get([8]))[8].status is JobStatus.PENDING
     skipped = [entry["job_id"] for entry in logs if entry["event"] == "job_skipped"]
     assert set(skipped) == {8}
     assert SKIPPED_JOBS._value.get() - before == len(skipped)
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_job_whose_reason_to_wait_is_unknown_is_skipped(world: World) -> None:
+async def test_job_whose_reason_to_wait_is_unknown_is_skipped(simulation: Simulation) -> None:
     """An unexpected error in finding out why a job waits stops neither the sweep nor the other jobs."""
     running = replace(scan_job(8, made=1, chunk_addresses=0), status=JobStatus.RUNNING, outbox=())
-    await world.store.jobs.insert([running, scan_job(9)])
-    await world.store.chunks.insert([chunk(id="8-0", job_id=8, needs_raw=True)])
-    await world.wait(12)
-    assert (await world.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
+    await simulation.store.jobs.insert([running, scan_job(9)])
+    await simulation.store.chunks.insert([chunk(id="8-0", job_id=8, needs_raw=True)])
+    await simulation.wait(12)
+    assert (await simulation.store.jobs.get([9]))[9].status is JobStatus.COMPLETED
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_job_whose_events_are_invalid_is_skipped(world: World) -> None:
+async def test_job_whose_events_are_invalid_is_skipped(simulation: Simulation) -> None:
     """A damaged count of machines stops neither the sweep nor the events of other jobs, nor a give-up of the dispatcher."""
-    world.workers = []
+    simulation.workers = []
     damaged = replace(scan_job(8), machines_found=-1, outbox=())
-    await world.store.jobs.insert([damaged, replace(scan_job(9), outbox=())])
-    world.now += 60.0
-    await world.only.sweeper.sweep()
-    assert (await world.store.jobs.get([9]))[9].waiting == "no_worker"
-    await world.only.reconciler.give_up(8, "refused")
-    assert (await world.store.jobs.get([8]))[8].status is JobStatus.PENDING
+    await simulation.store.jobs.insert([damaged, replace(scan_job(9), outbox=())])
+    simulation.now += 60.0
+    await simulation.only.sweeper.sweep()
+    assert (await simulation.store.jobs.get([9]))[9].waiting == "no_worker"
+    await simulation.only.reconciler.give_up(8, "refused")
+    assert (await simulation.store.jobs.get([8]))[8].status is JobStatus.PENDING
 
 
-async def test_cancel_of_a_large_job_stops_running_chunks_first(world: World) -> None:
+async def test_cancel_of_a_large_job_stops_running_chunks_first(simulation: Simulation) -> None:
     """A cancel of a job with thousands of queued chunks stops the running ones first."""
-    await world.store.jobs.insert(
+    await simulation.store.jobs.insert(
         [replace(scan_job(9, chunk_count=5_001, made=5_001), status=JobStatus.RUNNING, outbox=())]
     )
-    await world.store.chunks.insert([chunk(id=f"9-{n}", job_id=9, index=n) for n in range(5_000)])
+    await simulation.store.chunks.insert([chunk(id=f"9-{n}", job_id=9, index=n) for n in range(5_000)])
     held = chunk(id="9-5000", job_id=9, index=5_000, state=ChunkState.RUNNING, worker_id="w-1", attempt=1)
-    await world.store.chunks.insert([held])
-    await world.cancel(9)
-    await world.hand(SCAN_COMMANDS, world.take(SCAN_COMMANDS))
-    assert len(world.bus.messages(SCAN_TASKS)) == 1
-    assert (await world.store.chunks.get([held.id]))[held.id].state is ChunkState.CANCELLED
+    await simulation.store.chunks.insert([held])
+    await simulation.cancel(9)
+    await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
+    assert len(simulation.bus.messages(SCAN_TASKS)) == 1
+    assert (await simulation.store.chunks.get([held.id]))[held.id].state is ChunkState.CANCELLED
 
 
 async def test_failing_repairs_leave_the_api_ready() -> None:
     """While repairs fail, as with a census that takes too long, no replica becomes unready: they are repeated."""
     store = MemoryStore()
-    world = World(store)
-    await world.start()
-    await world.submit()
-    await world.deliver()
+    simulation = Simulation(store)
+    await simulation.start()
+    await simulation.submit()
+    await simulation.deliver()
     store.data.unavailable = True
-    world.only.reconciler.begin([scan_job(1)])
-    world.only.reporter.note([1])
-    loops = (*world.only.request_loops, *world.only.job_loops)
-    repairs = [loop for loop in loops if loop is not world.only.dispatcher.loop]
+    simulation.only.reconciler.begin([scan_job(1)])
+    simulation.only.reporter.note([1])
+    loops = (*simulation.only.request_loops, *simulation.only.job_loops)
+    repairs = [loop for loop in loops if loop is not simulation.only.dispatcher.loop]
     with capture_logs() as logs:
         for loop in repairs:
             await loop.start()
@@ -396,14 +398,14 @@ async def test_chunks_are_created_after_a_failed_insert(lost: int) -> None:
     """After failed inserts no chunk is missing."""
     store = MemoryStore()
     store.chunks = ForgetfulChunks(store.data, lost)
-    world = World(store)
-    world.worker.slots = 100
-    await world.start()
-    await world.worker.announce()
-    await world.submit("127.9.0.0/20", policy=scan_policy(ports="1-5000"))
+    simulation = Simulation(store)
+    simulation.worker.slots = 100
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.0.0/20", policy=scan_policy(ports="1-5000"))
     for _ in range(100):
         try:
-            await world.wait(1)
+            await simulation.wait(1)
         except DependencyError:
             continue
         if (await store.jobs.get([1]))[1].final:
@@ -435,18 +437,18 @@ async def test_work_leaves_a_job_with_an_unreadable_chunk_to_the_sweep(*, cancel
     """A job that makes no progress is not reconciled again at once, whether its chunk has ended or is to be cancelled."""
     store = MemoryStore()
     store.chunks = unreadable = UnreadableChunks(store.data)
-    world = World(store)
-    await world.start()
+    simulation = Simulation(store)
+    await simulation.start()
     job = replace(scan_job(9, chunk_count=2, made=2), status=JobStatus.RUNNING, outbox=())
     await store.jobs.insert([change(job, JobTrigger.CANCEL, THEN) if cancelled else job])
     state = ChunkState.QUEUED if cancelled else ChunkState.STORED
     await store.chunks.insert([chunk(id="9-0", job_id=9, state=state), chunk(id="9-1", job_id=9, index=1, state=state)])
-    await world.only.reconciler.reconcile([9])
+    await simulation.only.reconciler.reconcile([9])
     for _ in range(3):
-        await world.only.reconciler.work()
+        await simulation.only.reconciler.work()
     rounds = unreadable.rounds
     for _ in range(5):
-        await world.only.reconciler.work()
+        await simulation.only.reconciler.work()
     assert unreadable.rounds == rounds
 
 
@@ -463,82 +465,82 @@ async def test_job_whose_chunks_cannot_be_stored_is_isolated() -> None:
     """Of jobs that are processed together, only the one that causes the error gets no chunks and does not change."""
     store = MemoryStore()
     store.chunks = RejectingChunks(store.data)
-    world = World(store)
-    await world.start()
+    simulation = Simulation(store)
+    await simulation.start()
     await store.jobs.insert([replace(scan_job(id_, outbox=()), made=0) for id_ in (7, 8, 9)])
-    await world.only.reconciler.reconcile([7, 8, 9])
+    await simulation.only.reconciler.reconcile([7, 8, 9])
     jobs = await store.jobs.get([7, 8, 9])
     assert [jobs[id_].made > 0 for id_ in (7, 8, 9)] == [True, False, True]
     assert {each.job_id for each in (await store.chunks.get(["7-0", "8-0", "9-0"])).values()} == {7, 9}
 
 
-async def test_job_with_all_chunks_stored_starts_and_ends_in_one_save(world: World) -> None:
+async def test_job_with_all_chunks_stored_starts_and_ends_in_one_save(simulation: Simulation) -> None:
     """A job whose chunks are all stored starts and ends in one save, and publishes both events in order."""
     job = replace(scan_job(9, chunk_count=1, made=1), outbox=())
-    await world.store.jobs.insert([job])
-    await world.store.chunks.insert(
+    await simulation.store.jobs.insert([job])
+    await simulation.store.chunks.insert(
         [chunk(id="9-0", job_id=9, state=ChunkState.STORED, outcomes="a" * job.plan.addresses)]
     )
-    await world.only.reconciler.reconcile([9])
-    ended = (await world.store.jobs.get([9]))[9]
+    await simulation.only.reconciler.reconcile([9])
+    ended = (await simulation.store.jobs.get([9]))[9]
     assert (ended.status, ended.rev) == (JobStatus.COMPLETED, job.rev + 1)
-    assert [(type(each), each.job.status) for each in world.events(9)] == [
+    assert [(type(each), each.job.status) for each in simulation.events(9)] == [
         (JobStarted, JobStatus.RUNNING),
         (JobCompleted, JobStatus.COMPLETED),
     ]
 
 
-async def test_published_event_is_not_published_again(world: World) -> None:
+async def test_published_event_is_not_published_again(simulation: Simulation) -> None:
     """An event that is still in the outbox after the bus has acknowledged it is not sent with the next one."""
-    await world.submit()
-    await world.deliver()
-    assert [type(out.event) for out in (await world.store.jobs.get([1]))[1].outbox] == [JobCreated]
-    await world.cancel(1)
-    await world.deliver()
-    assert [type(each) for each in world.events(1)] == [JobCreated, JobCancelled]
+    await simulation.submit()
+    await simulation.deliver()
+    assert [type(out.event) for out in (await simulation.store.jobs.get([1]))[1].outbox] == [JobCreated]
+    await simulation.cancel(1)
+    await simulation.deliver()
+    assert [type(each) for each in simulation.events(1)] == [JobCreated, JobCancelled]
 
 
-async def test_outboxes_are_emptied_together(world: World) -> None:
+async def test_outboxes_are_emptied_together(simulation: Simulation) -> None:
     """One round takes what was published out of the outboxes of many jobs, and the next has nothing to do."""
     jobs = [scan_job(id_) for id_ in (7, 8, 9)]
-    await world.store.jobs.insert(jobs)
-    await world.only.outbox.publish(jobs)
-    await world.only.outbox.empty()
-    assert [(job.outbox, job.rev) for job in (await world.store.jobs.get([7, 8, 9])).values()] == 3 * [((), 1)]
-    await world.only.outbox.empty()
-    assert {job.rev for job in (await world.store.jobs.get([7, 8, 9])).values()} == {1}
+    await simulation.store.jobs.insert(jobs)
+    await simulation.only.outbox.publish(jobs)
+    await simulation.only.outbox.empty()
+    assert [(job.outbox, job.rev) for job in (await simulation.store.jobs.get([7, 8, 9])).values()] == 3 * [((), 1)]
+    await simulation.only.outbox.empty()
+    assert {job.rev for job in (await simulation.store.jobs.get([7, 8, 9])).values()} == {1}
 
 
-async def test_outboxes_of_restored_jobs_are_emptied(world: World) -> None:
+async def test_outboxes_of_restored_jobs_are_emptied(simulation: Simulation) -> None:
     """After a restore, which raises the `seq` of jobs above that of their events, a sweep publishes these events once."""
-    await world.store.jobs.insert([restored_from_backup(scan_job(9), 1_000)])
+    await simulation.store.jobs.insert([restored_from_backup(scan_job(9), 1_000)])
     for _ in range(2):
-        await world.only.outbox.relay([9])
-        await world.only.outbox.empty()
-        await world.restart()
-    assert [event.seq for event in world.events(9)] == [1]
+        await simulation.only.outbox.relay([9])
+        await simulation.only.outbox.empty()
+        await simulation.restart()
+    assert [event.seq for event in simulation.events(9)] == [1]
 
 
-async def test_outbox_with_a_later_event_is_emptied_once_that_is_published(world: World) -> None:
+async def test_outbox_with_a_later_event_is_emptied_once_that_is_published(simulation: Simulation) -> None:
     """The cleanup after the first event keeps the outbox of a job that has changed since."""
-    await world.store.jobs.insert([scan_job(9)])
-    await world.only.outbox.publish([scan_job(9)])
+    await simulation.store.jobs.insert([scan_job(9)])
+    await simulation.only.outbox.publish([scan_job(9)])
     cancelled = change(scan_job(9), JobTrigger.CANCEL, THEN)
-    await world.store.jobs.save([cancelled])
-    await world.only.outbox.empty()
-    assert len((await world.store.jobs.get([9]))[9].outbox) == 2
-    await world.only.outbox.publish([cancelled])
-    await world.only.outbox.empty()
-    assert (await world.store.jobs.get([9]))[9].outbox == ()
-    assert {event.seq for event in world.events(9)} == {1, 2}
+    await simulation.store.jobs.save([cancelled])
+    await simulation.only.outbox.empty()
+    assert len((await simulation.store.jobs.get([9]))[9].outbox) == 2
+    await simulation.only.outbox.publish([cancelled])
+    await simulation.only.outbox.empty()
+    assert (await simulation.store.jobs.get([9]))[9].outbox == ()
+    assert {event.seq for event in simulation.events(9)} == {1, 2}
 
 
-async def test_repeated_request_for_a_check_has_what_the_worker_reported(world: World) -> None:
+async def test_repeated_request_for_a_check_has_what_the_worker_reported(simulation: Simulation) -> None:
     """After a loss of the worker's report result-store gets the facts of the scan, with which it closes the chunk."""
-    world.worker.hold, world.results = True, None
-    await world.submit("127.9.8.0/30", policy=scan_policy(ports="top:3"))
-    await world.settle()
-    [task] = world.worker.tasks
+    simulation.worker.hold, simulation.results = True, None
+    await simulation.submit("127.9.8.0/30", policy=scan_policy(ports="top:3"))
+    await simulation.settle()
+    [task] = simulation.worker.tasks
     run = Run(nmap="7.93", arguments="a" * 64, source="127.0.0.1", rules="b" * 64, began=1.5)
     facts: dict[str, Any] = {
         "nmap": run.nmap,
@@ -549,11 +551,11 @@ async def test_repeated_request_for_a_check_has_what_the_worker_reported(world: 
         "discovery": "default",
         "run": run,
     }
-    await world.worker.scanned(task, **facts)
-    await world.settle()
-    world.now += 61.0
-    await world.only.sweeper.sweep()
-    reported, repeated = world.bus.messages(SCAN_RESULTS)
+    await simulation.worker.scanned(task, **facts)
+    await simulation.settle()
+    simulation.now += 61.0
+    await simulation.only.sweeper.sweep()
+    reported, repeated = simulation.bus.messages(SCAN_RESULTS)
     assert isinstance(repeated, ChunkScanned)
     assert repeated.model_dump(exclude={"slot_seconds", "traceparent"}) == reported.model_dump(
         exclude={"slot_seconds", "traceparent"}

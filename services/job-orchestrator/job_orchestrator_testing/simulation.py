@@ -61,8 +61,8 @@ from scanfleet_testing.chunk_grants import signer
 RULES: Final = TargetRules((parse_network("127.0.0.0/8"),))
 _READ: Final = (SCAN_COMMANDS, SCAN_DELETIONS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
 _EVERY_PARTITION: Final = range(SCAN_PROGRESS.partitions)
-_NOW: Final = 1_000.0  # on its monotonic clock, when a world begins
-_STEPS: Final = 1_000  # maximum number until a world is idle
+_NOW: Final = 1_000.0  # on its monotonic clock, when a simulation begins
+_STEPS: Final = 1_000  # maximum number until a simulation is idle
 
 
 class _Token(TypedDict):
@@ -182,20 +182,20 @@ class ResultStore:
 
 
 class _Time(PlatformTime):
-    """The database's clock, which follows the world's time."""
+    """The database's clock, which follows the simulation's time."""
 
-    def __init__(self, world: World) -> None:
-        super().__init__(self._never, lambda: world.now)
-        self._set(utc_now(), world.now)
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__(self._never, lambda: simulation.now)
+        self._set(utc_now(), simulation.now)
 
     def step(self, by: timedelta) -> None:
         self._set(self.now() + by, self.monotonic())
 
     async def _never(self) -> datetime:
-        raise AssertionError("a world has no database to ask for its time")
+        raise AssertionError("a simulation has no database to ask for its time")
 
 
-class World:
+class Simulation:
     """Replicas of the orchestrator on one store and one bus, a worker and a result-store.
 
     Attributes:
@@ -317,7 +317,7 @@ class World:
             busy = any(replica.reconciler.busy for replica in self.replicas)
             if not delivered and not busy and not self._waiting():
                 return
-        raise AssertionError("the world did not reach a stable state")
+        raise AssertionError("the simulation did not reach a stable state")
 
     async def deliver(self) -> bool:
         """Deliver the messages sent since the last call; return whether there were any."""
