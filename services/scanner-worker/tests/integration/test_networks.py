@@ -172,6 +172,7 @@ CONNECTING = """
 import asyncio, sys
 from ipaddress import ip_network
 from scanfleet.contracts.messages import ScanChunk
+from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.scanning.targets import TargetRules
 from scanfleet_testing.bus import MemoryBus
 from scanner_worker.handlers.batch import Abilities, Batch
@@ -184,10 +185,11 @@ async def main():
     await nmap.start()
     abilities = Abilities(1, False, TargetRules((ip_network("10.88.0.0/24"), ip_network("2001:db8::/64"))), attempt_seconds=60)
     batch = Batch([chunk], abilities, nmap)
-    scan = ChunkScan(chunk, abilities, MemoryBus(), lambda *_: None)
-    _, end = await asyncio.gather(batch.run(), scan.run(batch.shares[0]))
+    bus = MemoryBus()
+    scan = ChunkScan(chunk, abilities, bus, lambda *_: None)
+    await asyncio.gather(batch.run(), scan.run(batch.shares[0]))
     await nmap.stop()
-    print(end.model_dump_json())
+    print(bus.messages(SCAN_PROGRESS)[-1].model_dump_json())
 
 asyncio.run(main())
 """
