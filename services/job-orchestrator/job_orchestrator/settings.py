@@ -60,8 +60,8 @@ class Settings(
     stored_seconds: float = Field(
         60.0,
         gt=0,
-        description="Timeout in seconds, up to 300, of a check of a scanned chunk by result-store; then the orchestrator requests "
-        "it again.",
+        description="Timeout in seconds of a check of a scanned chunk by result-store; then the orchestrator requests it again. Larger "
+        "values count as 300.",
     )
     raw_worker_seconds: float = Field(
         600.0,  # longer than it takes to start a pod on a new node

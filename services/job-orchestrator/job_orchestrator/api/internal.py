@@ -22,7 +22,7 @@ router = APIRouter(prefix="/internal", route_class=AuthenticatedRoute)
 
 _LATEST_PAGE: Final = 200  # states of jobs: 0.1 MB of the database
 _ENDED_WITHIN: Final = timedelta(days=1)  # clients that were disconnected for longer read the list
-_CANCEL_PAGE: Final = 1_000  # jobs cancelled per request: about a second of work, well below every timeout
+_CANCEL_PAGE: Final = 1_000  # jobs cancelled per request: a second of work, and of waiting for a silent broker
 
 
 @router.get("/jobs/{job_id}/owner", name="read_results")

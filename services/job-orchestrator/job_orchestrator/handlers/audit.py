@@ -16,8 +16,8 @@ from scanfleet.errors import MessageError, Rule
 from scanfleet.runtime.bus import PartitionListener, Record
 from scanfleet.security.audit import write_line
 
-MAX_BYTES_PER_MINUTE: Final = 500_000  # of a service: 720 MB a day, and some 800 entries of honest processes a minute
-MAX_BYTES_AT_ONCE: Final = 30_000_000  # of a service: each process sends up to 10,000 entries after an outage
+MAX_BYTES_PER_MINUTE: Final = 500_000  # 720 MB a day, and 550 to 800 entries a minute
+MAX_BYTES_AT_ONCE: Final = 30_000_000  # each process sends up to 10,000 entries after an outage
 _OVERHEAD: Final = 300  # bytes of an entry's signature, times and block
 
 
@@ -57,7 +57,8 @@ class Audit(PartitionListener):
     topic. Its id is in the service's own namespace, so that it cannot suppress an entry of another service.
 
     Of a service `MAX_BYTES_PER_MINUTE` are stored, and up to `MAX_BYTES_AT_ONCE` after minutes with less, since the service may be
-    compromised; further entries are counted in an entry of the orchestrator. A restart may lose this count.
+    compromised; further entries are counted in an entry of the orchestrator. A restart may lose this count. Entries without a
+    subject have a limit of their own, so that a flood without tokens displaces no refusal of a user.
     """
 
     def __init__(self, audit: AuditRepository, service: str) -> None:
@@ -65,14 +66,16 @@ class Audit(PartitionListener):
         self._service = service
         self._topic = SCAN_AUDIT_OPERATOR if service == OPERATOR else SCAN_AUDIT[service]
         self._most = float("inf") if service == OPERATOR else MAX_BYTES_AT_ONCE
-        self._minute = _Minute(left=self._most)
+        self._minutes = dict.fromkeys((True, False), _Minute(left=self._most))
+        """By whether the entries have a subject."""
 
     async def handle(self, records: Sequence[Record[Audited | OperatorActed]]) -> None:
-        minute = self._minute
+        minutes = dict(self._minutes)
         entries: list[AuditEntry] = []
         excess = 0
         for record in records:
             entry = self._entry(record.message).model_copy(update={"service": self._service})
+            minute = minutes[bool(entry.subject)]
             number = int(record.timestamp.timestamp() // 60)
             if number != minute.number:
                 entries += self._counted(minute)
@@ -84,13 +87,14 @@ class Audit(PartitionListener):
             else:
                 minute = replace(minute, excess=minute.excess + entry.count, offset=record.offset)
                 excess += entry.count
+            minutes[bool(entry.subject)] = minute
         await self._audit.add(entries)
-        self._minute = minute
+        self._minutes = minutes
         AUDIT_EXCESS.labels(self._service).inc(excess)
 
     async def caught_up(self, partitions: Collection[int]) -> None:  # noqa: ARG002 # the topic has one
-        await self._audit.add(self._counted(self._minute))
-        self._minute = replace(self._minute, excess=0)
+        await self._audit.add([entry for minute in self._minutes.values() for entry in self._counted(minute)])
+        self._minutes = {each: replace(minute, excess=0) for each, minute in self._minutes.items()}
 
     def _counted(self, minute: _Minute) -> list[AuditEntry]:
         if not minute.excess:

@@ -86,10 +86,12 @@ class Cancels:
         before = await self._jobs.get(job_ids)
         unfinished = [job.id for job in before.values() if not job.final]
         ended = await self._end(dict.fromkeys(unfinished))
-        await self._canceller.stop_scans(reasons(ended.values()))
         cancelled = sorted(job.id for job in ended.values() if job.status is JobStatus.CANCELLED)
+        try:
+            await self._canceller.stop_scans(reasons(ended.values()))
+        finally:
+            self._reconciler.begin(ended[id_] for id_ in cancelled)  # they have ended: no repeated call finds them
         await self._outbox.try_publish(ended[id_] for id_ in cancelled)
-        self._reconciler.begin(ended[id_] for id_ in cancelled)
         return cancelled
 
     async def _end(self, commands: Mapping[int, str | None]) -> dict[int, ScanJob]:

@@ -108,14 +108,15 @@ class Dispatcher:
         credits_ = [fairness.fill(credit, by_worker[credit.worker_id], time) for credit in mine]
         free_slot = any(credit.held < credit.slots for credit in credits_)
         self._idle = free_slot or not self._held.certain
-        free = [credit for credit in credits_ if fairness.has_room(credit) and self._tasks.can_reach(credit.worker_id)]
+        free = [credit for credit in credits_ if fairness.has_room(credit)]
         if not free_slot and now < self._ahead_due:
             return False  # a moment ago no chunk was small enough to be prefetched
         # Workers with raw packets are served first, from all chunks; the others get only chunks that need no raw
         # packets.
         more = False
         for raw in (True, False):
-            if workers := [credit for credit in free if credit.raw is raw]:
+            # Again, since the first kind's tasks may not be acknowledged yet.
+            if workers := [each for each in free if each.raw is raw and self._tasks.can_reach(each.worker_id)]:
                 more = await self._give(workers, raw=raw) or more
         await self._deactivate(now, {credit.raw for credit in (*mine, *self._live.values())})
         self._ahead_due = float("-inf") if more else now + _AHEAD_SECONDS

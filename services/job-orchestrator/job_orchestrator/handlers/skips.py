@@ -15,6 +15,7 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.metrics import SKIPPED_JOBS
 
 _SKIP_SECONDS: Final = 60.0  # time to skip a job whose documents cannot be read
+_LEADER_SECONDS: Final = 2.0  # time to skip a job whose partition has no leader: often for a moment only
 _CLOSED_SECONDS: Final = 600.0  # maximum time to skip a job outside its hours: the clock stops while a machine sleeps
 # A job that another replica created may wait as long as its user is left out, or the user's other jobs are cached.
 _LEFT_OUT_SECONDS: Final = 10.0  # time to skip a user who has only such jobs
@@ -96,6 +97,10 @@ class Skips:
         self._add(candidate.user_id, [candidate.job_id], self._clock.monotonic() + _SKIP_SECONDS)
         SKIPPED_JOBS.inc()
         _log.error("job_skipped", job_id=candidate.job_id, chunk_id=candidate.chunk_id, cause=cause)
+
+    def await_leader(self, candidate: Candidate) -> None:
+        """Skip a job for a moment, because its partition of scan-progress has no leader."""
+        self._add(candidate.user_id, [candidate.job_id], self._clock.monotonic() + _LEADER_SECONDS)
 
     async def await_hours(self, job: ScanJob, begin_in: timedelta | None) -> None:
         """Skip the job, and all others of its user under its grant, until the hours of the grant begin; None is never."""

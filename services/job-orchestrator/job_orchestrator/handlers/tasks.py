@@ -142,7 +142,7 @@ class Tasks:
                 elif self._grants.closed(job, now):
                     closed[job.user_id, job.granted_by] = job
                 elif job.partition in leaderless:
-                    self._skips.skip(candidate, "its partition of scan-progress has no leader")
+                    self._skips.await_leader(candidate)
                 elif chunk.state is ChunkState.QUEUED:
                     size = plan.attempt_size(job, chunk)
                     estimate = plan.expected(job, PortSet.parse(chunk.ports), size)

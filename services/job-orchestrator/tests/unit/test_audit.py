@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from ipaddress import ip_network
@@ -434,6 +435,29 @@ async def test_flood_of_refusals_is_bounded_and_counted(
     assert (await simulation.store.audit.page(0, 1, service=WORKER))[1] == 550
     await handler.handle(sent(range(730, 831), 3))
     assert (await simulation.store.audit.page(0, 1, service=WORKER))[1] == 650
+
+
+@pytest.mark.proves("A26", "G15")
+async def test_flood_without_tokens_displaces_no_refusal_of_a_user(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refusals without a subject have a limit of their own."""
+    size = stored_bytes(refusal(id="x100", subject=""))
+    monkeypatch.setattr(audit, "MAX_BYTES_AT_ONCE", 50 * size)
+    handler = Audit(simulation.store.audit, WORKER)
+
+    def record_of(number: int, subject: str) -> Record[Audited]:
+        return Record(
+            Audited(entry=refusal(id=f"x{number}", subject=subject)), SCAN_AUDIT[WORKER].name, 0, number, THEN
+        )
+
+    await handler.handle([record_of(number, "") for number in range(100, 200)])
+    await handler.handle([record_of(200, "7")])
+    await handler.caught_up([0])
+    stored, _ = await simulation.store.audit.page(0, 200, service=WORKER)
+    assert Counter(entry.subject for entry in stored) == {"": 50, "7": 1}
+    (flood,), _ = await simulation.store.audit.page(0, 10, rule="flood")
+    assert flood.count == 50
 
 
 @pytest.mark.proves("A25", "A26", "G20")

@@ -22,7 +22,7 @@ from job_orchestrator_testing import MemoryStore, Simulation, scan_job, scan_pol
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryJobs, MemorySubnets
 from job_orchestrator_testing.repository.data import Data
-from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobEvent, JobStatus, Message
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobEvent, JobStatus, Message, StopChunk
 from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
@@ -522,6 +522,26 @@ async def test_reply_to_a_cancel_follows_the_stops(simulation: Simulation) -> No
     await simulation.settle()
     kinds = [kind for kind in publisher.kinds if kind in {"ScanChunk", "StopChunk", "CommandAccepted"}]
     assert kinds == ["CommandAccepted", "ScanChunk", "StopChunk", "CommandAccepted"]
+
+
+async def test_bulk_cancel_that_fails_stops_the_scans_all_the_same(simulation: Simulation) -> None:
+    """A bulk cancel that cannot read the chunks fails, and the work loop stops the scans of the jobs that it has ended."""
+    simulation.worker.hold = True
+    await simulation.start()
+    await simulation.worker.announce()
+    await simulation.submit("127.9.8.0/30")
+    await simulation.settle()
+
+    async def unavailable(*_: object, **__: object) -> None:
+        raise DependencyError("unavailable")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(simulation.store.chunks, "ids_in", unavailable)
+        with pytest.raises(DependencyError):
+            await simulation.only.cancels.cancel([1])
+    assert await simulation.only.cancels.cancel([1]) == []
+    await simulation.only.reconciler.work()
+    assert [each.chunk_id for each in simulation.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)] == ["1-0"]
 
 
 async def test_bulk_cancel_returns_after_the_stops(simulation: Simulation) -> None:

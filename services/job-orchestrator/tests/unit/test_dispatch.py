@@ -1011,6 +1011,47 @@ async def test_partition_without_a_leader_delays_only_its_own_workers(simulation
 
 
 @pytest.mark.proves("F33", "G17")
+async def test_partition_of_both_kinds_of_workers_waits_for_its_tasks(simulation: Simulation) -> None:
+    """While the task of a worker with raw packets is not acknowledged, a plain worker in the same partition gets none."""
+    raw = Worker(simulation.bus, "w-12")
+    raw.raw, simulation.worker.raw = True, False
+    simulation.workers.append(raw)
+    assert SCAN_TASKS.partition_of("w-1") == SCAN_TASKS.partition_of("w-12")
+    for worker in simulation.workers:
+        worker.slots, worker.hold = 1, True
+    slow = SlowPublisher(simulation.bus)
+    simulation.replicas = [simulation.replica(publisher=slow)]
+    await simulation.start()
+    await queue(simulation, 7, 2)
+    for worker in simulation.workers:
+        await worker.announce()
+    await simulation.deliver()
+    await simulation.only.dispatcher.fill()
+    assert {each.token.worker_id for each in await simulation.store.dispatch.held()} == {"w-12"}
+    slow.allowed.set()
+    await simulation.settle()
+    assert {task.worker_id for task in tasks(simulation)} == {"w-1", "w-12"}
+
+
+@pytest.mark.proves("F33", "G17")
+async def test_job_whose_reports_had_no_leader_for_a_moment_is_dispatched_soon(simulation: Simulation) -> None:
+    """A job waits for seconds after its partition had no leader, and does not count as damaged."""
+    skipped = REGISTRY.get_sample_value("scanfleet_skipped_jobs_total")
+    await simulation.start()
+    await queue(simulation, 7, 1)
+    await simulation.worker.announce()
+    simulation.bus.broker.leaderless = {(SCAN_PROGRESS.name, SCAN_PROGRESS.partition_of("7"))}
+    await simulation.deliver()
+    await simulation.only.dispatcher.fill()
+    simulation.bus.broker.leaderless = set()
+    assert tasks(simulation) == []
+    simulation.now += 3
+    await simulation.only.dispatcher.fill()
+    assert [task.chunk_id for task in tasks(simulation)] == ["7-0"]
+    assert REGISTRY.get_sample_value("scanfleet_skipped_jobs_total") == skipped
+
+
+@pytest.mark.proves("F33", "G17")
 async def test_job_without_a_leader_of_its_reports_takes_the_slots_for_one_lease(simulation: Simulation) -> None:
     """After a lease without a leader another user's job gets a slot, and the job whose reports are not acknowledged gets none."""
     partition = SCAN_PROGRESS.partition_of("7")

@@ -82,7 +82,7 @@ class Batch:
         shares: one per chunk, in order. nmap starts once every share has requested its addresses or left.
         fault: the error that ended nmap; None if nmap finished, was not needed, or all shares left.
         finished: whether nmap finished successfully, with all addresses.
-        failed: whether nmap was started and failed, and finished no chunk.
+        failed: whether nmap was started and failed, and finished no chunk, also none of those that left early.
         common_ports: the ports of a `top` set by number; empty for another set.
         arguments: the digest of nmap's last arguments without targets; empty if it was not started.
     """
