@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -108,7 +109,7 @@ class _Logger:
         try:
             _write(render(None, "", entry))
         except Exception:  # noqa: BLE001 # as logging handlers do: a failed log write must not stop the caller
-            traceback.print_exc()
+            _print_error()
 
     info = warning = error = critical = debug
 
@@ -120,13 +121,20 @@ class _Handler(logging.Handler):
         try:
             _write(self.format(record))
         except Exception:  # noqa: BLE001 # as above
-            self.handleError(record)
+            _print_error()
 
 
 def _write(line: str) -> None:
     """Write to the current `sys.stdout`, which a test may have replaced since."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def _print_error() -> None:
+    """Print the current exception to standard error, which may be full, closed or missing too."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exc()
 
 
 def _trace(_logger: Any, _method: str, entry: structlog.typing.EventDict) -> structlog.typing.EventDict:

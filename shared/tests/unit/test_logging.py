@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -86,6 +88,25 @@ def test_entry_that_cannot_be_rendered_does_not_stop_its_caller(lines: Any, caps
     written = capsys.readouterr()
     assert written.out == ""
     assert "ValueError: no text" in written.err
+    structlog.get_logger("x").info("next")
+    assert [entry["event"] for entry in lines()] == ["next"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), ValueError("closed"), None])
+def test_entry_that_neither_stream_accepts_does_not_stop_its_caller(
+    lines: Any, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """The caller continues if both streams fail, or standard error does not exist."""
+
+    class Failing(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise error or OSError
+
+    with monkeypatch.context() as replaced:
+        replaced.setattr(sys, "stdout", Failing())
+        replaced.setattr(sys, "stderr", Failing() if error else None)
+        structlog.get_logger("x").info("event")
+        logging.getLogger("library").warning("event")
     structlog.get_logger("x").info("next")
     assert [entry["event"] for entry in lines()] == ["next"]
 
