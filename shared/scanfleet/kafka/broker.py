@@ -28,7 +28,10 @@ def access(settings: KafkaSettings) -> dict[str, Any]:
     protocol = "PLAINTEXT"
     if settings.kafka_ca_file is not None:
         protocol = "SSL"
-        arguments["ssl_context"] = FileContext.of(ssl.PROTOCOL_TLS_CLIENT, settings.kafka_ca_file)
+        context = FileContext.of(ssl.PROTOCOL_TLS_CLIENT, settings.kafka_ca_file, label="kafka_authority")
+        # Since Python 3.13 they accept a file that has only an intermediate authority.
+        context.verify_flags |= ssl.create_default_context().verify_flags
+        arguments["ssl_context"] = context
     if settings.kafka_username is not None:
         protocol = f"SASL_{protocol}"
         arguments |= {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -22,9 +21,11 @@ _log = structlog.stdlib.get_logger(__name__)
 
 _EXPIRY: Final = Gauge(
     "scanfleet_certificate_expiry_timestamp_seconds",
-    "Earliest expiry of the certificates in this file, in seconds since 1970; 0 if it cannot be read",
+    "Earliest expiry of the certificates in use that were read from this file, in seconds since 1970; 0 if unknown",
     ["file"],
 )
+
+_Version = tuple[tuple[int, ...], ...]
 
 
 class FileContext(ssl.SSLContext):
@@ -36,47 +37,72 @@ class FileContext(ssl.SSLContext):
 
     _authority: Path
     _certificate: tuple[Path, Path] | None
-    _version: tuple[tuple[int, ...], ...] = ()
+    _label: str
+    _version: _Version = ()
+    """Of the content in use."""
+
+    _refused: _Version = ()
+    """Of content that OpenSSL does not accept."""
+
+    _logged: _Version = ()
+    """Of the unusable files that were logged last."""
 
     @classmethod
-    def of(cls, protocol: ssl._SSLMethod, authority: Path, certificate: tuple[Path, Path] | None = None) -> Self:
+    def of(
+        cls,
+        protocol: ssl._SSLMethod,
+        authority: Path,
+        certificate: tuple[Path, Path] | None = None,
+        *,
+        label: str = "authority",
+    ) -> Self:
         """Return a context for a protocol.
 
         Args:
             protocol: for a server, or for a client that checks the server's name.
             authority: the trusted certificates.
             certificate: the own certificate and its key; None for a client without one.
+            label: the authority's label in the metric of expiries.
 
         Raises:
             OSError: a file cannot be read, or has invalid content.
         """
         context = cls(protocol)
-        context._authority, context._certificate = authority, certificate
-        context._read()
+        context._authority, context._certificate, context._label = authority, certificate, label
+        context._read(context._found())
         return context
 
     def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
         """Begin a connection; asyncio calls this for each one."""
-        try:
-            self._read()
-        except OSError as error:  # the base class of OpenSSL's errors
-            _log.error(
-                "certificate_files_unusable",
-                files=[str(file) for file in self._files()],
-                error=str(error),
-                next_step="the previous content stays in use; replace the certificate and its key together",
-            )
+        version = self._found()
+        if version not in (self._version, self._refused):
+            try:
+                self._read(version)
+            except OSError as error:  # the base class of OpenSSL's errors
+                if isinstance(error, ssl.SSLError):  # any other may be transient
+                    self._refused = version
+                if version != self._logged:
+                    self._logged = version
+                    _log.error(
+                        "certificate_files_unusable",
+                        files=[str(file) for file in self._files()],
+                        error=str(error),
+                        next_step="the previous content stays in use; replace the certificate and its key together",
+                    )
         return super().wrap_bio(*args, **options)
 
-    def _read(self) -> None:
-        version = tuple((found.st_mtime_ns, found.st_ino, found.st_size) for found in map(Path.stat, self._files()))
-        if version == self._version:
-            return
+    def _read(self, version: _Version) -> None:
         for context in (ssl.SSLContext(self.protocol), self):  # a failure would leave this one without a key
             context.load_verify_locations(self._authority)
             if self._certificate is not None:
                 context.load_cert_chain(*self._certificate)
         self._version = version
+        _EXPIRY.labels(self._label).set(_expiry(self._authority))
+        if self._certificate is not None:
+            _EXPIRY.labels("certificate").set(_expiry(self._certificate[0]))
+
+    def _found(self) -> _Version:
+        return tuple(map(_version, self._files()))
 
     def _files(self) -> tuple[Path, ...]:
         return self._authority, *(self._certificate or ())
@@ -117,9 +143,15 @@ def _context(settings: TlsSettings, protocol: ssl._SSLMethod) -> ssl.SSLContext 
         raise ConfigurationError(f"cannot use {files} for TLS: {error}") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_3  # both sides support it
     context.verify_mode = ssl.CERT_REQUIRED
-    _EXPIRY.labels("authority").set_function(partial(_expiry, settings.tls_ca_file))
-    _EXPIRY.labels("certificate").set_function(partial(_expiry, settings.tls_certificate_file))
     return context
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def _expiry(file: Path) -> float:

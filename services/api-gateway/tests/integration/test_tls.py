@@ -27,9 +27,10 @@ from api_gateway.connections import connect
 from api_gateway_testing import Gateway
 from local.credentials import LIFE, LOOPBACK, Authority
 from scanfleet.errors import ConfigurationError
+from scanfleet.kafka.broker import access
 from scanfleet.runtime import logging, service
 from scanfleet.runtime.server import Server
-from scanfleet.runtime.settings import CommonSettings, InternalApiSettings
+from scanfleet.runtime.settings import CommonSettings, InternalApiSettings, KafkaSettings
 from scanfleet.runtime.tls import client_context
 from scanfleet.security.audit import Refusals
 from scanfleet_testing.waiting import until
@@ -290,15 +291,61 @@ def test_file_that_is_no_certificate_ends_the_start(gateway: Files) -> None:
         client_context(Settings(internal_public_keys_file=Path("none"), **files.settings))
 
 
-def test_expiry_of_the_files_is_exported(tmp_path: Path) -> None:
+def days_left(file: str) -> float:
+    """Return the days until the expiry in the metric."""
+    expiry = REGISTRY.get_sample_value("scanfleet_certificate_expiry_timestamp_seconds", {"file": file})
+    assert expiry is not None
+    return (expiry - datetime.now(UTC).timestamp()) / 86400
+
+
+def test_expiry_of_the_certificates_in_use_is_exported(tmp_path: Path) -> None:
     """The metric has the expiry of the own certificate, and of the authority that expires first."""
     files = Site(tmp_path, timedelta(days=30)).files("api-gateway")
     with files.tls_ca_file.open("a") as authorities:
         authorities.write(Authority("another", timedelta(days=20)).certificate)
     client_context(Settings(internal_public_keys_file=Path("none"), **files.settings))
-    for file, days in {"certificate": 30, "authority": 20}.items():
-        expiry = REGISTRY.get_sample_value("scanfleet_certificate_expiry_timestamp_seconds", {"file": file})
-        assert expiry == pytest.approx((datetime.now(UTC) + timedelta(days=days)).timestamp(), abs=60)
+    assert (days_left("certificate"), days_left("authority")) == pytest.approx((30, 20), abs=0.01)
+
+
+def test_expiry_of_the_brokers_authority_is_exported(gateway: Files, tmp_path: Path) -> None:
+    """The metric has the expiry of the authority of the brokers beside that of the services."""
+    client_context(Settings(internal_public_keys_file=Path("none"), **gateway.settings))
+    brokers = Site(tmp_path, timedelta(days=10)).files("broker")
+    access(KafkaSettings(kafka="h:1", kafka_ca_file=brokers.tls_ca_file))
+    assert (days_left("kafka_authority"), days_left("authority")) == pytest.approx((10, LIFE.days), abs=1)
+
+
+def test_certificate_without_its_key_changes_no_expiry_and_is_logged_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The expiry stays that of the certificate in use until the key is replaced too; the mismatch is logged once."""
+    old, new = (Site(tmp_path / str(days), timedelta(days=days)).files("api-gateway") for days in (20, 60))
+    settings = Settings(internal_public_keys_file=Path("none"), **old.settings)
+    logging.configure("test", settings)
+    context = client_context(settings)
+    assert context is not None
+
+    def begin_connections() -> None:
+        for _ in range(3):
+            context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="h")
+
+    shutil.copy(new.tls_certificate_file, old.tls_certificate_file)
+    begin_connections()
+    assert days_left("certificate") == pytest.approx(20, abs=0.01)
+    assert capsys.readouterr().out.count("certificate_files_unusable") == 1
+    old.tls_key_file.unlink()
+    begin_connections()
+    assert capsys.readouterr().out.count("certificate_files_unusable") == 1
+    shutil.copy(new.tls_key_file, old.tls_key_file)
+    begin_connections()
+    assert days_left("certificate") == pytest.approx(60, abs=0.01)
+    assert capsys.readouterr().out == ""
+
+
+def test_context_of_the_brokers_has_the_default_flags(gateway: Files) -> None:
+    """Brokers are verified with the default flags of this Python; since 3.13 they accept an intermediate authority alone."""
+    context = access(KafkaSettings(kafka="h:1", kafka_ca_file=gateway.tls_ca_file))["ssl_context"]
+    assert context.verify_flags == ssl.create_default_context().verify_flags
 
 
 def test_files_without_each_other_are_refused(gateway: Files) -> None:
