@@ -53,6 +53,15 @@ def test_files_have_no_machine_specific_paths() -> None:
     assert foreign == []
 
 
+def test_paths_with_reviewers_exist() -> None:
+    """Each path of CODEOWNERS exists, and a folder's ends with a slash."""
+    lines = (ROOT / ".github" / "CODEOWNERS").read_text(encoding="utf-8").splitlines()
+    paths = [line.split()[0].removeprefix("/") for line in lines if line.startswith("/")]
+    assert len(paths) > 5
+    found = {path for path in paths if ((ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file())}
+    assert [path for path in paths if path not in found] == []
+
+
 def test_pipelines_do_not_exit_early() -> None:
     """No script, recipe, manifest or documented command pipes into `grep -q` or `head`, which fails at random with pipefail."""
     early = [
