@@ -106,7 +106,7 @@ async def _ready(request: Request) -> Response:
 
 
 class _CallerScheme(SecurityBase):
-    """Declares the security scheme of a `AuthenticatedRoute` route in the OpenAPI document, and injects the caller."""
+    """Declares the security scheme of an `AuthenticatedRoute` route in the OpenAPI document, and injects the caller."""
 
     model = _bearer.model
     scheme_name = _bearer.scheme_name
@@ -116,4 +116,4 @@ class _CallerScheme(SecurityBase):
 
 
 Caller = Annotated[Principal, Security(_CallerScheme())]
-"""The authenticated caller of a `AuthenticatedRoute` route; there is none on any other route."""
+"""The authenticated caller of an `AuthenticatedRoute` route; there is none on any other route."""
