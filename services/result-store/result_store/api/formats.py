@@ -11,7 +11,8 @@ from __future__ import annotations
 import csv
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final, NamedTuple, cast
 
@@ -119,7 +120,7 @@ class Piece(NamedTuple):
     last: bool = False
 
 
-async def write(form: Format, found: AsyncIterator[Iterable[BaseModel]], fields: Fields) -> AsyncIterator[Piece]:
+async def write(form: Format, found: AsyncIterator[Iterable[BaseModel]], fields: Fields) -> AsyncGenerator[Piece, None]:
     """Yield the document in pieces of about `PIECE` bytes; at least one.
 
     While a search finds nothing, smaller pieces keep the connection, and the server notices when the client leaves.
@@ -152,7 +153,7 @@ def _cut(text: str, form: Format) -> tuple[bytes, str]:
 
 
 async def stream(
-    turn: Turn, pieces: AsyncIterator[Piece], media_type: str, headers: Mapping[str, str] = _HEADERS
+    turn: Turn, pieces: AsyncGenerator[Piece, None], media_type: str, headers: Mapping[str, str] = _HEADERS
 ) -> Response:
     """Return a response with these pieces, of which there is at least one.
 
@@ -163,11 +164,13 @@ async def stream(
         UnavailableError: too many answers of the user are being built or sent.
         DependencyError: the store is unavailable now; later the response can only be cut off.
     """
-    async with turn.to_begin():
+    async with turn.to_begin(), AsyncExitStack() as unless_sent:
+        unless_sent.push_async_callback(pieces.aclose)
         first = await anext(pieces)
         if first.last:
             return Response(first.content, media_type=media_type, headers=headers)
         await turn.download()
+        unless_sent.pop_all()
 
     async def body() -> AsyncIterator[bytes]:
         yield first.content

@@ -289,7 +289,7 @@ def _written(moment: datetime) -> str:
     return time.asctime(moment.utctimetuple())
 
 
-async def _pieces(parts: AsyncIterator[str]) -> AsyncIterator[Piece]:
+async def _pieces(parts: AsyncIterator[str]) -> AsyncGenerator[Piece, None]:
     """Join small parts to pieces of about `PIECE` bytes; smaller ones keep the connection while little is found."""
     held: list[str] = []
     size = 0

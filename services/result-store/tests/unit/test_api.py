@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import AsyncExitStack
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
@@ -11,14 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from result_store.api import formats
-from result_store.api.formats import CSV, JSON, NDJSON, PIECE, Format, negotiate, write
+from result_store.api.formats import CSV, JSON, NDJSON, PIECE, Format, Piece, negotiate, stream, write
 from result_store.api.results import ALL_FIELDS
+from result_store.api.turns import Limits, Turn
 from result_store.domain.results import ClosedChunk, fold
 from result_store_testing import Log, MemoryStore, host
 from result_store_testing.http import ISSUER, client, get, store_of
 from scanfleet.contracts.messages import PortFound
 from scanfleet.contracts.rest import Result
-from scanfleet.errors import DependencyError
+from scanfleet.errors import DependencyError, UnavailableError
+from scanfleet.runtime.turns import Turns
 from scanfleet.scanning.targets import Network
 from scanfleet_testing.event_loop import counting_turns
 
@@ -326,6 +330,26 @@ async def test_write_pieces_are_bounded(form: Format) -> None:
         piece = (await anext(pieces)).content
         assert PIECE <= len(piece) < 2 * PIECE
         assert asked <= number * (PIECE // 1000 + 1)
+
+
+@pytest.mark.parametrize("last", [True, False])
+async def test_stream_that_is_not_sent_in_pieces_closes_them(*, last: bool) -> None:
+    """The search ends with an answer of one piece, and with a download above the limit of its user."""
+    ended = False
+
+    async def search() -> AsyncGenerator[Piece, None]:
+        nonlocal ended
+        try:
+            yield Piece(b"first", last)
+            yield Piece(b"second", last=True)
+        finally:
+            ended = True
+
+    pieces = search()
+    turn = Turn(Limits(downloads=Turns(at_once=0, wait_seconds=0.0)), 7, AsyncExitStack())
+    with contextlib.nullcontext() if last else pytest.raises(UnavailableError):
+        await stream(turn, pieces, "text/plain")
+    assert ended
 
 
 @pytest.mark.parametrize("form", [JSON, NDJSON, CSV])
