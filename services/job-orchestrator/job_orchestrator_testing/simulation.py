@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from datetime import datetime, timedelta
 from itertools import count
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Quotas
@@ -65,13 +65,6 @@ _NOW: Final = 1_000.0  # on its monotonic clock, when a simulation begins
 _STEPS: Final = 1_000  # maximum number until a simulation is idle
 
 
-class _Token(TypedDict):
-    job_id: int
-    chunk_id: str
-    attempt: int
-    worker_id: str
-
-
 def listeners(replica: Orchestrator) -> list[PartitionListener]:
     """Return the handlers that keep state per partition."""
     return [handler for handler in replica.handlers.values() if isinstance(handler, PartitionListener)]
@@ -113,21 +106,25 @@ class Worker:
                     self.stops.append(stop)
 
     async def claim(self, task: ScanChunk, **fields: Any) -> None:
-        await self.publisher.publish(SCAN_PROGRESS, [ChunkClaimed(**_token(task), **fields)])
+        await self.publisher.publish(SCAN_PROGRESS, [ChunkClaimed(**task.token._asdict(), **fields)])
 
     async def progress(self, task: ScanChunk, outcomes: str) -> None:
-        await self.publisher.publish(SCAN_PROGRESS, [ChunkProgressed(**_token(task), outcomes=outcomes)])
+        await self.publisher.publish(SCAN_PROGRESS, [ChunkProgressed(**task.token._asdict(), outcomes=outcomes)])
 
     async def release(self, task: ScanChunk, outcomes: str | None = None, **fields: Any) -> None:
         outcomes = outcomes or task.outcomes
-        released = ChunkReleased(**_token(task), outcomes=outcomes, reason="leaving", slot_seconds=0.1, **fields)
+        released = ChunkReleased(
+            **task.token._asdict(), outcomes=outcomes, reason="leaving", slot_seconds=0.1, **fields
+        )
         await self.publisher.publish(SCAN_PROGRESS, [released])
 
     async def fail(
         self, task: ScanChunk, reason: str = "nmap died", outcomes: str | None = None, *, no_route: bool = False
     ) -> None:
         outcomes = outcomes or task.outcomes
-        failed = ChunkFailed(**_token(task), outcomes=outcomes, reason=reason, slot_seconds=0.1, no_route=no_route)
+        failed = ChunkFailed(
+            **task.token._asdict(), outcomes=outcomes, reason=reason, slot_seconds=0.1, no_route=no_route
+        )
         await self.publisher.publish(SCAN_PROGRESS, [failed])
 
     async def scanned(
@@ -135,7 +132,7 @@ class Worker:
     ) -> None:
         """Publish the final report to result-store first, then to the orchestrator."""
         scanned = ChunkScanned(
-            **_token(task),
+            **task.token._asdict(),
             outcomes=outcomes or task.outcomes.replace(Outcome.BLANK, self.code),
             first_address=task.first_address,
             slot_seconds=slot_seconds,
@@ -170,7 +167,7 @@ class ResultStore:
             addresses = self.missing.pop(scanned.chunk_id, ()) or self._unstored(scanned)
             answer: ChunkStored | ChunkIncomplete
             if addresses:
-                answer = ChunkIncomplete(**_token(scanned), addresses=addresses)
+                answer = ChunkIncomplete(**scanned.token._asdict(), addresses=addresses)
             else:
                 outcomes = self._maps.setdefault(scanned.chunk_id, scanned.outcomes)
                 answer = ChunkStored(job_id=scanned.job_id, chunk_id=scanned.chunk_id, outcomes=outcomes)
@@ -420,12 +417,3 @@ class Simulation:
     def events(self, job_id: int) -> list[JobEvent]:
         """All events of a job as they were published, duplicates too."""
         return [each for each in self.bus.messages(SCAN_EVENTS) if each.job.id == job_id]
-
-
-def _token(task: ScanChunk | ChunkScanned) -> _Token:
-    return {
-        "job_id": task.job_id,
-        "chunk_id": task.chunk_id,
-        "attempt": task.attempt,
-        "worker_id": task.worker_id,
-    }

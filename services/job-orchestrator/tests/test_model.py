@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from job_orchestrator.domain import chunk as chunks_
 from job_orchestrator.domain import job as jobs_
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import HELD, MAX_FAILURES, Chunk, ChunkState, Token, WorkerReport
+from job_orchestrator.domain.chunk import HELD, MAX_FAILURES, Chunk, ChunkState, WorkerReport
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.ports import ChunkRepository, JobRepository, Store
@@ -33,6 +33,7 @@ from scanfleet.contracts.messages import (
     ChunkScanned,
     ChunkStored,
     CommandAccepted,
+    FencingToken,
     JobEvent,
     JobProgressed,
     JobStatus,
@@ -442,7 +443,7 @@ class Life(RuleBasedStateMachine):
         await self.simulation.hand(SCAN_PROGRESS, batch)
         for after in (await self.simulation.store.chunks.get(before)).values():
             chunk = before[after.id]
-            current = chunk.token in {Token.of(report) for report in reports}
+            current = chunk.token in {report.token for report in reports}
             if current and chunk.state in HELD:
                 continue
             free: dict[str, Any] = {"rev": 0}
@@ -453,7 +454,7 @@ class Life(RuleBasedStateMachine):
                 "it counts"
             )
         held = {chunk.token for chunk in before.values() if chunk.state in HELD}
-        scanning = {Token.of(each) for each in reports if isinstance(each, ChunkClaimed | ChunkProgressed)}
+        scanning = {each.token for each in reports if isinstance(each, ChunkClaimed | ChunkProgressed)}
         if unstopped := scanning - held - self.stopped(tasks):
             # Another replica has ended these attempts since the last check of the leases: their next heartbeats are answered.
             await self.simulation.catch_up()
@@ -462,13 +463,9 @@ class Life(RuleBasedStateMachine):
             )
             assert unstopped <= self.stopped(tasks)
 
-    def stopped(self, first: int) -> set[Token]:
+    def stopped(self, first: int) -> set[FencingToken]:
         """The attempts that were stopped since so many tasks were sent."""
-        return {
-            Token(each.job_id, each.chunk_id, each.attempt, each.worker_id)
-            for each in self.simulation.bus.messages(SCAN_TASKS)[first:]
-            if isinstance(each, StopChunk)
-        }
+        return {each.token for each in self.simulation.bus.messages(SCAN_TASKS)[first:] if isinstance(each, StopChunk)}
 
 
 @pytest.mark.proves("G1", "G2", "G4", "G5", "G6", "G7")

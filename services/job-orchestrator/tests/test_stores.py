@@ -19,7 +19,7 @@ from job_orchestrator.domain import plan
 from job_orchestrator.domain.attempts import Attempt, Probed
 from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.census import DeletionCensus, OpenChunks, Standing
-from job_orchestrator.domain.chunk import HELD, MAX_PAUSE, OPEN, Chunk, ChunkState, Token, cancel, dispatch
+from job_orchestrator.domain.chunk import HELD, MAX_PAUSE, OPEN, Chunk, ChunkState, cancel, dispatch
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
@@ -36,7 +36,7 @@ from job_orchestrator_testing import KEYS, chunk, replanned, scan_job, scan_poli
 from job_orchestrator_testing.builders import THEN, audit_entry
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
-from scanfleet.contracts.messages import JobStatus, Run
+from scanfleet.contracts.messages import FencingToken, JobStatus, Run
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.runtime.mongo import Database
 
@@ -876,8 +876,8 @@ async def test_held_chunks_are_found_by_partition(store: Store) -> None:
     ]
     chunks[0] = replace(chunks[0], dispatched_at=THEN, attempt_estimate=0.125)
     await store.chunks.insert(chunks)
-    first = Held(Token(1, "1-0", 2, "w-1"), 7, 3, 0.125, 0.5, THEN)
-    second = Held(Token(1, "1-1", 2, "w-1"), 7, 4, 0.5, 0.5, None)
+    first = Held(FencingToken(1, "1-0", 2, "w-1"), 7, 3, 0.125, 0.5, THEN)
+    second = Held(FencingToken(1, "1-1", 2, "w-1"), 7, 4, 0.5, 0.5, None)
     assert sorted(await store.dispatch.held(), key=lambda each: each.token) == [first, second]
     assert await store.dispatch.held([3, 5]) == [first]
     assert await store.dispatch.held([]) == []

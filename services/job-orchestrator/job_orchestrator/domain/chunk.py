@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from pydantic import AwareDatetime, StrictInt
 
@@ -21,6 +21,7 @@ from scanfleet.contracts.messages import (
     ChunkProgressed,
     ChunkReleased,
     ChunkScanned,
+    FencingToken,
     Run,
     Technique,
     instance_of,
@@ -99,19 +100,6 @@ Ended = ChunkReleased | ChunkScanned | ChunkFailed
 WorkerReport = ChunkClaimed | ChunkProgressed | Ended
 
 
-class Token(NamedTuple):
-    """The fencing token of an attempt: a message of its holder counts only while it is the chunk's current token."""
-
-    job_id: int
-    chunk_id: str
-    attempt: int
-    worker_id: str
-
-    @classmethod
-    def of(cls, report: WorkerReport) -> Token:
-        return cls(report.job_id, report.chunk_id, report.attempt, report.worker_id)
-
-
 class IllegalChunkChangeError(ScanfleetError):
     """The transition is not in the table."""
 
@@ -180,8 +168,8 @@ class Chunk:
     rev: StrictInt = 0
 
     @property
-    def token(self) -> Token:
-        return Token(self.job_id, self.id, self.attempt, self.worker_id)
+    def token(self) -> FencingToken:
+        return FencingToken(self.job_id, self.id, self.attempt, self.worker_id)
 
     @property
     def current(self) -> Attempt | None:
@@ -236,7 +224,7 @@ def dispatch(chunk: Chunk, worker_id: str, now: datetime, *, size: int, share: f
 
 def holds(chunk: Chunk, report: WorkerReport) -> bool:
     """Return whether the report has the token of a chunk that a worker currently holds."""
-    return chunk.state in HELD and chunk.token == Token.of(report)
+    return chunk.state in HELD and chunk.token == report.token
 
 
 def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta) -> Chunk:
@@ -290,7 +278,7 @@ def late_report(chunk: Chunk, report: WorkerReport, now: datetime) -> Chunk:
         return chunk
     if isinstance(report, Ended):
         chunk = _ended(chunk, report, now)
-    if chunk.state is ChunkState.CANCELLED and chunk.token == Token.of(report):
+    if chunk.state is ChunkState.CANCELLED and chunk.token == report.token:
         chunk = replace(chunk, outcomes=_merged(chunk, report.outcomes))
     return chunk
 

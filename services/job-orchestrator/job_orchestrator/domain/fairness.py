@@ -18,8 +18,8 @@ from typing import Final
 
 from pydantic import AwareDatetime
 
-from job_orchestrator.domain.chunk import Chunk, Token
-from scanfleet.contracts.messages import instance_of
+from job_orchestrator.domain.chunk import Chunk
+from scanfleet.contracts.messages import FencingToken, instance_of
 
 LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
 KEEP_IDLE: Final = timedelta(minutes=1)  # of clocks of idle users: time spent until then is charged within seconds
@@ -60,7 +60,7 @@ class Candidate:
 class Held:
     """A chunk that a worker holds."""
 
-    token: Token
+    token: FencingToken
     user_id: int
     partition: int
     estimate: float

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import Held
+from scanfleet.contracts.messages import FencingToken
 
 _LONGEST_CHECK_SECONDS: Final = 3.0  # maximum that one check adds; checks are about a second apart
 
@@ -20,10 +20,10 @@ class LeaseTimers:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._silence: dict[Token, float] = {}
+        self._silence: dict[FencingToken, float] = {}
         self._looked = float("inf")
 
-    def renew(self, token: Token) -> None:
+    def renew(self, token: FencingToken) -> None:
         """Reset the timeout of an attempt after a report of its worker."""
         self._silence.pop(token, None)
 

@@ -13,13 +13,13 @@ import structlog
 from pydantic import ValidationError
 
 from job_orchestrator.domain.attempts import Probed
-from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, Token, elapsed
+from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, elapsed
 from job_orchestrator.domain.ports import ChunkRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.clocks import UserClocks
 from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
-from scanfleet.contracts.messages import ChunkScanned, StopChunk
+from scanfleet.contracts.messages import ChunkScanned, FencingToken, StopChunk
 from scanfleet.contracts.messages.chunks import Grant
 from scanfleet.errors import DependencyError
 from scanfleet.security.chunk_grants import Signer
@@ -149,7 +149,7 @@ class ChunkChanger:
             known |= await self._chunks.get(unknown)
         return known
 
-    def verify(self, partitions: Collection[int], held: Collection[Token]) -> None:
+    def verify(self, partitions: Collection[int], held: Collection[FencingToken]) -> None:
         """Keep only those of the cached chunks of jobs in these partitions whose attempts are among those that workers hold."""
         self._cached = {
             id_: chunk
@@ -170,18 +170,12 @@ class ChunkChanger:
         await self._clocks.charge(seconds)
 
 
-def stop(token: Token, reason: str) -> StopChunk:
+def stop(token: FencingToken, reason: str) -> StopChunk:
     """Return the message that ends the nmap of this token's holder."""
-    return StopChunk(
-        job_id=token.job_id,
-        chunk_id=token.chunk_id,
-        attempt=token.attempt,
-        worker_id=token.worker_id,
-        reason=reason,
-    )
+    return StopChunk(**token._asdict(), reason=reason)
 
 
-def stops(reasons: Iterable[tuple[Token, str]]) -> list[StopChunk]:
+def stops(reasons: Iterable[tuple[FencingToken, str]]) -> list[StopChunk]:
     """Return the stops of these tokens, except of those from damaged documents without a valid id of a worker."""
     stops_: list[StopChunk] = []
     for token, reason in reasons:

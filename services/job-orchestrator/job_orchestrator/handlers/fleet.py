@@ -9,13 +9,12 @@ from typing import Final
 
 import structlog
 
-from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.held import HeldChunks
 from job_orchestrator.metrics import DUPLICATE_WORKERS, IGNORED_WORKERS
-from scanfleet.contracts.messages import WorkerReady
+from scanfleet.contracts.messages import FencingToken, WorkerReady
 from scanfleet.runtime.bus import PartitionListener, Record
 
 # Workers announce themselves every 2 s; after three missed announcements they get no chunks.
@@ -55,7 +54,7 @@ class Fleet(PartitionListener):
         lease_seconds: float,
         max_workers: int,
         clock: PlatformTime,
-        requeue_lost: Callable[[Collection[Token], str], Awaitable[None]],
+        requeue_lost: Callable[[Collection[FencingToken], str], Awaitable[None]],
         wake: Callable[[], None],
     ) -> None:
         self._dispatch = dispatch

@@ -14,7 +14,6 @@ from job_orchestrator.domain.chunk import (
     OPEN,
     Chunk,
     ChunkState,
-    Token,
     WorkerReport,
     apply,
     expire,
@@ -28,7 +27,7 @@ from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stop, stops
 from job_orchestrator.handlers.reconciler import Reconciler
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
-from scanfleet.contracts.messages import ChunkClaimed, ChunkProgressed, StopChunk
+from scanfleet.contracts.messages import ChunkClaimed, ChunkProgressed, FencingToken, StopChunk
 from scanfleet.contracts.messages.topics import SCAN_TASKS
 from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import PartitionListener, Publisher, Record
@@ -111,9 +110,7 @@ class Progress(PartitionListener):
         )
         self._renew(changed, effects)
         for id_ in by_chunk.keys() - {each.after.id for each in changed}:
-            effects[id_] = _Effects(
-                [stop(Token.of(report), "no such chunk") for report in by_chunk[id_] if _scans(report)]
-            )
+            effects[id_] = _Effects([stop(report.token, "no such chunk") for report in by_chunk[id_] if _scans(report)])
             UNKNOWN_CHUNKS.inc(len(by_chunk[id_]))
         STALE_REPORTS.inc(sum(each.stale for each in effects.values()))
         if any(each.moved and each.before.state in HELD for each in changed):
@@ -149,7 +146,7 @@ class Progress(PartitionListener):
         }
         await self.requeue_lost(late, "sent no report for a whole lease")
 
-    async def requeue_lost(self, tokens: Collection[Token], reason: str) -> None:
+    async def requeue_lost(self, tokens: Collection[FencingToken], reason: str) -> None:
         """Requeue chunks whose workers are lost.
 
         Args:
@@ -182,7 +179,7 @@ class Progress(PartitionListener):
         if chunk.state in OPEN:
             effects.stale += 1
         if _scans(report):
-            effects.stops.append(stop(Token.of(report), f"the chunk is {chunk.state}, attempt {chunk.attempt}"))
+            effects.stops.append(stop(report.token, f"the chunk is {chunk.state}, attempt {chunk.attempt}"))
         return late_report(chunk, report, now)
 
     def _renew(self, changed: Sequence[Changed], effects: dict[str, _Effects]) -> None:

@@ -14,7 +14,7 @@ import structlog
 from pydantic import AwareDatetime, BaseModel, TypeAdapter
 
 from job_orchestrator.domain.access import Revocation
-from job_orchestrator.domain.chunk import HELD, Chunk, Token
+from job_orchestrator.domain.chunk import HELD, Chunk
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.domain.deletion import Counts, Deletion
@@ -25,7 +25,7 @@ from job_orchestrator.domain.resources import Owned, Policy, ScanTarget, Subnet
 from job_orchestrator.domain.retention import EndedJob
 from job_orchestrator.metrics import UNREADABLE
 from scanfleet.contracts import rest
-from scanfleet.contracts.messages import AuditEntry, Job, JobEvent, instance_of
+from scanfleet.contracts.messages import AuditEntry, FencingToken, Job, JobEvent, instance_of
 from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_PROGRESS
 from scanfleet.runtime.mongo import Document
 from scanfleet.scanning.outcomes import address_key
@@ -244,7 +244,7 @@ CANDIDATE: Final = dict.fromkeys(("user_id", "job_id", "estimate", "needs_raw", 
 
 
 def read_held(document: Document) -> Held:
-    token = Token(document["job_id"], document["_id"], document["attempt"], document["worker_id"])
+    token = FencingToken(document["job_id"], document["_id"], document["attempt"], document["worker_id"])
     read: Document = {"share": 1.0, "dispatched_at": None} | document | {"token": token}
     if (
         estimate := document.get("attempt_estimate")

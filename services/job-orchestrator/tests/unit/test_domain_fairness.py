@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import (
     AHEAD_SECONDS,
     Candidate,
@@ -32,6 +31,7 @@ from job_orchestrator.domain.fairness import (
 )
 from job_orchestrator_testing import scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
+from scanfleet.contracts.messages import FencingToken
 
 
 def candidate(id_: str = "1-0", user: int = 1, estimate: float = 5.0, **changed: Any) -> Candidate:
@@ -55,7 +55,7 @@ def held(user: int = 1, worker: str = "w-1", id_: str = "1-0", **changed: Any) -
         "share": 1.0,
         "dispatched_at": THEN,
     }
-    return Held(Token(user, id_, 1, worker), user_id=user, **(fields | changed))
+    return Held(FencingToken(user, id_, 1, worker), user_id=user, **(fields | changed))
 
 
 def picks(

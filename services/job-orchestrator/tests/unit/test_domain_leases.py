@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from job_orchestrator.domain.chunk import Token
 from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.leases import LeaseTimers
 from job_orchestrator_testing.builders import THEN
+from scanfleet.contracts.messages import FencingToken
 
 LEASE = 10.0
 
 
 def held(id_: str, attempt: int = 1) -> Held:
     return Held(
-        token=Token(1, id_, attempt, "w-1"),
+        token=FencingToken(1, id_, attempt, "w-1"),
         user_id=7,
         partition=0,
         estimate=1.0,

@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
-from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState, Token
+from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.totals import Effort, Totals
 from job_orchestrator_testing import MemoryStore, Simulation, Worker, chunk, scan_job, scan_policy
@@ -23,6 +23,7 @@ from scanfleet.contracts.messages import (
     ChunkReleased,
     ChunkScanned,
     ChunkStored,
+    FencingToken,
     JobProgressed,
     JobStatus,
     ScanChunk,
@@ -336,7 +337,7 @@ async def test_lost_lease_is_logged_with_its_attempt(simulation: Simulation, tas
     with capture_logs() as logs:
         await simulation.wait(LEASE + 2)
     (lost,) = [each for each in logs if each["event"] == "lease_expired"]
-    expected = Token(1, "1-0", 1, task.worker_id)._asdict()
+    expected = FencingToken(1, "1-0", 1, task.worker_id)._asdict()
     assert {key: lost[key] for key in expected} == expected
     assert lost["cause"] == "sent no report for a whole lease"
 

@@ -255,7 +255,7 @@ class ChunkScan:
 
     @property
     def _token(self) -> dict[str, Any]:
-        return self.chunk.model_dump(include={"job_id", "chunk_id", "attempt", "worker_id"})
+        return self.chunk.token._asdict()
 
     @property
     def _state(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from scanfleet.contracts.messages import ScanChunk, StopChunk, WorkerReady
+from scanfleet.contracts.messages import FencingToken, ScanChunk, StopChunk, WorkerReady
 from scanfleet.contracts.messages.topics import SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.bus import Publisher, Record
@@ -34,7 +34,6 @@ SEEN: Final = 4_096  # cached attempts for deduplication: minutes of the shortes
 
 _LEAVING: Final = "the worker is shutting down"
 
-_Token = tuple[str, int]
 _log = structlog.stdlib.get_logger(__name__)
 
 
@@ -59,8 +58,8 @@ class Worker:
         self._publisher = publisher
         self._denied = denied
         self._leaving = False
-        self._waiting: OrderedDict[_Token, ChunkScan] = OrderedDict()
-        self._running: dict[_Token, ChunkScan] = {}
+        self._waiting: OrderedDict[FencingToken, ChunkScan] = OrderedDict()
+        self._running: dict[FencingToken, ChunkScan] = {}
         self._busy = 0  # slots
         self._seen: OrderedDict[str, int] = OrderedDict()  # the newest attempt by chunk id
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,11 +108,10 @@ class Worker:
                 self._take(task)
             else:
                 # A StopChunk for an unknown chunk gets no reply: each reply would cause another StopChunk.
-                self._end((task.chunk_id, task.attempt), task.reason)
+                self._end(task.token, task.reason)
         self._fill()  # after all records, so that chunks of one batch can share an nmap
 
     def _take(self, chunk: ScanChunk) -> None:
-        token = _token(chunk)
         # An older attempt may arrive late, from the producer of another orchestrator replica; it must not replace a newer one.
         if chunk.attempt <= self._seen.get(chunk.chunk_id, 0):
             return
@@ -121,20 +119,20 @@ class Worker:
         self._seen.move_to_end(chunk.chunk_id)
         if len(self._seen) > SEEN:
             self._seen.popitem(last=False)
-        for older in [each for each in (*self._waiting, *self._running) if each[0] == chunk.chunk_id]:
+        for older in [each for each in (*self._waiting, *self._running) if each.chunk_id == chunk.chunk_id]:
             self._end(older, f"superseded by attempt {chunk.attempt}")
-        self._waiting[token] = ChunkScan(chunk, self._abilities, self._publisher, self._denied)
+        self._waiting[chunk.token] = ChunkScan(chunk, self._abilities, self._publisher, self._denied)
         asyncio.get_running_loop().call_later(
-            START_SECONDS, self._release, token, f"no slot was free within {START_SECONDS:g} s"
+            START_SECONDS, self._release, chunk.token, f"no slot was free within {START_SECONDS:g} s"
         )
 
-    def _end(self, token: _Token, reason: str) -> None:
+    def _end(self, token: FencingToken, reason: str) -> None:
         if scan := self._running.get(token):
             scan.stop(reason)
         else:
             self._release(token, reason)
 
-    def _release(self, token: _Token, reason: str) -> None:
+    def _release(self, token: FencingToken, reason: str) -> None:
         if scan := self._waiting.pop(token, None):
             self._spawn(scan.release(reason))
 
@@ -151,7 +149,7 @@ class Worker:
                 self._release(token, reason)
         while self._waiting and (free := self._abilities.slots - self._busy) > 0:
             chosen = together([scan.chunk for scan in self._waiting.values()], free)
-            scans = {token: self._waiting.pop(token) for token in map(_token, chosen)}
+            scans = {chunk.token: self._waiting.pop(chunk.token) for chunk in chosen}
             self._running |= scans
             self._busy += 1
             self._hold()
@@ -162,7 +160,7 @@ class Worker:
         if self._running:
             self._scanner.hold(FENCE * min(scan.chunk.lease_seconds for scan in self._running.values()))
 
-    async def _run(self, scans: Mapping[_Token, ChunkScan]) -> None:
+    async def _run(self, scans: Mapping[FencingToken, ChunkScan]) -> None:
         """Scan these chunks in one slot."""
         batch = Batch([scan.chunk for scan in scans.values()], self._abilities, self._scanner)
         members = (scan.run(share) for scan, share in zip(scans.values(), batch.shares, strict=True))
@@ -218,7 +216,3 @@ class Worker:
         SLOTS.set(slots)
         ready = WorkerReady(worker_id=self._id, slots=slots, raw=self._abilities.raw)
         await self._publisher.publish(SCAN_WORKERS, [ready])
-
-
-def _token(chunk: ScanChunk) -> _Token:
-    return chunk.chunk_id, chunk.attempt

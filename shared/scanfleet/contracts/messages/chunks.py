@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_address
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
@@ -60,10 +60,23 @@ class ChunkMessage(Message):
         return f"chunk/{self.chunk_id}"
 
 
+class FencingToken(NamedTuple):
+    """Identifies an attempt: a message counts only while its token is the chunk's current one."""
+
+    job_id: int
+    chunk_id: str
+    attempt: int
+    worker_id: str
+
+
 class _Fenced(ChunkMessage):
     attempt: Positive
     worker_id: WorkerId
     """Together with `attempt` the chunk's fencing token: only its current holder can change the chunk."""
+
+    @property
+    def token(self) -> FencingToken:
+        return FencingToken(self.job_id, self.chunk_id, self.attempt, self.worker_id)
 
 
 class Grant(BaseModel):
