@@ -45,7 +45,7 @@ def configure(service: str, settings: CommonSettings) -> None:
         structlog.processors.ExceptionRenderer(_traceback),
     ]
     structlog.configure(
-        processors=shared,
+        processors=[*shared],  # structlog's `capture_logs` changes the list in place
         logger_factory=_Logger,
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
         cache_logger_on_first_use=True,

@@ -111,6 +111,15 @@ def test_entry_that_neither_stream_accepts_does_not_stop_its_caller(
     assert [entry["event"] for entry in lines()] == ["next"]
 
 
+def test_entry_of_a_library_is_written_while_a_test_captures_logs(lines: Any) -> None:
+    """Only the platform's own entries are captured."""
+    with structlog.testing.capture_logs() as captured:
+        structlog.get_logger("x").info("own")
+        logging.getLogger("library").info("theirs")
+    assert [entry["event"] for entry in captured] == ["own"]
+    assert [entry["event"] for entry in lines()] == ["theirs"]
+
+
 @pytest.mark.proves("A17")
 def test_exception_is_in_one_line_with_its_entry(lines: Any) -> None:
     """A traceback is part of its entry."""
