@@ -51,15 +51,28 @@ def rows(page: Page) -> OpenPorts:
     }
 
 
-def test_page_story_from_sign_in_to_results(browser: Browser, stack: Stack, servers: OpenPorts) -> None:
-    """A user signs in with a token, scans a /24, watches it end, and reads what plain nmap finds."""
-    with browser.new_context() as context, watched(context, stack.url) as page:
+@pytest.mark.parametrize(("width", "theme", "owner"), [(WIDE, "light", 8), (375, "dark", 88)])
+def test_page_story_from_sign_in_to_results(
+    *,
+    browser: Browser,
+    stack: Stack,
+    servers: OpenPorts,
+    width: int,
+    theme: Literal["light", "dark"],
+    owner: int,
+) -> None:
+    """A user signs in with a token, scans a /24, watches it end, and reads what plain nmap finds; wide and narrow."""
+    screen: ViewportSize = {"width": width, "height": 800}
+    with (
+        browser.new_context(color_scheme=theme, viewport=screen) as context,
+        watched(context, stack.url) as page,
+    ):
         page.goto(f"{stack.url}/")
         page.get_by_label("Token").fill("forged")
         page.get_by_role("button", name="Sign in").click()
         expect(page.get_by_role("alert")).to_contain_text("the token is not valid")
         expect(page.get_by_role("alert")).to_contain_text(re.compile("request [0-9a-f]{32}"))
-        page.get_by_label("Token").fill(stack.token(8))
+        page.get_by_label("Token").fill(stack.token(owner))
         page.get_by_role("button", name="Sign in").click()
         expect(page.get_by_text("There are no jobs yet.")).to_be_visible()
         assert page.evaluate("document.cookie") == ""

@@ -346,6 +346,14 @@ def test_results_with_raw_print_the_xml_of_nmap(jobs: FakeApi, run: Any) -> None
     assert jobs.requests[-2].url.params["fields"] == "id,ip_address,port,protocol,status,service"
 
 
+def test_results_in_a_table_escape_a_hostile_banner(jobs: FakeApi, run: Any) -> None:
+    """Control and bidirectional characters of a service are printed as escapes."""
+    jobs.jobs[41].results[0]["service"] = "ssh\x1b[2J\u202e"
+    out = run("job", "results", "41").out
+    assert "ssh\\x1b[2J\\u202e" in out
+    assert not {"\x1b", "\u202e"} & set(out)
+
+
 def test_wide_results_on_a_terminal_are_grouped_by_address(jobs: FakeApi, run: Any) -> None:
     """Addresses are in numeric order, and each is in its first row only."""
     jobs.jobs[41].results = [
