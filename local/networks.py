@@ -207,11 +207,18 @@ def _serve(listeners: Sequence[socket.socket], banner: bytes, ending: threading.
 
 
 def _read(tapped: socket.socket, packets: list[Packet], ending: threading.Event) -> None:
+    def take() -> None:
+        data, ancillary, _, (_, kind, direction, *_) = tapped.recvmsg(_HEADERS, 64)
+        if kind == _ETH_P_IP and direction == socket.PACKET_OUTGOING:
+            packets.append(_packet(data[14:], ancillary))
+
     while not ending.is_set():
         with suppress(TimeoutError):
-            data, ancillary, _, (_, kind, direction, *_) = tapped.recvmsg(_HEADERS, 64)
-            if kind == _ETH_P_IP and direction == socket.PACKET_OUTGOING:
-                packets.append(_packet(data[14:], ancillary))
+            take()
+    tapped.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:  # the packets that were sent before the end, which wait in the socket
+            take()
 
 
 def _packet(data: bytes, ancillary: Sequence[tuple[int, int, bytes]]) -> Packet:
