@@ -39,7 +39,7 @@ def signed(message: _Result, **covered: Any) -> _Result:
         }
     else:
         about = {"user_id": message.user_id, "first_address": message.address, "outcomes": "."}
-    token = message.model_dump(include={"job_id", "chunk_id", "attempt", "worker_id"})
+    token = message.token._asdict()
     grant = signer().grant(**(token | about | {"ports": ALL_PORTS} | covered))
     return message.model_copy(update={"grant": grant})
 

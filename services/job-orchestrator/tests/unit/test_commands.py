@@ -509,8 +509,8 @@ class RecordingPublisher:
         await self._publisher.publish(topic, messages)
 
 
-async def test_reply_to_a_cancel_follows_the_stops(simulation: Simulation) -> None:
-    """Workers are sent the stop before the caller gets the reply, so no later failure of an orchestrator delays it."""
+async def recorded_scan(simulation: Simulation) -> RecordingPublisher:
+    """Start a scan that does not end, and return what records the messages of its orchestrator."""
     publisher = RecordingPublisher(simulation.bus)
     simulation.replicas = [simulation.replica(publisher=publisher)]
     simulation.worker.hold = True
@@ -518,6 +518,12 @@ async def test_reply_to_a_cancel_follows_the_stops(simulation: Simulation) -> No
     await simulation.worker.announce()
     await simulation.submit()
     await simulation.settle()
+    return publisher
+
+
+async def test_reply_to_a_cancel_follows_the_stops(simulation: Simulation) -> None:
+    """Workers are sent the stop before the caller gets the reply, so no later failure of an orchestrator delays it."""
+    publisher = await recorded_scan(simulation)
     await simulation.cancel(1)
     await simulation.settle()
     kinds = [kind for kind in publisher.kinds if kind in {"ScanChunk", "StopChunk", "CommandAccepted"}]
@@ -546,13 +552,7 @@ async def test_bulk_cancel_that_fails_stops_the_scans_all_the_same(simulation: S
 
 async def test_bulk_cancel_returns_after_the_stops(simulation: Simulation) -> None:
     """Workers are sent the stops of all jobs before the caller gets the response, also while events cannot be published."""
-    publisher = RecordingPublisher(simulation.bus)
-    simulation.replicas = [simulation.replica(publisher=publisher)]
-    simulation.worker.hold = True
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit()
-    await simulation.settle()
+    publisher = await recorded_scan(simulation)
     publisher.kinds.clear()
     simulation.bus.broker.leaderless = {(SCAN_EVENTS.name, partition) for partition in range(SCAN_EVENTS.partitions)}
     assert await simulation.only.cancels.cancel([1]) == [1]

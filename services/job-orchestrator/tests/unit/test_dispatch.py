@@ -116,7 +116,7 @@ async def test_fill_dispatched_chunk_carries_a_valid_grant(simulation: Simulatio
     await simulation.submit("127.9.8.0/30")
     await simulation.settle()
     (task,) = simulation.worker.tasks
-    token = task.model_dump(include={"job_id", "chunk_id", "attempt", "worker_id", "first_address"})
+    token = {**task.token._asdict(), "first_address": task.first_address}
     end = ChunkScanned(**token, outcomes="asdt", slot_seconds=1, technique="connect", grant=task.grant)
     assert grants().fault(end) == ""
     assert grants().fault(end.model_copy(update={"chunk_id": "1-1"})) != ""
