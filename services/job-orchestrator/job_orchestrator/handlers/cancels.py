@@ -81,7 +81,7 @@ class Cancels:
         """Cancel those of these jobs that have not ended, stop their scans, and return their ids.
 
         Raises:
-            DependencyError: some are cancelled; calling again cancels the others.
+            DependencyError: some are cancelled, whose scans the reconciler stops; calling again cancels the others.
         """
         before = await self._jobs.get(job_ids)
         unfinished = [job.id for job in before.values() if not job.final]
