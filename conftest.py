@@ -28,8 +28,8 @@ settings.load_profile("scanfleet")
 KAFKA_IMAGE = "confluentinc/cp-kafka:7.6.0"
 MONGODB_IMAGE = "mongo:7.0"
 TEST_COMMANDS = ("--setParameter", "enableTestCommands=1")  # failCommand, which makes a server return a given error
-START = 120  # start timeout of a container in seconds, for a busy machine
-STOP = 30  # shutdown timeout of a server in seconds
+START_SECONDS = 120  # of a container, for a busy machine
+STOP_SECONDS = 30  # of a server
 
 
 # The tests of a part run in one process: they share a stack, or they scan addresses where another test of the part has servers.
@@ -105,7 +105,7 @@ def kafka(docker_answers: bool, tmp_path_factory: pytest.TempPathFactory) -> Ite
         container = KafkaContainer(KAFKA_IMAGE).with_kraft()
         container.with_env("KAFKA_AUTO_CREATE_TOPICS_ENABLE", "false")  # as everywhere else
         try:
-            yield container.start(timeout=START).get_bootstrap_server()
+            yield container.start(timeout=START_SECONDS).get_bootstrap_server()
         finally:
             container.stop()
         return
@@ -145,7 +145,7 @@ def _running(command: list[str], folder: Path) -> Iterator[None]:
         finally:
             server.terminate()
             try:
-                server.wait(STOP)
+                server.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()

@@ -25,7 +25,7 @@ HOSTS: Final = 10_000
 ROWS: Final = 40_000
 PAGE: Final = 100
 ROUNDS: Final = 5
-LIMIT: Final = 60.0  # seconds for any part
+LIMIT_SECONDS: Final = 60.0  # for any part
 OURS: Final = ("result-store", "kafka", "mongod")
 
 
@@ -89,7 +89,7 @@ async def store(publisher: KafkaBus, results: mongo.Database, signer: Signer, co
     before = await results["hosts"].count_documents({})
     for job_id, count in counts.items():
         await publisher.publish(SCAN_RESULTS, list(made(job_id, count, signer)))
-    async with asyncio.timeout(LIMIT):
+    async with asyncio.timeout(LIMIT_SECONDS):
         while await results["hosts"].count_documents({}) < before + sum(counts.values()):  # noqa: ASYNC110 # MongoDB sends no notice
             await asyncio.sleep(0.05)
 

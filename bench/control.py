@@ -32,14 +32,14 @@ CLIENTS: Final = 64
 SECONDS: Final = 10  # duration of a load
 POSTS: Final = 50
 HOPS: Final = 200
-CALM: Final = 5  # seconds after a change until the load is measured, and of that measurement
+CALM_SECONDS: Final = 5  # after a change until the load is measured, and of that measurement
 CHUNKS: Final = 2_000  # measured of a large job
 SMALL: Final = [f"127.2.{number}.0/29" for number in range(30)]
 WHOLE: Final = "127.3.0.0/20"  # 32,768 chunks: a job of 262,144 would take a quarter of an hour
 LARGE: Final = "127.1.0.0/16"
 ALL_PORTS: Final = {"ports": "1-65535", "service_detection": False, "discovery": "none"}
-LIMIT: Final = 120.0  # seconds for any part
-WHOLE_LIMIT: Final = 600.0  # seconds for the whole job; it takes about two minutes
+LIMIT_SECONDS: Final = 120.0  # for any part
+WHOLE_LIMIT_SECONDS: Final = 600.0  # for the whole job; it takes about two minutes
 SETTINGS: Final = {
     "SCANFLEET_UNFINISHED_JOBS_PER_USER": "1000000",  # more than a load posts
     # The requests that a load leaves unanswered when it ends are still under way when the next request comes.
@@ -56,8 +56,8 @@ def measure() -> Iterator[Figure]:
         yield from idle(stack, user)
         yield from accepted(stack, user)
         yield from queries(stack, user)
-        time.sleep(CALM)
-        calm = cores(stack, OURS, CALM)
+        time.sleep(CALM_SECONDS)
+        calm = cores(stack, OURS, CALM_SECONDS)
         yield from asyncio.run(chunks(stack, user))
         yield from largest(stack, user, calm)
 
@@ -94,7 +94,7 @@ async def hop_seconds(stack: Stack) -> float:
             arrived.clear()
             begin = time.perf_counter()
             await publisher.publish(SCAN_WORKERS, [ready])
-            async with asyncio.timeout(LIMIT):
+            async with asyncio.timeout(LIMIT_SECONDS):
                 await arrived.wait()
             times.append(time.perf_counter() - begin)
         await tail.stop()
@@ -155,7 +155,7 @@ async def scanning(stack: Stack) -> AsyncIterator[Workers]:
             await tail.stop()
 
 
-async def ended(workers: Workers, condition: Callable[[], bool], limit: float = LIMIT) -> None:
+async def ended(workers: Workers, condition: Callable[[], bool], limit: float = LIMIT_SECONDS) -> None:
     """Announce the workers until `condition` holds."""
     async with asyncio.timeout(limit):
         while not await asyncio.to_thread(condition):
@@ -181,13 +181,13 @@ def celery(folder: Path, body: str) -> tuple[Load, float]:
 
     with running(servers, environment, folder) as processes, Redis(port=port) as queue:
         for each in (port, web):
-            listens("127.0.0.1", each, LIMIT)
+            listens("127.0.0.1", each, LIMIT_SECONDS)
         accepted = load(url, clients=CLIENTS, seconds=SECONDS, body=body)
         with running(worker, environment, folder) as workers:
-            until(idle, LIMIT, "Celery to empty its queue")
+            until(idle, LIMIT_SECONDS, "Celery to empty its queue")
             meter = Meter({**processes, **workers})
             count = SECONDS * load(url, clients=8, seconds=SECONDS, body=body).rate
-            until(idle, LIMIT, "Celery to empty its queue")
+            until(idle, LIMIT_SECONDS, "Celery to empty its queue")
             return accepted, sum(meter.cpu().values()) / count
 
 
@@ -205,7 +205,7 @@ def running(
     finally:
         for process in reversed(started.values()):
             process.terminate()
-            process.wait(LIMIT)
+            process.wait(LIMIT_SECONDS)
 
 
 def queries(stack: Stack, user: Client) -> Iterator[Figure]:
@@ -221,7 +221,7 @@ def queries(stack: Stack, user: Client) -> Iterator[Figure]:
         "SCANFLEET_BENCH_DATABASE": stack.servers.database("job-orchestrator"),
     }
     with running({"list": [*command, "--no-access-log"]}, environment, stack.folder):
-        listens("127.0.0.1", port, LIMIT)
+        listens("127.0.0.1", port, LIMIT_SECONDS)
         other = load(f"http://127.0.0.1:{port}/task?user_id=7&page_size={page}", clients=8, seconds=SECONDS).rate
     yield Figure("list_per_s", rate, f"authenticated GET of {page} of {total} jobs")
     yield Figure("list_ratio", rate / other, "the same / one process with FastAPI and motor", at_least=0.6)
@@ -244,7 +244,7 @@ async def chunks(stack: Stack, user: Client) -> list[Figure]:
                     len(workers.chunks) > enough > 0  # type: ignore[misc] # mypy infers no type for a lambda with defaults
                     or all(user.status(job_id) in FINAL for job_id in jobs)
                 ),
-                WHOLE_LIMIT,
+                WHOLE_LIMIT_SECONDS,
             )
             costs.append(1_000 * sum(meter.cpu().values()) / len(workers.chunks))
             for job_id in jobs:
@@ -282,10 +282,10 @@ def largest(stack: Stack, user: Client, calm: float) -> Iterator[Figure]:
     yield Figure("largest_healthz_s", max(health), "the longest /healthz of the orchestrator meanwhile", at_most=0.1)
     begin = time.perf_counter()
     user.cancel(job["id"])
-    until(lambda: user.unfinished() == 0, LIMIT, "the job to be cancelled")
+    until(lambda: user.unfinished() == 0, LIMIT_SECONDS, "the job to be cancelled")
     took = time.perf_counter() - begin
     yield Figure("largest_cancel_s", took, "its cancel", at_most=5)
-    time.sleep(max(0.0, CALM - took))
-    after = cores(stack, OURS, CALM)
-    yield Figure("cancelled_load_cores", after, f"cores in use {CALM} s after its cancel")
+    time.sleep(max(0.0, CALM_SECONDS - took))
+    after = cores(stack, OURS, CALM_SECONDS)
+    yield Figure("cancelled_load_cores", after, f"cores in use {CALM_SECONDS} s after its cancel")
     yield Figure("cancelled_load_ratio", after / calm, "the same / before any large job", at_most=1.5)

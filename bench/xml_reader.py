@@ -15,7 +15,7 @@ from bench.figures import Figure
 from scanner_worker.scanner import python_nmap
 from scanner_worker.scanner.xml import Reader
 
-PIECE = 1 << 16  # capacity of a pipe
+PIECE_BYTES = 1 << 16  # capacity of a pipe
 ROUNDS = 7  # the best of so many, in turns: other processes affect all sides equally
 
 HEAD = """<?xml version="1.0" encoding="UTF-8"?>
@@ -76,9 +76,9 @@ def pieces(parts: Iterator[bytes]) -> Iterator[bytes]:
     held = bytearray()
     for part in parts:
         held += part
-        if len(held) >= PIECE:
-            yield bytes(held[:PIECE])
-            del held[:PIECE]
+        if len(held) >= PIECE_BYTES:
+            yield bytes(held[:PIECE_BYTES])
+            del held[:PIECE_BYTES]
     yield bytes(held)
 
 

@@ -43,7 +43,7 @@ _CLONE_NEWNET: Final = 0x40000000
 _SO_TIMESTAMPNS: Final = 35
 _ETH_P_IP: Final = 0x0800
 _ETH_P_ALL: Final = 0x0003
-_HEADERS: Final = 14 + 60 + 4  # bytes that a packet's addresses and ports are in: Ethernet, the longest IPv4, ports
+_HEADER_BYTES: Final = 14 + 60 + 4  # with a packet's addresses and ports: Ethernet, the longest IPv4, ports
 _CHECK_SECONDS: Final = 0.2  # interval at which a thread checks whether it must end
 
 _T = TypeVar("_T")
@@ -208,7 +208,7 @@ def _serve(listeners: Sequence[socket.socket], banner: bytes, ending: threading.
 
 def _read(tapped: socket.socket, packets: list[Packet], ending: threading.Event) -> None:
     def take() -> None:
-        data, ancillary, _, (_, kind, direction, *_) = tapped.recvmsg(_HEADERS, 64)
+        data, ancillary, _, (_, kind, direction, *_) = tapped.recvmsg(_HEADER_BYTES, 64)
         if kind == _ETH_P_IP and direction == socket.PACKET_OUTGOING:
             packets.append(_packet(data[14:], ancillary))
 

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 ISSUER: Final = "scanfleet-local"
 AUDIENCE: Final = "scanfleet"
-LIFE: Final = 12 * 3600  # seconds: a working day, below the limit of the services
+LIFE_SECONDS: Final = 12 * 3600  # a working day, below the limit of the services
 
 
 class Issuer:
@@ -40,7 +40,13 @@ class Issuer:
 
     def token(self, user: int, *, admin: bool = False) -> str:
         now = int(time.time())
-        claims: dict[str, object] = {"iss": self.name, "aud": AUDIENCE, "sub": str(user), "iat": now, "exp": now + LIFE}
+        claims: dict[str, object] = {
+            "iss": self.name,
+            "aud": AUDIENCE,
+            "sub": str(user),
+            "iat": now,
+            "exp": now + LIFE_SECONDS,
+        }
         if admin:
             claims["roles"] = ["admin"]
         return jwt.encode(claims, self._private_key_file.read_bytes(), algorithm="ES256")

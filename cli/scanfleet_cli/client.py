@@ -56,16 +56,16 @@ _MAX_ERROR_CHARS: Final = 300  # of an error from another server, for example a 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Retry policy while the service is unavailable or busy; all in seconds."""
+    """Retry policy while the service is unavailable or busy."""
 
-    timeout: float = 60.0
+    timeout_seconds: float = 60.0
     """Time limit of the retries of a call that is safe to repeat."""
 
-    first_pause: float = 0.5
-    """Pause before the first retry; it doubles up to `longest_pause`."""
+    first_pause_seconds: float = 0.5
+    """Pause before the first retry; it doubles up to `longest_pause_seconds`."""
 
-    longest_pause: float = 5.0
-    poll: float = 5.0
+    longest_pause_seconds: float = 5.0
+    poll_seconds: float = 5.0
     """Polling interval of a job whose streams fail."""
 
     def pause(self, failures: int) -> float:
@@ -73,7 +73,7 @@ class Patience:
         if not failures:
             return 0.0
         doublings = min(failures - 1, _MAX_DOUBLINGS)  # a float overflows at 1,024
-        longest: float = min(self.first_pause * 2**doublings, self.longest_pause)
+        longest: float = min(self.first_pause_seconds * 2**doublings, self.longest_pause_seconds)
         return longest * random.uniform(0.75, 1.0)  # noqa: S311 # spreads the load of clients; not for security
 
 
@@ -526,7 +526,7 @@ class Watching:
     @property
     def pause(self) -> float:
         """Seconds before the next attempt."""
-        return self._patience.poll if self.polling else self._patience.pause(self._failures)
+        return self._patience.poll_seconds if self.polling else self._patience.pause(self._failures)
 
     def received(self, event: httpx2.ServerSentEvent) -> list[rest.TaskStatus]:
         """Return the state of an event of the stream, unless it is outdated or of another job."""
@@ -585,7 +585,7 @@ class _Retries:
         self._url = url
         self._call = call
         self._patience = patience
-        self._limit = patience.timeout if timeout is None else timeout
+        self._limit = patience.timeout_seconds if timeout is None else timeout
         self._until = time.monotonic() + self._limit
         self._notice = notice
         self._failures = 0

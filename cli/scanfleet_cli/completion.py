@@ -67,7 +67,7 @@ def _in_time(context: click.Context, read: Read, begun: str) -> list[CompletionI
     # A daemon does not delay the end of the process, for example while a token command runs.
     thread = threading.Thread(target=work, name="completion", daemon=True)
     thread.start()
-    thread.join(session.effects.completion)
+    thread.join(session.effects.completion_seconds)
     return list(found)
 
 

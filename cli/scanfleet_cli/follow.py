@@ -243,7 +243,7 @@ class _Following:
         """Poll the new results of running jobs."""
         newest = dict.fromkeys(self._jobs, 0)
         while True:
-            await asyncio.sleep(self._session.patience.poll)
+            await asyncio.sleep(self._session.patience.poll_seconds)
             for job_id in [each.job_id for each in self._jobs.values() if each.task is not None and not each.final]:
                 with suppress(ApiError, UnavailableError):  # the next poll reads them
                     call = calls.read_results(job_id, after=newest[job_id], **self._query)

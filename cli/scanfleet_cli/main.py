@@ -102,7 +102,7 @@ def cli(
     color: str,
 ) -> None:
     """Apply the options that all commands share."""
-    session.context, session.url, session.token_file, session.timeout = context, url, token_file, retry
+    session.context, session.url, session.token_file, session.timeout_seconds = context, url, token_file, retry
     session.output.quiet = quiet
     session.output.coloured = _coloured(color, session)
 

@@ -47,14 +47,14 @@ class Effects:
     async_transport: Any = None
     """HTTP transport of the asynchronous client; the network by default."""
 
-    first_pause: float = 0.5
-    """Seconds before the first retry."""
+    first_pause_seconds: float = 0.5
+    """Pause before the first retry."""
 
-    poll: float = 5.0
-    """Seconds between two polls."""
+    poll_seconds: float = 5.0
+    """Polling interval."""
 
-    completion: float = 0.9
-    """Timeout in seconds of a read for completions; the shell blocks on it and on the start of the command."""
+    completion_seconds: float = 0.9
+    """Timeout of a read for completions; the shell blocks on it and on the start of the command."""
 
     browse: Callable[[str], bool] = webbrowser.open
     sleep: Callable[[float], None] = time.sleep
@@ -78,7 +78,7 @@ class Session:
         self.url: str | None = None
         self.context: str | None = None
         self.token_file: Path | None = None
-        self.timeout = 60.0
+        self.timeout_seconds = 60.0
         self.limit: int | None = None
         self._client: Client | None = None
         self._of_command: CommandToken | None = None
@@ -170,7 +170,11 @@ class Session:
         """Retry policy while the service is unavailable or busy."""
         from scanfleet_cli.client import Patience  # noqa: PLC0415 # not for commands that send no request
 
-        return Patience(timeout=self.timeout, first_pause=self.effects.first_pause, poll=self.effects.poll)
+        return Patience(
+            timeout_seconds=self.timeout_seconds,
+            first_pause_seconds=self.effects.first_pause_seconds,
+            poll_seconds=self.effects.poll_seconds,
+        )
 
     @property
     def client(self) -> Client:

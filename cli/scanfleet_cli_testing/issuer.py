@@ -32,7 +32,7 @@ from joserfc.jwk import OctKey
 
 URL: Final = "https://issuer.test"
 CLIENT_ID: Final = "scanfleet-cli"
-LIFE: Final = 300  # seconds of an access token
+LIFE_SECONDS: Final = 300  # of an access token
 
 
 class _Client(ClientMixin):  # type: ignore[misc] # the library ships no types
@@ -221,7 +221,7 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
         self.answers: dict[str, httpx2.Response] = {}
         """Other responses, by path."""
 
-        self.life: int | None = LIFE
+        self.life: int | None = LIFE_SECONDS
         """Seconds of an access token; None is not stated."""
 
         self.new_access_token = new_access_token

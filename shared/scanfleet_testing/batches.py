@@ -12,10 +12,10 @@ from aiokafka.record.util import calc_crc32c, encode_varint
 
 from scanfleet.contracts.messages.envelope import Outgoing
 
-_HEADER: Final = 61  # bytes of a batch before its records, which alone are compressed
+_HEADER_BYTES: Final = 61  # of a batch before its records, which alone are compressed
 _GZIP: Final = 1  # in the attributes
 _GZIP_STREAM: Final = 31  # in the terms of zlib
-_STEP: Final = 1_000_000  # bytes that are compressed at a time
+_STEP_BYTES: Final = 1_000_000  # that are compressed at a time
 
 
 def encoded(records: Sequence[Outgoing], *, offsets: Sequence[int] | None = None) -> bytearray:
@@ -37,7 +37,7 @@ def unreadable(record: Outgoing) -> bytearray:
 
 def compressed(records: Sequence[Outgoing]) -> bytearray:
     data = encoded(records)
-    return _compressed(data, [bytes(data[_HEADER:])])
+    return _compressed(data, [bytes(data[_HEADER_BYTES:])])
 
 
 def damaged(records: Sequence[Outgoing]) -> bytearray:
@@ -51,7 +51,7 @@ def expanding(size: int) -> bytearray:
     encode_varint(size, start.append)
     length = bytearray()
     encode_varint(len(start) + size + 1, length.append)
-    zeros = [bytes(_STEP)] * (size // _STEP) + [bytes(size % _STEP)]
+    zeros = [bytes(_STEP_BYTES)] * (size // _STEP_BYTES) + [bytes(size % _STEP_BYTES)]
     return _compressed(encoded([(b"", None, [])]), [bytes(length + start), *zeros, b"\0"])
 
 
@@ -71,6 +71,6 @@ def sealed(data: bytearray) -> bytearray:
 
 def _compressed(batch: bytearray, records: Sequence[bytes]) -> bytearray:
     stream = zlib.compressobj(wbits=_GZIP_STREAM)
-    data = batch[:_HEADER] + b"".join([*map(stream.compress, records), stream.flush()])
+    data = batch[:_HEADER_BYTES] + b"".join([*map(stream.compress, records), stream.flush()])
     struct.pack_into(">h", data, 21, _GZIP)
     return sealed(data)

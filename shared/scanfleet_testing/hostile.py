@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 _PLACE: Final = "\N{CROSS MARK}"
-_LARGE: Final = 100_000  # bytes: enough for a quadratic step to take seconds
+_LARGE_BYTES: Final = 100_000  # enough for a quadratic step to take seconds
 
 
-def hostile_values(size: int = _LARGE) -> dict[str, bytes]:
+def hostile_values(size: int = _LARGE_BYTES) -> dict[str, bytes]:
     """Return JSON texts of about `size` bytes, by name, that a parser must accept or reject quickly."""
     depth, items = min(size // 2, 50_000), size // 4
     return {
@@ -39,7 +39,7 @@ def hostile_values(size: int = _LARGE) -> dict[str, bytes]:
     }
 
 
-def hostile_messages(example: Any, size: int = _LARGE) -> Iterator[tuple[str, bytes]]:
+def hostile_messages(example: Any, size: int = _LARGE_BYTES) -> Iterator[tuple[str, bytes]]:
     """Yield descriptions and JSON texts of `example` with one part, at any depth, replaced by a hostile value."""
     values = hostile_values(size)
     for where, changed in _places(example, ""):

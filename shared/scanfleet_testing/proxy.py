@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-_PIECE: Final = 1 << 16  # bytes moved at once
+_PIECE_BYTES: Final = 1 << 16  # moved at once
 
 
 class Proxy:
@@ -96,7 +96,7 @@ class Proxy:
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
-            while piece := await reader.read(_PIECE):
+            while piece := await reader.read(_PIECE_BYTES):
                 await asyncio.sleep(self._delay)
                 await self._open.wait()
                 writer.write(piece)

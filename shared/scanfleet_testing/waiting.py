@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-PATIENCE = 30.0  # seconds that a test waits for a condition: far above the usual time
-PAUSE = 0.01  # seconds between two checks
+PATIENCE_SECONDS = 30.0  # that a test waits for a condition: far above the usual time
+PAUSE_SECONDS = 0.01  # between two checks
 
 
-async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+async def until(condition: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
     """Wait until `condition()` is true; an awaitable result is awaited first.
 
     Raises:
@@ -17,7 +17,7 @@ async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> N
     """
     async with asyncio.timeout(seconds):
         while not await _holds(condition):  # noqa: ASYNC110 # what is awaited has no event
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(PAUSE_SECONDS)
 
 
 async def _holds(condition: Callable[[], object]) -> object:

@@ -36,7 +36,7 @@ RAW: Final = "scanfleet-raw"
 K8S: Final = ROOT / "k8s"
 TOOLS: Final = sysconfig.get_path("scripts")
 ENVIRONMENT: Final = os.environ | {"PATH": f"{TOOLS}:{os.environ['PATH']}"}
-LOOK: Final = 0.5  # polling interval in seconds: each query of the cluster starts a process
+LOOK_SECONDS: Final = 0.5  # polling interval: each query of the cluster starts a process
 
 DEPLOY, REACH, ADD_RAW = (
     block.strip().splitlines() for block in re.findall(r"```sh\n(.*?)```", (K8S / "README.md").read_text(), re.DOTALL)
@@ -56,7 +56,7 @@ LONG: Final[dict[str, Any]] = {
 }
 PER_WORKER: Final = 1000
 """Probes per second of a worker's two nmaps: a job with n times that rate keeps n workers busy."""
-FINISH: Final = 300.0  # seconds for such a scan, whatever happens to it
+FINISH_SECONDS: Final = 300.0  # for such a scan, whatever happens to it
 
 WORKLOADS: Final = (
     "deployment/api-gateway",
@@ -282,13 +282,13 @@ def stranger() -> Iterator[Manifest]:
 def started(user: Client, **policy: Any) -> int:
     """Start a long scan; return once it makes progress."""
     job_id = user.scan(SUBNET, **LONG | policy)
-    until(lambda: user.task(job_id)["status"]["progress"] > 0, 120, "the scan to be under way", LOOK)
+    until(lambda: user.task(job_id)["status"]["progress"] > 0, 120, "the scan to be under way", LOOK_SECONDS)
     return job_id
 
 
 def assert_as_found(user: Client, job_id: int, truth: set[tuple[str, int]]) -> None:
     """Check that the scan found what plain nmap finds, each once, and that every probe has an outcome."""
-    assert user.finished(job_id, limit=FINISH)["status"]["status"] == "completed"
+    assert user.finished(job_id, limit=FINISH_SECONDS)["status"]["status"] == "completed"
     found = [(each["ip_address"], each["port"]) for each in user.results(job_id)]
     assert len(found) == len(set(found))
     assert set(found) == truth
@@ -315,10 +315,10 @@ def test_scaling_workers_during_a_scan_loses_nothing(user: Client, truth: set[tu
     before = expired()
     job_id = started(user, max_rate=3 * PER_WORKER)
     scale("deployment/scanner-worker", 3)
-    until(lambda: scanning() == 3, 60, "three workers to scan", LOOK)
+    until(lambda: scanning() == 3, 60, "three workers to scan", LOOK_SECONDS)
     kubectl("scale", "deployment/scanner-worker", "--replicas=1")
     assert_as_found(user, job_id, truth)
-    until(lambda: len(pods("scanner-worker")) == 1, 60, "two workers to be gone", LOOK)
+    until(lambda: len(pods("scanner-worker")) == 1, 60, "two workers to be gone", LOOK_SECONDS)
     assert expired() == before
 
 
@@ -326,7 +326,7 @@ def test_killed_worker_loses_no_result(user: Client, truth: set[tuple[str, int]]
     """With a worker's pod killed in mid-scan every server is found, once."""
     scale("deployment/scanner-worker", 2)
     job_id = started(user, max_rate=2 * PER_WORKER)
-    until(lambda: scanning() == 2, 60, "both workers to scan", LOOK)
+    until(lambda: scanning() == 2, 60, "both workers to scan", LOOK_SECONDS)
     kubectl("delete", "pod", pods("scanner-worker")[0]["metadata"]["name"], "--grace-period=1")
     assert_as_found(user, job_id, truth)
 
@@ -353,9 +353,9 @@ def test_kafka_outage_makes_services_unready_without_restart(user: Client) -> No
     """While Kafka is unavailable all services are unready without restarts, and recover by themselves."""
     before = restarts()
     scale("statefulset/kafka", 0)
-    until(lambda: not any(map(is_ready, all_pods())), 120, "no service to be ready", LOOK)
+    until(lambda: not any(map(is_ready, all_pods())), 120, "no service to be ready", LOOK_SECONDS)
     scale("statefulset/kafka", 1)
-    until(lambda: all(map(is_ready, all_pods())), 120, "every service to be ready", LOOK)
+    until(lambda: all(map(is_ready, all_pods())), 120, "every service to be ready", LOOK_SECONDS)
     assert restarts() == before
     job_id = user.scan(SUBNET, ports="2222", technique="connect", service_detection=False)
     assert user.finished(job_id)["status"]["status"] == "completed"
@@ -412,7 +412,12 @@ def test_pods_have_no_service_account_token() -> None:
 
 def test_disruption_budgets_allow_one_pod() -> None:
     """Every disruption budget selects pods, and allows one disruption."""
-    until(lambda: {each["status"]["disruptionsAllowed"] for each in objects("pdb")} == {1}, 60, "the budgets", LOOK)
+    until(
+        lambda: {each["status"]["disruptionsAllowed"] for each in objects("pdb")} == {1},
+        60,
+        "the budgets",
+        LOOK_SECONDS,
+    )
     expected = {each["metadata"]["name"]: each["status"]["expectedPods"] for each in objects("pdb")}
     assert expected == {service: len(pods(service)) for service in SERVICES}
 
@@ -447,7 +452,7 @@ def test_raw_packet_namespace_enables_syn_scans(user: Client, truth: set[tuple[s
         waiting = user.http.get(f"/api/v1/task/{job_id}/waiting").json()
         return {reason["kind"] for reason in waiting["reasons"]}
 
-    until(lambda: "no_raw_worker" in reasons(), 60, "the job to wait for raw packets", LOOK)
+    until(lambda: "no_raw_worker" in reasons(), 60, "the job to wait for raw packets", LOOK_SECONDS)
     try:
         run(ADD_RAW)
         assert_as_found(user, job_id, truth)
@@ -474,11 +479,11 @@ def test_keda_scales_workers_with_the_queue(tmp_path: Path, user: Client, truth:
     }
     apply(variant(tmp_path, "keda", [impatient]))
     try:
-        until(lambda: not pods("scanner-worker"), 120, "no worker to be left", LOOK)
+        until(lambda: not pods("scanner-worker"), 120, "no worker to be left", LOOK_SECONDS)
         job_id = user.scan(SUBNET, **LONG)
-        until(lambda: len(pods("scanner-worker")) > 1, 120, "workers to come", LOOK)
+        until(lambda: len(pods("scanner-worker")) > 1, 120, "workers to come", LOOK_SECONDS)
         assert_as_found(user, job_id, truth)
-        until(lambda: not pods("scanner-worker"), 120, "all workers to go", LOOK)
+        until(lambda: not pods("scanner-worker"), 120, "all workers to go", LOOK_SECONDS)
     finally:
         kubectl("delete", "scaledobject", "--all")
         apply(K8S / "overlays/local")

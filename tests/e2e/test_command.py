@@ -26,7 +26,7 @@ pytestmark = pytest.mark.e2e
 SUBNET = "127.9.8.0/24"
 FAST = ("--ports", "8020-8090", "--no-service-detection")
 SLOW = ("--ports", "1-1000", "--discovery", "none", "--max-rate", "100", "--no-service-detection")
-LIMIT = 120  # seconds for a command; it takes about ten
+LIMIT_SECONDS = 120  # for a command; it takes about ten
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Done = Callable[..., tuple[int, str]]
@@ -71,7 +71,7 @@ def done(start: Start) -> Done:
 
     def run(*arguments: str) -> tuple[int, str]:
         process = start(*arguments)
-        out, err = process.communicate(timeout=LIMIT)
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
         return process.returncode, out + err
 
     return run
@@ -80,7 +80,7 @@ def done(start: Start) -> Done:
 def test_scan_prints_the_ports_that_nmap_finds(start: Start, servers: OpenPorts) -> None:
     """Without a terminal the table is tab-separated, has no escape codes, and stderr ends with the coverage summary."""
     scan = start("scan", SUBNET, *FAST)
-    out, err = scan.communicate(timeout=LIMIT)
+    out, err = scan.communicate(timeout=LIMIT_SECONDS)
     assert scan.returncode == 0, err
     rows = [line.split("\t") for line in out.splitlines()]
     assert sorted((address, int(port.removesuffix("/tcp"))) for address, port, *_ in rows) == sorted(servers)
@@ -100,7 +100,7 @@ def test_scan_with_a_killed_worker_prints_the_same_table(stack: Stack, start: St
     )
     stack.kill("scanner-worker-1")
     for command in (scan, follower):
-        out, err = command.communicate(timeout=LIMIT)
+        out, err = command.communicate(timeout=LIMIT_SECONDS)
         assert command.returncode == 0, err
         rows = [line.split("\t")[:2] for line in out.splitlines()]
         assert sorted((address, int(port.removesuffix("/tcp"))) for address, port in rows) == sorted(servers)
@@ -114,7 +114,7 @@ def test_closed_pipe_exits_0(environment: dict[str, str], servers: OpenPorts) ->
     assert servers
     scan = f'set -o pipefail; {SCANFLEET} -q scan {SUBNET} {" ".join(FAST)} | (read -r line; echo "$line")'
     done = subprocess.run(
-        ["bash", "-c", scan], env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+        ["bash", "-c", scan], env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("127.9.8.")
@@ -123,7 +123,7 @@ def test_closed_pipe_exits_0(environment: dict[str, str], servers: OpenPorts) ->
 def test_refused_target_exits_2_with_the_message_of_the_service(start: Start) -> None:
     """The error of a network that the target rules reject is the message of the service."""
     refused = start("scan", "192.0.2.0/24", "-o", "json")
-    out, err = refused.communicate(timeout=LIMIT)
+    out, err = refused.communicate(timeout=LIMIT_SECONDS)
     assert (refused.returncode, out) == (2, "")
     assert "192.0.2.0/24" in err
     assert '"status": 400' in err
@@ -147,7 +147,7 @@ def test_watch_continues_after_an_outage_of_the_gateway(stack: Stack, start: Sta
     finally:
         stack.start(gateway)
         stack.wait_until_ready()
-    _, err = watch.communicate(timeout=LIMIT)
+    _, err = watch.communicate(timeout=LIMIT_SECONDS)
     err = "".join([*lines, err])
     assert watch.returncode == 0, err
     assert err.count("reconnected") == 1, err
@@ -191,10 +191,10 @@ def test_post_that_is_cut_off_creates_one_object(
     environment["SCANFLEET_URL"] = f"http://127.0.0.1:{proxy.port}"
     proxy.delay(3)  # leaves time between the creation and the arrival of the answer
     command = start(*commands[kind])
-    until(lambda: total() > before, LIMIT, "the object to be created", 0.02)
+    until(lambda: total() > before, LIMIT_SECONDS, "the object to be created", 0.02)
     proxy.cut()
     proxy.heal()
-    _, err = command.communicate(timeout=LIMIT)
+    _, err = command.communicate(timeout=LIMIT_SECONDS)
     assert command.returncode == 0, err
     assert "repeating" in err
     assert total() == before + 1
@@ -213,7 +213,7 @@ def test_ctrl_c_leaves_the_job_running(environment: dict[str, str], owner: Clien
         scan.send_signal(signal.SIGINT)
         while b"continues: scanfleet" not in shown:
             shown += os.read(ours, 4096)
-        assert scan.wait(LIMIT) == 130
+        assert scan.wait(LIMIT_SECONDS) == 130
     finally:
         scan.kill()
         os.close(ours)

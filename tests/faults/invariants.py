@@ -20,7 +20,7 @@ from tests.client import FINAL
 from tests.faults.documents import Document
 from tests.faults.kit import Platform
 
-PATIENCE: Final = 180.0  # timeout in seconds for every job to end, on a loaded machine
+PATIENCE_SECONDS: Final = 180.0  # for every job to end, on a loaded machine
 PROBED: Final = ("answered", "silent", "down", "timed_out", "excluded")
 
 
@@ -41,15 +41,18 @@ class Invariants:
         """
         platform = self._platform
         platform.stack.wait_until_ready()
-        until(lambda: not platform.documents.jobs(settled=False), PATIENCE, "every job to end", 0.2)
+        until(lambda: not platform.documents.jobs(settled=False), PATIENCE_SECONDS, "every job to end", 0.2)
         until(
-            lambda: not platform.documents.jobs(outbox={"$exists": True}), PATIENCE, "every event to be published", 0.2
+            lambda: not platform.documents.jobs(outbox={"$exists": True}),
+            PATIENCE_SECONDS,
+            "every event to be published",
+            0.2,
         )
-        until(lambda: not platform.nmaps(), PATIENCE, "every nmap to end")
+        until(lambda: not platform.nmaps(), PATIENCE_SECONDS, "every nmap to end")
         platform.topics.until_read()
         until(
             lambda: not platform.documents.deletions(due={"$exists": True}),
-            PATIENCE,
+            PATIENCE_SECONDS,
             "every deletion to be complete",
             0.2,
         )

@@ -37,15 +37,15 @@ from tests.faults.releases import write_next_release
 from tests.faults.servers import Servers
 from tests.faults.topics import Topics
 
-LEASE: Final = 5  # seconds: longer than a busy machine delays a heartbeat, and short to wait for
-REQUEUE_SECONDS: Final = LEASE + 5  # as the local stack promises 15 seconds with a lease of 10
+LEASE_SECONDS: Final = 5  # longer than a busy machine delays a heartbeat, and short to wait for
+REQUEUE_SECONDS: Final = LEASE_SECONDS + 5  # as the local stack promises 15 seconds with a lease of 10
 COOLDOWN_SECONDS: Final = 1  # of the gateways, between two fetches of the issuer's keys
 MAX_AGE_SECONDS: Final = 2  # of the keys that the second gateway knows
 MAX_STALE_SECONDS: Final = 6  # while it cannot fetch them
 SLOTS: Final = 3
 REPLICAS: Final = dict.fromkeys(SERVICES, 2)
-OFF: Final = 7_200  # seconds by which some clocks are wrong
-LIMIT: Final = 90.0  # timeout in seconds for steps that usually take a few, on a loaded machine
+CLOCK_ERROR_SECONDS: Final = 7_200  # by which some clocks are wrong
+LIMIT_SECONDS: Final = 90.0  # for steps that usually take a few, on a loaded machine
 
 PORTS: Final = "8020-8039"
 TINY: Final[Mapping[str, Any]] = {"ports": PORTS, "service_detection": False}
@@ -177,7 +177,7 @@ class Platform:
             kafka_at=self.servers.kafka,
             mongodb_at=self.servers.mongodb,
             settings={
-                "SCANFLEET_LEASE_SECONDS": str(LEASE),
+                "SCANFLEET_LEASE_SECONDS": str(LEASE_SECONDS),
                 "SCANFLEET_STORED_SECONDS": "5",
                 "SCANFLEET_DELETES_PER_SECOND": "100",
                 "SCANFLEET_SLOTS": str(SLOTS),
@@ -216,7 +216,9 @@ class Platform:
     def token(self, user: int, **changed: Any) -> str:
         """Return a token that is valid by both clocks."""
         now = int(time.time())
-        return self.keys.issuer.token(user, **({"iat": now - OFF - 60, "exp": now + OFF} | changed))
+        return self.keys.issuer.token(
+            user, **({"iat": now - CLOCK_ERROR_SECONDS - 60, "exp": now + CLOCK_ERROR_SECONDS} | changed)
+        )
 
     def network(self, bits: int) -> str:
         """Return a network to scan; tests may share it."""
@@ -238,7 +240,7 @@ class Platform:
 
     def pid(self, name: str) -> int:
         """Return the pid of a service's process or of a server once it runs."""
-        until(lambda: self.running(name) != 0, LIMIT, f"{name} to run")
+        until(lambda: self.running(name) != 0, LIMIT_SECONDS, f"{name} to run")
         return self.running(name)
 
     def running(self, name: str) -> int:
@@ -332,14 +334,14 @@ class Platform:
         """Return the sum of a metric's series over the processes of a service."""
         total = 0.0
         for process in self.names(service):
-            text = httpx2.get(f"{self.stack.ports.probes(process)}/metrics", timeout=LIMIT).text
+            text = httpx2.get(f"{self.stack.ports.probes(process)}/metrics", timeout=LIMIT_SECONDS).text
             total += sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
         return total
 
     def ready(self, name: str) -> bool:
         """Return whether /readyz succeeds; False without an answer."""
         try:
-            return httpx2.get(f"{self.stack.ports.probes(name)}/readyz", timeout=LIMIT).is_success
+            return httpx2.get(f"{self.stack.ports.probes(name)}/readyz", timeout=LIMIT_SECONDS).is_success
         except httpx2.HTTPError:
             return False
 
@@ -356,7 +358,7 @@ class Platform:
     def _settings_of(self) -> dict[str, dict[str, str | None]]:
         found: dict[str, dict[str, str | None]] = {
             "scanner-worker-1": {
-                **shifted(OFF),
+                **shifted(CLOCK_ERROR_SECONDS),
                 "SCANFLEET_NMAP": str(self._nmaps["scanner-worker-1"]),
                 "SCANFLEET_STOP_GRACE_SECONDS": "20",
             },
@@ -366,7 +368,7 @@ class Platform:
                 "SCANFLEET_STOP_GRACE_SECONDS": "0",
             },
             "api-gateway-2": {
-                **shifted(-OFF),
+                **shifted(-CLOCK_ERROR_SECONDS),
                 "SCANFLEET_JWT_JWKS_MAX_AGE_SECONDS": str(MAX_AGE_SECONDS),
                 "SCANFLEET_JWT_JWKS_MAX_STALE_SECONDS": str(MAX_STALE_SECONDS),
             },

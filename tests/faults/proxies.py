@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from scanfleet_testing.proxy import Proxy
 
-LIMIT: Final = 10.0  # timeout in seconds for a command to a proxy
+LIMIT_SECONDS: Final = 10.0  # for a command to a proxy
 
 
 class FaultProxy:
@@ -61,11 +61,11 @@ class FaultProxies:
         for proxy in self._open:
             proxy.refuse()
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(LIMIT)
+        self._thread.join(LIMIT_SECONDS)
         self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(LIMIT)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(LIMIT_SECONDS)
 
     def call(self, function: Any, *arguments: Any) -> None:
         done: Future[None] = Future()
@@ -75,4 +75,4 @@ class FaultProxies:
             done.set_result(None)
 
         self._loop.call_soon_threadsafe(work)
-        done.result(LIMIT)
+        done.result(LIMIT_SECONDS)

@@ -33,8 +33,8 @@ from tests.faults.documents import Document, holder
 from tests.faults.invariants import Invariants
 from tests.faults.kit import (
     ENDLESS,
-    LEASE,
-    LIMIT,
+    LEASE_SECONDS,
+    LIMIT_SECONDS,
     REQUEUE_SECONDS,
     STEADY,
     TINY,
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.e2e
 CONSUMED = (SCAN_COMMANDS, SCAN_REPLIES, SCAN_WORKERS, SCAN_TASKS, SCAN_PROGRESS, SCAN_RESULTS, SCAN_STORED)
 PROGRESS = "job-orchestrator-scan-progress"  # the group that reads it
 SLOW = {**ENDLESS, "max_rate": 20}  # a /31 with this policy is one chunk of more than a minute
-REBALANCE_SECONDS = LEASE * 20 / 45  # between two rebalances: as one every 20 seconds with a lease of 45
+REBALANCE_SECONDS = LEASE_SECONDS * 20 / 45  # between two rebalances: as one every 20 seconds with a lease of 45
 POST_SECONDS = 5 + 2  # the timeout of a command, and the query for its outcome
 ENVELOPE = [("ce_specversion", b"1.0"), ("content-type", b"application/json")]
 
@@ -98,7 +98,7 @@ def test_replayed_messages_change_nothing(platform: Platform, user: Caller, inva
         platform.topics.send(messages)
     platform.topics.until_read()
     # Replayed results of the deleted job are stored, and deleted again at once.
-    until(lambda: not platform.documents.closed(job_id=deleted), LIMIT, "the results to be deleted again")
+    until(lambda: not platform.documents.closed(job_id=deleted), LIMIT_SECONDS, "the results to be deleted again")
     invariants.check()
     assert truth(platform) == before
     assert user.http.get(f"/api/v1/task/{deleted}").status_code == 404
@@ -121,7 +121,7 @@ def dead_letters(platform: Platform, topic: Topic, count: int) -> list[RawRecord
     """Return the dead letters of the topic once there are `count`."""
     until(
         lambda: len(platform.topics.records(topic, letters=True)) >= count,
-        LIMIT,
+        LIMIT_SECONDS,
         f"{count} dead letters of {topic.name}",
     )
     return platform.topics.records(topic, letters=True)
@@ -155,7 +155,7 @@ def test_invalid_records_are_dead_lettered_or_skipped(platform: Platform, user: 
         assert len({(each["dlq_partition"], each["dlq_offset"]) for each in headers}) == sent[topic.name]
     until(
         lambda: platform.metric("scanner-worker", "scanfleet_bus_skipped_total") - skipped >= sent[SCAN_TASKS.name],
-        LIMIT,
+        LIMIT_SECONDS,
         "the worker to have counted the junk with its key",
     )
     invariants.check()
@@ -247,11 +247,11 @@ def test_orchestrator_without_broker_expires_no_lease(platform: Platform, user: 
     expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
     with platform.listeners() as servers:
         job_id = user.scan(platform.network(23), **STEADY)
-        until(lambda: bool(platform.nmaps()), LIMIT, "the scan to run")
+        until(lambda: bool(platform.nmaps()), LIMIT_SECONDS, "the scan to run")
         proxy = platform.servers.proxy("job-orchestrator", "kafka")
         proxy.swallow()
         try:
-            platform.wait(1.5 * LEASE)
+            platform.wait(1.5 * LEASE_SECONDS)
         finally:
             proxy.heal()
         platform.stack.wait_until_ready()
@@ -282,7 +282,7 @@ def test_rebalances_extend_no_lease_of_a_stopped_worker(
 ) -> None:
     """While the readers of scan-progress rebalance more often than a lease, the chunks of a stopped worker are reassigned in time, and no others."""
     jobs = [user.scan(platform.network(31), **SLOW) for _ in range(3)]
-    before = [caught(lambda: running(platform, job_id), LIMIT, "the job to run") for job_id in jobs]  # noqa: B023 # called before the next turn
+    before = [caught(lambda: running(platform, job_id), LIMIT_SECONDS, "the job to run") for job_id in jobs]  # noqa: B023 # called before the next turn
     stopped = holder(before[0])
     lost = [chunk for chunk in before if holder(chunk) == stopped]
 
@@ -295,7 +295,7 @@ def test_rebalances_extend_no_lease_of_a_stopped_worker(
         try:
             for chunk in lost:
                 until(lambda: requeued(platform, chunk), REQUEUE_SECONDS, "the chunk to be requeued", 0.05)  # noqa: B023 # called before the next turn
-            until(reassigned, LIMIT, "another worker to have the chunks")
+            until(reassigned, LIMIT_SECONDS, "another worker to have the chunks")
         finally:
             platform.kill(stopped, signal.SIGCONT)
     for chunk in before:
@@ -311,16 +311,16 @@ def test_unread_progress_expires_no_lease(platform: Platform, user: Caller, inva
     """While scan-progress is unread for two leases, and all else is read, no lease expires and no chunk is dispatched twice."""
     expired = platform.metric("job-orchestrator", "scanfleet_leases_expired_total")
     before = user.scan(platform.network(31), **SLOW)
-    caught(lambda: running(platform, before), LIMIT, "the first job to run")
+    caught(lambda: running(platform, before), LIMIT_SECONDS, "the first job to run")
     unread, began = 0, clock()
-    with platform.topics.stalled(PROGRESS, 2 * LEASE) as stall:
+    with platform.topics.stalled(PROGRESS, 2 * LEASE_SECONDS) as stall:
         meanwhile = user.scan(platform.network(31), **SLOW)  # its claims are unread
         while not stall.done():
             unread = max(unread, platform.topics.behind(PROGRESS, SCAN_PROGRESS))
-    assert clock() - began > 1.5 * LEASE
-    assert unread > LEASE  # workers report once a second
+    assert clock() - began > 1.5 * LEASE_SECONDS
+    assert unread > LEASE_SECONDS  # workers report once a second
     for job_id in (before, meanwhile):
-        caught(lambda: running(platform, job_id), LIMIT, "the job to run")  # noqa: B023 # called before the next turn
+        caught(lambda: running(platform, job_id), LIMIT_SECONDS, "the job to run")  # noqa: B023 # called before the next turn
         assert {(chunk["attempt"], chunk["failures"]) for chunk in platform.documents.chunks(job_id)} == {(1, 0)}
         assert dispatched_once(platform, job_id)
         user.cancel(job_id)
@@ -334,11 +334,13 @@ def test_broker_data_loss_is_survived(platform: Platform, user: Caller, invarian
     """After the broker lost its data every process restarts, and all unfinished and new jobs finish."""
     with platform.listeners() as servers:
         jobs = [user.scan(platform.network(24), **STEADY) for _ in range(3)]
-        until(lambda: any(platform.documents.hosts(job_id=job_id) for job_id in jobs), LIMIT, "hosts to be stored")
+        until(
+            lambda: any(platform.documents.hosts(job_id=job_id) for job_id in jobs), LIMIT_SECONDS, "hosts to be stored"
+        )
         before = {each.name: platform.pid(each.name) for each in platform.stack.processes()}
         platform.lose_the_log()
         for name, pid in before.items():
-            until(lambda: platform.running(name) not in (0, pid), LIMIT, f"{name} to restart")  # noqa: B023 # called before the next turn
+            until(lambda: platform.running(name) not in (0, pid), LIMIT_SECONDS, f"{name} to restart")  # noqa: B023 # called before the next turn
         platform.stack.wait_until_ready()
         for job_id in jobs:
             assert user.finished(job_id, 180)["status"]["status"] == "completed"

@@ -16,7 +16,7 @@ from pymongo.errors import AutoReconnect
 from local.wait import until
 from scanfleet.services import WITH_DATABASE
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LIMIT, STEADY, TINY, Caller, Platform
+from tests.faults.kit import LIMIT_SECONDS, STEADY, TINY, Caller, Platform
 
 pytestmark = pytest.mark.e2e
 
@@ -42,7 +42,7 @@ def load(platform: Platform, user: Caller, least: int = 3) -> Iterator[list[int]
     with ThreadPoolExecutor() as threads:
         working = threads.submit(work)
         try:
-            until(lambda: bool(jobs) or working.done(), LIMIT, "the load to begin")
+            until(lambda: bool(jobs) or working.done(), LIMIT_SECONDS, "the load to begin")
             yield jobs
         finally:
             enough.set()
@@ -57,9 +57,9 @@ def test_mongod_killed_under_load_loses_nothing(platform: Platform, user: Caller
             gone = platform.pid("mongod")
             before = len(jobs)
             platform.kill("mongod")
-            until(lambda gone=gone: platform.running("mongod") not in (0, gone), LIMIT, "mongod to come back")  # type: ignore[misc] # mypy infers no type for a lambda with a default
+            until(lambda gone=gone: platform.running("mongod") not in (0, gone), LIMIT_SECONDS, "mongod to come back")  # type: ignore[misc] # mypy infers no type for a lambda with a default
             platform.servers.wait_until_ready()
-            until(lambda before=before: len(jobs) > before, LIMIT, "jobs to be accepted again")  # type: ignore[misc] # as above
+            until(lambda before=before: len(jobs) > before, LIMIT_SECONDS, "jobs to be accepted again")  # type: ignore[misc] # as above
     for job_id in jobs:
         assert user.finished(job_id)["status"]["status"] == "completed"
     invariants.check()
@@ -71,11 +71,11 @@ def test_mongod_outage_in_mid_scan_loses_nothing(platform: Platform, user: Calle
     """During an outage of twenty seconds in mid-scan the services are unready, no lease expires, and the scan completes."""
     with platform.listeners() as servers:
         job_id = user.scan(platform.network(23), **STEADY)
-        until(lambda: bool(platform.documents.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
+        until(lambda: bool(platform.documents.hosts(job_id=job_id)), LIMIT_SECONDS, "hosts to be stored")
         platform.servers.stop("mongod")
         try:
             names = [name for service in WITH_DATABASE for name in platform.names(service)]
-            until(lambda: not any(map(platform.ready, names)), LIMIT, "all that need it to be unready")
+            until(lambda: not any(map(platform.ready, names)), LIMIT_SECONDS, "all that need it to be unready")
             assert user.http.get(f"/api/v1/task/{job_id}").status_code == httpx2.codes.SERVICE_UNAVAILABLE
             assert platform.ready("api-gateway-1")
             platform.wait(20)
@@ -95,12 +95,12 @@ def test_writes_with_cut_connections_are_applied_once(platform: Platform, user: 
     with load(platform, user, 6) as jobs:
         with platform.documents.failing(failCommands=writes, closeConnection=True, mode={"activationProbability": 0.3}):
             before = len(jobs)
-            until(lambda: len(jobs) > before + 2, LIMIT, "jobs to be accepted all the same")
+            until(lambda: len(jobs) > before + 2, LIMIT_SECONDS, "jobs to be accepted all the same")
         for _ in range(5):
             before = len(jobs)
             for proxy in platform.servers.proxies("mongod"):
                 proxy.cut()  # commands and responses in flight are lost
-            until(lambda before=before: len(jobs) > before, LIMIT, "jobs to be accepted again")  # type: ignore[misc] # mypy infers no type for a lambda with a default
+            until(lambda before=before: len(jobs) > before, LIMIT_SECONDS, "jobs to be accepted again")  # type: ignore[misc] # mypy infers no type for a lambda with a default
     for job_id in jobs:
         assert user.finished(job_id)["status"]["status"] == "completed"
     invariants.check()
@@ -114,7 +114,7 @@ def test_primary_stepdown_loses_nothing(platform: Platform, user: Caller, invari
         with suppress(AutoReconnect):  # it may close the connection that asked for it
             platform.documents.client.admin.command("replSetStepDown", 3, force=True)
         platform.servers.wait_until_ready()
-        until(lambda: len(jobs) > before, LIMIT, "jobs to be accepted again")
+        until(lambda: len(jobs) > before, LIMIT_SECONDS, "jobs to be accepted again")
     for job_id in jobs:
         assert user.finished(job_id)["status"]["status"] == "completed"
     invariants.check()

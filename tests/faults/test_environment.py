@@ -24,7 +24,7 @@ from tests.faults.invariants import Invariants
 from tests.faults.kit import (
     COOLDOWN_SECONDS,
     FAILING,
-    LIMIT,
+    LIMIT_SECONDS,
     MAX_AGE_SECONDS,
     MAX_STALE_SECONDS,
     STEADY,
@@ -83,12 +83,12 @@ def test_job_of_only_worker_without_disk_completes_after_recovery(
     """Without space for temporary files a worker is alive and unready, and its job waits and completes once there is space."""
     platform.stack.stop("scanner-worker-1")
     try:
-        until(lambda: platform.ready("scanner-worker-2"), LIMIT, "the second worker to be ready")
+        until(lambda: platform.ready("scanner-worker-2"), LIMIT_SECONDS, "the second worker to be ready")
         assert user.finished(user.scan(platform.network(30), **TINY))["status"]["status"] == "completed"
         pid = platform.pid("scanner-worker-2")
         with platform.no_disk(full=trouble == "full"):
             job_id = user.scan(platform.network(30), **TINY)
-            until(lambda: not platform.ready("scanner-worker-2"), LIMIT, "the second worker to exclude itself")
+            until(lambda: not platform.ready("scanner-worker-2"), LIMIT_SECONDS, "the second worker to exclude itself")
             platform.wait(5)  # long enough for many attempts of a worker that accepts chunks
             assert user.status(job_id) not in FINAL
         assert user.finished(job_id)["status"]["status"] == "completed"
@@ -108,7 +108,7 @@ def test_worker_without_disk_does_not_affect_results(platform: Platform, user: C
         jobs = [user.scan(platform.network(24), **TINY) for _ in range(6)]  # more than the healthy worker has slots
         until(
             lambda: platform.metric("scanner-worker", "scanfleet_worker_exclusions_total") > excluded,
-            LIMIT,
+            LIMIT_SECONDS,
             "the broken worker to exclude itself",
         )
         states = [user.finished(job_id)["status"]["status"] for job_id in jobs]
@@ -117,7 +117,7 @@ def test_worker_without_disk_does_not_affect_results(platform: Platform, user: C
         assert user.ledger(job_id)["counts"]["answered"] == 256 * 20
         assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == places
         assert {chunk["failures"] for chunk in platform.documents.chunks(job_id)} == {0}
-    until(lambda: platform.ready("scanner-worker-2"), LIMIT, "the worker to be included again")
+    until(lambda: platform.ready("scanner-worker-2"), LIMIT_SECONDS, "the worker to be included again")
     invariants.check()
 
 
@@ -133,13 +133,13 @@ def test_worker_whose_scans_fail_does_not_affect_results(
             jobs = [user.scan(platform.network(24), **TINY) for _ in range(6)]  # more than the other worker has slots
             until(
                 lambda: platform.metric("scanner-worker", "scanfleet_worker_exclusions_total") > excluded,
-                LIMIT,
+                LIMIT_SECONDS,
                 "the broken worker to exclude itself",
             )
             after = [scanned(user, job_id) for job_id in jobs]
     assert before[0]["answered"] == 256 * 20
     assert after == [before] * len(jobs)
-    until(lambda: platform.ready("scanner-worker-2"), LIMIT, "the worker to be included again")
+    until(lambda: platform.ready("scanner-worker-2"), LIMIT_SECONDS, "the worker to be included again")
     invariants.check()
 
 
@@ -188,11 +188,11 @@ def test_keys_rotate_during_endpoint_outage(platform: Platform) -> None:
         assert status(before) == httpx2.codes.OK
         assert status(after) == httpx2.codes.UNAUTHORIZED
         keys.away = False
-        until(lambda: status(after) == httpx2.codes.OK, LIMIT, "the new key to be accepted")
+        until(lambda: status(after) == httpx2.codes.OK, LIMIT_SECONDS, "the new key to be accepted")
         assert status(before) == httpx2.codes.UNAUTHORIZED
     finally:
         keys.away, keys.issuer = False, old
-    until(lambda: status(before) == httpx2.codes.OK, LIMIT, "the old key to be back")
+    until(lambda: status(before) == httpx2.codes.OK, LIMIT_SECONDS, "the old key to be back")
     caller.close()
 
 
@@ -220,11 +220,11 @@ def test_keys_rotate_during_traffic(platform: Platform) -> None:
     with ThreadPoolExecutor() as threads:
         asked = [threads.submit(ask, token) for token in (before, before, after)]
         try:
-            until(lambda: {token for token, _ in answered} == {before, after}, LIMIT, "the first answers")
+            until(lambda: {token for token, _ in answered} == {before, after}, LIMIT_SECONDS, "the first answers")
             assert set(answered) == {(before, 200), (after, 401)}
             keys.issuer, began = new, clock()
-            until(lambda: latest(after) == 200, LIMIT, "the new key to be accepted", 0.02)
-            until(lambda: latest(before) == 401, LIMIT, "the old key to be refused", 0.02)
+            until(lambda: latest(after) == 200, LIMIT_SECONDS, "the new key to be accepted", 0.02)
+            until(lambda: latest(before) == 401, LIMIT_SECONDS, "the old key to be refused", 0.02)
             assert (
                 clock() - began < COOLDOWN_SECONDS + 1 + 2 * slowest
             )  # one request before the fetch, and one after it
@@ -235,7 +235,7 @@ def test_keys_rotate_during_traffic(platform: Platform) -> None:
         each.result()
     assert {status for _, status in answered} == {200, 401}
     caller = platform.caller(token=before)
-    until(lambda: caller.http.get("/api/v1/task").is_success, LIMIT, "the old key to be back")
+    until(lambda: caller.http.get("/api/v1/task").is_success, LIMIT_SECONDS, "the old key to be back")
     caller.close()
 
 
@@ -283,15 +283,15 @@ def test_known_key_is_refused_once_it_is_too_stale(platform: Platform) -> None:
             accepted = asked
         return code
 
-    until(lambda: status() == 200, LIMIT, "the key to be known")
+    until(lambda: status() == 200, LIMIT_SECONDS, "the key to be known")
     platform.keys.away = True
     began = clock()
     try:
-        until(lambda: status() != 200, LIMIT, "the key to be refused")
+        until(lambda: status() != 200, LIMIT_SECONDS, "the key to be refused")
         assert status() == 503
         assert clock() - began > MAX_STALE_SECONDS - MAX_AGE_SECONDS - 1
         assert accepted - began < MAX_STALE_SECONDS
     finally:
         platform.keys.away = False
-    until(lambda: status() == 200, LIMIT, "the key to be accepted again")
+    until(lambda: status() == 200, LIMIT_SECONDS, "the key to be accepted again")
     caller.close()

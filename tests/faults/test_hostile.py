@@ -47,7 +47,7 @@ from scanfleet.contracts.messages.topics import (
 from scanfleet.scanning.policy import Preset, fill_in
 from tests.faults.documents import Document
 from tests.faults.invariants import Invariants
-from tests.faults.kit import ENDLESS, LIMIT, TINY, Caller, Platform, caught
+from tests.faults.kit import ENDLESS, LIMIT_SECONDS, TINY, Caller, Platform, caught
 
 pytestmark = pytest.mark.e2e
 
@@ -62,7 +62,7 @@ def running(platform: Platform, job_id: int) -> Document:
     """A chunk of the job that a worker has claimed."""
     return caught(
         lambda: next(iter(chunk for chunk in platform.documents.chunks(job_id) if chunk["state"] == "running"), None),
-        LIMIT,
+        LIMIT_SECONDS,
         "a chunk to run",
     )
 
@@ -81,7 +81,7 @@ def test_forged_commands_are_rejected(platform: Platform, user: Caller, invarian
         replies = [each.message for each in platform.topics.messages(SCAN_REPLIES, CommandRejected)]
         return {each.command_id: each.status for each in replies if isinstance(each, CommandRejected)}
 
-    until(lambda: {cancel.command_id, submit.command_id} <= rejections().keys(), LIMIT, "both to be refused")
+    until(lambda: {cancel.command_id, submit.command_id} <= rejections().keys(), LIMIT_SECONDS, "both to be refused")
     assert (rejections()[cancel.command_id], rejections()[submit.command_id]) == (404, 400)
     assert user.status(job["id"]) == "running"
     user.cancel(job["id"])
@@ -106,7 +106,7 @@ def test_forged_reports_are_ignored(platform: Platform, user: Caller, invariants
     )
     until(
         lambda: platform.metric("job-orchestrator", "scanfleet_stale_reports_total") >= stale + 3,
-        LIMIT,
+        LIMIT_SECONDS,
         "all three to be counted as stale",
     )
     stops = [each.message for each in platform.topics.messages(SCAN_TASKS, StopChunk)]
@@ -115,7 +115,9 @@ def test_forged_reports_are_ignored(platform: Platform, user: Caller, invariants
     assert (now["state"], now["attempt"], now["outcomes"]) == ("running", chunk["attempt"], chunk["outcomes"])
     letters = len(platform.topics.records(SCAN_PROGRESS, letters=True))
     forge(platform, SCAN_PROGRESS, ChunkProgressed(**token, worker_id="nobody", outcomes=done), key=b"elsewhere")
-    until(lambda: len(platform.topics.records(SCAN_PROGRESS, letters=True)) == letters + 1, LIMIT, "a dead letter")
+    until(
+        lambda: len(platform.topics.records(SCAN_PROGRESS, letters=True)) == letters + 1, LIMIT_SECONDS, "a dead letter"
+    )
     user.cancel(job_id)
     invariants.check()
 
@@ -180,7 +182,7 @@ def test_forged_and_replayed_results_have_no_effect(platform: Platform, user: Ca
 
     until(
         lambda: not any(job.get("outbox") for job in platform.documents.jobs()),
-        LIMIT,
+        LIMIT_SECONDS,
         "published events to leave the outboxes",
     )
     before, dropped = effects(), platform.metric("result-store", "scanfleet_results_uncovered_total")
@@ -239,7 +241,7 @@ def test_forged_task_is_refused_and_audited(platform: Platform, invariants: Inva
         seen.update(platform.nmaps().values())
         return bool(answers())
 
-    until(answered, LIMIT, "the worker to refuse")
+    until(answered, LIMIT_SECONDS, "the worker to refuse")
     (answer,) = answers()
     assert answer.outcomes == "rrrr"
     assert answer.reason
@@ -250,7 +252,7 @@ def test_forged_task_is_refused_and_audited(platform: Platform, invariants: Inva
         found = admin.http.get("/api/v1/audit", params={"subject": "1"}).json()["entries"]
         return [entry for entry in found if task.chunk_id in entry["target"]]
 
-    until(lambda: bool(audited()), LIMIT, "the refusal to be in the audit log")
+    until(lambda: bool(audited()), LIMIT_SECONDS, "the refusal to be in the audit log")
     (entry,) = audited()
     assert (entry["service"], entry["decision"], entry["rule"]) == ("scanner-worker", "refused", "targets")
     assert f"{platform.net}.66.0/24" in entry["target"]
@@ -287,7 +289,9 @@ def printed(user: Caller, folder: Path, *arguments: str) -> str:
         "SCANFLEET_TOKEN": user.http.headers["Authorization"].removeprefix("Bearer "),
         "XDG_CONFIG_HOME": str(folder),
     }
-    ended = subprocess.run([SCANFLEET, *arguments], env=environment, capture_output=True, check=False, timeout=LIMIT)
+    ended = subprocess.run(
+        [SCANFLEET, *arguments], env=environment, capture_output=True, check=False, timeout=LIMIT_SECONDS
+    )
     return (ended.stdout + ended.stderr).decode()
 
 

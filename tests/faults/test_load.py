@@ -16,7 +16,7 @@ import pytest
 from local.wait import until
 from scanfleet.services import SERVICES
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LIMIT, STEADY, TINY, Caller, Platform, scanned
+from tests.faults.kit import LIMIT_SECONDS, STEADY, TINY, Caller, Platform, scanned
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
@@ -57,16 +57,18 @@ def test_user_with_the_largest_jobs_delays_others_within_bounds(
     number = int(heavy.http.get("/api/v1/me").json()["user_id"])
     lines = "\n".join(f"large {line},{platform.net}.128.0/17" for line in range(JOBS))
     headers = {"Content-Type": "text/csv"}
-    imported = heavy.http.post("/api/v1/subnet/import", content=f"name,cidr\n{lines}", headers=headers, timeout=LIMIT)
+    imported = heavy.http.post(
+        "/api/v1/subnet/import", content=f"name,cidr\n{lines}", headers=headers, timeout=LIMIT_SECONDS
+    )
     large = [each["id"] for each in imported.raise_for_status().json()["subnets"]]
     policy = heavy.policy(**LARGEST)
     refused = heavy.http.post("/api/v1/task", json={"subnet_ids": large[:1], "policy_id": heavy.policy(**SLOWEST)})
     assert refused.status_code == 400  # more chunks than a job may have
     assert "limit" in refused.json()["error"]
     slow = heavy.submit([heavy.subnet(platform.network(30))], heavy.policy(**SLOWEST))[0]["id"]
-    answer = heavy.http.post("/api/v1/task", json={"subnet_ids": large, "policy_id": policy}, timeout=LIMIT)
+    answer = heavy.http.post("/api/v1/task", json={"subnet_ids": large, "policy_id": policy}, timeout=LIMIT_SECONDS)
     jobs = [each["id"] for each in answer.raise_for_status().json()["jobs"]]
-    until(lambda: bool(platform.nmaps()), LIMIT, "a scan to run")
+    until(lambda: bool(platform.nmaps()), LIMIT_SECONDS, "a scan to run")
     statuses: Counter[tuple[str, int]] = Counter()
     waits: list[float] = []
 
@@ -108,11 +110,13 @@ def test_user_with_the_largest_jobs_delays_others_within_bounds(
     assert {status for _, status in statuses} <= {200, 201, 429}
     assert max(waits) < PROBE_SECONDS
     until(
-        lambda: heavy.http.post("/api/v1/task/cancel", json={"all": True}, timeout=LIMIT).is_success, LIMIT, "cancels"
+        lambda: heavy.http.post("/api/v1/task/cancel", json={"all": True}, timeout=LIMIT_SECONDS).is_success,
+        LIMIT_SECONDS,
+        "cancels",
     )
     until(
         lambda: not platform.documents.jobs(user_id=number, status={"$in": ["pending", "running"]}),
-        LIMIT,
+        LIMIT_SECONDS,
         "every job to end",
     )
     heavy.close()

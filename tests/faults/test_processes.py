@@ -30,7 +30,7 @@ from tests.faults.documents import Document, holder
 from tests.faults.invariants import Invariants
 from tests.faults.kit import (
     ENDLESS,
-    LIMIT,
+    LIMIT_SECONDS,
     REQUEUE_SECONDS,
     SLOTS,
     STEADY,
@@ -64,7 +64,7 @@ def test_gateway_killed_before_its_answer_creates_one_job(
             asked = threads.submit(user.submit, [subnet], policy, key)
             until(
                 lambda: platform.topics.behind("job-orchestrator-scan-commands", SCAN_COMMANDS) > 0,
-                LIMIT,
+                LIMIT_SECONDS,
                 "the command to be published",
             )
             platform.kill("api-gateway-1")
@@ -109,10 +109,10 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
     try:
         with ThreadPoolExecutor() as threads:
             asked = threads.submit(ask)
-            job = caught(unpublished, LIMIT, "a job to be written")
+            job = caught(unpublished, LIMIT_SECONDS, "a job to be written")
             if published:
                 proxy.delay(5)  # the event arrives, but the broker's acknowledgement does not
-                until(lambda: bool(created_ids()), LIMIT, "its creation to be published")
+                until(lambda: bool(created_ids()), LIMIT_SECONDS, "its creation to be published")
             proxy.swallow()
             killed.set()
             for name in platform.names("job-orchestrator"):
@@ -127,7 +127,7 @@ def test_orchestrators_killed_around_a_publish_lose_no_event(
         proxy.cut()  # drops data that the killed processes had sent
         proxy.heal()
     platform.stack.wait_until_ready()
-    until(lambda: len(created_ids()) > before, LIMIT, "its creation to be published again")
+    until(lambda: len(created_ids()) > before, LIMIT_SECONDS, "its creation to be published again")
     assert len(set(created_ids())) == 1
     (again,) = user.submit([subnet], policy, key)
     assert again["id"] == job["_id"]
@@ -148,7 +148,7 @@ def test_worker_killed_in_mid_scan_repeats_no_host(platform: Platform, user: Cal
     """A worker killed in mid-scan leaves no nmap, and the next attempt scans exactly the unfinished addresses."""
     with platform.listeners() as servers:
         job_id = user.scan(platform.network(24), **STEADY)
-        chunk = caught(lambda: halfway(platform, job_id), LIMIT, "a chunk to be half done")
+        chunk = caught(lambda: halfway(platform, job_id), LIMIT_SECONDS, "a chunk to be half done")
         done = {index for index, letter in enumerate(chunk["outcomes"]) if letter != Outcome.BLANK}
         nmaps = platform.nmaps_of(holder(chunk))
         platform.kill(holder(chunk))
@@ -182,19 +182,22 @@ def test_service_killed_during_a_deletion_completes_it(
     for name in platform.names("result-store"):
         platform.kill(name, signal.SIGSTOP)
     assert user.http.delete(f"/api/v1/task/{job_id}").status_code == 200
-    until(lambda: bool(platform.documents.deletions(_id=job_id)), LIMIT, "the receipt of the deletion")
+    until(lambda: bool(platform.documents.deletions(_id=job_id)), LIMIT_SECONDS, "the receipt of the deletion")
     for name in platform.names("result-store"):
         platform.kill(name, signal.SIGCONT)
     if service == "result-store":
         until(
-            lambda: 0 < len(platform.documents.hosts(job_id=job_id)) < stored, LIMIT, "some hosts to be deleted", 0.01
+            lambda: 0 < len(platform.documents.hosts(job_id=job_id)) < stored,
+            LIMIT_SECONDS,
+            "some hosts to be deleted",
+            0.01,
         )
     for name in platform.names(service):
         platform.kill(name)
     platform.stack.wait_until_ready()
     until(
         lambda: platform.documents.deletions(_id=job_id)[0]["deletion"]["stage"] == "done",
-        LIMIT,
+        LIMIT_SECONDS,
         "the deletion to be complete",
     )
     assert user.http.get(f"/api/v1/task/{job_id}").status_code == 404
@@ -212,7 +215,7 @@ def test_result_store_killed_before_commit_stores_hosts_once(
         platform.servers.proxy("result-store", "kafka").delay(0.5)  # delays its commits
         try:
             job_id = user.scan(platform.network(25), **TINY)
-            until(lambda: bool(platform.documents.hosts(job_id=job_id)), LIMIT, "hosts to be stored")
+            until(lambda: bool(platform.documents.hosts(job_id=job_id)), LIMIT_SECONDS, "hosts to be stored")
             for name in platform.names("result-store"):
                 platform.kill(name)
             assert platform.topics.behind("result-store", SCAN_RESULTS) > 0
@@ -233,7 +236,7 @@ def test_worker_stopped_past_its_lease_is_superseded(platform: Platform, user: C
     job_id = user.scan(platform.network(31), **{**ENDLESS, "max_rate": 20})
     chunk = caught(
         lambda: next(iter(each for each in platform.documents.chunks(job_id) if each["state"] == "running"), None),
-        LIMIT,
+        LIMIT_SECONDS,
         "a chunk to run",
     )
     frozen, stale = holder(chunk), platform.metric("job-orchestrator", "scanfleet_stale_reports_total")
@@ -251,7 +254,7 @@ def test_worker_stopped_past_its_lease_is_superseded(platform: Platform, user: C
                 ),
                 None,
             ),
-            LIMIT,
+            LIMIT_SECONDS,
             "another worker to have the chunk",
         )
     finally:
@@ -259,7 +262,7 @@ def test_worker_stopped_past_its_lease_is_superseded(platform: Platform, user: C
     until(lambda: not nmaps & platform.nmaps().keys(), 5, "the thawed worker's nmaps to end")
     until(
         lambda: platform.metric("job-orchestrator", "scanfleet_stale_reports_total") > stale,
-        LIMIT,
+        LIMIT_SECONDS,
         "its report to be counted as stale",
     )
     (now,) = [each for each in platform.documents.chunks(job_id) if each["_id"] == chunk["_id"]]
@@ -283,7 +286,7 @@ def test_job_of_a_worker_stopped_in_mid_scan_has_the_same_results(
     with platform.listeners():
         before = scanned(user, user.scan(platform.network(25), **STEADY))
         job_id = user.scan(platform.network(25), **STEADY)
-        chunk = caught(lambda: halfway(platform, job_id), LIMIT, "a chunk to be half done")
+        chunk = caught(lambda: halfway(platform, job_id), LIMIT_SECONDS, "a chunk to be half done")
         frozen = holder(chunk)
         nmaps = set(platform.nmaps_of(frozen))
         platform.kill(frozen, signal.SIGSTOP)
@@ -294,7 +297,7 @@ def test_job_of_a_worker_stopped_in_mid_scan_has_the_same_results(
         finally:
             platform.kill(frozen, signal.SIGCONT)
         until(lambda: not nmaps & platform.nmaps().keys(), 5, "the resumed worker's nmaps to end")
-        until(released, LIMIT, "its late report")
+        until(released, LIMIT_SECONDS, "its late report")
         platform.topics.until_read()
     assert len(stored) == 128
     assert platform.documents.hosts(job_id=job_id) == stored
@@ -323,12 +326,12 @@ def test_worker_that_restarts_repeatedly_loses_no_lease(
                 jobs.append(user.scan(platform.network(24), **STEADY))
             until(
                 lambda: bool(platform.nmaps_of("scanner-worker-2")) or not platform.documents.jobs(settled=False),
-                LIMIT,
+                LIMIT_SECONDS,
                 "the worker to scan",
             )
             gone = platform.pid("scanner-worker-2")
             platform.kill("scanner-worker-2", signal.SIGTERM)
-            until(partial(restarted, gone), LIMIT, "the worker to restart")
+            until(partial(restarted, gone), LIMIT_SECONDS, "the worker to restart")
             platform.stack.wait_until_ready()
             restarts += 1
         assert restarts > 1
@@ -358,7 +361,7 @@ def test_worker_sigterm_finishes_or_releases_chunks(
     try:
         # The rate of each job allows one chunk at a time.
         jobs = [user.scan(platform.network(24), **STEADY) for _ in range(SLOTS)]
-        until(lambda: len(platform.nmaps_of(name)) == SLOTS, LIMIT, "three chunks to run")
+        until(lambda: len(platform.nmaps_of(name)) == SLOTS, LIMIT_SECONDS, "three chunks to run")
         held = {
             chunk["_id"]
             for job_id in jobs
@@ -367,7 +370,7 @@ def test_worker_sigterm_finishes_or_releases_chunks(
         }
         gone = platform.pid(name)
         platform.kill(name, signal.SIGTERM)
-        until(lambda: platform.running(name) not in (0, gone), LIMIT, "the worker to end and come back")
+        until(lambda: platform.running(name) not in (0, gone), LIMIT_SECONDS, "the worker to end and come back")
     finally:
         platform.stack.start(other)
     for job_id in jobs:
@@ -400,10 +403,10 @@ def test_job_waits_while_the_only_raw_worker_is_unavailable(
     before = dead_lettered()
     with platform.listeners() as servers, platform.without_raw_packets():
         job_id = user.scan(platform.network(22), **STEADY, technique="syn")
-        until(lambda: bool(platform.nmaps_of("scanner-worker-1")), LIMIT, "the raw worker to scan")
+        until(lambda: bool(platform.nmaps_of("scanner-worker-1")), LIMIT_SECONDS, "the raw worker to scan")
         platform.stack.stop("scanner-worker-1")
         try:
-            until(lambda: reasons() == {"no_raw_worker"}, LIMIT, "the job to have the reason")
+            until(lambda: reasons() == {"no_raw_worker"}, LIMIT_SECONDS, "the job to have the reason")
             for _ in range(3):  # jobs that need none are scanned meanwhile
                 _, found = scanned(user, user.scan(platform.network(29), **TINY, technique="connect"))
                 assert {(address, int(port)) for address, _, port, *_ in found} < servers

@@ -16,12 +16,12 @@ import pytest
 
 from scanfleet.services import SERVICES
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LIMIT, STEADY, TINY, Platform
+from tests.faults.kit import LIMIT_SECONDS, STEADY, TINY, Platform
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 SECONDS: Final = 60 * float(os.environ.get("MINUTES", "1"))
-PACE: Final = 10  # seconds between two kills
+PACE_SECONDS: Final = 10  # between two kills
 GROWTH: Final = 64 * 1024  # kilobytes: maximum growth of a warm process over a new one
 
 
@@ -67,7 +67,7 @@ class User:
 
     def _ask(self, method: str, path: str, fine: frozenset[int] | set[int] = frozenset(), **request: Any) -> Any:
         """Return the first answer of any running gateway that does not ask to retry later."""
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + LIMIT_SECONDS
         while time.monotonic() < deadline:
             try:
                 answer = self._chance.choice(self._callers).http.request(method, path, **request)
@@ -97,7 +97,7 @@ def test_soak_keeps_every_guarantee(
         try:
             end = time.monotonic() + SECONDS
             while time.monotonic() < end and not any(each.done() for each in working):
-                time.sleep(PACE)
+                time.sleep(PACE_SECONDS)
                 killed.append(chance.choice(names))
                 platform.kill(killed[-1])
         finally:

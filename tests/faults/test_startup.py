@@ -11,11 +11,11 @@ import pytest
 from local.wait import until
 from scanfleet.services import SERVICES, WITH_DATABASE
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LIMIT, TINY, Caller, Platform
+from tests.faults.kit import LIMIT_SECONDS, TINY, Caller, Platform
 
 pytestmark = pytest.mark.e2e
 
-MISSING: Final = 75.0  # seconds: far longer than any client retries by itself
+MISSING_SECONDS: Final = 75.0  # far longer than any client retries by itself
 
 
 @pytest.mark.long
@@ -33,11 +33,11 @@ def test_services_without_kafka_and_mongodb_at_start_wait_and_become_ready(
         for name in names:
             platform.kill(name)
         for name in names:
-            until(lambda: platform.running(name) not in (0, before[name]), LIMIT, f"{name} to start again")  # noqa: B023 # called before the next turn
+            until(lambda: platform.running(name) not in (0, before[name]), LIMIT_SECONDS, f"{name} to start again")  # noqa: B023 # called before the next turn
         pids = {name: platform.pid(name) for name in names}
         for name in names:
-            until(lambda: answer(platform, name, "healthz") == (200, ""), LIMIT, f"{name} to serve")  # noqa: B023 # the same
-        platform.wait(MISSING)
+            until(lambda: answer(platform, name, "healthz") == (200, ""), LIMIT_SECONDS, f"{name} to serve")  # noqa: B023 # the same
+        platform.wait(MISSING_SECONDS)
         for service in SERVICES:
             for name in platform.names(service):
                 missing = "mongodb" if service in WITH_DATABASE else "kafka"
@@ -70,7 +70,7 @@ def test_services_without_one_server_at_start_wait_for_it(
         for name in names:
             platform.kill(name)
         for name in names:
-            until(lambda: answer(platform, name, "readyz") == (503, reason), LIMIT, f"{name} to wait", 0.2)  # noqa: B023 # called before the next turn
+            until(lambda: answer(platform, name, "readyz") == (503, reason), LIMIT_SECONDS, f"{name} to wait", 0.2)  # noqa: B023 # called before the next turn
             assert answer(platform, name, "healthz") == (200, "")
         pids = {name: platform.pid(name) for name in names}
     finally:
@@ -92,9 +92,9 @@ def test_gateway_that_has_just_become_ready_accepts_a_job(platform: Platform, in
     def accepts(gateway: str) -> None:
         gone = platform.pid(gateway)
         platform.kill(gateway)
-        until(lambda: platform.running(gateway) not in (0, gone), LIMIT, f"{gateway} to start again")
+        until(lambda: platform.running(gateway) not in (0, gone), LIMIT_SECONDS, f"{gateway} to start again")
         caller = platform.caller(8, gateway)
-        until(lambda: platform.ready(gateway), LIMIT, f"{gateway} to be ready", 0.1)
+        until(lambda: platform.ready(gateway), LIMIT_SECONDS, f"{gateway} to be ready", 0.1)
         caller.submit([subnet], policy)
         caller.close()
 
@@ -107,7 +107,7 @@ def test_gateway_that_has_just_become_ready_accepts_a_job(platform: Platform, in
 def answer(platform: Platform, name: str, probe: str) -> tuple[int, str]:
     """Return status and error of a probe; (0, "") while the process does not listen."""
     try:
-        found = httpx2.get(f"{platform.stack.ports.probes(name)}/{probe}", timeout=LIMIT)
+        found = httpx2.get(f"{platform.stack.ports.probes(name)}/{probe}", timeout=LIMIT_SECONDS)
     except httpx2.HTTPError:
         return 0, ""
     return found.status_code, found.json().get("error", "")

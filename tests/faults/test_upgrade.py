@@ -26,7 +26,7 @@ from scanfleet.contracts.messages.topics import (
 from scanfleet.services import SERVICES
 from tests.faults.conftest import Shared
 from tests.faults.invariants import Invariants
-from tests.faults.kit import LIMIT, REPLICAS, STEADY, TINY, Caller, Platform, assert_scanned_once, scanned
+from tests.faults.kit import LIMIT_SECONDS, REPLICAS, STEADY, TINY, Caller, Platform, assert_scanned_once, scanned
 from tests.faults.releases import FIELD, ROOT, copy_packages
 
 pytestmark = pytest.mark.e2e
@@ -134,7 +134,7 @@ def test_jobs_on_processes_of_two_releases_lose_nothing(
         return 0 < len(of_next_release(platform, jobs)) < len(jobs) and all(map(published, PUBLISHED))
 
     with platform.listeners((1, 7)) as servers:
-        until(both_work, LIMIT, "both releases to work")
+        until(both_work, LIMIT_SECONDS, "both releases to work")
     invariants.check()
     assert_scanned_once(platform, jobs)
     assert refused(platform) == before
@@ -158,7 +158,7 @@ def test_rolling_upgrade_and_rollback_during_scans_lose_nothing(rolling: Shared[
                 if user.status(jobs[-1]) == "completed":
                     jobs.append(user.scan(platform.network(24), **STEADY))
             jobs.append(user.scan(platform.network(24), **STEADY))  # all processes are of one release again
-            until(lambda: bool(platform.nmaps()), LIMIT, "a scan to run")
+            until(lambda: bool(platform.nmaps()), LIMIT_SECONDS, "a scan to run")
         for job_id in jobs:
             assert user.finished(job_id)["status"]["status"] == "completed"
             assert {(each["ip_address"], each["port"]) for each in user.results(job_id)} == servers

@@ -17,7 +17,7 @@ RATE: Final = 100
 BURST: Final = 1.15  # factor by which nmap exceeds its own limit within one second
 FAST: Final = 1_200  # a rate for two nmaps
 TWO_BURSTS: Final = 1.1  # factor by which two such nmaps exceed it, on a busy machine
-LIMIT: Final = 240.0  # timeout in seconds for scans that take up to a minute on an idle machine
+LIMIT_SECONDS: Final = 240.0  # for scans that take up to a minute on an idle machine
 
 
 @pytest.mark.proves("F30", "G18")
@@ -25,7 +25,7 @@ def test_job_never_sends_faster_than_its_max_rate(user: Client, network: Network
     """A job with eight free slots sends at most `max_rate` probes in any second."""
     with network.capture() as packets:
         job_id = user.scan("10.77.40.0/24", **PLAIN, ports="1-5", max_rate=RATE)
-        assert user.finished(job_id, LIMIT)["status"]["status"] == "completed"
+        assert user.finished(job_id, LIMIT_SECONDS)["status"]["status"] == "completed"
     sent = [packet for packet in packets if packet.address.startswith("10.77.40.")]
     assert set(by_address(sent)) == {f"10.77.40.{host}" for host in range(255)}  # not the broadcast address
     assert busiest_second(sent) <= math.ceil(RATE * BURST)
@@ -38,7 +38,7 @@ def test_nmaps_of_a_job_together_keep_to_its_max_rate(user: Client, network: Net
     network.filter_input(f"ip daddr {{ {net}.16/28, {net}.48/28 }} drop")
     with network.capture() as packets:
         job_id = user.scan(f"{net}.0/26", **PLAIN, ports="1-100", technique=technique, max_rate=FAST)
-        assert user.finished(job_id, LIMIT)["status"]["status"] == "completed"
+        assert user.finished(job_id, LIMIT_SECONDS)["status"]["status"] == "completed"
     sent = [packet for packet in packets if packet.address.startswith(f"{net}.")]
     assert len({(packet.address, packet.port) for packet in sent}) == 63 * 100  # not the broadcast address
     assert FAST * 0.6 < busiest_second(sent) <= FAST * TWO_BURSTS  # more than one nmap may send
@@ -50,7 +50,7 @@ def test_polite_job_probes_an_address_once_at_a_time(user: Client, network: Netw
     with network.capture() as packets:
         # So short a timeout cuts the ports into several chunks.
         job_id = user.scan("10.77.41.1/32", **PLAIN, ports="1-50", timing=2, host_timeout=60)
-        assert user.finished(job_id, LIMIT)["status"]["status"] == "completed"
+        assert user.finished(job_id, LIMIT_SECONDS)["status"]["status"] == "completed"
     sent = [packet for packet in packets if packet.address == "10.77.41.1"]
     assert {packet.port for packet in sent} == set(range(1, 51))
     assert min(gaps(sent)) >= 0.35

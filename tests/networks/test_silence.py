@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 
 QUICK: Final[dict[str, Any]] = {"preset": "quick", "discovery": "none"}
 SERVICES: Final = (22, 80, 443)
-LIMIT: Final = 240.0  # timeout in seconds for scans that take up to a minute on an idle machine
+LIMIT_SECONDS: Final = 240.0  # for scans that take up to a minute on an idle machine
 PLAIN: Final = ("nmap", "-n", "-Pn", "-T4", "--top-ports", "100")
 FASTER: Final = 10  # minimum speed-up over plain nmap
 RECALL: Final = 0.99
@@ -33,7 +33,7 @@ def found(user: Client, job_id: int) -> OpenPorts:
     return {(each["ip_address"], each["port"]) for each in user.results(job_id)}
 
 
-def completed(user: Client, job_id: int, limit: float = LIMIT) -> dict[str, int]:
+def completed(user: Client, job_id: int, limit: float = LIMIT_SECONDS) -> dict[str, int]:
     """Wait until the job completes; return its ledger's counts, which must account for each probe."""
     task = user.finished(job_id, limit)
     assert task["status"]["status"] == "completed", task["status"]["error"]

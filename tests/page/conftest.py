@@ -21,7 +21,7 @@ from scanfleet_cli_testing.issuer import CLIENT_ID, Issuer, served
 from tests.client import Client
 
 USER = 7
-PATIENCE = 30_000  # ms that an expectation waits: this machine may be busy
+PATIENCE_MS = 30_000  # that an expectation waits: this machine may be busy
 HOSTILE = "SSH-2.0-<img src=x onerror=alert(1)>javascript:alert(2) \x1b[31m \u202eexe.txt\r\n"
 NET = "127.44.8"  # no other test scans it
 PORTS = "8020-8090"
@@ -113,7 +113,7 @@ def _speaker(place: tuple[str, int]) -> Iterator[None]:
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
     assert chromium, "no chromium on PATH: install the package of that name, as Debian has it (Ubuntu has only a snap)"
-    expect.set_options(timeout=PATIENCE)
+    expect.set_options(timeout=PATIENCE_MS)
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # its sandbox does not start as root
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
@@ -124,7 +124,7 @@ def browser() -> Iterator[Browser]:
 @contextmanager
 def watched(context: BrowserContext, *urls: str) -> Iterator[Page]:
     """A tab whose policy reports, dialogs, faults and requests to other origins than these fail the test at its end."""
-    context.set_default_timeout(PATIENCE)
+    context.set_default_timeout(PATIENCE_MS)
     context.add_init_script(COLLECT_REPORTS)
     page = context.new_page()
     wrong: list[str] = []

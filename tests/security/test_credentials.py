@@ -30,7 +30,7 @@ from scanfleet_testing.waiting import until
 from tests.client import Client
 
 PREFIX: Final = "secured-"
-LIMIT: Final = 60.0  # timeout in seconds of every wait
+LIMIT_SECONDS: Final = 60.0  # of every wait
 
 # The expected rights by the architecture; the code derives them from its registry of topics.
 MAY_WRITE: Final = {
@@ -123,7 +123,7 @@ async def test_unreadable_records_are_dead_lettered(stack: Stack) -> None:
             await producer.send_and_wait(PREFIX + topic.name, b"nonsense", key=b"k")
     letters = [PREFIX + topic.dead_letter for topic in read for _ in set(topic.consumers) & {*WITH_DATABASE}]
     reader = AIOKafkaConsumer(*set(letters), **access(stack.servers.kafka_settings()), auto_offset_reset="earliest")
-    async with reader, asyncio.timeout(LIMIT):
+    async with reader, asyncio.timeout(LIMIT_SECONDS):
         while letters:
             record = await reader.getone()
             if record.value == b"nonsense":
@@ -157,7 +157,7 @@ async def test_services_cannot_read_other_topics(stack: Stack, service: str) -> 
             consumer.assign([partition])
             consumer.seek(partition, 0)
             with pytest.raises(TopicAuthorizationFailedError):
-                await asyncio.wait_for(consumer.getone(), LIMIT)
+                await asyncio.wait_for(consumer.getone(), LIMIT_SECONDS)
 
 
 @pytest.mark.e2e
@@ -168,7 +168,7 @@ async def test_workers_cannot_join_groups(stack: Stack) -> None:
     async with AIOKafkaConsumer(**access(stack.servers.kafka_settings(WORKER)), group_id=group) as consumer:
         consumer.assign([partition])
         with pytest.raises(GroupAuthorizationFailedError):
-            await asyncio.wait_for(consumer.commit({partition: 0}), LIMIT)
+            await asyncio.wait_for(consumer.commit({partition: 0}), LIMIT_SECONDS)
 
 
 @pytest.mark.e2e

@@ -39,7 +39,7 @@ def api() -> FakeApi:
 @pytest.fixture
 def effects(api: FakeApi, tmp_path: Path) -> Effects:
     store = FileStore(tmp_path / "tokens.json")
-    return Effects(transport=api, async_transport=api, first_pause=0.001, poll=0.001, store=store)
+    return Effects(transport=api, async_transport=api, first_pause_seconds=0.001, poll_seconds=0.001, store=store)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from scanfleet_cli.client import AsyncClient, Client, Patience, Watching
 from scanfleet_cli.errors import ApiError, CommandError, UnavailableError
 from scanfleet_cli_testing import NOW, TOKEN, FakeApi, result
 
-SOON = Patience(timeout=5, first_pause=0.001, poll=0.001)
+SOON = Patience(timeout_seconds=5, first_pause_seconds=0.001, poll_seconds=0.001)
 RESET = httpx2.ReadError("connection reset")
 BUSY = httpx2.Response(503, json={"error": "busy"}, headers={"Retry-After": "0"})
 BODY = rest.SubnetBody(name="lab", cidr="127.9.8.0/24")
@@ -103,7 +103,9 @@ def test_post_without_a_key_is_repeated_only_if_it_was_not_sent(
 
 def test_retries_end_with_the_time(api: FakeApi) -> None:
     """An unavailable service is asked until the time ends, and then the error names the address and the cause."""
-    client = Client("http://scanfleet.test", TOKEN, patience=Patience(timeout=2, first_pause=0.2), transport=api)
+    client = Client(
+        "http://scanfleet.test", TOKEN, patience=Patience(timeout_seconds=2, first_pause_seconds=0.2), transport=api
+    )
     api.fault_of = lambda _request: RESET
     with pytest.raises(UnavailableError, match=r"no response from http://scanfleet\.test: connection reset"):
         client.send(calls.list_subnets())
@@ -117,14 +119,14 @@ def test_request_that_http_does_not_allow_is_not_repeated_and_not_quoted() -> No
         began = time.monotonic()
         with pytest.raises(CommandError) as raised:
             client.send(calls.list_subnets())
-    assert time.monotonic() - began < SOON.timeout / 2
+    assert time.monotonic() - began < SOON.timeout_seconds / 2
     assert "lines" not in "".join(traceback.format_exception(raised.value))
 
 
 @pytest.mark.parametrize("failures", [1, 1_026, 100_000])
 def test_pause_after_many_failures_is_the_longest_one(failures: int) -> None:
     """The doubling of the pause has an end."""
-    assert 0 < Patience().pause(failures) <= Patience().longest_pause
+    assert 0 < Patience().pause(failures) <= Patience().longest_pause_seconds
 
 
 class Open(httpx2.SyncByteStream, httpx2.AsyncByteStream):

@@ -70,7 +70,7 @@ def effects(api: FakeApi, issuer: Issuer, slept: list[float], tmp_path: Path) ->
 
     store = FileStore(tmp_path / "tokens.json")
     yield Effects(
-        transport=issuer, async_transport=api, first_pause=0.001, browse=browse, sleep=slept.append, store=store
+        transport=issuer, async_transport=api, first_pause_seconds=0.001, browse=browse, sleep=slept.append, store=store
     )
     for browser in browsers:
         browser.join()

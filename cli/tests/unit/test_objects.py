@@ -616,7 +616,7 @@ def complete(effects: Effects, tmp_path: Path) -> Complete:
     """Returns the completions, with their descriptions, of the last of some words."""
 
     def ask(*words: str, environment: dict[str, str] = HERE, limit: float = 60) -> list[tuple[str, str | None]]:
-        session = Session(Config(tmp_path, environment), Output(), replace(effects, completion=limit))
+        session = Session(Config(tmp_path, environment), Output(), replace(effects, completion_seconds=limit))
         completions = ShellComplete(main.cli, {"obj": session}, "scanfleet", COMPLETE)
         found = completions.get_completions(list(words[:-1]), words[-1])
         return [(item.value, item.help) for item in found]

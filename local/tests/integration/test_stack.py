@@ -21,7 +21,7 @@ from tests.client import Client
 
 pytestmark = pytest.mark.e2e
 
-LIMIT = 60.0  # seconds until any of this has happened
+LIMIT_SECONDS = 60.0  # until any of this has happened
 NAMES = (
     "kafka",
     "mongod",
@@ -114,11 +114,11 @@ def test_killed_process_is_restarted(stack: Stack, user: Client, name: str) -> N
     """Every process that is killed with SIGKILL is restarted, and then the stack scans as before."""
     killed = stack.pid(name)
     stack.kill(name)
-    until(lambda: pids(stack)[name] not in (0, killed), LIMIT, f"{name} to come back")
+    until(lambda: pids(stack)[name] not in (0, killed), LIMIT_SECONDS, f"{name} to come back")
     if name == "kafka":
         kafka.wait_until_up(stack.servers.kafka)
     stack.wait_until_ready()
-    until(lambda: scans(user), LIMIT, "a scan to complete")
+    until(lambda: scans(user), LIMIT_SECONDS, "a scan to complete")
 
 
 def test_data_survives_restart(stack: Stack, user: Client, folder: Path) -> None:
@@ -135,7 +135,7 @@ def test_up_after_a_killed_supervisor_ends_its_processes(stack: Stack, folder: P
     """After supervisord was killed with SIGKILL, the next up ends the remaining processes and restarts the stack."""
     before = pids(stack)
     os.kill(int((folder / "supervisord.pid").read_text()), signal.SIGKILL)
-    until(lambda: not stack.processes(), LIMIT, "supervisord to end")
+    until(lambda: not stack.processes(), LIMIT_SECONDS, "supervisord to end")
     assert stack.up()
     assert set(pids(stack).values()).isdisjoint(before.values())
     assert not any(Path(f"/proc/{pid}").exists() for pid in before.values())

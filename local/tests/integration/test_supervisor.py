@@ -18,7 +18,7 @@ from local.wait import until
 
 pytestmark = pytest.mark.integration
 
-LIMIT = 60.0  # seconds until any of this has happened
+LIMIT_SECONDS = 60.0  # until any of this has happened
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def comes_back(supervisor: Supervisor, name: str) -> None:
     """Kill a process with -9 and wait for its successor."""
     killed = pid(supervisor, name)
     os.kill(killed, signal.SIGKILL)
-    until(lambda: pid(supervisor, name) not in (0, killed), LIMIT, f"{name} to come back")
+    until(lambda: pid(supervisor, name) not in (0, killed), LIMIT_SECONDS, f"{name} to come back")
 
 
 def is_gone(number: int) -> bool:
@@ -87,16 +87,16 @@ def test_process_that_always_exits_is_always_restarted(supervisor: Supervisor, t
     """A process that exits at once is restarted indefinitely, beyond supervisord's default number of attempts."""
     ran = tmp_path / "ran"
     supervisor.launch([Program("brief", ["sh", "-c", f"echo >> {ran}"], autostart=True)])
-    until(lambda: ran.exists() and len(ran.read_text()) > 4, LIMIT, "the fifth start")
+    until(lambda: ran.exists() and len(ran.read_text()) > 4, LIMIT_SECONDS, "the fifth start")
 
 
 def test_launch_ends_orphans(supervisor: Supervisor, tmp_path: Path) -> None:
     """After supervisord was killed with SIGKILL, the next launch ends its remaining processes."""
     supervisor.launch([sleeper()])
-    until(lambda: pid(supervisor, "sleeper") != 0, LIMIT, "the process to start")
+    until(lambda: pid(supervisor, "sleeper") != 0, LIMIT_SECONDS, "the process to start")
     orphan = pid(supervisor, "sleeper")
     os.kill(int((tmp_path / "supervisord.pid").read_text()), signal.SIGKILL)
-    until(lambda: not supervisor.answers(), LIMIT, "supervisord to end")
+    until(lambda: not supervisor.answers(), LIMIT_SECONDS, "supervisord to end")
     assert not is_gone(orphan)
     supervisor.launch([])
     assert is_gone(orphan)
@@ -107,7 +107,7 @@ def test_launch_ends_a_child_before_exec(supervisor: Supervisor, tmp_path: Path)
     mark = ["supervisor.supervisord", "--configuration", str(tmp_path / "supervisord.conf")]
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *mark]) as child:
         supervisor.kill()
-        assert child.wait(LIMIT) == -signal.SIGKILL
+        assert child.wait(LIMIT_SECONDS) == -signal.SIGKILL
 
 
 def test_launch_replaces_a_hung_supervisor(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -129,9 +129,13 @@ def test_environment_arrives_unchanged(supervisor: Supervisor) -> None:
     """Values with quotes, spaces, commas and percent signs reach the process as they are."""
     value = """a 'quoted', "doubly" %(here)s & 100% = $HOME"""
     supervisor.launch([sleeper(SCANFLEET_ODD=value)])
-    until(lambda: pid(supervisor, "sleeper") != 0, LIMIT, "the process to start")
+    until(lambda: pid(supervisor, "sleeper") != 0, LIMIT_SECONDS, "the process to start")
     environment = Path(f"/proc/{pid(supervisor, 'sleeper')}/environ")
-    until(lambda: f"SCANFLEET_ODD={value}".encode() in environment.read_bytes().split(b"\0"), LIMIT, "the variable")
+    until(
+        lambda: f"SCANFLEET_ODD={value}".encode() in environment.read_bytes().split(b"\0"),
+        LIMIT_SECONDS,
+        "the variable",
+    )
 
 
 def test_launch_in_a_folder_with_a_long_name_succeeds(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from scanfleet.scanning.targets import Network
 # Hosts fetched at once for one reader of results. They are held undecoded, usually a kilobyte each and at most 1.6 MB together:
 # larger ones, of up to a megabyte, are fetched one by one.
 PAGE: Final = 100
-_LARGE: Final = 16_384  # bytes
+_LARGE_BYTES: Final = 16_384
 
 _FEW: Final = 256  # maximum number of addresses queried by key: each page sorts their hosts, which is slow for more
 _RECORDS: Final = 20  # hosts between two pauses, as in the handler
@@ -322,7 +322,7 @@ class MongoStore:
     @dependency_errors()
     async def _page(self, wanted: Document, fields: Document, order: _Keys, index: _Keys) -> bytes:
         """Return the next hosts, undecoded, large ones with the fields `_HEAD` only; none at the end."""
-        shown = {"$cond": [{"$lte": [{"$bsonSize": "$$ROOT"}, _LARGE]}, "$$ROOT", _HEAD]}
+        shown = {"$cond": [{"$lte": [{"$bsonSize": "$$ROOT"}, _LARGE_BYTES]}, "$$ROOT", _HEAD]}
         pipeline: list[Document] = [
             {"$match": wanted},
             {"$sort": dict(order)},

@@ -27,7 +27,7 @@ from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
-LIMIT: Final = 30.0  # seconds until any of this has happened
+LIMIT_SECONDS: Final = 30.0  # until any of this has happened
 HEAD: Final = b"GET /hello HTTP/1.1\r\nHost: x\r\n"
 DOCUMENT_BYTES: Final = 160_000  # as of the gateway's description of its API
 CHUNKED: Final = b"PUT /thing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -103,7 +103,7 @@ class Connection:
         self.writer.write(data)
 
     async def answer(self) -> Answer:
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
             line, *lines = head.rstrip().split("\r\n")
             headers = dict(each.split(": ", 1) for each in lines)
@@ -117,7 +117,7 @@ class Connection:
     async def closed(self) -> bool:
         """Whether the server closes the connection without a further byte."""
         try:
-            async with asyncio.timeout(LIMIT):
+            async with asyncio.timeout(LIMIT_SECONDS):
                 return await self.reader.read() == b""
         except ConnectionError:
             return True
@@ -125,7 +125,7 @@ class Connection:
     async def flood(self, piece: bytes) -> int:
         """Send the same again and again until the server does not take it any more; answers the count of bytes."""
         sent = 0
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             try:
                 while True:
                     self.send(piece)

@@ -22,7 +22,7 @@ from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
-LIMIT = 30.0  # seconds until any of this has happened
+LIMIT_SECONDS = 30.0  # until any of this has happened
 
 router = APIRouter()
 
@@ -120,7 +120,7 @@ async def test_pipelined_request_has_no_log_context_of_the_one_before(parts: Par
         reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
         ask = b"GET /context HTTP/1.1\r\nHost: x\r\n"
         writer.write(ask + b"\r\n" + ask + b"Connection: close\r\n\r\n")
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             answers = await reader.read()
         writer.close()
     assert answers.count(b"request_id") == 2
@@ -154,7 +154,7 @@ async def test_probes_while_the_process_drains_are_answered(parts: Parts) -> Non
     parts.may_close.clear()
     async with running(parts, with_api()) as server, probes(server) as asking:
         server.handle_exit(signal.SIGTERM, None)
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             await parts.closing.wait()
         answer = await asking.get("/readyz")
         assert (answer.status_code, answer.json()) == (503, {"error": "ending"})

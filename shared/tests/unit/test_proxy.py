@@ -10,7 +10,7 @@ import pytest
 
 from scanfleet_testing.proxy import Proxy, proxy
 
-LIMIT = 10.0  # seconds for what comes at once
+LIMIT_SECONDS = 10.0  # for what comes at once
 
 
 async def test_cut_closes_a_connection_without_an_upstream() -> None:
@@ -30,7 +30,7 @@ async def test_proxy_closes_connections_accepted_while_it_begins_to_refuse(steps
     faults: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
     async with proxy("127.0.0.1", 1) as between:
-        with socket.create_connection(("127.0.0.1", between.port), LIMIT) as caller:
+        with socket.create_connection(("127.0.0.1", between.port), LIMIT_SECONDS) as caller:
             for _ in range(steps):
                 await asyncio.sleep(0)
             await between.refuse()

@@ -15,7 +15,7 @@ from api_gateway_testing import Gateway
 
 pytestmark = pytest.mark.integration
 
-LIMIT = 10.0  # seconds until any of this has happened
+LIMIT_SECONDS = 10.0  # until any of this has happened
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nset-cookie: a=1\r\n\r\nok"
 
 
@@ -55,7 +55,7 @@ async def serving(*answers: bytes | None) -> AsyncIterator[Server]:
     listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
     server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     try:
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             yield server
     finally:
         listener.close()

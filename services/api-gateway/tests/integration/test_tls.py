@@ -37,7 +37,7 @@ from scanfleet_testing.waiting import until
 
 pytestmark = pytest.mark.integration
 
-LIMIT = 30.0  # seconds until any of this has happened
+LIMIT_SECONDS = 30.0  # until any of this has happened
 
 router = APIRouter()
 
@@ -205,7 +205,7 @@ async def test_client_with_another_name_is_refused(orchestrator: Files, site: Si
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", server.servers[0].sockets[0].getsockname()[1], ssl=context
         )
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             assert (await reader.read()).startswith(b"HTTP/1.1 403 ")
         writer.close()
 
@@ -214,7 +214,7 @@ async def test_client_that_begins_no_handshake_is_disconnected(orchestrator: Fil
     """The timeout of headers applies to the TLS handshake too."""
     async with serving(orchestrator, header_seconds=0.1) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.servers[0].sockets[0].getsockname()[1])
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             with contextlib.suppress(ConnectionResetError):
                 assert await reader.read() == b""
         writer.close()
@@ -223,7 +223,7 @@ async def test_client_that_begins_no_handshake_is_disconnected(orchestrator: Fil
 @pytest.mark.proves("A19")
 async def test_handshakes_in_progress_are_counted_as_connections(orchestrator: Files, gateway: Files) -> None:
     """Clients that finish no handshake hold as many connections as any others, and keep no gateway out."""
-    async with serving(orchestrator, header_seconds=10 * LIMIT, max_connections=5) as server:
+    async with serving(orchestrator, header_seconds=10 * LIMIT_SECONDS, max_connections=5) as server:
         port = server.servers[0].sockets[0].getsockname()[1]
         clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
         for _, writer in clients[::2]:
@@ -271,7 +271,7 @@ def test_new_connections_use_replaced_files(tmp_path: Path) -> None:
         return ssl.PEM_cert_to_DER_cert(files.tls_certificate_file.read_text())
 
     async def renewal() -> None:
-        async with serving(server_files) as server, asyncio.timeout(LIMIT):
+        async with serving(server_files) as server, asyncio.timeout(LIMIT_SECONDS):
             old = certificate(server_files)
             assert await exchange(server) == (b"403", old)
             shutil.copy(new_server.tls_certificate_file, server_files.tls_certificate_file)

@@ -41,7 +41,7 @@ EVENTS = "/api/v1/task/41/events"
 LATEST = "http://orchestrator/internal/jobs/41/latest"
 FINAL = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED)
 THEN = datetime(2026, 1, 1, tzinfo=UTC)
-LIMIT = 10.0  # seconds; a missing event fails the test instead of blocking it
+LIMIT_SECONDS = 10.0  # a missing event fails the test instead of blocking it
 
 PENDING, RUNNING, COMPLETED = JobStatus.PENDING, JobStatus.RUNNING, JobStatus.COMPLETED
 KINDS: dict[JobStatus, type[JobEvent]] = {
@@ -88,13 +88,13 @@ class Watcher:
 
     async def status(self) -> int:
         """Return the status of the response."""
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             status: int = (await self.client.messages.get())["status"]
         return status
 
     async def next(self) -> tuple[int, str, int] | str:
         """Return number, status and progress of the next state; `heartbeat`; or `end`."""
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             message = await self.client.messages.get()
         if not message["more_body"]:
             return "end"
@@ -108,7 +108,7 @@ class Watcher:
 
     async def news(self) -> tuple[int, str, int] | str:
         """Return the next item that is not a heartbeat."""
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             while (item := await self.next()) == "heartbeat":
                 pass
         return item
@@ -116,7 +116,7 @@ class Watcher:
     async def rest(self) -> list[tuple[int, str, int] | str]:
         """Return all items up to the end, except heartbeats."""
         items = []
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             while (each := await self.next()) != "end":
                 if each != "heartbeat":
                     items.append(each)
@@ -157,7 +157,7 @@ async def test_stream_sends_all_states_up_to_the_final_one(
     gateway, bus = running
     gateway.services.on("GET", LATEST, latest(1, PENDING))
     watcher = Watcher(gateway)
-    start = await asyncio.wait_for(watcher.client.messages.get(), LIMIT)
+    start = await asyncio.wait_for(watcher.client.messages.get(), LIMIT_SECONDS)
     headers = dict(start["headers"])
     assert (start["status"], headers[b"content-type"]) == (200, b"text/event-stream; charset=utf-8")
     assert headers[b"cache-control"] == b"no-store"
@@ -179,7 +179,7 @@ async def test_stream_of_a_hostile_error_is_printable_ascii(running: tuple[Runni
     failed["status"]["error"] = hostile
     gateway.services.on("GET", LATEST, httpx2.Response(200, json={"seq": 5, "task": failed}))
     client = Client(gateway, EVENTS)
-    await asyncio.wait_for(client.run(), LIMIT)
+    await asyncio.wait_for(client.run(), LIMIT_SECONDS)
     body = b"".join(client.messages.get_nowait().get("body", b"") for _ in range(client.messages.qsize()))
     assert re.fullmatch(rb"[\x20-\x7e\n]+", body), body
     (data,) = re.findall(rb"^data: (.*)$", body, re.MULTILINE)
@@ -229,7 +229,7 @@ async def test_events_during_the_query_are_sent_after_its_state(running: tuple[R
 
     gateway.services.on("GET", LATEST, say)
     watcher = Watcher(gateway)
-    await asyncio.wait_for(asked.wait(), LIMIT)
+    await asyncio.wait_for(asked.wait(), LIMIT_SECONDS)
     await bus.publish(SCAN_EVENTS, [event(1, PENDING)])
     for each in (event(2, RUNNING), event(3, RUNNING, 10), event(4, COMPLETED, 100)):
         await bus.publish(SCAN_EVENTS, [each])
@@ -285,7 +285,7 @@ async def test_client_that_reads_nothing_is_disconnected() -> None:
         watcher.client.takes.clear()
         await bus.publish(SCAN_EVENTS, [event(2, RUNNING)])
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(watcher.running), LIMIT)
+            await asyncio.wait_for(asyncio.shield(watcher.running), LIMIT_SECONDS)
         assert watcher.running.done()
 
 
@@ -319,7 +319,7 @@ async def test_stream_without_the_current_state_is_503(running: tuple[Running, M
 async def unready(gateway: Running) -> None:
     """Make the broker unavailable, and wait until the gateway has noticed."""
     gateway.broker.away = True
-    async with asyncio.timeout(LIMIT):
+    async with asyncio.timeout(LIMIT_SECONDS):
         while gateway.app.state.gateway.events.ready:
             gateway.broker.notify()
             await asyncio.sleep(0.01)
@@ -373,12 +373,12 @@ async def test_stream_ended_by_an_error_of_the_orchestrator_logs_refusal_or_outa
         gateway.services.on("GET", PAGE, page((1, 1, RUNNING)))
         client = Client(gateway, f"/api/v1/{path}")
         running = asyncio.create_task(client.run())
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             while b"event: running" not in (await client.messages.get()).get("body", b""):
                 pass
         for url in (LATEST, PAGE):
             gateway.services.on("GET", url, httpx2.Response(status, json={"error": "no"}))
-        await asyncio.wait_for(running, LIMIT)
+        await asyncio.wait_for(running, LIMIT_SECONDS)
     logs = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     ends = [(log["level"], log["cause"]) for log in logs if log["event"] == "stream_ended"]
     assert ends == [(level, cause)]
@@ -408,18 +408,18 @@ async def test_streams_of_a_user_have_a_separate_limit() -> None:
             assert await watcher.status() == 200
             await watcher.next()
         assert streams() == 2
-        refused = await asyncio.wait_for(gateway.client.get(EVENTS), LIMIT)
+        refused = await asyncio.wait_for(gateway.client.get(EVENTS), LIMIT_SECONDS)
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
         assert refused.json()["error"].startswith("2 of your event streams are in progress, which is the limit")
         assert (await gateway.client.get("/api/v1/task")).status_code == 404  # not 429
         watchers[0].client.leaves.set()
-        await asyncio.wait_for(watchers[0].running, LIMIT)
+        await asyncio.wait_for(watchers[0].running, LIMIT_SECONDS)
         assert streams() == 1
         again = Watcher(gateway)
         assert await again.status() == 200
         for watcher in (watchers[1], again):
             watcher.client.leaves.set()
-            await asyncio.wait_for(watcher.running, LIMIT)
+            await asyncio.wait_for(watcher.running, LIMIT_SECONDS)
 
 
 async def test_streams_are_bounded_overall() -> None:
@@ -429,12 +429,12 @@ async def test_streams_are_bounded_overall() -> None:
         watcher = Watcher(gateway)
         assert await watcher.status() == 200
         other = gateway.issuer.bearer(8)
-        refused = await asyncio.wait_for(gateway.client.get(EVENTS, headers=other), LIMIT)
+        refused = await asyncio.wait_for(gateway.client.get(EVENTS, headers=other), LIMIT_SECONDS)
         assert (refused.status_code, "Retry-After" in refused.headers) == (503, True)
         assert refused.json()["error"].startswith("1 event streams are in progress, which is the limit of this replica")
         assert (await gateway.client.get("/api/v1/task", headers=other)).status_code == 404
         watcher.client.leaves.set()
-        await asyncio.wait_for(watcher.running, LIMIT)
+        await asyncio.wait_for(watcher.running, LIMIT_SECONDS)
 
 
 # All jobs of a user
@@ -482,13 +482,13 @@ class JobsWatcher:
         self.running = asyncio.create_task(self.client.run())
 
     async def begin(self) -> None:
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             assert (await self.client.messages.get())["status"] == 200
             assert (await self.client.messages.get())["body"] == b"retry: 3000\n\n"
 
     async def next(self) -> tuple[int, int, str] | str:
         """Return job, number and status of the next state; `heartbeat`; or `end`."""
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LIMIT_SECONDS):
             message = await self.client.messages.get()
         if not message["more_body"]:
             return "end"
@@ -511,7 +511,7 @@ class JobsWatcher:
 
     async def leave(self) -> None:
         self.client.leaves.set()
-        await asyncio.wait_for(self.running, LIMIT)
+        await asyncio.wait_for(self.running, LIMIT_SECONDS)
 
 
 def asked(gateway: Running) -> list[dict[str, str]]:
@@ -757,7 +757,7 @@ async def test_client_that_reconnects_to_a_running_job_gets_its_state(running: t
     client = Client(gateway, EVENTS)
     client.scope["headers"] = [*client.scope["headers"], (b"last-event-id", b"3")]
     task_ = asyncio.create_task(client.run())
-    async with asyncio.timeout(LIMIT):
+    async with asyncio.timeout(LIMIT_SECONDS):
         assert (await client.messages.get())["status"] == 200
         first = (await client.messages.get())["body"].decode()
         await bus.publish(SCAN_EVENTS, [event(4, COMPLETED, 100)])
@@ -782,7 +782,7 @@ async def test_streams_end_on_sigterm() -> None:
             await watcher.next()
             signal.raise_signal(signal.SIGTERM)
             assert await watcher.rest() == []
-            answer = await asyncio.wait_for(gateway.client.get(EVENTS), LIMIT)
+            answer = await asyncio.wait_for(gateway.client.get(EVENTS), LIMIT_SECONDS)
             assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
         assert signals == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) is server

@@ -31,25 +31,25 @@ AHEAD: Final = 4_096  # maximum distance between the first open chunk and the la
 FLOORS: Final = (None, None, None, 500, 2_000, 2_500)
 _TRIES: Final = 2  # probes to a port that does not answer
 _DISCOVERY_TRIES: Final = 8  # probes of raw host discovery to an address that does not answer; 4 without raw packets
-_SILENT_WAITS: Final = (300.0, 15.0, 1.0)  # seconds after each such probe of timings 0 to 2, which send one at a time
-_DELAYS: Final = (300.0, 15.0, 0.4)  # seconds between two probes of these timings to an address that answers
+_SILENT_WAIT_SECONDS: Final = (300.0, 15.0, 1.0)  # after each such probe of timings 0 to 2, which send one at a time
+_DELAY_SECONDS: Final = (300.0, 15.0, 0.4)  # between two probes of these timings to an address that answers
 _SILENT_UDP_PER_SECOND: Final = (10, 10, 10, 10, 20, 37)  # probes by timing if no port answers
 _LIMITED_UDP_PER_SECOND: Final = 1  # closed ports of a host that rate-limits ICMP, as Linux does
 
 # Expected slot seconds on a network that answers, until the job's own chunks of the protocol give measurements.
-_START: Final = 0.1  # start of nmap; less if small chunks share one
+_START_SECONDS: Final = 0.1  # start of nmap; less if small chunks share one
 _PER_SECOND: Final = (1_000, 1_000, 1_000, 2_000, 4_000, 6_000)  # TCP probes by timing
 _UDP_PER_SECOND: Final = 50
-_SERVICE: Final = 0.1  # per address: version probes wait for banners
-_SCRIPTS: Final = 0.2
-_OS: Final = 0.1
+_SERVICE_SECONDS: Final = 0.1  # per address: version probes wait for banners
+_SCRIPT_SECONDS: Final = 0.2
+_OS_SECONDS: Final = 0.1
 
 _LEAST: Final = 0.1  # fraction of the estimate that a chunk is expected to take at least: hosts of one job differ
 
 ATTEMPT_SECONDS: Final = 65.0  # maximum duration of an attempt on several addresses, even if all are silent
 _OF_HOST_TIMEOUT: Final = 0.7  # maximum planned fraction of the host timeout for an attempt on one address
-_SHORTEST: Final = 5.0  # minimum expected duration of a chunk: below it, the start of nmap dominates
-_LONGEST: Final = 30.0  # maximum expected duration of a chunk: limits the loss with a failed worker
+_SHORTEST_SECONDS: Final = 5.0  # minimum expected duration of a chunk: below it, the start of nmap dominates
+_LONGEST_SECONDS: Final = 30.0  # maximum expected duration of a chunk: limits the loss with a failed worker
 _SHARES: Final = 16  # minimum number of chunks per job between these two: enough to spread it evenly over a few workers
 _RATE_OF_NMAP: Final = 500  # packets per second: a job with a lower limit or minimum has one nmap at a time
 
@@ -60,27 +60,31 @@ def estimate(policy: ScanPolicy, ports: PortSet, addresses: int, parallel: int =
     rate = min(fastest, nmap_rate(policy, parallel) or fastest)
     udp_rate = min(_UDP_PER_SECOND, rate)
     per_address = ports.tcp_count / rate + ports.udp_count / udp_rate
-    per_address += _SERVICE * policy.service_detection + _SCRIPTS * bool(policy.scripts) + _OS * policy.os_detection
+    per_address += (
+        _SERVICE_SECONDS * policy.service_detection
+        + _SCRIPT_SECONDS * bool(policy.scripts)
+        + _OS_SECONDS * policy.os_detection
+    )
     # The slow timings wait between two probes to one address, and meanwhile probe the others of its host group.
     groups = -(-addresses // GROUP_HOSTS)
-    waits = groups * ports.count * _DELAYS[policy.timing] if policy.timing < len(_DELAYS) else 0.0
-    return _START + addresses * per_address + waits
+    waits = groups * ports.count * _DELAY_SECONDS[policy.timing] if policy.timing < len(_DELAY_SECONDS) else 0.0
+    return _START_SECONDS + addresses * per_address + waits
 
 
 def longest(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
     """Return the seconds that one nmap needs for `addresses` × `ports` if nothing answers."""
     discovery = _DISCOVERY_TRIES if policy.discovery == "default" else 0
     limit = nmap_rate(policy) or _PER_SECOND[-1]
-    if policy.timing < len(_SILENT_WAITS):
-        wait = max(_SILENT_WAITS[policy.timing], 1 / limit)
-        return _START + addresses * (ports.count * _TRIES + discovery) * wait
+    if policy.timing < len(_SILENT_WAIT_SECONDS):
+        wait = max(_SILENT_WAIT_SECONDS[policy.timing], 1 / limit)
+        return _START_SECONDS + addresses * (ports.count * _TRIES + discovery) * wait
     floor = min_rate(policy, ports)
     rate = min(floor or _PER_SECOND[policy.timing], limit)
     if policy.min_rate is None and not ports.udp_count:
         rate = min(rate, FLOOR_OF_ADDRESS * addresses)
     udp_rate = min(floor or _SILENT_UDP_PER_SECOND[policy.timing], limit)
     silent = (ports.tcp_count * _TRIES + discovery) / rate + ports.udp_count * _TRIES / udp_rate
-    return _START + max(addresses * silent, ports.udp_count / _LIMITED_UDP_PER_SECOND)
+    return _START_SECONDS + max(addresses * silent, ports.udp_count / _LIMITED_UDP_PER_SECOND)
 
 
 def width(policy: ScanPolicy) -> int:
@@ -210,7 +214,7 @@ def expected(job: ScanJob, ports: PortSet, addresses: int) -> float:
     """Return the expected slot seconds for `addresses` × `ports` of one protocol: as in chunks with hosts, or else estimated."""
     table = estimate(job.policy, ports, addresses, job.plan.parallel)
     pace = _pace(job, udp=bool(ports.udp_count))
-    return table if pace is None else max(_START + pace * ports.count * addresses, _LEAST * table)
+    return table if pace is None else max(_START_SECONDS + pace * ports.count * addresses, _LEAST * table)
 
 
 def expected_of(job: ScanJob, chunk: Chunk) -> float:
@@ -281,7 +285,7 @@ def _slice_size(policy: ScanPolicy, ports: PortSet, included: int) -> int:
 
     def fits(size: int) -> bool:
         seconds = estimate(policy, ports, size)
-        short = seconds <= _SHORTEST or (seconds <= _LONGEST and size * _SHARES <= included)
+        short = seconds <= _SHORTEST_SECONDS or (seconds <= _LONGEST_SECONDS and size * _SHARES <= included)
         return short and longest(policy, ports, size) <= ATTEMPT_SECONDS
 
     size = 1

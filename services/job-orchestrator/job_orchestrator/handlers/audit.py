@@ -18,12 +18,12 @@ from scanfleet.security.audit import write_line
 
 MAX_BYTES_PER_MINUTE: Final = 500_000  # 720 MB a day, and 550 to 800 entries a minute
 MAX_BYTES_AT_ONCE: Final = 30_000_000  # each process sends up to 10,000 entries after an outage
-_OVERHEAD: Final = 300  # bytes of an entry's signature, times and block
+_OVERHEAD_BYTES: Final = 300  # of an entry's signature, times and block
 
 
 def stored_bytes(entry: AuditEntry) -> int:
     """Return about how many bytes the entry takes in the database."""
-    return len(entry.model_dump_json().encode()) + _OVERHEAD
+    return len(entry.model_dump_json().encode()) + _OVERHEAD_BYTES
 
 
 async def record(audit: AuditRepository, entries: Sequence[AuditEntry]) -> None:

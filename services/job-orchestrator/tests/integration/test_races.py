@@ -34,7 +34,7 @@ pytestmark = pytest.mark.integration
 
 RACES = 500
 AT_ONCE = 20
-MOMENT = 0.005  # seconds within which both happen
+MOMENT_SECONDS = 0.005  # within which both happen
 STEP = 0.001  # by which the moment is sought: later when a cancel won, sooner when it lost
 
 
@@ -63,7 +63,7 @@ async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoSt
         nonlocal lead
         stored = ChunkStored(job_id=each.job_id, chunk_id=each.chunk_id, outcomes=each.outcomes)
         cancel = CancelJob(command_id=f"cancel-{each.job_id}", user_id=7, job_id=each.job_id)
-        moment = lead + chance.uniform(-MOMENT / 2, MOMENT / 2)
+        moment = lead + chance.uniform(-MOMENT_SECONDS / 2, MOMENT_SECONDS / 2)
         await asyncio.gather(soon(stores, stored, max(0.0, -moment)), soon(commands, cancel, max(0.0, moment)))
         (job,) = (await mongo_store.jobs.get([each.job_id])).values()
         lead += STEP if job.status is JobStatus.CANCELLED else -STEP

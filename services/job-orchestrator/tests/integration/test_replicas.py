@@ -69,7 +69,7 @@ pytestmark = pytest.mark.integration
 
 READ = (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED)
 ENDED = {JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED}
-PATIENCE = 90  # seconds for what takes a few, on a machine that does much else
+PATIENCE_SECONDS = 90  # for what takes a few, on a machine that does much else
 
 
 class Platform:
@@ -153,7 +153,7 @@ class Platform:
         )
         self.stack.push_async_callback(self.end, process)
         assert process.stdout is not None
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             assert await process.stdout.readline() == b"ready\n"
         return process
 
@@ -209,7 +209,7 @@ class Platform:
 
     async def until_ended(self, count: int) -> list[ScanJob]:
         """All jobs, once there are so many and each is settled, with an empty outbox and its last event received."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 jobs = await self.jobs()
                 last = {event.job.id: event.job.status for event in self.heard_events() if event.job.status in ENDED}
@@ -225,7 +225,7 @@ class Platform:
             async def read(topic: Topic = topic) -> bool:
                 return await behind(self.kafka, f"{ORCHESTRATOR}-{topic.name}", topic, prefix=self.prefix) == 0
 
-            await until(read, PATIENCE)
+            await until(read, PATIENCE_SECONDS)
 
     def heard_events(self) -> list[JobEvent]:
         return [event for event in self.events.messages if isinstance(event, JobEvent)]
@@ -310,13 +310,13 @@ async def test_cancel_concurrent_with_completion_has_one_winner(platform: Platfo
     for _ in range(8):
         before = submitted()
         await platform.submit(5)
-        await until(lambda before=before: len(submitted()) == len(before) + 5, PATIENCE)  # type: ignore[misc] # mypy infers no type for a lambda with a default
+        await until(lambda before=before: len(submitted()) == len(before) + 5, PATIENCE_SECONDS)  # type: ignore[misc] # mypy infers no type for a lambda with a default
         await asyncio.gather(*(cancel_soon(job_id) for job_id in submitted() - before))
         cancelled |= submitted()
     jobs = await platform.until_ended(40)
     await until(
         lambda: len({each.command_id for each in platform.replies.messages if isinstance(each, CommandReply)}) == 80,
-        PATIENCE,
+        PATIENCE_SECONDS,
     )
     replies = {each.command_id: each for each in platform.replies.messages if isinstance(each, CommandReply)}
     for job in jobs:
@@ -374,7 +374,7 @@ async def test_replica_killed_around_a_publish_loses_no_event(platform: Platform
     """After SIGKILL between write and publish, or before the outbox is emptied, another replica continues."""
     killed = await platform.process("one", kind, moment)
     await platform.submit(3)
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         assert await killed.wait() == -9
     await platform.process("one")
     jobs = await platform.until_ended(3)

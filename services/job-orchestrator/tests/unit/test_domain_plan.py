@@ -28,7 +28,7 @@ from scanfleet.scanning.targets import Target
 Worked = TypeVar("Worked")
 
 PORTS = ["80", "1-100", "T:1-20000,U:53", "1-65535", "top:1000", "top:8192", "U:1-30", "T:1-3000,U:1-3000"]
-LONGEST = 65.0  # seconds of an attempt on several addresses
+LONGEST_SECONDS = 65.0  # of an attempt on several addresses
 _FEW = 400  # chunks that are made quickly
 
 
@@ -156,9 +156,9 @@ def test_chunks_are_short_even_where_nothing_answers(policy: ScanPolicy, target:
     planned = plan.plan(policy, target)
     for block in policy.port_set.blocks(planned.chunk_ports):
         if planned.chunk_addresses > 1:
-            assert plan.longest(policy, block, planned.chunk_addresses) <= LONGEST
+            assert plan.longest(policy, block, planned.chunk_addresses) <= LONGEST_SECONDS
         elif planned.chunk_ports > 1:
-            assert plan.longest(policy, block, 1) <= max(LONGEST, 0.7 * policy.host_timeout)
+            assert plan.longest(policy, block, 1) <= max(LONGEST_SECONDS, 0.7 * policy.host_timeout)
 
 
 @settings(max_examples=50, deadline=None)
@@ -204,7 +204,7 @@ def test_attempts_are_short_at_the_floor_of_their_own_nmap(policy: ScanPolicy, t
         floor = plan.min_rate(policy, block, job.plan.slice_count)
         if policy.min_rate and floor and policy.timing > 2 and not block.udp_count:
             silent = job.plan.chunk_addresses * 2 * block.tcp_count / floor
-            short = LONGEST if job.plan.chunk_addresses > 1 else max(LONGEST, 0.7 * policy.host_timeout)
+            short = LONGEST_SECONDS if job.plan.chunk_addresses > 1 else max(LONGEST_SECONDS, 0.7 * policy.host_timeout)
             assert silent <= short or block.tcp_count == 1
 
 

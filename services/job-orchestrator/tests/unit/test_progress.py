@@ -39,7 +39,7 @@ from scanfleet.contracts.messages.topics import (
 )
 from scanfleet.errors import DependencyError
 
-LEASE = 31  # seconds in which silence is found out: the lease and the look after it
+SILENCE_SECONDS = 31  # in which silence is found out: the lease and the look after it
 
 
 def counted(name: str) -> float:
@@ -196,7 +196,7 @@ async def test_chunk_of_a_silent_worker_is_dispatched_to_another(replicas: int) 
     await claimed(simulation, task)
     before = counted("leases_expired")
     simulation.workers = [other]
-    await simulation.wait(LEASE - 3)
+    await simulation.wait(SILENCE_SECONDS - 3)
     assert other.tasks == []
     await simulation.wait(6)
     simulation.workers = [dead, other]
@@ -210,7 +210,7 @@ async def test_chunk_of_a_silent_worker_is_dispatched_to_another(replicas: int) 
 async def test_heartbeat_renews_the_lease(simulation: Simulation, task: ScanChunk) -> None:
     """A worker that reports the same map each second keeps its lease."""
     await claimed(simulation, task)
-    for _ in range(2 * LEASE):
+    for _ in range(2 * SILENCE_SECONDS):
         await simulation.worker.progress(task, "s...")
         await simulation.wait(1)
     assert ((await chunk_of(simulation)).state, (await chunk_of(simulation)).attempt) == (ChunkState.RUNNING, 1)
@@ -323,9 +323,9 @@ async def test_verdict_that_the_cached_chunk_would_ignore_is_decided_on_the_docu
 async def test_new_or_frozen_replica_expires_no_lease(simulation: Simulation, task: ScanChunk) -> None:
     """After a restart, or an hour of being frozen, a lease restarts."""
     await claimed(simulation, task)
-    await simulation.wait(LEASE - 5)
+    await simulation.wait(SILENCE_SECONDS - 5)
     await simulation.restart()
-    await simulation.wait(LEASE - 5)
+    await simulation.wait(SILENCE_SECONDS - 5)
     simulation.now += 3_600.0
     await simulation.catch_up()
     assert (await chunk_of(simulation)).state is ChunkState.RUNNING
@@ -335,7 +335,7 @@ async def test_lost_lease_is_logged_with_its_attempt(simulation: Simulation, tas
     """An operator finds the worker, the job and the attempt of a lost lease in the log."""
     await claimed(simulation, task)
     with capture_logs() as logs:
-        await simulation.wait(LEASE + 2)
+        await simulation.wait(SILENCE_SECONDS + 2)
     (lost,) = [each for each in logs if each["event"] == "lease_expired"]
     expected = FencingToken(1, "1-0", 1, task.worker_id)._asdict()
     assert {key: lost[key] for key in expected} == expected
@@ -346,7 +346,7 @@ async def test_lost_lease_is_logged_with_its_attempt(simulation: Simulation, tas
 async def test_rebalance_keeps_the_leases(simulation: Simulation, task: ScanChunk) -> None:
     """Rebalances that return the same partitions do not extend the lease of a dead worker."""
     await claimed(simulation, task)
-    for _ in range(LEASE):
+    for _ in range(SILENCE_SECONDS):
         await simulation.wait(1)
         await simulation.start()
     await simulation.wait(2)
@@ -358,7 +358,7 @@ async def test_unread_claim_expires_no_lease(simulation: Simulation, task: ScanC
     """While scan-progress lags and scan-workers does not, no chunk is dispatched a second time."""
     await simulation.worker.claim(task)
     unread = simulation.take(SCAN_PROGRESS)
-    for _ in range(2 * LEASE):
+    for _ in range(2 * SILENCE_SECONDS):
         simulation.now += 1.0
         await simulation.worker.announce()
         await simulation.hand(SCAN_WORKERS, simulation.take(SCAN_WORKERS))
@@ -375,7 +375,7 @@ async def test_three_lost_leases_of_three_workers_lose_the_addresses(simulation:
     for number in range(2, 2 + MAX_FAILURES):
         simulation.workers = [Worker(simulation.bus, f"w-{number}")]
         simulation.workers[0].hold = True
-        await simulation.wait(LEASE + 2)
+        await simulation.wait(SILENCE_SECONDS + 2)
         for again in simulation.workers[0].tasks:
             await simulation.workers[0].claim(again)
         await simulation.settle()
@@ -434,7 +434,7 @@ def without_end(chunk: Chunk) -> Chunk:
 async def test_reports_of_an_old_token_are_ignored_and_stopped(simulation: Simulation, task: ScanChunk) -> None:
     """Every claim and progress of an old token is answered with a StopChunk; only the end of the attempt is kept."""
     await claimed(simulation, task)
-    await simulation.wait(LEASE + 2)
+    await simulation.wait(SILENCE_SECONDS + 2)
     assert simulation.worker.tasks[-1].attempt == 2
     await claimed(simulation, simulation.worker.tasks[-1])
     simulation.worker.stops.clear()
@@ -476,7 +476,7 @@ async def test_expired_lease_with_an_invalid_worker_id_does_not_end_the_check(si
         await simulation.store.chunks.insert(
             [chunk(id=f"{id_}-0", job_id=id_, partition=partition, worker_id=worker, **held)]
         )
-    await simulation.wait(LEASE + 2)
+    await simulation.wait(SILENCE_SECONDS + 2)
     assert [await status_of(simulation, id_) for id_ in (8, 9)] == [JobStatus.COMPLETED] * 2
     assert [each.worker_id for each in simulation.bus.messages(SCAN_TASKS) if isinstance(each, StopChunk)] == ["w-9"]
 
@@ -488,7 +488,7 @@ async def test_expired_lease_requeues_its_chunk_although_the_stop_cannot_be_sent
     await claimed(simulation, task)
     simulation.bus.broker.leaderless = {(SCAN_TASKS.name, SCAN_TASKS.partition_of("w-1"))}
     simulation.workers = [other := Worker(simulation.bus, "w-2")]
-    await simulation.wait(LEASE + 2)
+    await simulation.wait(SILENCE_SECONDS + 2)
     assert [each.attempt for each in other.tasks] == [2]
     assert await status_of(simulation) is JobStatus.COMPLETED
 
@@ -496,7 +496,7 @@ async def test_expired_lease_requeues_its_chunk_although_the_stop_cannot_be_sent
 async def test_stored_of_an_old_attempt_ends_the_chunk(simulation: Simulation, task: ScanChunk) -> None:
     """ChunkStored of the old attempt ends the chunk; the new attempt is stopped at its next heartbeat."""
     await claimed(simulation, task)
-    await simulation.wait(LEASE + 2)
+    await simulation.wait(SILENCE_SECONDS + 2)
     new = simulation.worker.tasks[-1]
     await simulation.worker.scanned(task, "asdt")
     await simulation.settle()

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from result_store.api.turns import Turn
 
 # Characters per chunk of the response: as much as the server buffers before it waits for the reader.
-PIECE: Final = 1 << 16
+PIECE_BYTES: Final = 1 << 16
 
 BEGIN_SECONDS: Final = 1.0  # maximum time until the response begins; later errors cut it off
 SILENT_SECONDS: Final = 10.0  # maximum time between two pieces: less than the 15 s of the gateway
@@ -121,7 +121,7 @@ class Piece(NamedTuple):
 
 
 async def write(form: Format, found: AsyncIterator[Iterable[BaseModel]], fields: Fields) -> AsyncGenerator[Piece, None]:
-    """Yield the document in pieces of about `PIECE` bytes; at least one.
+    """Yield the document in pieces of about `PIECE_BYTES` bytes; at least one.
 
     While a search finds nothing, smaller pieces keep the connection, and the server notices when the client leaves.
     """
@@ -133,7 +133,7 @@ async def write(form: Format, found: AsyncIterator[Iterable[BaseModel]], fields:
             parts += (between, row)
             size += len(row)
             between = form.between
-            if size >= PIECE:
+            if size >= PIECE_BYTES:
                 piece, kept = _cut("".join(parts), form)
                 yield Piece(piece)
                 parts, size, due = [kept], len(kept), time.monotonic() + SILENT_SECONDS

@@ -22,7 +22,7 @@ from typing import Annotated, Final, NamedTuple, cast
 from fastapi import APIRouter, Depends, Request, Response
 
 from result_store.api.elements import attribute
-from result_store.api.formats import BEGIN_SECONDS, PIECE, SILENT_SECONDS, Piece, stream
+from result_store.api.formats import BEGIN_SECONDS, PIECE_BYTES, SILENT_SECONDS, Piece, stream
 from result_store.api.host_xml import NO_NAMES, UNKNOWN, Reported, address, extra_ports, status
 from result_store.api.hosts import UNSORTED, merged
 from result_store.api.port_xml import ports
@@ -290,14 +290,14 @@ def _written(moment: datetime) -> str:
 
 
 async def _pieces(parts: AsyncIterator[str]) -> AsyncGenerator[Piece, None]:
-    """Join small parts to pieces of about `PIECE` bytes; smaller ones keep the connection while little is found."""
+    """Join small parts to pieces of about `PIECE_BYTES` bytes; smaller ones keep the connection while little is found."""
     held: list[str] = []
     size = 0
     due = time.monotonic() + BEGIN_SECONDS
     async for part in parts:
         held.append(part)
         size += len(part)
-        if size >= PIECE or time.monotonic() >= due:
+        if size >= PIECE_BYTES or time.monotonic() >= due:
             yield Piece(("".join(held) or "\n").encode("ascii"))
             held, size, due = [], 0, time.monotonic() + SILENT_SECONDS
     yield Piece("".join(held).encode("ascii"), last=True)

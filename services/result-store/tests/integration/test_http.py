@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from structlog.testing import capture_logs
 
 from result_store.api import hosts, nmap_xml
-from result_store.api.formats import PIECE
+from result_store.api.formats import PIECE_BYTES
 from result_store.api.results import router
 from result_store.api.turns import DOWNLOADS, Limits
 from result_store.domain.results import fold
@@ -61,7 +61,7 @@ class EndlessStore(MemoryStore):
         within: Network | None = None,  # noqa: ARG002 # likewise
     ) -> AsyncIterator[Iterable[Result]]:
         [one] = fold(Log().append(host("127.9.8.1", PortFound(port=80, raw_data="x" * 1000)))).hosts.values()
-        for number in range({1: LARGE, 2: 2 * PIECE // 1000, 3: 1, 4: 100 * LARGE}[job_id]):
+        for number in range({1: LARGE, 2: 2 * PIECE_BYTES // 1000, 3: 1, 4: 100 * LARGE}[job_id]):
             self.given += 1
             yield one.results(number)
         if job_id == 2:
@@ -170,7 +170,7 @@ EXPORTED = ExportedJob(
 
 PATHS = ("/api/v1/task/1/results", "/api/v1/task/1/hosts", "/internal/jobs/1/nmap.xml")
 READERS = 16
-ENOUGH = 250_000  # bytes that each of them reads, of several hosts, before it stalls
+ENOUGH_BYTES = 250_000  # that each of them reads, of several hosts, before it stalls
 
 
 @pytest.mark.proves("G20", "A22")
@@ -191,7 +191,7 @@ async def test_slow_readers_of_large_hosts_use_bounded_memory(mongodb: str) -> N
             async with http.stream(url=path, **request) as response:
                 statuses[response.status_code] += 1
                 size, received = 0, response.aiter_raw()
-                while response.status_code == 200 and size < ENOUGH:
+                while response.status_code == 200 and size < ENOUGH_BYTES:
                     size += len(await anext(received))
                 await until(lambda: statuses.total() == READERS)
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.integration
 
 CHUNKS = 4  # the service is killed once per chunk
 HOSTS = 200  # per chunk
-LIMIT = 180  # timeout in seconds for steps that usually take a few, on a loaded machine
+LIMIT_SECONDS = 180  # for steps that usually take a few, on a loaded machine
 
 
 def chunk(number: int) -> list[HostScanned]:
@@ -118,12 +118,12 @@ async def test_service_killed_in_mid_batch_stores_each_host_once(kafka: str, mon
                 return await database["hosts"].estimated_document_count() > before
 
             await bus.publish(SCAN_RESULTS, [*chunk(number), scanned("a" * HOSTS, chunk_id=f"1-{number}")])
-            await until(begun, LIMIT)
+            await until(begun, LIMIT_SECONDS)
             await service.end(signal.SIGKILL)
             await service.start()
 
-        await until(lambda: len(maps(stored)) == CHUNKS, LIMIT)
-        await until(ready, LIMIT)
+        await until(lambda: len(maps(stored)) == CHUNKS, LIMIT_SECONDS)
+        await until(ready, LIMIT_SECONDS)
         results = (await http.get("/api/v1/task/1/results", headers=keys.bearer(RESULT_STORE))).json()
         assert await service.end(signal.SIGTERM) in {
             0,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from result_store.api import formats
-from result_store.api.formats import CSV, JSON, NDJSON, PIECE, Format, Piece, negotiate, stream, write
+from result_store.api.formats import CSV, JSON, NDJSON, PIECE_BYTES, Format, Piece, negotiate, stream, write
 from result_store.api.results import ALL_FIELDS
 from result_store.api.turns import Limits, Turn
 from result_store.domain.results import ClosedChunk, fold
@@ -328,8 +328,8 @@ async def test_write_pieces_are_bounded(form: Format) -> None:
     pieces = write(form, endless(), ALL_FIELDS)
     for number in range(1, 4):
         piece = (await anext(pieces)).content
-        assert PIECE <= len(piece) < 2 * PIECE
-        assert asked <= number * (PIECE // 1000 + 1)
+        assert PIECE_BYTES <= len(piece) < 2 * PIECE_BYTES
+        assert asked <= number * (PIECE_BYTES // 1000 + 1)
 
 
 @pytest.mark.parametrize("last", [True, False])

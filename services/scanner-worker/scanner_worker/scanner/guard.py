@@ -30,7 +30,7 @@ from pathlib import Path
 NUMBER = struct.Struct("d")  # read and written atomically: far smaller than a pipe's atomic write size
 
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # they are for the worker, which may still need the guard
-QUIET_SECONDS = 1.0  # seconds without a marked process after which none is left: longer than from fork to exec of nmap
+QUIET_SECONDS = 1.0  # without a marked process, after which none is left: longer than from fork to exec of nmap
 LOOK_SECONDS = 0.05
 
 

@@ -30,12 +30,12 @@ from scanner_worker.metrics import NMAP_RUNNING, NMAP_STARTS
 from scanner_worker.scanner import datadir, guard, python_nmap
 from scanner_worker.scanner.xml import BadXmlError, Reader
 
-PIECE: Final = 1 << 16  # bytes per read: the capacity of a pipe
+PIECE_BYTES: Final = 1 << 16  # per read: the capacity of a pipe
 LOOK_SECONDS: Final = 1.0  # interval of checks whether a silent nmap is still running
 BEAT_SECONDS: Final = 1.0  # interval of writes to the guard
 END_SECONDS: Final = 5.0  # timeout for nmap to exit after its output has ended, and for a killed process to disappear
 KILLS: Final = 20  # maximum kill rounds: processes may fork in between, and killed ones stay visible for a few
-STDERR_BYTES: Final = 2_000  # bytes of standard error that are kept, the last ones: nmap writes its fatal error last
+STDERR_BYTES: Final = 2_000  # of standard error that are kept, the last ones: nmap writes its fatal error last
 _DISCARD: Final = 9  # any port: connecting a UDP socket sends nothing
 # Timeout of a run without targets: nmap starts in 0.1 s, and in some seconds on a loaded machine.
 CHECK_SECONDS: Final = 30.0
@@ -436,7 +436,7 @@ class _Run:
             began = now()
             try:
                 async with asyncio.timeout(min(LOOK_SECONDS, patience)):
-                    return await self._out.read(PIECE)
+                    return await self._out.read(PIECE_BYTES)
             except TimeoutError:
                 if self._process.returncode is not None:
                     self._kill()  # it has exited, and a process that it forked keeps its output open
@@ -467,7 +467,7 @@ class _Run:
             self._kill()
         try:
             async with asyncio.timeout(END_SECONDS):
-                while await self._out.read(PIECE):
+                while await self._out.read(PIECE_BYTES):
                     pass  # drain the pipe: one that is not read to its end is never closed
                 await self._listening
                 await self._process.wait()
@@ -484,5 +484,5 @@ class _Run:
                 return
 
     async def _listen(self) -> None:
-        while data := await self._err.read(PIECE):
+        while data := await self._err.read(PIECE_BYTES):
             self._said = (self._said + data)[-STDERR_BYTES:]
