@@ -45,7 +45,7 @@ from tests.faults.kit import (
 
 pytestmark = pytest.mark.e2e
 
-MINUTE = 60.0  # seconds during which a worker leaves and joins
+CHURN_SECONDS = 60.0  # during which a worker leaves and joins
 
 Reported = TypeVar("Reported", ChunkClaimed, ChunkReleased)
 
@@ -321,7 +321,7 @@ def test_worker_that_restarts_repeatedly_loses_no_lease(
     with platform.listeners() as servers:
         jobs = [user.scan(platform.network(24), **STEADY)]
         restarts, began = 0, clock()
-        while clock() - began < MINUTE:
+        while clock() - began < CHURN_SECONDS:
             if user.status(jobs[-1]) == "completed":
                 jobs.append(user.scan(platform.network(24), **STEADY))
             until(

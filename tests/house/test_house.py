@@ -31,8 +31,12 @@ _EXITS_EARLY: Final = re.compile(r"\|\s*(?:grep\s+(?:-\w*[qm]|--quiet|--max-coun
 # Production code: packages of services and the shared one, without test support.
 _PRODUCTION: Final = re.compile(r"(?:services/[^/]+/(?!tests/)\w+(?<!_testing)|shared/scanfleet|local(?!/tests/))/")
 _LEVELS: Final = frozenset({"debug", "info", "warning", "error", "critical", "exception", "log"})
-_EVENT: Final = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*")
+# An object and its state, `lease_expired`; most states are participles.
+_EVENT: Final = re.compile(r"(?:[a-z][a-z0-9]*_)+(?:[a-z]+ed|[a-z]+able|timed_out|missing|unknown|unhealthy)")
 _ABBREVIATED_SECONDS: Final = re.compile(r"\b_?[A-Z][A-Z_]*_S\b")
+_UNIT_IN_COMMENT: Final = re.compile(
+    r"\s*(?:self\.)?\w+(?<!_SECONDS)(?<!_MS)(?<!_BYTES)(?<!_seconds)(?<!_ms)(?<!_bytes)(?:: [^=#]+)? = [^#]*# (?:seconds|ms|bytes)\b"
+)
 _COUNTER: Final = re.compile(r"\bCounter\(\s*\"(\w+)\"")
 _SENTENCE_END: Final = re.compile(r"[.!?](?=\s|$)")
 
@@ -101,8 +105,8 @@ def events(path: Path) -> Iterator[tuple[int, object]]:
                         yield node.lineno, None
 
 
-def test_log_events_are_noun_phrases_in_snake_case() -> None:
-    """Production code logs each event under a literal name in snake_case, which a collector can search for."""
+def test_log_events_are_an_object_and_its_state_in_snake_case() -> None:
+    """Production code logs each event under a literal name, an object and its state, which a collector can search for."""
     found = [
         (f"{name}:{line}", event)
         for path in committed(".py")
@@ -126,15 +130,15 @@ def test_loggers_have_the_name_of_their_module() -> None:
     assert [each for each in loggers if not each.endswith(" _log = structlog.stdlib.get_logger(__name__)")] == []
 
 
-def test_constants_of_time_end_with_seconds() -> None:
-    """A constant names its unit of time as `_SECONDS`, not abbreviated to `_S`."""
-    abbreviated = [
+def test_constants_and_fields_have_their_unit_in_the_name() -> None:
+    """A number of seconds, milliseconds or bytes has its unit in its name, with seconds in full, and not in a comment."""
+    unnamed = [
         f"{path.relative_to(ROOT)}:{number} {line}"
         for path in committed(".py")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if _ABBREVIATED_SECONDS.search(line)
+        if _ABBREVIATED_SECONDS.search(line) or _UNIT_IN_COMMENT.match(line)
     ]
-    assert abbreviated == []
+    assert unnamed == []
 
 
 def test_counters_are_declared_with_total() -> None:

@@ -1232,7 +1232,7 @@ async def test_unreadable_chunks_are_left_out_counted_and_named(
         assert [each.id for each in await all_chunks(mongo_store, 1)] == ["1-1"]
         assert set(await mongo_store.chunks.get(["1-0", "1-1"])) == {"1-1"}
     assert UNREADABLE.labels("chunks")._value.get() == before + 2
-    assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", "1-0")}
+    assert {(line["event"], line["id"]) for line in logs} == {("document_unreadable", "1-0")}
 
 
 async def test_subnets_equal_to_lines_are_found_once_with_their_exclusions(store: Store) -> None:
@@ -1335,7 +1335,7 @@ async def test_unreadable_jobs_are_left_out_counted_and_named(mongo_store: Mongo
         await database["jobs"].update_one({"_id": 1}, {"$set": {"created_at": "once"}})
         assert [job.id for job in (await mongo_store.jobs.page(7, set(), 0, 10))[0]] == [2]
     assert UNREADABLE.labels("jobs")._value.get() == before + 2
-    assert {(line["event"], line["id"]) for line in logs} == {("unreadable_document", "1")}
+    assert {(line["event"], line["id"]) for line in logs} == {("document_unreadable", "1")}
 
 
 @pytest.mark.integration
@@ -1355,7 +1355,7 @@ async def test_unreadable_receipts_do_not_delay_other_deletions(mongo_store: Mon
         assert await mongo_store.deletions.due(now, 3, chunks=False) == []
     assert {line["collection"] for line in logs} == {"deletions"}
     assert UNREADABLE.labels("deletions")._value.get() == before + 3
-    assert [(line["event"], line["id"]) for line in logs] == [("unreadable_document", str(n)) for n in (1, 2, 3)]
+    assert [(line["event"], line["id"]) for line in logs] == [("document_unreadable", str(n)) for n in (1, 2, 3)]
     assert [each.job_id for each in await mongo_store.deletions.due(now, 3, chunks=False)] == [4]
     await database["jobs"].update_one({"_id": 2}, {"$set": {"deletion.reason": "request"}})
     assert [each.job_id for each in await mongo_store.deletions.due(now + timedelta(hours=1), 9, chunks=False)] == [

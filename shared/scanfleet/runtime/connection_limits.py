@@ -189,7 +189,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._postponed: tuple[RequestResponseCycle, ASGI3Application] | None = None
         self._waiting_bytes = 0  # of requests behind the current one
-        self._silent = 0  # bytes since the parser's last callback, which it buffers
+        self._silent_bytes = 0  # since the parser's last callback, which it buffers
         self._refusal: tuple[int, str] | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -261,7 +261,7 @@ class BoundedProtocol(HttpToolsProtocol):
         view = memoryview(data)
         for start in range(0, len(data), _SLICE):
             piece = view[start : start + _SLICE]
-            self._silent += len(piece)
+            self._silent_bytes += len(piece)
             self._waiting_bytes = self._waiting_bytes + len(piece) if self.pipeline or self._postponed else 0
             if self._waiting_bytes > MAX_WAITING_BYTES:
                 self._over(400, f"more than {MAX_WAITING_BYTES} bytes behind an unanswered request")
@@ -272,7 +272,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 except httptools.HttpParserUpgrade as upgrade:
                     self._parse_without_upgrade()
                     piece = piece[upgrade.args[0] :]
-            if self._silent > MAX_HEADER_BYTES:
+            if self._silent_bytes > MAX_HEADER_BYTES:
                 self._over(431, _TOO_LARGE)
 
     def _parse_without_upgrade(self) -> None:
@@ -297,17 +297,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._in_head = self._receiving = True
-        self._header_bytes = self._header_lines = self._silent = 0
+        self._header_bytes = self._header_lines = self._silent_bytes = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        self._silent = 0
+        self._silent_bytes = 0
         super().on_url(url)
         if len(self.url) > MAX_URL_BYTES:
             self._over(414, f"the request line has more than {MAX_URL_BYTES} bytes")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._silent = 0
+        self._silent_bytes = 0
         self._header_lines += 1
         self._header_bytes += len(name) + len(value)
         if self._header_bytes > MAX_HEADER_BYTES or self._header_lines > MAX_HEADER_LINES:
@@ -316,7 +316,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._silent = 0
+        self._silent_bytes = 0
         self._in_head = False
         _cancel(self._head_timer)
         self._head_timer = None
@@ -327,11 +327,11 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._silent = 0
+        self._silent_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._silent = 0
+        self._silent_bytes = 0
         self._receiving = False
         _cancel(self._linger_timer)
         self._linger_timer = None

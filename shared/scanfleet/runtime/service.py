@@ -577,4 +577,6 @@ class _Outermost:
                 {"http.request.method": method, "http.route": route, "http.response.status_code": status},
             )
         if route not in _QUIET:
-            _log.info("request", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 1))
+            _log.info(
+                "request_completed", method=method, path=scope["path"], status=status, ms=round(seconds * 1000, 1)
+            )

@@ -39,7 +39,7 @@ _log = structlog.stdlib.get_logger(__name__)
 
 def write_line(entry: AuditEntry) -> None:
     """Write the entry to this process's log."""
-    _log.info("audit", **entry.model_dump(mode="json", exclude={"service"}))
+    _log.info("audit_entry_created", **entry.model_dump(mode="json", exclude={"service"}))
 
 
 class Refusals:

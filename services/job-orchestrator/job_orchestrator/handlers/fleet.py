@@ -141,7 +141,7 @@ class Fleet(PartitionListener):
         DUPLICATE_WORKERS.inc()
         if self._may_log("duplicate", instance, now):
             _log.error(
-                "duplicate_worker_name",
+                "worker_name_duplicated",
                 instance=instance,
                 cause="two running workers announce themselves under this name, and each loses the chunks of the other",
                 next_step="set a different SCANFLEET_INSTANCE for each worker",
@@ -151,7 +151,7 @@ class Fleet(PartitionListener):
         IGNORED_WORKERS.inc()
         if self._may_log("ignored", instance, now):
             _log.error(
-                "too_many_workers",
+                "worker_ignored",
                 instance=instance,
                 cause=f"this replica already has {self._max_workers} worker instances",
                 next_step="if you run as many, raise SCANFLEET_MAX_WORKERS; otherwise a worker is compromised: see security.md",

@@ -363,4 +363,4 @@ def readable(read: Callable[[Document], _Any], document: Document, collection: s
 
 @lru_cache(maxsize=1_000)  # dispatch reads the documents of held chunks up to forty times a second
 def _log_unreadable(collection: str, id_: str, error: str, minute: int) -> None:  # noqa: ARG001 # the key of the cache
-    _log.error("unreadable_document", collection=collection, id=id_, error=error)
+    _log.error("document_unreadable", collection=collection, id=id_, error=error)

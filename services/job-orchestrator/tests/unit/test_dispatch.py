@@ -738,7 +738,7 @@ async def test_workers_with_the_same_name_are_reported(
         for first in range(0, len(records), size):
             await handler.handle(records[first : first + size])
     assert reported() - before == reports
-    assert {log["instance"] for log in logs if log["event"] == "duplicate_worker_name"} <= {"w"}
+    assert {log["instance"] for log in logs if log["event"] == "worker_name_duplicated"} <= {"w"}
     await handler.handle(records)
     assert reported() - before == reports
 
@@ -774,7 +774,7 @@ async def test_invented_workers_neither_block_dispatch_nor_fill_the_database() -
     assert sorted(steps)[-10] < 0.2  # garbage collections and other processes add to some
     assert len(store.data.workers) == 2_000
     assert (REGISTRY.get_sample_value("scanfleet_ignored_workers_total") or 0.0) - ignored == 98_001
-    assert [log["event"] for log in logs] == ["too_many_workers"] * 20
+    assert [log["event"] for log in logs] == ["worker_ignored"] * 20
     assert "w-1" in {credit.instance for credit in simulation.only.fleet.credits()}
     simulation.now += 8.0
     await simulation.worker.announce()

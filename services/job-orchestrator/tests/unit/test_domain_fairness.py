@@ -364,7 +364,7 @@ def test_round_leaves_no_slot_idle_that_a_chunk_could_use(
 
 # A fleet over time
 
-_NOT_AHEAD = AHEAD_SECONDS + 0.1  # seconds that a chunk is expected to take, so that it waits for a slot
+_NOT_AHEAD_SECONDS = AHEAD_SECONDS + 0.1  # that a chunk is expected to take, so that it waits for a slot
 
 
 @dataclass
@@ -424,7 +424,7 @@ class Fleet:
         worker = fill(credit(slots=self.slots), holds, moment)
         round_ = Round([worker], tags(awake, holds, moment), occupied(holds), [worker])
         candidates = {
-            user: queue(user, *(max(_NOT_AHEAD, each) for each, _ in islice(self.queues[user], self.slots)))
+            user: queue(user, *(max(_NOT_AHEAD_SECONDS, each) for each, _ in islice(self.queues[user], self.slots)))
             for user in waiting
         }
         for chosen, _, share in round_.picks(candidates):

@@ -102,7 +102,7 @@ class Batch:
         self._nmap: asyncio.Task[None] | None = None
         self._rules = ""
         self._began = 0.0
-        self._spent = 0.0  # seconds charged so far to each share that has not left
+        self._spent_seconds = 0.0  # charged so far to each share that has not left
         self._since = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
@@ -144,10 +144,10 @@ class Batch:
     async def leave(self, share: Share) -> float:
         """Remove the share; return its part of the slot's seconds once no packet is sent to its addresses any more."""
         now = asyncio.get_running_loop().time()
-        self._spent += (now - self._since) / len(self._active)
+        self._spent_seconds += (now - self._since) / len(self._active)
         self._since = now
         self._active.remove(share)
-        spent = self._spent
+        spent = self._spent_seconds
         self.start_if_ready()
         if self._nmap is not None and (share.targets or not self._active):
             self._nmap.cancel()

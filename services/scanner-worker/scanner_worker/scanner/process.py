@@ -410,7 +410,7 @@ class _Run:
         self._out, self._err = process.stdout, process.stderr
         self._mark = mark
         self.began = began
-        self._waited = 0.0  # seconds spent reading since the last progress, without the worker's own processing time
+        self._waited_seconds = 0.0  # spent reading since the last progress, without the worker's own processing time
         self._said = b""
         self._listening = asyncio.create_task(self._listen())
 
@@ -431,7 +431,7 @@ class _Run:
         """
         now = asyncio.get_running_loop().time
         while True:
-            if self._waited >= patience:
+            if self._waited_seconds >= patience:
                 raise ScanError(f"nmap made no progress for {patience:.0f} seconds and was stopped")
             began = now()
             try:
@@ -442,11 +442,11 @@ class _Run:
                     self._kill()  # it has exited, and a process that it forked keeps its output open
             finally:
                 # Bounded, because the whole worker may have been stopped meanwhile.
-                self._waited += min(now() - began, LOOK_SECONDS)
+                self._waited_seconds += min(now() - began, LOOK_SECONDS)
 
     def moved(self) -> None:
         """Record progress of nmap."""
-        self._waited = 0.0
+        self._waited_seconds = 0.0
 
     async def wait(self) -> int:
         """Return nmap's exit code; called after its output has ended."""
