@@ -30,6 +30,7 @@ from scanfleet.contracts.messages.topics import SCAN_EVENTS, SCAN_REPLIES
 from scanfleet.kafka import KafkaBus
 from scanfleet.runtime import logging, service, tracing
 from scanfleet.runtime.bus import Bus
+from scanfleet.runtime.http.responses import ascii_json
 from scanfleet.runtime.loop import Loop
 from scanfleet.runtime.startup import Startup
 from scanfleet.security.audit import Refusals
@@ -176,7 +177,7 @@ async def _open_verifier(
 
 
 def _openapi(app: FastAPI) -> Callable[[Request], Awaitable[Response]]:
-    rendered = cache(lambda: service.ascii_json(app.openapi()).encode())  # once, with the first request
+    rendered = cache(lambda: ascii_json(app.openapi()).encode())  # once, with the first request
 
     async def openapi(_request: Request) -> Response:
         return Response(rendered(), media_type="application/json")

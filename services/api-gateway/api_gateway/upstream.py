@@ -31,7 +31,7 @@ from scanfleet.contracts.rest import (
 )
 from scanfleet.errors import BadRequestError, DependencyError
 from scanfleet.runtime import tracing
-from scanfleet.runtime.service import source
+from scanfleet.runtime.http.requests import source
 from scanfleet.security.auth import THE_GATEWAY, InternalTokens
 
 SMALL_BYTES: Final = 1 << 16  # size of one read of a connection; smaller answers are read whole instead of streamed

@@ -24,8 +24,9 @@ from fastapi import FastAPI
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.server import ServerState
 
-from scanfleet.runtime.connection_limits import BoundedProtocol, ConnectionLimits, Handshake
-from scanfleet.runtime.service import Probes, create_probes
+from scanfleet.runtime.http.connection_limits import BoundedProtocol, ConnectionLimits, Handshake
+from scanfleet.runtime.http.probes import Probes
+from scanfleet.runtime.service import create_probes
 from scanfleet.runtime.settings import ApiSettings, InternalApiSettings, ServerSettings
 from scanfleet.runtime.tls import server_context
 

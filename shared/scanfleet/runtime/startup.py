@@ -22,7 +22,7 @@ Opened = TypeVar("Opened")
 
 
 class Startup:
-    """Opens the parts of a service in a background task; a `scanfleet.runtime.service.Watched`."""
+    """Opens the parts of a service in a background task; a `scanfleet.runtime.http.probes.Watched`."""
 
     def __init__(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.patience_seconds = patience_seconds

@@ -19,8 +19,9 @@ import uvloop
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 
-from scanfleet.runtime import connection_limits, service
-from scanfleet.runtime.connection_limits import BoundedProtocol
+from scanfleet.runtime import service
+from scanfleet.runtime.http import connection_limits
+from scanfleet.runtime.http.connection_limits import BoundedProtocol
 from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.security.audit import Refusals
 from scanfleet_testing.waiting import until

@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from scanfleet.runtime.proxies import Proxies, client_network
+from scanfleet.runtime.http.proxies import Proxies, client_network
 
 TRUSTED = Proxies([ip_network("10.0.0.0/8"), ip_network("2001:db8::/32")])
 FORGED = "198.51.100.9"

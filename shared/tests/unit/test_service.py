@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from scanfleet.contracts import queries
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
 from scanfleet.runtime import logging, tracing
-from scanfleet.runtime.service import PathId, create_app, create_probes, parsed
+from scanfleet.runtime.http.requests import PathId, parsed
+from scanfleet.runtime.service import create_app, create_probes
 from scanfleet.runtime.settings import CommonSettings, ConnectionSettings
 from scanfleet.scanning.targets import Network
 from scanfleet.security.audit import Refusals

@@ -23,7 +23,8 @@ from api_gateway.upstream import in_time
 from scanfleet.contracts import queries
 from scanfleet.contracts.rest import Snapshot, Snapshots
 from scanfleet.errors import DependencyError, NotFoundError, PublicError, UnavailableError
-from scanfleet.runtime.service import PathId, ascii_json, parsed
+from scanfleet.runtime.http.requests import PathId, parsed
+from scanfleet.runtime.http.responses import ascii_json
 from scanfleet.security.auth import Caller, authenticate
 
 _RETRY_MS: Final = 3_000  # reconnection delay of clients; a gateway restarts faster

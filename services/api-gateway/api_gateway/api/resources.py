@@ -13,7 +13,7 @@ from api_gateway.api.keys import sent_key
 from api_gateway.api.openapi import IF_MATCH, TAGGED, body, errors, query
 from api_gateway.api.state import StateDep
 from scanfleet.contracts import queries, rest
-from scanfleet.runtime.service import PathId, typed
+from scanfleet.runtime.http.requests import PathId, typed
 from scanfleet.security.auth import Caller
 
 

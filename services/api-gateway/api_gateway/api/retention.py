@@ -8,7 +8,7 @@ from api_gateway.api.admission import Route
 from api_gateway.api.openapi import body, errors
 from api_gateway.api.state import StateDep
 from scanfleet.contracts import rest
-from scanfleet.runtime.service import PathId
+from scanfleet.runtime.http.requests import PathId
 from scanfleet.security.auth import Caller
 
 router = APIRouter(prefix=f"{rest.SUBNETS.path}/{{subnet_id}}/retention", tags=[rest.SUBNETS.name], route_class=Route)

@@ -8,7 +8,7 @@ from api_gateway.api.admission import Route
 from api_gateway.api.openapi import body, errors, query
 from api_gateway.api.state import StateDep
 from scanfleet.contracts import queries, rest
-from scanfleet.runtime.service import PathId
+from scanfleet.runtime.http.requests import PathId
 from scanfleet.security.auth import Caller
 
 router = APIRouter(prefix="/api/v1/revocation", tags=["revocation"], route_class=Route)

@@ -29,8 +29,9 @@ from scanfleet.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from scanfleet.runtime.proxies import client_network
-from scanfleet.runtime.service import record_refusal, source
+from scanfleet.runtime.http.audit import record_refusal
+from scanfleet.runtime.http.proxies import client_network
+from scanfleet.runtime.http.requests import source
 from scanfleet.security.auth import Verifier
 
 LOGIN_COOKIE: Final = "__Host-login"

@@ -23,7 +23,7 @@ from api_gateway.api.state import StateDep
 from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import CancelJob, SubmitJobs
 from scanfleet.runtime import tracing
-from scanfleet.runtime.service import PathId, parsed, source
+from scanfleet.runtime.http.requests import PathId, parsed, source
 from scanfleet.security.auth import Caller
 
 router = APIRouter(prefix="/api/v1/task", tags=["task"], route_class=Route)

@@ -21,7 +21,7 @@ from api_gateway_testing import Gateway, Replier, Services
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics
-from scanfleet.runtime.connection_limits import BoundedProtocol
+from scanfleet.runtime.http.connection_limits import BoundedProtocol
 from scanfleet.runtime.settings import KafkaSettings
 from scanfleet.services import GATEWAY, ORCHESTRATOR
 from scanfleet_testing.bus import MemoryBus

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from api_gateway.api import page
-from scanfleet.runtime.service import error_response
+from scanfleet.runtime.http.responses import error_response
 
 HTML = {"Accept": "text/html,application/xhtml+xml"}
 

@@ -12,7 +12,7 @@ from job_orchestrator.domain.access import KEPT, MAX_REVOCATIONS, Revocation
 from job_orchestrator.domain.audit import first_use
 from scanfleet.contracts import queries, rest
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule
-from scanfleet.runtime.service import PathId, parsed, source
+from scanfleet.runtime.http.requests import PathId, parsed, source
 from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet.security.auth import AuthenticatedRoute, Caller, GatewayRoute, Principal
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from job_orchestrator.api.state import Recorded, StateDep
 from scanfleet.contracts import queries, rest
 from scanfleet.errors import ForbiddenError, Rule
-from scanfleet.runtime.service import parsed
+from scanfleet.runtime.http.requests import parsed
 from scanfleet.security.auth import AuthenticatedRoute, Caller
 
 router = APIRouter(prefix="/api/v1/audit", route_class=AuthenticatedRoute)

@@ -15,7 +15,8 @@ from job_orchestrator.domain import coverage, plan
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.contracts import queries, rest
 from scanfleet.errors import BadRequestError, TooLargeError
-from scanfleet.runtime.service import AsciiJSON, PathId, parsed
+from scanfleet.runtime.http.requests import PathId, parsed
+from scanfleet.runtime.http.responses import AsciiJSON
 from scanfleet.scanning.outcomes import address_at, index_of
 from scanfleet.scanning.ports import PortSet
 from scanfleet.security.auth import AuthenticatedRoute, Caller

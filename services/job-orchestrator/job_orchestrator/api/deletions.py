@@ -10,7 +10,7 @@ from job_orchestrator.api.state import Recorded, StateDep
 from job_orchestrator.api.tasks import readable_user
 from job_orchestrator.domain.deletion import Deletion, Stage
 from scanfleet.contracts import queries, rest
-from scanfleet.runtime.service import parsed
+from scanfleet.runtime.http.requests import parsed
 from scanfleet.security.auth import AuthenticatedRoute, Caller
 
 router = APIRouter(prefix="/api/v1/deletion", route_class=AuthenticatedRoute)

@@ -21,7 +21,7 @@ from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
 from scanfleet.clock import utc_now
 from scanfleet.contracts import queries, rest
 from scanfleet.errors import BadRequestError, ConflictError
-from scanfleet.runtime.service import parsed
+from scanfleet.runtime.http.requests import parsed
 from scanfleet.security.auth import AuthenticatedRoute, Caller
 
 router = APIRouter(prefix=rest.SUBNETS.path, route_class=AuthenticatedRoute)

@@ -15,7 +15,7 @@ from scanfleet.contracts.messages import CommandAccepted, CommandRejected
 from scanfleet.contracts.messages.commands import CommandId
 from scanfleet.contracts.messages.fields import MAX_ID
 from scanfleet.errors import ConflictError, ForbiddenError, NotFoundError
-from scanfleet.runtime.service import PathId, parsed
+from scanfleet.runtime.http.requests import PathId, parsed
 from scanfleet.security.auth import AuthenticatedRoute, Caller, Principal
 
 router = APIRouter(prefix="/internal", route_class=AuthenticatedRoute)

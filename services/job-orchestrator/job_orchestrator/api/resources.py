@@ -21,7 +21,7 @@ from job_orchestrator.domain.resources import Content, Owned
 from scanfleet.clock import utc_now
 from scanfleet.contracts import queries, rest
 from scanfleet.errors import NotFoundError, PreconditionFailedError
-from scanfleet.runtime.service import PathId, parsed, typed
+from scanfleet.runtime.http.requests import PathId, parsed, typed
 from scanfleet.security.auth import AuthenticatedRoute, Caller
 
 

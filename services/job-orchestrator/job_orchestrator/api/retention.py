@@ -8,7 +8,7 @@ from job_orchestrator.api.resource_rules import SUBNETS
 from job_orchestrator.api.state import Recorded, State, StateDep, mine
 from scanfleet.contracts import rest
 from scanfleet.errors import NotFoundError
-from scanfleet.runtime.service import PathId
+from scanfleet.runtime.http.requests import PathId
 from scanfleet.security.auth import AuthenticatedRoute, Caller
 
 router = APIRouter(prefix=f"{rest.SUBNETS.path}/{{subnet_id}}/retention", route_class=AuthenticatedRoute)

@@ -26,7 +26,7 @@ from job_orchestrator.handlers.submits import Submits
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry
 from scanfleet.errors import BadRequestError, NotFoundError, PreconditionFailedError, Rule
-from scanfleet.runtime.service import audit_entry
+from scanfleet.runtime.http.audit import audit_entry
 from scanfleet.runtime.turns import Turns
 from scanfleet.security.auth import Caller
 

@@ -14,7 +14,7 @@ from job_orchestrator.domain.job import ScanJob
 from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule, TooLargeError
-from scanfleet.runtime.service import PathId, parsed
+from scanfleet.runtime.http.requests import PathId, parsed
 from scanfleet.security.auth import AuthenticatedRoute, Caller, Principal
 
 router = APIRouter(prefix="/api/v1/task", route_class=AuthenticatedRoute)

@@ -176,7 +176,7 @@ async def test_read_by_an_administrator_of_another_users_data_is_audited(
     action, target = READS[request_]
     times = [THEN, THEN + timedelta(seconds=59), THEN + timedelta(days=1)]
     for now, entries in zip(times, (1, 1, 2), strict=True):
-        monkeypatch.setattr("scanfleet.runtime.service.utc_now", lambda now=now: now)
+        monkeypatch.setattr("scanfleet.runtime.http.audit.utc_now", lambda now=now: now)
         expected = [("9", action, target, "allowed", "role")] * entries
         assert (await ask(request_, user=9, admin=True))[0] == 200
         recorded, _ = await simulation.store.audit.page(0, 10)
@@ -192,7 +192,9 @@ async def test_stream_of_an_administrator_is_audited_once(
     """A stream that asks for the job's state for an hour is one entry; another stream has its own."""
     await simulation.store.jobs.insert([scan_job(5)])
     for minute in range(60):
-        monkeypatch.setattr("scanfleet.runtime.service.utc_now", lambda minute=minute: THEN + timedelta(minutes=minute))
+        monkeypatch.setattr(
+            "scanfleet.runtime.http.audit.utc_now", lambda minute=minute: THEN + timedelta(minutes=minute)
+        )
         await ask("GET /internal/jobs/5/latest", user=9, admin=True)
     _, total = await simulation.store.audit.page(0, 10)
     assert total == 1
@@ -249,7 +251,7 @@ async def test_read_of_the_audit_log_is_audited(
     ask: Caller, simulation: Simulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read of the log is in the log with its filters, once a minute for each of them."""
-    monkeypatch.setattr("scanfleet.runtime.service.utc_now", lambda: THEN)
+    monkeypatch.setattr("scanfleet.runtime.http.audit.utc_now", lambda: THEN)
     for query in ("", "?page=2", "?subject=7&page=1", "?page_size=3&subject=7", "?request_id=r-1&subject=7"):
         assert (await ask(f"GET /api/v1/audit{query}", user=9, admin=True))[0] == 200
     recorded, _ = await simulation.store.audit.page(0, 10)

@@ -21,7 +21,7 @@ from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, Sc
 from scanfleet.contracts.messages.results import MAX_HOSTNAMES, MAX_OUTPUT_CHARS, MAX_OUTPUTS
 from scanfleet.contracts.rest import MAX_HOST_PORTS
 from scanfleet.errors import BadRequestError, ConflictError
-from scanfleet.runtime.service import PathId, parsed
+from scanfleet.runtime.http.requests import PathId, parsed
 from scanfleet.scanning.outcomes import Outcome
 from scanfleet.scanning.ports import Range, disjoint, overlap, parse_ranges, ranges_text
 from scanfleet.security.auth import AuthenticatedRoute, Caller

@@ -34,7 +34,7 @@ from scanfleet.contracts import queries
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.rest import ExportedJob
 from scanfleet.errors import ConflictError
-from scanfleet.runtime.service import PathId, parsed
+from scanfleet.runtime.http.requests import PathId, parsed
 from scanfleet.scanning.outcomes import Outcome, address_key, index_of
 from scanfleet.scanning.ports import PortSet, disjoint, parse_ranges, port_count, ranges_text
 from scanfleet.security.auth import AuthenticatedRoute, Caller

@@ -17,7 +17,7 @@ from result_store.api.turns import ItsTurn
 from result_store.domain.ports import Results
 from scanfleet.contracts import queries
 from scanfleet.contracts.rest import Result
-from scanfleet.runtime.service import PathId, parsed
+from scanfleet.runtime.http.requests import PathId, parsed
 from scanfleet.scanning.targets import Network
 from scanfleet.security.auth import AuthenticatedRoute, Caller
 

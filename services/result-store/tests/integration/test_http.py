@@ -26,7 +26,7 @@ from scanfleet.contracts.messages import HostDetails, JobStatus, PortFound, Scri
 from scanfleet.contracts.rest import ExportedJob, Result
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import mongo, service
-from scanfleet.runtime.connection_limits import BoundedProtocol
+from scanfleet.runtime.http.connection_limits import BoundedProtocol
 from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.runtime.turns import Turns
 from scanfleet.scanning.outcomes import address_at

@@ -12,7 +12,7 @@ from fastapi.security.base import SecurityBase
 from starlette.types import Receive, Scope, Send
 
 from scanfleet.errors import UnauthorizedError
-from scanfleet.runtime.service import readiness
+from scanfleet.runtime.http.probes import readiness
 from scanfleet.security.auth.principal import Principal
 from scanfleet.security.auth.verifier import Verifier
 

@@ -26,7 +26,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from scanfleet.runtime.proxies import Proxies, client_network
+from scanfleet.runtime.http.proxies import Proxies, client_network
 from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.runtime.tls import names
 from scanfleet.services import GATEWAY

@@ -1,0 +1,1 @@
+"""HTTP of all services: `scanfleet.runtime.service` joins these parts to an application."""
