@@ -21,26 +21,26 @@ from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import Audit
-from job_orchestrator.handlers.backlog import Backlog
-from job_orchestrator.handlers.cancellation import ChunkCanceller
-from job_orchestrator.handlers.cancels import Cancels
-from job_orchestrator.handlers.chunks import ChunkChanger
-from job_orchestrator.handlers.clocks import UserClocks
-from job_orchestrator.handlers.commands import Commands
-from job_orchestrator.handlers.deletions import Deletions
-from job_orchestrator.handlers.dispatch import Dispatcher
-from job_orchestrator.handlers.fleet import Fleet
-from job_orchestrator.handlers.held import HeldChunks
-from job_orchestrator.handlers.isolation import Faults
-from job_orchestrator.handlers.outbox import Outbox
-from job_orchestrator.handlers.progress import Progress
-from job_orchestrator.handlers.reconciler import Reconciler
-from job_orchestrator.handlers.reporter import Reporter
-from job_orchestrator.handlers.skips import Skips
-from job_orchestrator.handlers.stored import Stored
-from job_orchestrator.handlers.submits import Submits
-from job_orchestrator.handlers.sweep import Sweeper
-from job_orchestrator.handlers.tasks import Tasks
+from job_orchestrator.handlers.chunks.canceller import ChunkCanceller
+from job_orchestrator.handlers.chunks.changer import ChunkChanger
+from job_orchestrator.handlers.chunks.clocks import UserClocks
+from job_orchestrator.handlers.chunks.held import HeldChunks
+from job_orchestrator.handlers.commands.backlog import Backlog
+from job_orchestrator.handlers.commands.cancels import Cancels
+from job_orchestrator.handlers.commands.commands import Commands
+from job_orchestrator.handlers.commands.submits import Submits
+from job_orchestrator.handlers.dispatch.attempt_sender import AttemptSender
+from job_orchestrator.handlers.dispatch.dispatcher import Dispatcher
+from job_orchestrator.handlers.dispatch.fleet import Fleet
+from job_orchestrator.handlers.dispatch.skips import Skips
+from job_orchestrator.handlers.jobs.deletions import Deletions
+from job_orchestrator.handlers.jobs.faults import Faults
+from job_orchestrator.handlers.jobs.outbox import Outbox
+from job_orchestrator.handlers.jobs.reconciler import Reconciler
+from job_orchestrator.handlers.jobs.reporter import Reporter
+from job_orchestrator.handlers.jobs.sweeper import Sweeper
+from job_orchestrator.handlers.reports.progress import Progress
+from job_orchestrator.handlers.reports.verdicts import Verdicts
 from job_orchestrator.repository import MongoStore, read_time
 from job_orchestrator.settings import Settings
 from scanfleet.contracts.messages.topics import (
@@ -186,7 +186,7 @@ class Orchestrator:
             wake=lambda: self.dispatcher.wake(),  # noqa: PLW0108 # the dispatcher is created below
         )
         skips = Skips(store.jobs, clock)
-        tasks = Tasks(
+        sender = AttemptSender(
             jobs=store.jobs,
             chunks=store.chunks,
             deletions=store.deletions,
@@ -208,7 +208,7 @@ class Orchestrator:
             held=held,
             fleet=self.fleet,
             skips=skips,
-            tasks=tasks,
+            sender=sender,
             clock=clock,
         )
         self.sweeper = Sweeper(
@@ -235,7 +235,7 @@ class Orchestrator:
                 _handled(SCAN_DELETIONS, self.deletions),
                 _handled(SCAN_WORKERS, self.fleet),
                 _handled(SCAN_PROGRESS, self.progress),
-                _handled(SCAN_STORED, Stored(changer, self.reconciler, self.dispatcher.wake, clock)),
+                _handled(SCAN_STORED, Verdicts(changer, self.reconciler, self.dispatcher.wake, clock)),
                 *(_handled(topic, Audit(store.audit, service)) for service, topic in SCAN_AUDIT.items()),
                 _handled(SCAN_AUDIT_OPERATOR, Audit(store.audit, OPERATOR)),
             )

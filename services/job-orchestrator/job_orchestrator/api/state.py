@@ -18,11 +18,11 @@ from job_orchestrator.domain.quotas import QuotaError
 from job_orchestrator.domain.resources import Content, Owned
 from job_orchestrator.domain.user_grants import UNLIMITED, JobGrants
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.backlog import Backlog
-from job_orchestrator.handlers.cancels import Cancels
-from job_orchestrator.handlers.commands import Commands
-from job_orchestrator.handlers.deletions import Deletions
-from job_orchestrator.handlers.submits import Submits
+from job_orchestrator.handlers.commands.backlog import Backlog
+from job_orchestrator.handlers.commands.cancels import Cancels
+from job_orchestrator.handlers.commands.commands import Commands
+from job_orchestrator.handlers.commands.submits import Submits
+from job_orchestrator.handlers.jobs.deletions import Deletions
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import AuditEntry
 from scanfleet.errors import BadRequestError, NotFoundError, PreconditionFailedError, Rule

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.chunks import ChunkChanger
-from job_orchestrator.handlers.clocks import UserClocks
-from job_orchestrator.handlers.held import HeldChunks
+from job_orchestrator.handlers.chunks.changer import ChunkChanger
+from job_orchestrator.handlers.chunks.clocks import UserClocks
+from job_orchestrator.handlers.chunks.held import HeldChunks
 from job_orchestrator_testing import MemoryStore, chunk
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryChunks

@@ -9,7 +9,7 @@ import pytest
 from job_orchestrator.domain import fairness
 from job_orchestrator.domain.fairness import Clock, Clocks
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.clocks import UserClocks
+from job_orchestrator.handlers.chunks.clocks import UserClocks
 from job_orchestrator_testing import MemoryStore
 from job_orchestrator_testing.repository import MemoryDispatch
 from scanfleet.errors import DependencyError

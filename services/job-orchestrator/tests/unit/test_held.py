@@ -12,7 +12,7 @@ import pytest
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.held import HeldChunks
+from job_orchestrator.handlers.chunks.held import HeldChunks
 from job_orchestrator_testing import MemoryStore, chunk
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryDispatch

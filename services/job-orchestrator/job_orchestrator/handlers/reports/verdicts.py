@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, incomplete, store
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.chunks import ChunkChanger
-from job_orchestrator.handlers.reconciler import Reconciler
+from job_orchestrator.handlers.chunks.changer import ChunkChanger
+from job_orchestrator.handlers.jobs.reconciler import Reconciler
 from job_orchestrator.metrics import UNKNOWN_CHUNKS
 from scanfleet.contracts.messages import ChunkIncomplete, ChunkStored
 from scanfleet.runtime.bus import Record
@@ -16,7 +16,7 @@ from scanfleet.runtime.bus import Record
 Verdict = ChunkStored | ChunkIncomplete
 
 
-class Stored:
+class Verdicts:
     """Handles scan-stored. `wake` is called when a chunk is requeued or a slot is free."""
 
     def __init__(

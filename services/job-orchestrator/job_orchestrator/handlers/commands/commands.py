@@ -17,10 +17,10 @@ from job_orchestrator.domain.ports import (
 )
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.cancels import Cancels
-from job_orchestrator.handlers.outbox import Outbox
-from job_orchestrator.handlers.reconciler import Reconciler
-from job_orchestrator.handlers.submits import Submits, body_hash
+from job_orchestrator.handlers.commands.cancels import Cancels
+from job_orchestrator.handlers.commands.submits import Submits, body_hash
+from job_orchestrator.handlers.jobs.outbox import Outbox
+from job_orchestrator.handlers.jobs.reconciler import Reconciler
 from job_orchestrator.metrics import count_transition
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (

@@ -16,8 +16,8 @@ from job_orchestrator.domain.attempts import Probed
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, elapsed
 from job_orchestrator.domain.ports import ChunkRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.clocks import UserClocks
-from job_orchestrator.handlers.held import HeldChunks
+from job_orchestrator.handlers.chunks.clocks import UserClocks
+from job_orchestrator.handlers.chunks.held import HeldChunks
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.contracts.messages import ChunkScanned, FencingToken, StopChunk
 from scanfleet.contracts.messages.chunks import Grant

@@ -23,9 +23,9 @@ from job_orchestrator.domain.ports import AuditRepository, ChunkRepository, Dele
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.chunks import ChunkChanger, granted, saved
-from job_orchestrator.handlers.held import HeldChunks
-from job_orchestrator.handlers.skips import Skips
+from job_orchestrator.handlers.chunks.changer import ChunkChanger, granted, saved
+from job_orchestrator.handlers.chunks.held import HeldChunks
+from job_orchestrator.handlers.dispatch.skips import Skips
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.contracts.messages import ScanChunk
 from scanfleet.contracts.messages.topics import SCAN_TASKS
@@ -45,7 +45,7 @@ Pick = tuple[Candidate, Credit, float]
 """A chunk, its worker, and the share of a slot that it will occupy."""
 
 
-class Tasks:
+class AttemptSender:
     """Turns picks into stored attempts and their tasks.
 
     Args:

@@ -23,7 +23,7 @@ from job_orchestrator.domain.ports import (
 from job_orchestrator.domain.retention import EndedJob, is_due
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.handlers.audit import record
-from job_orchestrator.handlers.outbox import Outbox
+from job_orchestrator.handlers.jobs.outbox import Outbox
 from job_orchestrator.metrics import DELETED_CHUNKS, DELETED_JOBS, DELETIONS, RETENTION_HALTED
 from scanfleet.contracts.messages import DeleteResults, ResultsDeleted
 from scanfleet.contracts.messages.topics import SCAN_DELETIONS

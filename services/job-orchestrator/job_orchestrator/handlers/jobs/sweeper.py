@@ -15,11 +15,11 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import ChunkRepository, DeletionRepository, DispatchRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
-from job_orchestrator.handlers.chunks import ChunkChanger, scanned_again
-from job_orchestrator.handlers.isolation import Faults
-from job_orchestrator.handlers.outbox import Outbox
-from job_orchestrator.handlers.reconciler import Reconciler
-from job_orchestrator.handlers.reporter import Reporter
+from job_orchestrator.handlers.chunks.changer import ChunkChanger, scanned_again
+from job_orchestrator.handlers.jobs.faults import Faults
+from job_orchestrator.handlers.jobs.outbox import Outbox
+from job_orchestrator.handlers.jobs.reconciler import Reconciler
+from job_orchestrator.handlers.jobs.reporter import Reporter
 from job_orchestrator.metrics import CHUNK_CENSUS, DELETION_CENSUS, JOB_CENSUS, OUTBOX_AGE, CensusGauges
 from scanfleet.contracts.messages.topics import SCAN_RESULTS
 from scanfleet.errors import DependencyError

@@ -19,7 +19,7 @@ from job_orchestrator.domain.proposal import Checks, Proposal, Refusal
 from job_orchestrator.domain.quotas import QuotaError, Request, Usage
 from job_orchestrator.domain.resources import Policy, Subnet
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.user_cache import UserCache
+from job_orchestrator.handlers.commands.user_cache import UserCache
 from scanfleet.contracts.messages import SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
 from scanfleet.contracts.rest import MAX_EXCLUDES

@@ -11,10 +11,10 @@ from job_orchestrator.domain.job import JobTrigger, ScanJob
 from job_orchestrator.domain.job import change as change_job
 from job_orchestrator.domain.ports import CommandRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.cancellation import ChunkCanceller, reasons
-from job_orchestrator.handlers.isolation import Faults
-from job_orchestrator.handlers.outbox import Outbox
-from job_orchestrator.handlers.reconciler import Reconciler
+from job_orchestrator.handlers.chunks.canceller import ChunkCanceller, reasons
+from job_orchestrator.handlers.jobs.faults import Faults
+from job_orchestrator.handlers.jobs.outbox import Outbox
+from job_orchestrator.handlers.jobs.reconciler import Reconciler
 from job_orchestrator.metrics import count_transition
 from scanfleet.contracts.messages import CommandAccepted, CommandRejected, CommandReply, JobStatus
 from scanfleet.errors import DependencyError, Rule

@@ -9,7 +9,7 @@ from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState, cancel
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import ChunkRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.chunks import STOPPED_LATER, ChunkChanger, stops
+from job_orchestrator.handlers.chunks.changer import STOPPED_LATER, ChunkChanger, stops
 from scanfleet.contracts.messages.topics import SCAN_TASKS
 from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import Publisher

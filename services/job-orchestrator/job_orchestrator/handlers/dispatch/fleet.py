@@ -12,7 +12,7 @@ import structlog
 from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.held import HeldChunks
+from job_orchestrator.handlers.chunks.held import HeldChunks
 from job_orchestrator.metrics import DUPLICATE_WORKERS, IGNORED_WORKERS
 from scanfleet.contracts.messages import FencingToken, WorkerReady
 from scanfleet.runtime.bus import PartitionListener, Record

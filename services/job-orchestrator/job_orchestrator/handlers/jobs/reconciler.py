@@ -18,11 +18,11 @@ from job_orchestrator.domain.ports import ChunkRepository, DispatchRepository, J
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.totals import EMPTY
 from job_orchestrator.domain.work_queue import WorkQueue
-from job_orchestrator.handlers.cancellation import ChunkCanceller, reason, reasons
-from job_orchestrator.handlers.chunks import Changed, ChunkChanger
-from job_orchestrator.handlers.isolation import Faults
-from job_orchestrator.handlers.outbox import Outbox
-from job_orchestrator.handlers.reporter import Reporter
+from job_orchestrator.handlers.chunks.canceller import ChunkCanceller, reason, reasons
+from job_orchestrator.handlers.chunks.changer import Changed, ChunkChanger
+from job_orchestrator.handlers.jobs.faults import Faults
+from job_orchestrator.handlers.jobs.outbox import Outbox
+from job_orchestrator.handlers.jobs.reporter import Reporter
 from job_orchestrator.metrics import PROBES, count_transition
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.errors import DependencyError

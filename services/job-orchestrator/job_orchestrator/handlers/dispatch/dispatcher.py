@@ -13,11 +13,11 @@ from job_orchestrator.domain import fairness
 from job_orchestrator.domain.fairness import Candidate, Credit, Held
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.clocks import UserClocks
-from job_orchestrator.handlers.fleet import Fleet
-from job_orchestrator.handlers.held import HeldChunks
-from job_orchestrator.handlers.skips import Skips
-from job_orchestrator.handlers.tasks import Pick, Tasks
+from job_orchestrator.handlers.chunks.clocks import UserClocks
+from job_orchestrator.handlers.chunks.held import HeldChunks
+from job_orchestrator.handlers.dispatch.attempt_sender import AttemptSender, Pick
+from job_orchestrator.handlers.dispatch.fleet import Fleet
+from job_orchestrator.handlers.dispatch.skips import Skips
 from scanfleet.runtime.loop import Loop
 
 _LOOK_SECONDS: Final = 0.1  # maximum wait of an idle worker for a chunk that another replica queued
@@ -41,7 +41,7 @@ class Dispatcher:
     Args:
         fleet: the workers of this replica and their capacity.
         skips: the jobs and users that are left out.
-        tasks: stores and publishes the picks of a round.
+        sender: stores and publishes the picks of a round.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Dispatcher:
         held: HeldChunks,
         fleet: Fleet,
         skips: Skips,
-        tasks: Tasks,
+        sender: AttemptSender,
         clock: PlatformTime,
     ) -> None:
         self._dispatch = dispatch
@@ -60,7 +60,7 @@ class Dispatcher:
         self._held = held
         self._fleet = fleet
         self._skips = skips
-        self._tasks = tasks
+        self._sender = sender
         self._clock = clock
         self._live: dict[str, Credit] = {}
         self._idle = False
@@ -116,7 +116,7 @@ class Dispatcher:
         more = False
         for raw in (True, False):
             # Again, since the first kind's tasks may not be acknowledged yet.
-            if workers := [each for each in free if each.raw is raw and self._tasks.can_reach(each.worker_id)]:
+            if workers := [each for each in free if each.raw is raw and self._sender.can_reach(each.worker_id)]:
                 more = await self._give(workers, raw=raw) or more
         await self._deactivate(now, {credit.raw for credit in (*mine, *self._live.values())})
         self._ahead_due = float("-inf") if more else now + _AHEAD_SECONDS
@@ -158,7 +158,7 @@ class Dispatcher:
         await self._clocks.advance(woken, round_.virtual)
         if not picks:
             return False
-        return await self._tasks.send(picks) or len(picks) == room
+        return await self._sender.send(picks) or len(picks) == room
 
     async def _queues(
         self, users: Sequence[int], room: int, now: datetime, *, raw: bool
@@ -183,5 +183,5 @@ class Dispatcher:
         jobs, skip = await self._skips.jobs(user)
         if jobs is None or jobs:
             queue = await self._dispatch.queue(user, room, now, raw=raw, jobs=jobs, skip=skip)
-            return [self._tasks.expect(candidate) for candidate in queue]
+            return [self._sender.expect(candidate) for candidate in queue]
         return []

@@ -24,8 +24,8 @@ from job_orchestrator.domain.fairness import Held
 from job_orchestrator.domain.leases import LeaseTimers
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.chunks import STOPPED_LATER, Changed, ChunkChanger, stop, stops
-from job_orchestrator.handlers.reconciler import Reconciler
+from job_orchestrator.handlers.chunks.changer import STOPPED_LATER, Changed, ChunkChanger, stop, stops
+from job_orchestrator.handlers.jobs.reconciler import Reconciler
 from job_orchestrator.metrics import LEASES_EXPIRED, STALE_REPORTS, UNKNOWN_CHUNKS
 from scanfleet.contracts.messages import ChunkClaimed, ChunkProgressed, FencingToken, StopChunk
 from scanfleet.contracts.messages.topics import SCAN_TASKS

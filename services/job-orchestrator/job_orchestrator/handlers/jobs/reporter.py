@@ -12,8 +12,8 @@ from job_orchestrator.domain.job import ScanJob, observe, wait
 from job_orchestrator.domain.ledger import RunningCount
 from job_orchestrator.domain.ports import ChunkRepository, JobRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.isolation import Faults
-from job_orchestrator.handlers.outbox import Outbox
+from job_orchestrator.handlers.jobs.faults import Faults
+from job_orchestrator.handlers.jobs.outbox import Outbox
 from scanfleet.contracts.messages import JobProgressed, JobStatus
 from scanfleet.contracts.messages.topics import SCAN_EVENTS
 from scanfleet.runtime.best_effort import try_publish

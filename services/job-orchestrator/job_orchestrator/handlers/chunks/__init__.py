@@ -1,0 +1,1 @@
+"""Change and cancel chunks, and keep in memory what workers hold and users have used."""

@@ -1,0 +1,1 @@
+"""Decide on what callers request: submit and cancel jobs."""
