@@ -92,7 +92,7 @@ def test_services_can_be_scaled(service: str) -> None:
     assert not {"container_name", "ports", "hostname"} & SERVICES[service].keys()
 
 
-def test_only_gateway_its_client_and_monitoring_have_external_networks() -> None:
+def test_compose_external_networks_are_for_gateway_client_and_monitoring() -> None:
     """Workers, databases and bus are on internal networks only."""
     outward = {name for name, network in COMPOSE["networks"].items() if not (network or {}).get("internal")}
     out = {name for name, service in SERVICES.items() if outward & set(service.get("networks", ()))}

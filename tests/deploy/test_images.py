@@ -35,7 +35,7 @@ def test_services_have_an_image(service: str) -> None:
 
 
 @pytest.mark.parametrize("image", sorted(set(IMAGES) - {"scanner-worker"}))
-def test_only_the_worker_has_python_nmap(image: str) -> None:
+def test_image_locks_have_python_nmap_in_the_worker_alone(image: str) -> None:
     """python-nmap, with its own licence, is in no other image's lock."""
     assert not any(pin.startswith("python-nmap==") for pin in pins(image))
 
@@ -68,7 +68,7 @@ def test_images_contain_no_test_support(folder: str, package: str) -> None:
     assert copied == {"scanfleet", package}
 
 
-def test_the_built_package_contains_no_test_support() -> None:
+def test_wheels_contain_no_test_support() -> None:
     """The wheels of the project and of the command line have the runtime packages only."""
     for file in ("pyproject.toml", "cli/pyproject.toml"):
         build = tomllib.loads((ROOT / file).read_text())["tool"]["hatch"]["build"]

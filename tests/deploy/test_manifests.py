@@ -503,7 +503,7 @@ def test_static_group_members_are_stateful_sets(manifests: list[Manifest]) -> No
     assert {kinds["job-orchestrator"], kinds["result-store"]} == {"StatefulSet"}
 
 
-def test_default_policy_denies_everything(manifests: list[Manifest]) -> None:
+def test_default_network_policy_denies_all_traffic(manifests: list[Manifest]) -> None:
     """In each namespace one policy selects every pod in both directions and allows nothing."""
     nothing = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     denying = {namespace_of(each) for each in of_kind(manifests, "NetworkPolicy") if each["spec"] == nothing}
@@ -523,7 +523,7 @@ def test_policies_allow_exactly_the_flows(manifests: list[Manifest]) -> None:
                 assert allowed is ((source, target, port) in FLOWS), (source, target, port)
 
 
-def test_a_pod_that_connects_to_no_name_asks_for_none(manifests: list[Manifest]) -> None:
+def test_pod_without_named_connections_has_no_dns_access(manifests: list[Manifest]) -> None:
     """The cluster's name server is open to those who connect by name: the services, and what Strimzi runs."""
     dns = Pod("kube-system", {"k8s-app": "kube-dns"})
     policies = of_kind(manifests, "NetworkPolicy")

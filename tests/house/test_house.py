@@ -191,7 +191,7 @@ def test_page_and_command_show_the_same_letter_of_an_address() -> None:
     assert re.findall(r'^const WORST = "(.+)";$', page, re.MULTILINE) == [WORST_FIRST]
 
 
-def test_the_version_of_a_release_is_the_same_in_code_and_package() -> None:
+def test_release_version_is_equal_in_code_and_package() -> None:
     """The version that the gateway publishes is that of pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == VERSION

@@ -89,7 +89,7 @@ def sums(written: str) -> dict[str, set[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-async def test_nmap_xml_has_what_nmap_wrote(name: str) -> None:
+async def test_nmap_xml_export_contains_the_elements_of_nmap(name: str) -> None:
     """Of each host that has answered the export has the element that nmap wrote, of others their states and sums of ports."""
     recorded = (RECORDINGS / f"{name}.xml").read_bytes()
     written = await exported(recorded)

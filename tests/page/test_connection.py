@@ -90,7 +90,7 @@ def test_page_gateway_restarted_says_so_and_recovers(page: Page, stack: Stack, u
     expect(page.get_by_role("row", name=re.compile(rf"^{job_id} .*completed"))).to_be_visible()
 
 
-def test_page_session_that_ends_asks_again_and_keeps_what_was_typed(page: Page, stack: Stack) -> None:
+def test_page_session_after_its_end_asks_again_and_keeps_input(page: Page, stack: Stack) -> None:
     """When the session has ended the page shows a sign-in dialog above the form, and keeps its content."""
     page.goto(f"{stack.url}/app/subnets/new")
     page.get_by_label("Network").fill("127.44.11.0/24")
@@ -343,7 +343,7 @@ def test_page_estimate_that_fails_has_its_request_id(page: Page, stack: Stack) -
 @pytest.mark.parametrize(
     ("network", "again"), [("127.44.19.0/24", ".7"), ("127.44.20.0/24", ".8")], ids=["same", "changed"]
 )
-def test_page_creation_whose_answer_was_lost_changes_no_object(
+def test_page_creation_after_a_lost_answer_changes_no_object(
     page: Page, stack: Stack, user: Client, network: str, again: str
 ) -> None:
     """A subnet whose creation was not answered is created once when it is saved again, but twice with other values."""
@@ -365,9 +365,7 @@ def test_page_creation_whose_answer_was_lost_changes_no_object(
     assert [each["exclude"] for each in reversed(new)] == [[f"{each}/32"] for each in made]
 
 
-def test_page_scan_whose_subnet_was_not_answered_leaves_it_to_no_other_scan(
-    page: Page, stack: Stack, user: Client
-) -> None:
+def test_page_scan_after_a_lost_subnet_answer_keeps_its_objects(page: Page, stack: Stack, user: Client) -> None:
     """A scan whose subnet and policy were not answered creates them once, and a later scan of another network its own."""
     page.add_init_script(LOSE_ANSWERS)
 
@@ -414,7 +412,7 @@ def test_page_text_typed_during_a_failing_save_stays(page: Page, stack: Stack, u
     expect(page.get_by_role("row", name="typed meanwhile")).to_contain_text("8023")
 
 
-def test_page_replacement_whose_answer_was_lost_is_no_conflict(page: Page, stack: Stack, user: Client) -> None:
+def test_page_replacement_after_a_lost_answer_is_no_conflict(page: Page, stack: Stack, user: Client) -> None:
     """A policy whose replacement was not answered can be changed further and saved: its later version is the page's own."""
     policy_id = user.policy(name="answered late", preset="quick")
     page.add_init_script(LOSE_ANSWERS)
@@ -428,7 +426,7 @@ def test_page_replacement_whose_answer_was_lost_is_no_conflict(page: Page, stack
     expect(page.get_by_role("row", name="answered late")).to_contain_text("8023")
 
 
-def test_page_scan_whose_answer_was_lost_is_started_once(page: Page, stack: Stack, user: Client) -> None:
+def test_page_scan_after_a_lost_answer_is_started_once(page: Page, stack: Stack, user: Client) -> None:
     """A scan form that is sent again starts no second job; changed, it starts further jobs only after a notice."""
     refusal = "was sent before with other values, and has created jobs"
     page.add_init_script(LOSE_ANSWERS)

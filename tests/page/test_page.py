@@ -373,7 +373,7 @@ def test_page_counts_each_address_and_port_once(page: Page, stack: Stack, user: 
     expect(page.get_by_text("1 address × 7 ports = 7 probes")).to_be_visible()
 
 
-def test_page_estimate_is_of_what_was_entered_last(page: Page, stack: Stack, user: Client) -> None:
+def test_page_estimate_is_of_the_latest_input(page: Page, stack: Stack, user: Client) -> None:
     """The estimate accounts for exclusions; a request for earlier input is aborted."""
     body = {"name": "half", "cidr": "127.44.16.0/24", "exclude": ["127.44.16.128/25"]}
     subnet_id = user.http.post("/api/v1/subnet", json=body).json()["id"]
@@ -707,7 +707,7 @@ def test_page_saved_results_hold_no_formula(page: Page, stack: Stack, finished: 
     assert line == ["'=1+1", "' \"@SUM(1)", "x;'-1", "'\uff1d1+1\\u202e"]
 
 
-def test_page_long_list_is_paged_and_says_what_is_missing(page: Page, stack: Stack) -> None:
+def test_page_long_list_is_paged_and_reports_omissions(page: Page, stack: Stack) -> None:
     """Of thousands of subnets fifty are shown at once, each with its last scan, which may be unknown."""
 
     def subnets(route: Route) -> None:

@@ -161,7 +161,7 @@ def test_configuration_with_a_wrong_type_exits_2(
         ("https://scanfleet.test", "http://[::1", False),
     ],
 )
-def test_comparison_of_urls_ignores_what_has_no_effect(one: str, other: str, same: bool) -> None:
+def test_url_comparison_ignores_differences_without_effect(one: str, other: str, same: bool) -> None:
     """A path is compared as it is, scheme and host in any case."""
     assert same_url(one, other) is same
 

@@ -97,7 +97,7 @@ def operations_of(call: calls.Call[Any]) -> Iterator[Operation]:
     yield from (each for each in OPERATIONS if each.method == call.method and each.path.fullmatch(call.path))
 
 
-def test_each_operation_has_a_call() -> None:
+def test_operations_of_the_api_have_a_call() -> None:
     """A route without a call of the SDK is found here; those of browsers need none."""
     covered = {operation.id for name in FUNCTIONS for operation in operations_of(called(name))}
     assert covered == {each.id for each in OPERATIONS}

@@ -90,7 +90,7 @@ def test_unknown_outcome_of_a_post_that_is_not_safe_to_repeat_exits_1(api: FakeA
     assert "may have been carried out: check before you repeat it" in ended.err
 
 
-def test_unknown_outcome_of_a_submit_names_the_key_to_repeat_it_with(api: FakeApi, run: Any) -> None:
+def test_submit_with_an_unknown_outcome_prints_its_idempotency_key(api: FakeApi, run: Any) -> None:
     """Repeated with the key that the error names, the command creates no second job."""
     submit = ("--retry", "0.01", "scan", "127.9.8.0/24", "--no-watch")
 

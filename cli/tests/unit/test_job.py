@@ -325,7 +325,7 @@ def test_results_are_filtered(jobs: FakeApi, run: Any, arguments: list[str], por
     assert {f"--{name}": value for name, value in request.url.params.items()} == asked
 
 
-def test_results_pass_through_as_the_service_writes_them(jobs: FakeApi, run: Any) -> None:
+def test_results_in_the_service_format_are_printed_unchanged(jobs: FakeApi, run: Any) -> None:
     """CSV and JSON lines are asked for as such and printed byte for byte."""
     assert run("job", "results", "41", "-o", "csv").out == "ip_address,port\r\n127.9.8.1,22\r\n127.9.8.1,80\r\n"
     assert [each.headers["accept"] for each in jobs.requests if each.url.path.endswith("/results")] == ["text/csv"]
@@ -506,7 +506,7 @@ def test_ledger_with_not_probed_lists_addresses(jobs: FakeApi, run: Any) -> None
     assert run("job", "ledger", "41", "--outcome", "down", "-o", "name").out == "127.9.8.8\n"
 
 
-def test_ledger_of_a_service_without_positions_notes_what_is_missing(jobs: FakeApi, run: Any) -> None:
+def test_ledger_of_a_service_without_positions_is_reported_as_incomplete(jobs: FakeApi, run: Any) -> None:
     """An answer without a next position, as of an orchestrator of release 0.2, must not be taken for the whole list."""
     partly(jobs.jobs[41])
     old = jobs.jobs[41].ledger().model_dump(mode="json", exclude={"not_probed": {"next"}})
@@ -576,7 +576,7 @@ def test_cancel_of_all_jobs_with_wait_waits_for_each(jobs: FakeApi, run: Any) ->
     assert "job 42 cancelled 62%" in ended.err
 
 
-def test_cancel_whose_answer_was_cut_is_done(jobs: FakeApi, run: Any) -> None:
+def test_cancel_after_a_cut_answer_counts_as_done(jobs: FakeApi, run: Any) -> None:
     """When the repeated cancel finds the job cancelled, the attempt that was cut did it."""
 
     def fault(request: httpx2.Request) -> Exception | None:
@@ -621,7 +621,7 @@ def test_delete_of_a_job_needs_yes_without_a_terminal(jobs: FakeApi, run: Any) -
     assert list(jobs.jobs) == [41, 42]
 
 
-def test_delete_whose_answer_was_cut_counts_as_done(jobs: FakeApi, run: Any) -> None:
+def test_delete_after_a_cut_answer_counts_as_done(jobs: FakeApi, run: Any) -> None:
     """A 404 on the repeat means that the attempt whose answer was cut deleted the job."""
 
     def fault(request: httpx2.Request) -> Exception | None:

@@ -162,7 +162,7 @@ def test_endpoint_with_an_invalid_port_is_refused(issuer: Issuer, run: Any, endp
 
 
 @pytest.mark.parametrize("flow", [["--device"], []])
-def test_refused_sign_in_exits_4_and_keeps_nothing(issuer: Issuer, run: Any, tmp_path: Path, flow: list[str]) -> None:
+def test_refused_sign_in_exits_4_and_stores_no_token(issuer: Issuer, run: Any, tmp_path: Path, flow: list[str]) -> None:
     """When the user refuses, the issuer's reason is shown."""
     issuer.approves = False
     ended = run("login", GATEWAY, *flow, environment={"DISPLAY": ":0"})
@@ -224,7 +224,7 @@ def age(folder: Path, **fields: Any) -> None:
     kept.keep("scanfleet.test", replace(tokens, **({"expires_at": time.time() + 30} | fields)))
 
 
-def test_two_shells_refresh_once(issuer: Issuer, run: Any, tmp_path: Path) -> None:
+def test_concurrent_processes_refresh_a_token_once(issuer: Issuer, run: Any, tmp_path: Path) -> None:
     """One of several processes refreshes a token that expires within a minute, and the others use the new one."""
     run("login", GATEWAY, environment={})
     age(tmp_path)
@@ -326,7 +326,7 @@ def test_token_without_a_refresh_token_is_used_up_to_its_end(run: Any, tmp_path:
     assert "the token has expired" in ended.err
 
 
-def test_end_of_a_token_is_read_from_it_if_the_issuer_does_not_state_it(issuer: Issuer, run: Any) -> None:
+def test_token_expiry_without_expires_in_is_read_from_the_token(issuer: Issuer, run: Any) -> None:
     """A JWT without `expires_in` is refreshed in time too."""
     ends = iter([time.time() + 30, time.time() + 3_600])
 

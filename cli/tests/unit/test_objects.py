@@ -73,7 +73,7 @@ def test_change_by_another_in_between_is_reported(api: FakeApi, run: Any) -> Non
 
 
 @pytest.mark.parametrize("kind", ["subnet", "policy"])
-def test_delete_of_an_object_given_twice_deletes_it_once(run: Any, kind: str) -> None:
+def test_delete_with_a_repeated_object_sends_one_request(run: Any, kind: str) -> None:
     """The same object by its id and by its name is one."""
     run("subnet", "create", "lab", "127.9.8.0/24")
     run("policy", "create", "lab")
@@ -96,7 +96,7 @@ def test_object_given_by_id_is_read_once(api: FakeApi, run: Any, kind: str, numb
         assert reads == [f"/api/v1/{kind}/{number}"]
 
 
-def test_delete_whose_answer_was_cut_is_done(api: FakeApi, run: Any) -> None:
+def test_delete_after_a_cut_answer_counts_as_done(api: FakeApi, run: Any) -> None:
     """A 404 on the repetition of a delete that was cut counts as done."""
     run("subnet", "create", "lab", "127.9.8.0/24")
 
@@ -197,7 +197,7 @@ def cut_after_the_first_put(api: FakeApi, theirs: dict[str, Any]) -> None:
         (["--add-exclude", "127.9.8.5"], "subnet 5 lab 127.9.8.0/24 (256 addresses, 1 excluded)"),
     ],
 )
-def test_edit_whose_answer_was_cut_is_done(api: FakeApi, run: Any, change: list[str], is_: str) -> None:
+def test_edit_after_a_cut_answer_counts_as_done(api: FakeApi, run: Any, change: list[str], is_: str) -> None:
     """When the repeated PUT finds the subnet as sent, in the notation of the service, the attempt that was cut did it."""
     run("subnet", "create", "lab", "127.9.8.0/24")
     cut_after_the_first_put(api, {})
@@ -205,7 +205,7 @@ def test_edit_whose_answer_was_cut_is_done(api: FakeApi, run: Any, change: list[
     assert (ended.code, ended.out) == (0, f"is   {is_}\n")
 
 
-def test_edit_whose_answer_was_cut_and_whose_object_differs_exits_1(api: FakeApi, run: Any) -> None:
+def test_edit_after_a_cut_answer_of_a_different_object_exits_1(api: FakeApi, run: Any) -> None:
     """The attempt that was cut may have changed the object before another request did."""
     run("subnet", "create", "lab", "127.9.8.0/24")
     cut_after_the_first_put(api, {"exclude": ["127.9.8.9/32"]})
@@ -659,7 +659,7 @@ def test_completion_without_an_answer_is_empty(run: Any, complete: Complete, tmp
     assert complete("context", "use", "", environment={}) == []
 
 
-def test_completion_gives_up_in_time_with_what_it_has(api: FakeApi, run: Any, complete: Complete) -> None:
+def test_completion_after_its_timeout_returns_partial_results(api: FakeApi, run: Any, complete: Complete) -> None:
     """Jobs are completed although the networks of their descriptions are not read in time."""
     run("scan", "127.9.8.0/24", "--no-watch")
     answered = threading.Event()

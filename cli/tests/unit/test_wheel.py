@@ -89,7 +89,7 @@ def test_command_of_the_wheel_starts_with_its_requirements_alone(
     assert ended.stdout.startswith(f"scanfleet {VERSION}" if arguments == ["version"] else "Usage: scanfleet")
 
 
-def test_every_import_of_the_wheel_is_in_it_or_required(command: Path, tmp_path: Path) -> None:
+def test_wheel_imports_are_included_or_required(command: Path, tmp_path: Path) -> None:
     """Imports within functions need nothing else either, except the keyring, which is optional."""
     graph = grimp.build_graph("scanfleet_cli", "scanfleet", include_external_packages=True, cache_dir=None)
     own = {module for module in graph.modules if module.partition(".")[0] == "scanfleet_cli"}

@@ -8,7 +8,7 @@ import pytest
 from local import ports
 
 
-def test_choose_free_usual_port_returns_it() -> None:
+def test_choose_with_a_free_default_port_returns_that_port() -> None:
     """The usual port is chosen if no server listens on it."""
     usual = ports.choose()
     assert ports.choose(usual) == usual

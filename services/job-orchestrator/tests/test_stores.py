@@ -120,7 +120,7 @@ async def test_deleted_resource_is_not_added_again(store: Store, kind: Kind) -> 
 
 
 @every_kind
-def test_view_of_a_resource_has_all_of_it(kind: Kind) -> None:
+def test_resource_view_contains_the_complete_object(kind: Kind) -> None:
     """An object can be read from its view, which requests with an Idempotency-Key store."""
     assert kind.rules.viewed(kind.rules.view(kind.make(1))) == kind.make(1)
 

@@ -437,7 +437,7 @@ async def test_withdrawn_keys_expire_without_new_ones() -> None:
 
 @pytest.mark.proves("A9", "G14")
 @pytest.mark.parametrize("withdrawn", [[], [{}]], ids=["no keys", "no usable keys"])
-async def test_withdrawal_of_all_keys_ends_them(withdrawn: list[object]) -> None:
+async def test_withdrawal_of_all_keys_rejects_known_keys(withdrawn: list[object]) -> None:
     """A key set without a usable key withdraws the previous keys, and is fetched again after the cooldown."""
     old, new, time = Issuer("old"), Issuer("new"), Time()
     endpoint = JwksEndpoint(old.jwks)
@@ -512,7 +512,7 @@ UNUSABLE: dict[str, object] = {
 
 @pytest.mark.proves("A28", "G14")
 @pytest.mark.parametrize("answer", UNUSABLE.values(), ids=UNUSABLE)
-async def test_known_keys_end_when_they_cannot_be_fetched_for_too_long(answer: object) -> None:
+async def test_known_keys_after_the_maximum_staleness_are_rejected(answer: object) -> None:
     """While the endpoint is unavailable or answers junk, known keys work until they are too old, then nothing is judged."""
     issuer, time = Issuer(), Time()
     endpoint = JwksEndpoint(issuer.jwks)

@@ -230,7 +230,7 @@ async def test_token_times_ignore_an_invalid_date_header(date: str | None) -> No
     assert tokens.bearer(CALLER) == first
 
 
-async def test_keys_rotate(tmp_path: Path) -> None:
+async def test_keys_in_rotation_accept_old_and_new_tokens(tmp_path: Path) -> None:
     """While a service has the old and the new public key in its file it accepts tokens by both, then by the new one alone."""
     (tmp_path / "new").mkdir()
     old, new = InternalKeys(tmp_path), InternalKeys(tmp_path / "new")

@@ -169,7 +169,7 @@ def test_blocks_hold_every_port_once_in_order(text: str, size: int) -> None:
 
 
 @given(TEXT, TEXT)
-def test_sets_meet_if_they_share_a_port(text: str, other: str) -> None:
+def test_sets_with_a_common_port_meet(text: str, other: str) -> None:
     """`meets` agrees with the intersection of the port numbers, in both directions."""
     some, others = PortSet.parse(text), PortSet.parse(other)
     shared = numbers(some.tcp) & numbers(others.tcp) or numbers(some.udp) & numbers(others.udp)

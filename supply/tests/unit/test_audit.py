@@ -77,7 +77,7 @@ def test_audit_finds_a_pinned_version_that_is_affected(
         advisory(**since({"introduced": "0"})) | {"withdrawn": "2026-01-01T00:00:00Z"},
     ],
 )
-def test_audit_passes_over_what_does_not_affect_the_pins(tmp_path: Path, document: dict[str, Any]) -> None:
+def test_audit_ignores_advisories_without_effect_on_the_pins(tmp_path: Path, document: dict[str, Any]) -> None:
     """Other packages, other versions and withdrawn advisories are no findings."""
     assert audit("PyPI", archive(tmp_path, document))[0] == []
 
@@ -146,7 +146,7 @@ def test_command_fails_on_a_finding_that_a_release_fixes(tmp_path: Path) -> None
         assert re.search(rf"^{name} .*: GHSA-1, not fixed in any release", other.stdout, re.MULTILINE)
 
 
-def test_command_says_that_nothing_was_audited(tmp_path: Path) -> None:
+def test_command_without_advisories_reports_a_missing_audit(tmp_path: Path) -> None:
     """Without advisories of an ecosystem the command reports it, and fails only where they are required."""
     export = archive(tmp_path, advisory())
     for required, status in (((), 0), (("--required",), 1)):

@@ -100,7 +100,7 @@ def test_expression_is_the_label_of_the_image(image: str) -> None:
     ]
 
 
-def test_notice_names_what_is_not_allowed_elsewhere() -> None:
+def test_notice_lists_each_licence_exception() -> None:
     """NOTICE explains each part of an image whose licence is an exception."""
     notice = (ROOT / "NOTICE").read_text()
     for image in IMAGES:

@@ -62,7 +62,7 @@ def test_kafka_matches_its_checksums() -> None:
     assert "sha256sum --check --strict --quiet '$(CURDIR)/local/kafka.sha256'" in MAKEFILE
 
 
-def test_every_python_package_is_installed_by_hash() -> None:
+def test_python_packages_are_installed_by_hash() -> None:
     """Recipes install packages by hash, except our own project, and the wheel that is tried as users install it."""
     recipes = re.sub(r"\\\n\s*", " ", MAKEFILE).splitlines()
     installs = [line for line in recipes if re.search(r"pip install", line)]

@@ -109,7 +109,7 @@ async def test_answer_that_is_not_http_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "POST"])
-async def test_change_whose_connection_ends_is_not_sent_again(method: str) -> None:
+async def test_change_after_a_closed_connection_is_not_repeated(method: str) -> None:
     """A change may have been executed before the connection ended; a second one would be answered 404 or 412."""
     async with serving(None, WHOLE) as server, connect(Gateway().settings()) as connections:
         with pytest.raises(httpx2.TransportError):

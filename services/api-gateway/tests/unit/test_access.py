@@ -68,7 +68,7 @@ async def test_gateway_reports_the_keys_that_verify_tokens(gateway: Running) -> 
     assert reported.keys[0] == gateway.app.state.verifier.key_names[0]
 
 
-async def test_key_reports_are_sent_when_keys_change_and_again_until_they_arrive() -> None:
+async def test_key_reports_after_a_failure_are_sent_again() -> None:
     """A failed report is retried; unchanged keys are reported once."""
     names, away = ["a"], True
     reports: list[list[str]] = []
@@ -100,7 +100,7 @@ async def test_gateway_with_an_odd_key_id_reports_its_key(kid: str) -> None:
     assert re.fullmatch(r"[0-9a-f]{16}, kid [\x20-\x7e]{2,32}", name)
 
 
-async def test_gateway_whose_key_report_dies_is_unhealthy() -> None:
+async def test_gateway_with_a_failed_key_report_task_is_unhealthy() -> None:
     """A report that ended by an error cannot be repeated by this process, so the supervisor has to restart it."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which an unhealthy process sends to itself
     try:

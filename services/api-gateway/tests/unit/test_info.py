@@ -87,7 +87,7 @@ async def test_scan_limits_are_read_once_a_minute() -> None:
     assert asked == 3
 
 
-async def test_scan_limits_failed_with_callers_waiting_fails_for_all_of_them_once() -> None:
+async def test_scan_limits_failure_is_shared_by_waiting_callers() -> None:
     """Callers that wait for the first query share its failure, which is logged, until the next query a second later."""
     now, asked = 0.0, 0
     answered = asyncio.Event()

@@ -75,7 +75,7 @@ async def test_page_hashed_files_are_kept_and_the_index_is_not(client: httpx2.As
         assert (await client.get(path, headers=HTML)).headers["Cache-Control"] == "no-cache"
 
 
-async def test_page_root_redirects_browsers_to_it(client: httpx2.AsyncClient) -> None:
+async def test_page_root_redirects_browsers_to_app(client: httpx2.AsyncClient) -> None:
     """A browser is redirected from / and /app to /app/ on the same host; any other client gets a 404."""
     for path in ("/", "/app"):
         answer = await client.get(path, headers=HTML)

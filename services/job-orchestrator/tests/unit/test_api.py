@@ -573,7 +573,7 @@ async def test_repeated_put_succeeds(api: Api, resource: AnyResource) -> None:
 
 @every_resource
 @pytest.mark.parametrize(("name", "status"), [("other", 412), ("same", 200)])
-async def test_concurrent_change_is_a_412_unless_it_is_the_same(
+async def test_concurrent_different_change_returns_412(
     api: Api, store: MemoryStore, resource: AnyResource, name: str, status: int
 ) -> None:
     """A change between the check of the tag and the write is detected by the write; a repeat of the request is answered."""

@@ -405,7 +405,7 @@ async def test_late_command_expires(simulation: Simulation) -> None:
     assert await jobs_of(simulation) == []
 
 
-async def test_command_is_accepted_by_a_caught_up_replica_whatever_its_clock(simulation: Simulation) -> None:
+async def test_command_at_a_caught_up_replica_is_accepted_at_any_clock_time(simulation: Simulation) -> None:
     """A replica that has read everything within the last minute accepts each new command, even one an hour old by its clock."""
     command = await simulation.submit()
     records = [replace(each, timestamp=each.timestamp - timedelta(hours=1)) for each in simulation.take(SCAN_COMMANDS)]

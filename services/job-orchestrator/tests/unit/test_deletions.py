@@ -111,7 +111,7 @@ async def deletions(http: httpx2.AsyncClient, user: int = 7, *, admin: bool = Fa
     return answer.json() if answer.status_code == 200 else answer.status_code
 
 
-async def test_receipt_shows_the_progress_of_a_deletion_and_what_was_deleted(simulation: Simulation) -> None:
+async def test_receipt_shows_the_progress_and_counts_of_a_deletion(simulation: Simulation) -> None:
     """A deletion is listed from its acceptance on, with its state, who requested it, and counts once they are known."""
     await completed(simulation)
     simulation.results = None
@@ -506,7 +506,7 @@ async def test_expired_jobs_are_deleted_in_steps_and_unreadable_ones_skipped() -
     assert (await simulation.store.audit.page(0, 1))[1] == 250
 
 
-async def test_deletion_steps_keep_their_interval_however_often_they_are_woken(simulation: Simulation) -> None:
+async def test_deletion_steps_woken_often_keep_their_interval(simulation: Simulation) -> None:
     """Steps that have more to delete pause between each other, which keeps the documented rate."""
     steps = 0
 

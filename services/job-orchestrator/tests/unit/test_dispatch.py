@@ -1034,7 +1034,7 @@ async def test_partition_of_both_kinds_of_workers_waits_for_its_tasks(simulation
 
 
 @pytest.mark.proves("F33", "G17")
-async def test_job_whose_reports_had_no_leader_for_a_moment_is_dispatched_soon(simulation: Simulation) -> None:
+async def test_job_after_a_short_leader_outage_is_dispatched_within_seconds(simulation: Simulation) -> None:
     """A job waits for seconds after its partition had no leader, and does not count as damaged."""
     skipped = REGISTRY.get_sample_value("scanfleet_skipped_jobs_total")
     await simulation.start()
@@ -1072,7 +1072,7 @@ async def test_job_without_a_leader_of_its_reports_takes_the_slots_for_one_lease
         assert Counter(task.job_id for task in tasks(simulation)) == begun
 
 
-async def test_users_whose_chunks_may_not_start_yet_leave_no_slot_idle(simulation: Simulation) -> None:
+async def test_users_with_delayed_chunks_leave_no_slot_idle(simulation: Simulation) -> None:
     """A chunk is dispatched although a whole page of needier users have only chunks that wait for their next attempt."""
     await simulation.start()
     await simulation.worker.announce()
@@ -1103,7 +1103,7 @@ class CountingQueues(MemoryDispatch):
         return await super().waiting_users(raw=raw)
 
 
-async def test_rounds_query_bounded_queues_of_users_whose_chunks_may_not_start_yet() -> None:
+async def test_rounds_with_delayed_users_query_a_bounded_number_of_queues() -> None:
     """Ten rounds beside a thousand such users query at most 257 queues each, and each queue about once a second."""
     store = MemoryStore()
     store.dispatch = counting = CountingQueues(store.data)

@@ -499,7 +499,7 @@ def test_elapsed_is_never_negative() -> None:
     assert elapsed(in_state(ChunkState.RUNNING, dispatched_at=NOW + timedelta(seconds=1)), NOW) == 0.0
 
 
-def test_elapsed_since_a_time_is_without_what_was_before() -> None:
+def test_elapsed_since_a_time_excludes_earlier_seconds() -> None:
     """Of an attempt from before that time only the seconds after it count; of a later one all."""
     held = in_state(ChunkState.RUNNING, share=0.5)
     assert elapsed(held, NOW, NOW - timedelta(seconds=4)) == 2.0
@@ -530,7 +530,7 @@ def test_check_is_requested_only_for_scanned_chunks(state: ChunkState) -> None:
 
 
 @pytest.mark.parametrize("state", sorted(NOT_FINAL))
-def test_stored_ends_a_chunk_whatever_attempt_it_came_from(state: ChunkState) -> None:
+def test_stored_of_any_attempt_ends_the_chunk(state: ChunkState) -> None:
     """ChunkStored ends every chunk that is not final, with the map that the stored hosts prove."""
     changed = store(in_state(state, outcomes="s..x"), "asdx", NOW)
     assert (changed.state, changed.outcomes) == (ChunkState.STORED, "asdx")
@@ -572,7 +572,7 @@ def test_results_missing_at_three_checks_lose_their_addresses() -> None:
 
 
 @pytest.mark.parametrize("state", sorted(HELD))
-def test_missing_results_count_before_the_report_that_they_are_about(state: ChunkState) -> None:
+def test_incomplete_before_its_report_requeues_the_chunk(state: ChunkState) -> None:
     """ChunkIncomplete that overtakes its ChunkScanned queues the chunk under the current attempt; the report is stale."""
     again = incomplete(in_state(state), 2, ["127.9.8.1"], NOW)
     assert (again.state, again.outcomes, again.failures) == (ChunkState.QUEUED, "....", 1)

@@ -118,7 +118,7 @@ def test_active_user_is_not_raised() -> None:
     assert wake(Clocks({1: Clock(1, 10.0, active=True)}, virtual=50.0), [1])[1] == Clock(1, 10.0, active=True)
 
 
-def test_held_chunks_count_as_long_as_they_take() -> None:
+def test_held_chunks_count_their_estimate_then_their_elapsed_time() -> None:
     """A chunk that is held adds its estimate, and beyond that its elapsed time, each by its share of a slot."""
     clocks = {1: Clock(1, 10.0), 2: Clock(2, 20.0), 3: Clock(3, 0.0)}
     chunks = [held(1), held(2, share=0.5), held(2, dispatched_at=None), held(9)]
@@ -284,7 +284,7 @@ def test_raw_chunk_does_not_wait_for_a_plain_worker_that_could_not_take_it() -> 
 # Shares
 
 
-def test_user_at_their_share_gives_way_to_one_below_it() -> None:
+def test_user_at_their_share_yields_to_a_user_below_theirs() -> None:
     """While others wait no user gets more than their share plus one, though their time is the lowest."""
     queues = {1: queue(1, *[9.0] * 9), 2: queue(2, *[9.0] * 9)}
     found = ids(picks([credit(slots=4)], {1: 0.0, 2: 1e6}, queues))

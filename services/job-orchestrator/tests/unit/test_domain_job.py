@@ -81,7 +81,7 @@ def test_new_job_has_its_creation_event_in_the_outbox() -> None:
     assert out.event.job == job.view
 
 
-def test_times_are_set_when_they_happen_and_never_run_backwards() -> None:
+def test_start_and_end_times_never_run_backwards() -> None:
     """Start and end are the moments of their changes; a clock that went back is not followed."""
     started = change(scan_job(), JobTrigger.START, LATER)
     assert (started.start_time, started.end_time, started.updated_at) == (LATER, None, LATER)

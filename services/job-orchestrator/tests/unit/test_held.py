@@ -68,7 +68,7 @@ class HeldFixture:
 @pytest.mark.parametrize(
     ("alone", "count", "fresh", "stale"), [(True, 5, 1.9, 2.0), (False, 5, 0.09, 0.1), (False, 5_000, 0.4, 0.5)]
 )
-async def test_known_chunks_are_read_again_when_they_are_old(
+async def test_cached_chunks_above_their_maximum_age_are_read_again(
     *, alone: bool, count: int, fresh: float, stale: float
 ) -> None:
     """The only replica reads every two seconds, one of several ten times a second, but at most a tenth of the time."""

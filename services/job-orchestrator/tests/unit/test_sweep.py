@@ -142,7 +142,7 @@ async def test_fresh_event_is_left_to_its_replica(simulation: Simulation) -> Non
     assert simulation.events(9) == []
 
 
-async def test_pending_job_without_its_chunks_gets_them_and_stays_pending(simulation: Simulation) -> None:
+async def test_sweep_creates_missing_chunks_of_a_pending_job(simulation: Simulation) -> None:
     """The sweep creates the chunks of a job whose replica stopped between the inserts of the job and of its chunks."""
     await simulation.submit("127.9.8.0/30")
     await simulation.deliver()
@@ -322,7 +322,7 @@ async def test_faulty_job_is_skipped(simulation: Simulation) -> None:
 
 
 @pytest.mark.proves("F27", "G17")
-async def test_job_whose_reason_to_wait_is_unknown_is_skipped(simulation: Simulation) -> None:
+async def test_sweep_skips_a_job_without_a_known_waiting_reason(simulation: Simulation) -> None:
     """An unexpected error in finding out why a job waits stops neither the sweep nor the other jobs."""
     running = replace(scan_job(8, made=1, chunk_addresses=0), status=JobStatus.RUNNING, outbox=())
     await simulation.store.jobs.insert([running, scan_job(9)])
@@ -535,7 +535,7 @@ async def test_outbox_with_a_later_event_is_emptied_once_that_is_published(simul
     assert {event.seq for event in simulation.events(9)} == {1, 2}
 
 
-async def test_repeated_request_for_a_check_has_what_the_worker_reported(simulation: Simulation) -> None:
+async def test_repeated_check_request_contains_the_reported_facts(simulation: Simulation) -> None:
     """After a loss of the worker's report result-store gets the facts of the scan, with which it closes the chunk."""
     simulation.worker.hold, simulation.results = True, None
     await simulation.submit("127.9.8.0/30", policy=scan_policy(ports="top:3"))

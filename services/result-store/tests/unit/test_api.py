@@ -333,7 +333,7 @@ async def test_write_pieces_are_bounded(form: Format) -> None:
 
 
 @pytest.mark.parametrize("last", [True, False])
-async def test_stream_that_is_not_sent_in_pieces_closes_them(*, last: bool) -> None:
+async def test_stream_sent_as_one_piece_closes_its_source(*, last: bool) -> None:
     """The search ends with an answer of one piece, and with a download above the limit of its user."""
     ended = False
 

@@ -125,7 +125,7 @@ async def test_delete_of_a_job_that_fails_does_not_stop_the_others() -> None:
     assert (store.postponed, await store.deleted([1])) == ({1}, {1})
 
 
-async def test_deletion_steps_keep_their_interval_however_often_they_are_woken() -> None:
+async def test_deletion_steps_woken_often_keep_their_interval() -> None:
     """Steps that have more to delete do not follow one another without a pause."""
     _, deletions = bus_and_handler(MemoryStore())
     steps = 0

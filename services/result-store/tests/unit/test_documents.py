@@ -48,7 +48,7 @@ def test_host_of_first_release_has_its_results() -> None:
     ]
 
 
-def test_ports_of_a_closed_chunk_are_in_it_or_in_its_set() -> None:
+def test_closed_chunk_ports_are_read_inline_or_by_set_id() -> None:
     """Release 0.2 stored the text in each chunk; a long one is found by its id."""
     assert repository._chunk(stored(FOLDER / "0.2.0" / "chunk.json")).ports == "22,80"
     port_set = stored(FOLDER / "current" / "port-set.json")
