@@ -200,7 +200,7 @@ class ScanPolicy(BaseModel):
 
     @property
     def port_set(self) -> PortSet:
-        return _port_set(self.ports)
+        return PortSet.parse(self.ports)
 
     @property
     def needs_raw(self) -> bool:
@@ -302,8 +302,3 @@ def fill_in(preset: Preset, given: dict[str, Any], scripts: AbstractSet[str] = A
     """
     strict = _strict(PRESETS[preset] | given | {"preset": preset}, scripts)
     return ScanPolicy.model_validate(strict.model_dump())
-
-
-@lru_cache(maxsize=64)  # a long list takes milliseconds, and a job's is needed for each of its chunks
-def _port_set(text: str) -> PortSet:
-    return PortSet.parse(text)

@@ -9,7 +9,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 MAX_PORT = 65_535
 MAX_TEXT = 10_000  # characters: longer than any realistic list, and short enough to reject cheaply
@@ -23,7 +23,7 @@ _ITEM = re.compile(r"(?:([TUtu]):)?(?:([0-9]{1,5})|([0-9]{0,5})-([0-9]{0,5}))")
 Range = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PortSet:
     """Distinct ports as sorted, disjoint, inclusive ranges; `top` counts the most common TCP ports instead."""
 
@@ -34,6 +34,7 @@ class PortSet:
     """For a `top` set, the number of most common ports that it skips."""
 
     @classmethod
+    @lru_cache(maxsize=64)  # a long list takes milliseconds, and the chunks of a job share a few
     def parse(cls, text: str) -> PortSet:
         """Parse `"22,80,8000-8100"`, `"T:80,U:53"`, `"-"` (1 to 65535), `"top:100"` or its part `"top:51-100"`.
 
@@ -79,11 +80,11 @@ class PortSet:
         """The number of probes per address."""
         return self.tcp_count + self.udp_count
 
-    @property
+    @cached_property
     def tcp_count(self) -> int:
         return self.top - self.above if self.top else port_count(self.tcp)
 
-    @property
+    @cached_property
     def udp_count(self) -> int:
         return port_count(self.udp)
 

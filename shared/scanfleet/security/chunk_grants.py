@@ -27,9 +27,6 @@ _KEY_ID_CHARS: Final = 8
 _VERIFIED: Final = 256  # cached grants: the hosts of a chunk arrive together, and a grant has up to 14 kB
 
 
-_port_set: Final = lru_cache(maxsize=8)(PortSet.parse)  # the hosts of a chunk arrive together
-
-
 class Signer:
     """Signs grants with the orchestrator's key."""
 
@@ -145,7 +142,7 @@ def _host_fault(host: HostScanned, grant: Grant) -> str:
         return "its address or ports are not of the granted kind"
     if not 0 <= place < grant.addresses or _within([(place, place)], excluded):
         return "its address is not granted"
-    ports = _port_set(grant.ports)
+    ports = PortSet.parse(grant.ports)
     tcp = {found.port for found in host.ports if found.protocol == "tcp"}
     udp = [(found.port, found.port) for found in host.ports if found.protocol == "udp"]
     # Only nmap has the list of the most common ports, so only their number is checked.

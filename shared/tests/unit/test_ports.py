@@ -34,6 +34,11 @@ def numbers(ranges: tuple[Range, ...]) -> set[int]:
     return {port for low, high in ranges for port in range(low, high + 1)}
 
 
+def test_text_that_was_parsed_is_not_parsed_again() -> None:
+    """The chunks of a job have the same ports, which can be a long list."""
+    assert PortSet.parse("22,80") is PortSet.parse("22,80")
+
+
 @pytest.mark.parametrize(
     ("text", "tcp", "udp"),
     [

@@ -149,7 +149,6 @@ def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
     """Yield the job's chunks from index `first` up to `end`, with their fixed ids."""
     target = _target(job.cidr, job.exclude)
     slices = _Slices(target, job.plan.chunk_addresses)
-    all_ports = job.policy.port_set
     first_address = target.network.network_address
     for index in range(first, end):
         if job.plan.blockwise:
@@ -157,7 +156,7 @@ def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
         else:
             slice_, block = divmod(index, job.plan.blocks)
         offset, outcomes = slices[slice_]
-        ports = all_ports.block(block, job.plan.chunk_ports)
+        ports, text = _block(job.policy.ports, block, job.plan.chunk_ports)
         blank = outcomes.count(Outcome.BLANK)
         yield Chunk(
             id=chunk_id(job, index),
@@ -169,7 +168,7 @@ def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
             partition=job.partition,
             first_address=str(first_address + offset),
             outcomes=outcomes,
-            ports=str(ports),
+            ports=text,
             port_count=ports.count,
             estimate=expected(job, ports, blank),
             needs_raw=job.policy.needs_raw_for(ports),
@@ -207,7 +206,8 @@ def chunk_id(job: ScanJob, index: int) -> str:
 def needs_raw(job: ScanJob) -> bool:
     """Return whether all chunks from the first that has not ended need raw packets: TCP ports come before UDP ports."""
     first = min(job.totals.done, job.plan.chunk_count - 1)
-    return job.policy.needs_raw_for(job.policy.port_set.block(block_of(job, first), job.plan.chunk_ports))
+    ports, _ = _block(job.policy.ports, block_of(job, first), job.plan.chunk_ports)
+    return job.policy.needs_raw_for(ports)
 
 
 def expected(job: ScanJob, ports: PortSet, addresses: int) -> float:
@@ -292,6 +292,13 @@ def _slice_size(policy: ScanPolicy, ports: PortSet, included: int) -> int:
     while size < MAX_ADDRESSES and fits(size * 2):
         size *= 2
     return size
+
+
+@lru_cache(maxsize=64)  # a part of a long list takes a millisecond, and all slices of the network have the same
+def _block(text: str, number: int, size: int) -> tuple[PortSet, str]:
+    """Return one of the blocks of a policy's ports, and its text."""
+    ports = PortSet.parse(text).block(number, size)
+    return ports, str(ports)
 
 
 @lru_cache(maxsize=256)  # jobs whose chunks are being created: a thousand excluded networks take 200 kB

@@ -337,6 +337,15 @@ def test_chunks_of_many_large_jobs_cost_little_each() -> None:
     assert time.process_time() - began < 0.001 * len(jobs)
 
 
+def test_chunks_of_a_long_port_list_cost_little_each() -> None:
+    """A chunk of the longest list, created alone as another one ends, takes less than a fifth of a millisecond."""
+    ports = ",".join(str(port) for port in range(10_001, 14_980, 3))
+    job = job_of(scan_policy(ports=ports), Target.parse("127.9.0.0/16"))
+    seconds, window = cheapest(lambda: [next(plan.chunks(job, index, index + 1)) for index in range(plan.WINDOW)])
+    assert {each.ports for each in window} == {ports}
+    assert seconds < 0.0002 * len(window)
+
+
 # Measured pace
 
 
@@ -494,6 +503,7 @@ def cheapest(work: Callable[[], Worked]) -> tuple[float, Worked]:
     for _ in range(3):
         plan._target.cache_clear()
         plan._sums.cache_clear()
+        plan._block.cache_clear()
         began = time.process_time()
         worked = work()
         seconds.append(time.process_time() - began)
