@@ -355,6 +355,21 @@ async def test_old_events_are_read_of_one_partition_only(mongo_store: MongoStore
     assert await _read_by(database, mongo_store.jobs.with_old_events(LATER, 10, [4])) <= 25
 
 
+async def test_sweep_with_nothing_to_repair_sends_two_queries(mongo_store: MongoStore, database: Database) -> None:
+    """A sweep asks for overdue chunks and for old events, once for all partitions, although jobs have recent events."""
+    simulation = Simulation(mongo_store)
+    await simulation.start()
+    await mongo_store.jobs.insert([scan_job(n, created_at=utc_now()) for n in range(1, 51)])
+    await simulation.only.sweeper.sweep()  # reconciles all jobs and counts them, and again in ten seconds
+    simulation.now += 1.0
+    await database.command("profile", 2)
+    await simulation.only.sweeper.sweep()
+    await database.command("profile", 0)
+    reads = database["system.profile"].find({"keysExamined": {"$exists": True}})
+    sent = [each["ns"].rpartition(".")[2] async for each in reads]
+    assert sorted(sent) == ["chunks", "jobs"]
+
+
 @pytest.mark.parametrize("user", [7, None])
 async def test_changed_jobs_are_found_without_reading_the_unchanged(
     mongo_store: MongoStore, database: Database, user: int | None

@@ -132,7 +132,7 @@ class Sweeper:
 
     async def _relay(self) -> None:
         before, partitions = self._clock.now() - _OLD_EVENT, self._partitions()
-        if not partitions:
+        if not await self._jobs.with_old_events(before, 1, partitions):
             return
         # By partition: the jobs of one without a leader, which keep their events, would fill a page of all.
         limit = max(1, _PAGE // len(partitions))
