@@ -50,7 +50,10 @@ for process in pathlib.Path("/proc").glob("[0-9]*"):
         status = (process / "status").read_text()
     except OSError:
         continue  # it has just ended
-    seen["programs"].add(re.search(r"Name:\\s+(.*)", status)[1])
+    name = re.search(r"Name:\\s+(.*)", status)[1]
+    if name.startswith("runc:"):
+        continue  # the engine's, which becomes a health check
+    seen["programs"].add(name)
     seen["users"].update(map(int, re.search(r"Uid:(.*)", status)[1].split()))
     seen["rights"].update(re.findall(r"Cap(?:Prm|Eff|Bnd):\\s+(.*)", status))
 for folder, _, _ in os.walk("/"):
