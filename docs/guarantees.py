@@ -224,7 +224,7 @@ ABUSE: Final[Mapping[str, Trial]] = {
     ),
     "A25": Trial(
         "forged or replayed HostScanned, ChunkScanned; `slot_seconds` of 1e999",
-        "no effect on any job, result, ledger or clock",
+        "no effect on any job, result, ledger or account",
     ),
     "A26": Trial(
         "an audit entry changed, removed or added in the database, or sent by a service in the name of another",

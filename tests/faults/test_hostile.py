@@ -155,7 +155,7 @@ def forgeries(host: HostScanned, end: ChunkScanned, others: HostScanned) -> list
 
 @pytest.mark.proves("A25", "G19")
 def test_forged_and_replayed_results_have_no_effect(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """Results without a valid signature, replays, and infinite slot seconds do not change results, ledger and clocks."""
+    """Results without a valid signature, replays, and infinite slot seconds do not change results, ledger and accounts."""
     with platform.listeners():
         job_id = user.scan(platform.network(24), **TINY)
         assert user.finished(job_id)["status"]["status"] == "completed"

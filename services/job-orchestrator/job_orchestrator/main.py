@@ -21,9 +21,9 @@ from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.audit import Audit
+from job_orchestrator.handlers.chunks.account_cache import AccountCache
 from job_orchestrator.handlers.chunks.canceller import ChunkCanceller
 from job_orchestrator.handlers.chunks.changer import ChunkChanger
-from job_orchestrator.handlers.chunks.clocks import UserClocks
 from job_orchestrator.handlers.chunks.held import HeldChunks
 from job_orchestrator.handlers.commands.backlog import Backlog
 from job_orchestrator.handlers.commands.cancels import Cancels
@@ -96,9 +96,9 @@ class Orchestrator:
         deletes_per_second: int,
     ) -> None:
         faults = Faults()
-        self.clocks = UserClocks(store.dispatch, clock, self._alone)
+        self.accounts = AccountCache(store.dispatch, clock, self._alone)
         held = HeldChunks(store.dispatch, clock, self._alone, lambda: leaderless(SCAN_PROGRESS), lease_seconds)
-        changer = ChunkChanger(store.chunks, self.clocks, held, lambda: self.progress.partitions, clock)
+        changer = ChunkChanger(store.chunks, self.accounts, held, lambda: self.progress.partitions, clock)
         self.grants = JobGrants(grants, rules.nat64)
         self.outbox = Outbox(store.jobs, publisher)
         self.reporter = Reporter(
@@ -204,7 +204,7 @@ class Orchestrator:
         )
         self.dispatcher = Dispatcher(
             dispatch=store.dispatch,
-            clocks=self.clocks,
+            accounts=self.accounts,
             held=held,
             fleet=self.fleet,
             skips=skips,
@@ -241,7 +241,7 @@ class Orchestrator:
             )
         )
         sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep, vital=False)
-        self.request_loops = (self.reconciler.loop, self.outbox.loop, self.deletions.loop, self.clocks.loop)
+        self.request_loops = (self.reconciler.loop, self.outbox.loop, self.deletions.loop, self.accounts.loop)
         """They continue what requests began, so that every replica runs them."""
         self.job_loops = (self.reporter.loop, self.dispatcher.loop, sweep)
 
@@ -325,7 +325,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 orchestrator.grants,
                 clock.now,
             )
-            stack.push_async_callback(orchestrator.clocks.close)
+            stack.push_async_callback(orchestrator.accounts.close)
             seal = Loop("audit seal", _SEAL_SECONDS, store.audit.seal, vital=False)
             loops: list[Loop | Consumer] = [
                 Loop("time", _TIME_SECONDS, clock.refresh),

@@ -298,7 +298,7 @@ class Simulation:
             await self.catch_up()
             for replica in self.replicas:
                 await replica.reporter.report()
-                await replica.clocks.store()
+                await replica.accounts.store()
                 await replica.sweeper.sweep()
                 await replica.deletions.step()
             await self.settle()

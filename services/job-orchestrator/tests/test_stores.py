@@ -23,7 +23,7 @@ from job_orchestrator.domain.chunk import HELD, MAX_PAUSE, OPEN, Chunk, ChunkSta
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
-from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held, wake
+from job_orchestrator.domain.fairness import Account, Accounts, Candidate, Credit, Held, wake
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, create, published, restored_from_backup
 from job_orchestrator.domain.ports import Store
 from job_orchestrator.domain.quotas import Usage
@@ -1004,20 +1004,20 @@ async def test_census_counts_open_deletions(store: Store) -> None:
 async def test_clocks_rest_without_work(store: Store) -> None:
     """A user without queued or held chunks becomes idle and keeps its time; neither time nor virtual time falls."""
     await store.chunks.insert([chunk(), chunk(id="2-0", job_id=2, user_id=8, state=ChunkState.RUNNING)])
-    await store.dispatch.wake_clocks([Clock(7, 5.0), Clock(8, 1.0), Clock(9, 2.0)], 4.0)
-    await store.dispatch.deactivate_clocks()
-    working = {7: Clock(7, 5.0, active=True), 8: Clock(8, 1.0, active=True)}
-    assert await store.dispatch.clocks([]) == Clocks(working, 4.0)
-    assert await store.dispatch.clocks([9, 11]) == Clocks(working | {9: Clock(9, 2.0, active=False)}, 4.0)
-    await store.dispatch.wake_clocks([Clock(7, 3.0)], 3.0)
+    await store.dispatch.activate_accounts([Account(7, 5.0), Account(8, 1.0), Account(9, 2.0)], 4.0)
+    await store.dispatch.deactivate_accounts()
+    working = {7: Account(7, 5.0, active=True), 8: Account(8, 1.0, active=True)}
+    assert await store.dispatch.accounts([]) == Accounts(working, 4.0)
+    assert await store.dispatch.accounts([9, 11]) == Accounts(working | {9: Account(9, 2.0, active=False)}, 4.0)
+    await store.dispatch.activate_accounts([Account(7, 3.0)], 3.0)
     await store.dispatch.charge({7: 1.5, 8: 0.5, 10: 1.0})
-    known = {7: Clock(7, 6.5, active=True), 8: Clock(8, 1.5, active=True), 10: Clock(10, 1.0, active=False)}
-    assert await store.dispatch.clocks([10]) == Clocks(known, 4.0)
-    await store.dispatch.wake_clocks([], 8.0)
+    known = {7: Account(7, 6.5, active=True), 8: Account(8, 1.5, active=True), 10: Account(10, 1.0, active=False)}
+    assert await store.dispatch.accounts([10]) == Accounts(known, 4.0)
+    await store.dispatch.activate_accounts([], 8.0)
     await store.dispatch.charge({})
-    assert (await store.dispatch.clocks([])).virtual == 8.0
-    await store.dispatch.deactivate_clocks([7, 8])  # who wait for their hours: 8 still holds a chunk
-    assert (await store.dispatch.clocks([])).users == {8: Clock(8, 1.5, active=True)}
+    assert (await store.dispatch.accounts([])).virtual == 8.0
+    await store.dispatch.deactivate_accounts([7, 8])  # who wait for their hours: 8 still holds a chunk
+    assert (await store.dispatch.accounts([])).users == {8: Account(8, 1.5, active=True)}
 
 
 async def test_map_parts_are_those_of_the_jobs_chunks(store: Store) -> None:
@@ -1035,11 +1035,11 @@ async def test_map_parts_are_those_of_the_jobs_chunks(store: Store) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_deleted_clocks_change_no_start(store: Store, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With any arrivals, users start at the times that they would have if every clock were kept; few clocks are stored."""
+    """With any arrivals, users start at the times that they would have if every account were kept; few accounts are stored."""
     for repository in ("job_orchestrator.repository", "job_orchestrator_testing.repository"):
         monkeypatch.setattr(f"{repository}.dispatch.KEEP_IDLE", timedelta(seconds=-1))
     chance = random.Random(seed)  # noqa: S311 # no secret
-    kept: dict[int, Clock] = {}
+    kept: dict[int, Account] = {}
     virtual = 0.0
     busy: dict[int, Chunk] = {}
     for number in range(120):
@@ -1049,27 +1049,27 @@ async def test_deleted_clocks_change_no_start(store: Store, seed: int, monkeypat
             await store.dispatch.charge({user: seconds})
             kept[user] = replace(kept[user], time=kept[user].time + seconds, active=False)
             assert not await store.chunks.save([replace(working, state=ChunkState.STORED)])
-            await store.dispatch.deactivate_clocks()
+            await store.dispatch.deactivate_accounts()
         else:
-            found = wake(await store.dispatch.clocks([user]), [user])
-            assert found == wake(Clocks(kept, virtual), [user]), number
+            found = wake(await store.dispatch.accounts([user]), [user])
+            assert found == wake(Accounts(kept, virtual), [user]), number
             kept |= found
             if chance.random() < 0.5:  # the user is served, rather than that others are
                 virtual = max(virtual, found[user].time)
-            await store.dispatch.wake_clocks(found.values(), virtual)
+            await store.dispatch.activate_accounts(found.values(), virtual)
             busy[user] = chunk(id=f"{number}-0", job_id=number, user_id=user, state=ChunkState.RUNNING)
             await store.chunks.insert([busy[user]])
-    stored = (await store.dispatch.clocks(kept)).users
-    assert set(stored) == busy.keys() | {user for user, clock in kept.items() if clock.time > virtual}
+    stored = (await store.dispatch.accounts(kept)).users
+    assert set(stored) == busy.keys() | {user for user, account in kept.items() if account.time > virtual}
     assert len(stored) < len(kept)
 
 
 async def test_clock_of_a_user_who_was_just_active_is_kept(store: Store) -> None:
     """Time that the user has spent may be charged seconds later."""
-    await store.dispatch.wake_clocks([Clock(7, 5.0), Clock(8, 5.0)], 9.0)
-    await store.dispatch.deactivate_clocks()
+    await store.dispatch.activate_accounts([Account(7, 5.0), Account(8, 5.0)], 9.0)
+    await store.dispatch.deactivate_accounts()
     await store.dispatch.charge({7: 5.0})
-    assert (await store.dispatch.clocks([7, 8])).users == {7: Clock(7, 10.0), 8: Clock(8, 5.0)}
+    assert (await store.dispatch.accounts([7, 8])).users == {7: Account(7, 10.0), 8: Account(8, 5.0)}
 
 
 async def test_open_chunks_of_a_job_are_counted(store: Store) -> None:

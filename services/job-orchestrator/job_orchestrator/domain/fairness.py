@@ -22,13 +22,13 @@ from job_orchestrator.domain.chunk import Chunk
 from scanfleet.contracts.messages import FencingToken, instance_of
 
 LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
-KEEP_IDLE: Final = timedelta(minutes=1)  # of clocks of idle users: time spent until then is charged within seconds
+KEEP_IDLE: Final = timedelta(minutes=1)  # of accounts of idle users: time spent until then is charged within seconds
 AHEAD_SECONDS: Final = 2.0  # work prefetched beyond a worker's slots, so that tiny chunks do not wait for a round trip
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
-    """A user's virtual time without held chunks; `active` while the user has queued or held chunks."""
+class Account:
+    """A user's account in fair queueing: the virtual time without held chunks; `active` while the user has queued or held ones."""
 
     user_id: int
     time: float = 0.0
@@ -36,10 +36,10 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
-class Clocks:
-    """The clocks of users, and the global virtual time."""
+class Accounts:
+    """The accounts of users, and the global virtual time."""
 
-    users: Mapping[int, Clock]
+    users: Mapping[int, Account]
     virtual: float = 0.0
 
 
@@ -92,18 +92,18 @@ class Credit:
     """Expected seconds until one of its taken slots is free."""
 
 
-def wake(clocks: Clocks, waiting: Iterable[int]) -> dict[int, Clock]:
-    """Return the clocks of the waiting users; those of users who were idle are raised to the global virtual time."""
-    awake: dict[int, Clock] = {}
+def wake(accounts: Accounts, waiting: Iterable[int]) -> dict[int, Account]:
+    """Return the accounts of the waiting users; those of users who were idle are raised to the global virtual time."""
+    awake: dict[int, Account] = {}
     for user in waiting:
-        clock = clocks.users.get(user, Clock(user))
-        awake[user] = clock if clock.active else Clock(user, max(clock.time, clocks.virtual), active=True)
+        account = accounts.users.get(user, Account(user))
+        awake[user] = account if account.active else Account(user, max(account.time, accounts.virtual), active=True)
     return awake
 
 
-def tags(clocks: Mapping[int, Clock], held: Iterable[Held], now: datetime) -> dict[int, float]:
+def tags(accounts: Mapping[int, Account], held: Iterable[Held], now: datetime) -> dict[int, float]:
     """Return the virtual time of each user with the held chunks, by elapsed or expected time, whichever is longer."""
-    times = {user: clock.time for user, clock in clocks.items()}
+    times = {user: account.time for user, account in accounts.items()}
     for each in held:
         if each.user_id in times:
             elapsed = (now - each.dispatched_at).total_seconds() if each.dispatched_at else 0.0

@@ -20,7 +20,7 @@ from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.domain.deletion import Counts, Deletion, Stage
-from job_orchestrator.domain.fairness import Candidate, Clock, Clocks, Credit, Held
+from job_orchestrator.domain.fairness import Account, Accounts, Candidate, Credit, Held
 from job_orchestrator.domain.job import UNFINISHED, ScanJob
 from job_orchestrator.domain.quotas import Usage
 from job_orchestrator.domain.resources import Content, Owned, ScanTarget, Subnet
@@ -341,7 +341,7 @@ class ChunkRepository(Protocol):
 
 
 class DispatchRepository(Protocol):
-    """Queued and held chunks, users' clocks, and workers."""
+    """Queued and held chunks, users' accounts, and workers."""
 
     async def waiting_users(self, *, raw: bool) -> list[int]:
         """Return the users with queued chunks; without `raw`, chunks that need raw packets do not count."""
@@ -372,21 +372,21 @@ class DispatchRepository(Protocol):
     async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
         """Return the chunks that workers hold; with `partitions` only those of jobs in these partitions."""
 
-    async def clocks(self, users: Collection[int]) -> Clocks:
-        """Return the existing clocks of these users and all active clocks."""
+    async def accounts(self, users: Collection[int]) -> Accounts:
+        """Return the existing accounts of these users and all active accounts."""
 
-    async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
-        """Deactivate the clocks of users without queued or held chunks; the queued chunks of `left_out` do not count.
+    async def deactivate_accounts(self, left_out: Collection[int] = ()) -> None:
+        """Deactivate the accounts of users without queued or held chunks; the queued chunks of `left_out` do not count.
 
-        If there are any, delete clocks that have been inactive for `KEEP_IDLE` and are not above the global virtual time: without
+        If there are any, delete accounts that have been inactive for `KEEP_IDLE` and are not above the global virtual time: without
         one, a user starts at that time too.
         """
 
-    async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
-        """Activate these clocks, and raise the global virtual time to `virtual`."""
+    async def activate_accounts(self, accounts: Iterable[Account], virtual: float) -> None:
+        """Activate these accounts, and raise the global virtual time to `virtual`."""
 
     async def charge(self, seconds: Mapping[int, float]) -> None:
-        """Add seconds to the clocks of these users."""
+        """Add seconds to the accounts of these users."""
 
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
         """Store that these workers announced themselves now, by the database's clock."""

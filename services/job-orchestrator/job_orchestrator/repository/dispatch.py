@@ -1,4 +1,4 @@
-"""Query queued and held chunks in MongoDB, and store users' clocks and workers."""
+"""Query queued and held chunks in MongoDB, and store users' accounts and workers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, Final
 from pymongo import IndexModel, UpdateOne
 
 from job_orchestrator.domain.chunk import HELD, MAX_DELAY, OPEN, ChunkState
-from job_orchestrator.domain.fairness import KEEP_IDLE, Candidate, Clock, Clocks, Credit, Held
+from job_orchestrator.domain.fairness import KEEP_IDLE, Account, Accounts, Candidate, Credit, Held
 from job_orchestrator.repository import documents
 from scanfleet.runtime.mongo import Database, Document, dependency_errors
 
-_VIRTUAL: Final = "virtual"  # the document of the global virtual time, among the users' clocks
+_VIRTUAL: Final = "virtual"  # the document of the global virtual time, among the users' accounts
 
 INDEXES: Final = {
     "clocks": [IndexModel([("active", 1), ("time", 1)], name="active_1_v2")],
@@ -30,7 +30,7 @@ class MongoDispatch:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._chunks = database["chunks"]
-        self._clocks = database["clocks"]
+        self._accounts = database["clocks"]  # the name in version 0.1
         self._workers = database["workers"]
 
     @dependency_errors()
@@ -80,47 +80,49 @@ class MongoDispatch:
         return await documents.read_all(documents.read_held, found, "chunks")
 
     @dependency_errors()
-    async def clocks(self, users: Collection[int]) -> Clocks:
-        found = self._clocks.find({"$or": [{"active": True}, {"_id": {"$in": [*users, _VIRTUAL]}}]})
+    async def accounts(self, users: Collection[int]) -> Accounts:
+        found = self._accounts.find({"$or": [{"active": True}, {"_id": {"$in": [*users, _VIRTUAL]}}]})
         by_id = {
             each["_id"]: documents.readable(
-                documents.read_virtual if each["_id"] == _VIRTUAL else documents.read_clock, each, "clocks"
+                documents.read_virtual if each["_id"] == _VIRTUAL else documents.read_account, each, "clocks"
             )
             async for each in found
         }
-        if unreadable := [id_ for id_, clock in by_id.items() if clock is None]:
-            # Its time can neither be read nor advanced. Without one, the clock starts again at the global virtual time.
-            await self._clocks.delete_many({"_id": {"$in": unreadable}})
-        clocks = {id_: clock for id_, clock in by_id.items() if clock is not None}
-        virtual = clocks.pop(_VIRTUAL, Clock(0))
-        return Clocks(clocks, virtual.time)
+        if unreadable := [id_ for id_, account in by_id.items() if account is None]:
+            # Its time can neither be read nor advanced. Without one, the account starts again at the global virtual time.
+            await self._accounts.delete_many({"_id": {"$in": unreadable}})
+        accounts = {id_: account for id_, account in by_id.items() if account is not None}
+        virtual = accounts.pop(_VIRTUAL, Account(0))
+        return Accounts(accounts, virtual.time)
 
     @dependency_errors()
-    async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
-        active = [each["_id"] async for each in self._clocks.find({"active": True}, {"_id": 1})]
+    async def deactivate_accounts(self, left_out: Collection[int] = ()) -> None:
+        active = [each["_id"] async for each in self._accounts.find({"active": True}, {"_id": 1})]
         # In this order: a chunk that is dispatched meanwhile counts in one of them.
         waiting = await self._users({"state": ChunkState.QUEUED.value})
         busy = await self._users({"state": {"$in": [state.value for state in HELD]}})
         idle = set(active) - (waiting - set(left_out)) - busy
         if idle:
             rest = {"$set": {"active": False}, "$currentDate": {"idle_since": True}}
-            await self._clocks.update_many({"_id": {"$in": list(idle)}}, rest)
-            virtual = await self._clocks.find_one({"_id": _VIRTUAL}) or {}
+            await self._accounts.update_many({"_id": {"$in": list(idle)}}, rest)
+            virtual = await self._accounts.find_one({"_id": _VIRTUAL}) or {}
             long_ago = {"$lt": ["$idle_since", {"$subtract": ["$$NOW", int(KEEP_IDLE.total_seconds() * 1_000)]}]}
-            await self._clocks.delete_many({"active": False, "time": {"$lte": virtual.get("time")}, "$expr": long_ago})
+            await self._accounts.delete_many(
+                {"active": False, "time": {"$lte": virtual.get("time")}, "$expr": long_ago}
+            )
 
     @dependency_errors()
-    async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
+    async def activate_accounts(self, accounts: Iterable[Account], virtual: float) -> None:
         writes = [
-            UpdateOne({"_id": clock.user_id}, {"$max": {"time": clock.time}, "$set": {"active": True}}, upsert=True)
-            for clock in clocks
+            UpdateOne({"_id": account.user_id}, {"$max": {"time": account.time}, "$set": {"active": True}}, upsert=True)
+            for account in accounts
         ]
         writes.append(UpdateOne({"_id": _VIRTUAL}, {"$max": {"time": virtual}}, upsert=True))
-        await self._clocks.bulk_write(writes, ordered=False)
+        await self._accounts.bulk_write(writes, ordered=False)
 
     @dependency_errors()
     async def charge(self, seconds: Mapping[int, float]) -> None:
-        # `$inc` fails for a damaged clock.
+        # `$inc` fails for a damaged account.
         before = {"$cond": [{"$isNumber": "$time"}, "$time", 0]}
         active = {"$ifNull": ["$active", False]}
         writes = [
@@ -128,7 +130,7 @@ class MongoDispatch:
             for user, time in seconds.items()
         ]
         if writes:
-            await self._clocks.bulk_write(writes, ordered=False)
+            await self._accounts.bulk_write(writes, ordered=False)
 
     @dependency_errors()
     async def seen_workers(self, workers: Iterable[Credit]) -> None:

@@ -18,7 +18,7 @@ from job_orchestrator.domain.chunk import HELD, Chunk
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.coverage import MapPart
 from job_orchestrator.domain.deletion import Counts, Deletion
-from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
+from job_orchestrator.domain.fairness import Account, Candidate, Credit, Held
 from job_orchestrator.domain.job import Outgoing, Plan, ScanJob
 from job_orchestrator.domain.plan import MAX_PORTS
 from job_orchestrator.domain.resources import Owned, Policy, ScanTarget, Subnet
@@ -39,7 +39,7 @@ _CANDIDATE: Final = TypeAdapter(Candidate)
 _HELD: Final = TypeAdapter(Held)
 _MAP_PART: Final = TypeAdapter(MapPart)
 _CREDIT: Final = TypeAdapter(Credit)
-_CLOCK: Final = TypeAdapter(Clock)
+_ACCOUNT: Final = TypeAdapter(Account)
 _DELETION: Final = TypeAdapter(Deletion)
 _ENDED: Final = TypeAdapter(EndedJob)
 _TARGET: Final = TypeAdapter(ScanTarget)
@@ -316,13 +316,13 @@ def read_audit(document: Document, *, genuine: bool = False) -> rest.AuditEntry:
     return rest.AuditEntry.model_validate({"received_at": document["time"], **document, **stated})
 
 
-def read_clock(document: Document) -> Clock:
-    return _CLOCK.validate_python(document | {"user_id": document["_id"]})
+def read_account(document: Document) -> Account:
+    return _ACCOUNT.validate_python(document | {"user_id": document["_id"]})
 
 
-def read_virtual(document: Document) -> Clock:
-    """Read the global virtual time, which is stored among the users' clocks, as the clock of a user 0."""
-    return read_clock(document | {"_id": 0})
+def read_virtual(document: Document) -> Account:
+    """Read the global virtual time, which is stored among the users' accounts, as the account of a user 0."""
+    return read_account(document | {"_id": 0})
 
 
 def write_revocation(revocation: Revocation) -> Document:

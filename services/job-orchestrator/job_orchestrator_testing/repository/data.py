@@ -9,7 +9,7 @@ from datetime import datetime
 from job_orchestrator.domain.chunk import Chunk
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion
-from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.fairness import Account, Credit
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.contracts import rest
 from scanfleet.errors import DependencyError
@@ -32,9 +32,9 @@ class Data:
     receipts: dict[int, tuple[Deletion, datetime | None]] = field(default_factory=dict)
     """By job, with when to go on."""
     chunks: dict[str, Chunk] = field(default_factory=dict)
-    clocks: dict[int, Clock] = field(default_factory=dict)
+    accounts: dict[int, Account] = field(default_factory=dict)
     idle: dict[int, float] = field(default_factory=dict)
-    """By user, since when the clock is inactive."""
+    """By user, since when the account is inactive."""
     virtual: float = 0.0
     workers: dict[str, tuple[Credit, float]] = field(default_factory=dict)
 

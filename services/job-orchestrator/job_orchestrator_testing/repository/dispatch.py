@@ -1,4 +1,4 @@
-"""Queued and held chunks, users' clocks and workers in memory."""
+"""Queued and held chunks, users' accounts and workers in memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from job_orchestrator.domain.chunk import HELD, MAX_DELAY, OPEN, Chunk, ChunkState
-from job_orchestrator.domain.fairness import KEEP_IDLE, Candidate, Clock, Clocks, Credit, Held
+from job_orchestrator.domain.fairness import KEEP_IDLE, Account, Accounts, Candidate, Credit, Held
 from job_orchestrator_testing.repository.data import MemoryRepository
 
 
@@ -58,38 +58,40 @@ class MemoryDispatch(MemoryRepository):
             if chunk.state in HELD and (partitions is None or chunk.partition in partitions)
         ]
 
-    async def clocks(self, users: Collection[int]) -> Clocks:
-        known = {user: clock for user, clock in self._data.clocks.items() if clock.active or user in users}
-        return Clocks(known, self._data.virtual)
+    async def accounts(self, users: Collection[int]) -> Accounts:
+        known = {user: account for user, account in self._data.accounts.items() if account.active or user in users}
+        return Accounts(known, self._data.virtual)
 
-    async def deactivate_clocks(self, left_out: Collection[int] = ()) -> None:
+    async def deactivate_accounts(self, left_out: Collection[int] = ()) -> None:
         busy = {
             chunk.user_id
             for chunk in self._data.chunks.values()
             if chunk.state in HELD or (chunk.state is ChunkState.QUEUED and chunk.user_id not in left_out)
         }
         now = time.monotonic()
-        idle = {user for user, clock in self._data.clocks.items() if clock.active and user not in busy}
+        idle = {user for user, account in self._data.accounts.items() if account.active and user not in busy}
         self._data.idle |= dict.fromkeys(idle, now)
-        self._data.clocks |= {user: replace(self._data.clocks[user], active=False) for user in idle}
+        self._data.accounts |= {user: replace(self._data.accounts[user], active=False) for user in idle}
         if idle:
             before = now - KEEP_IDLE.total_seconds()
-            self._data.clocks = {
-                user: clock
-                for user, clock in self._data.clocks.items()
-                if clock.active or clock.time > self._data.virtual or self._data.idle.get(user, float("-inf")) >= before
+            self._data.accounts = {
+                user: account
+                for user, account in self._data.accounts.items()
+                if account.active
+                or account.time > self._data.virtual
+                or self._data.idle.get(user, float("-inf")) >= before
             }
 
-    async def wake_clocks(self, clocks: Iterable[Clock], virtual: float) -> None:
+    async def activate_accounts(self, accounts: Iterable[Account], virtual: float) -> None:
         self._data.virtual = max(self._data.virtual, virtual)
-        for clock in clocks:
-            time_ = max(clock.time, self._data.clocks.get(clock.user_id, clock).time)
-            self._data.clocks[clock.user_id] = Clock(clock.user_id, time_, active=True)
+        for account in accounts:
+            time_ = max(account.time, self._data.accounts.get(account.user_id, account).time)
+            self._data.accounts[account.user_id] = Account(account.user_id, time_, active=True)
 
     async def charge(self, seconds: Mapping[int, float]) -> None:
         for user, more in seconds.items():
-            clock = self._data.clocks.get(user, Clock(user))
-            self._data.clocks[user] = replace(clock, time=clock.time + more)
+            account = self._data.accounts.get(user, Account(user))
+            self._data.accounts[user] = replace(account, time=account.time + more)
 
     async def seen_workers(self, workers: Iterable[Credit]) -> None:
         self._data.workers |= {worker.instance: (worker, time.monotonic()) for worker in workers}

@@ -23,7 +23,7 @@ from job_orchestrator.domain.census import MAX_COUNTED
 from job_orchestrator.domain.chunk import HELD, OPEN, ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.deletion import Deletion, Stage
-from job_orchestrator.domain.fairness import Clock, Credit
+from job_orchestrator.domain.fairness import Account, Credit
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.resources import Owned, ScanTarget
@@ -125,9 +125,9 @@ QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "dispatch.first_turns": (lambda store: store.dispatch.first_turns({3, 4}), 6),
     "dispatch.first_turns without queued chunks": (lambda store: store.dispatch.first_turns({98, 99}), 2),
     "dispatch.held": (lambda store: store.dispatch.held(), 3 * USERS),
-    "dispatch.clocks": (lambda store: store.dispatch.clocks([3, 99]), USERS + 5),
-    "dispatch.deactivate_clocks": (lambda store: store.dispatch.deactivate_clocks(), 8 * USERS),
-    "dispatch.wake_clocks": (lambda store: store.dispatch.wake_clocks([Clock(3)], 1.0), 2),
+    "dispatch.accounts": (lambda store: store.dispatch.accounts([3, 99]), USERS + 5),
+    "dispatch.deactivate_accounts": (lambda store: store.dispatch.deactivate_accounts(), 8 * USERS),
+    "dispatch.activate_accounts": (lambda store: store.dispatch.activate_accounts([Account(3)], 1.0), 2),
     "dispatch.charge": (lambda store: store.dispatch.charge({3: 1.0}), 2),
     "dispatch.seen_workers": (
         lambda store: store.dispatch.seen_workers([Credit("w-3", "w-3", 2, raw=True, partition=1)]),
@@ -188,7 +188,7 @@ async def filled(mongo_store: MongoStore) -> MongoStore:
             ],
         )
         await mongo_store.dispatch.seen_workers([Credit(f"w-{user}", f"w-{user}", 2, raw=user % 2 == 0, partition=1)])
-        await mongo_store.dispatch.wake_clocks([Clock(user, 1.0)], 1.0)
+        await mongo_store.dispatch.activate_accounts([Account(user, 1.0)], 1.0)
     return mongo_store
 
 

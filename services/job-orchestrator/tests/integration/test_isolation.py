@@ -67,8 +67,8 @@ _DAMAGES: Final = {
     "time of an ended job": _Damage("jobs", 99, ChunkState.STORED, _ENDED | {"end_time": [THEN], "subnet_id": 98}),
     "machines of a running job": _Damage("jobs", 99, ChunkState.QUEUED, {"machines_found": -1}, unreadable=False),
     "slices of a running job": _Damage("jobs", 99, ChunkState.STORED, {"chunk_addresses": 0}),
-    "clock of a user": _Damage("clocks", 8, ChunkState.QUEUED, {"time": "foo", "active": True}),
-    "text as clock of a user": _Damage(
+    "account of a user": _Damage("clocks", 8, ChunkState.QUEUED, {"time": "foo", "active": True}),
+    "text in the account of a user": _Damage(
         "clocks", 8, ChunkState.QUEUED, {"time": "5.5", "active": True}, unreadable=False
     ),
     "global virtual time": _Damage("clocks", "virtual", ChunkState.QUEUED, {"time": "foo"}),

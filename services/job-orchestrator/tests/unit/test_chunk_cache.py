@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from job_orchestrator.domain.chunk import Chunk, ChunkState
 from job_orchestrator.domain.time import PlatformTime
+from job_orchestrator.handlers.chunks.account_cache import AccountCache
 from job_orchestrator.handlers.chunks.changer import ChunkChanger
-from job_orchestrator.handlers.chunks.clocks import UserClocks
 from job_orchestrator.handlers.chunks.held import HeldChunks
 from job_orchestrator_testing import MemoryStore, chunk
 from job_orchestrator_testing.builders import THEN
@@ -28,9 +28,9 @@ class ReadChunks(MemoryChunks):
 def changer_of(store: MemoryStore, chunks: MemoryChunks) -> ChunkChanger:
     """The changer of a replica that handles all reports."""
     time = PlatformTime(store.time, lambda: 1.0)
-    clocks = UserClocks(store.dispatch, time, lambda: True)
+    accounts = AccountCache(store.dispatch, time, lambda: True)
     held = HeldChunks(store.dispatch, time, lambda: True, tuple, 30.0)
-    return ChunkChanger(chunks, clocks, held, lambda: range(12), time)
+    return ChunkChanger(chunks, accounts, held, lambda: range(12), time)
 
 
 async def test_cache_of_chunks_is_bounded() -> None:

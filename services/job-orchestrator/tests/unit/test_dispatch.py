@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import MAX_FAILURES, Chunk, ChunkState
-from job_orchestrator.domain.fairness import Candidate, Clock, Credit, Held
+from job_orchestrator.domain.fairness import Account, Candidate, Credit, Held
 from job_orchestrator.domain.job import JobTrigger, change
 from job_orchestrator_testing import MemoryStore, Simulation, Worker, chunk, scan_job, scan_policy
 from job_orchestrator_testing.repository import Data, MemoryChunks, MemoryDispatch
@@ -235,7 +235,7 @@ async def test_unclaimed_task_is_requeued_after_a_lease(simulation: Simulation) 
     await simulation.wait(3)
     assert [task.attempt for task in simulation.worker.tasks] == [1, 2]
     assert (await chunk_of(simulation, "7-0")).failures == 0
-    assert (await simulation.store.dispatch.clocks([7])).users[7].time == 0.0
+    assert (await simulation.store.dispatch.accounts([7])).users[7].time == 0.0
 
 
 async def test_late_claim_of_a_requeued_chunk_is_stopped(simulation: Simulation) -> None:
@@ -472,7 +472,7 @@ async def test_user_with_less_slot_time_is_served_first(simulation: Simulation) 
     await simulation.start()
     await queue(simulation, 1, 10)
     await queue(simulation, 2, 10)
-    await simulation.store.dispatch.wake_clocks([Clock(1, 10.0), Clock(2, 0.0)], 0.0)
+    await simulation.store.dispatch.activate_accounts([Account(1, 10.0), Account(2, 0.0)], 0.0)
     await simulation.worker.announce()
     await simulation.settle()
     assert [task.user_id for task in tasks(simulation)][:2] == [2, 2]
@@ -492,8 +492,8 @@ async def test_user_is_charged_the_measured_time_once(simulation: Simulation) ->
     for _ in range(3):
         await simulation.worker.scanned(task)
     await simulation.settle()
-    await simulation.only.clocks.store()
-    assert (await simulation.store.dispatch.clocks([7])).users[7].time == pytest.approx(7.0)
+    await simulation.only.accounts.store()
+    assert (await simulation.store.dispatch.accounts([7])).users[7].time == pytest.approx(7.0)
 
 
 async def test_user_is_charged_for_the_blanks_of_an_attempt(simulation: Simulation) -> None:
@@ -630,7 +630,7 @@ async def test_restart_begins_the_timeout_of_a_job_that_waits_for_a_raw_worker_a
 
 
 async def test_step_of_the_platforms_clock_is_not_charged(simulation: Simulation) -> None:
-    """Neither the clock of a user with held chunks nor the global virtual time rises by a step of ten hours."""
+    """Neither the account of a user with held chunks nor the global virtual time rises by a step of ten hours."""
     simulation.worker.slots = 1
     await simulation.start()
     await queue(simulation, 7, 3)
@@ -648,10 +648,10 @@ async def test_step_of_the_platforms_clock_is_not_charged(simulation: Simulation
     for task in (first, second):
         await simulation.worker.scanned(task)
     await simulation.settle()
-    await simulation.only.clocks.store()
-    clocks = await simulation.store.dispatch.clocks([7])
-    assert 10.0 <= clocks.users[7].time <= 25.0
-    assert clocks.virtual <= 25.0
+    await simulation.only.accounts.store()
+    accounts = await simulation.store.dispatch.accounts([7])
+    assert 10.0 <= accounts.users[7].time <= 25.0
+    assert accounts.virtual <= 25.0
 
 
 async def test_chunk_delayed_by_a_clock_that_was_set_back_is_dispatched(simulation: Simulation) -> None:
@@ -1158,7 +1158,7 @@ async def test_plain_workers_are_filled_with_regard_to_the_chunks_of_raw_ones() 
     await simulation.start()
     for user in (1, 2):
         await queue(simulation, user, 30)
-    await simulation.store.dispatch.wake_clocks([Clock(1, 0.0), Clock(2, 25.0)], 0.0)
+    await simulation.store.dispatch.activate_accounts([Account(1, 0.0), Account(2, 25.0)], 0.0)
     for worker in simulation.workers:
         await worker.announce()
     await simulation.settle()

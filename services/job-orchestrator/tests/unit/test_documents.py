@@ -30,7 +30,7 @@ FOLDER: Final = Path(__file__).parents[1] / "documents"
 READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "audit": documents.read_audit,
     "chunk": documents.read_chunk,
-    "clock": documents.read_clock,
+    "clock": documents.read_account,
     "command": lambda document: asyncio.run(documents.read_command(document)),
     "deletion": documents.read_deletion,
     "job": documents.read_job,

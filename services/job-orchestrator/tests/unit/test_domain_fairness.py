@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.fairness import (
     AHEAD_SECONDS,
+    Account,
+    Accounts,
     Candidate,
-    Clock,
-    Clocks,
     Credit,
     Held,
     Round,
@@ -100,30 +100,30 @@ def test_cost_of_a_round_follows_the_failures_of_its_chunks(failures: int, *, ra
     assert Name.counted - before <= in_sets + (failures + 1) * 128
 
 
-# Clocks
+# Accounts
 
 
 def test_user_after_idling_starts_at_the_global_time() -> None:
     """Idle time is not saved up: a user who waits again starts at the global virtual time, not at the old one."""
-    clocks = Clocks({1: Clock(1, 100.0, active=True), 3: Clock(3, 5.0)}, virtual=90.0)
-    assert wake(clocks, [1, 3, 4]) == {
-        1: Clock(1, 100.0, active=True),
-        3: Clock(3, 90.0, active=True),
-        4: Clock(4, 90.0, active=True),
+    accounts = Accounts({1: Account(1, 100.0, active=True), 3: Account(3, 5.0)}, virtual=90.0)
+    assert wake(accounts, [1, 3, 4]) == {
+        1: Account(1, 100.0, active=True),
+        3: Account(3, 90.0, active=True),
+        4: Account(4, 90.0, active=True),
     }
 
 
 def test_active_user_is_not_raised() -> None:
     """A waiting user whose virtual time is below the global time is not raised to it."""
-    assert wake(Clocks({1: Clock(1, 10.0, active=True)}, virtual=50.0), [1])[1] == Clock(1, 10.0, active=True)
+    assert wake(Accounts({1: Account(1, 10.0, active=True)}, virtual=50.0), [1])[1] == Account(1, 10.0, active=True)
 
 
 def test_held_chunks_count_their_estimate_then_their_elapsed_time() -> None:
     """A chunk that is held adds its estimate, and beyond that its elapsed time, each by its share of a slot."""
-    clocks = {1: Clock(1, 10.0), 2: Clock(2, 20.0), 3: Clock(3, 0.0)}
+    accounts = {1: Account(1, 10.0), 2: Account(2, 20.0), 3: Account(3, 0.0)}
     chunks = [held(1), held(2, share=0.5), held(2, dispatched_at=None), held(9)]
-    assert tags(clocks, chunks, THEN + timedelta(seconds=2)) == {1: 15.0, 2: 20 + 2.5 + 5, 3: 0.0}
-    assert tags(clocks, chunks, THEN + timedelta(seconds=60)) == {1: 70.0, 2: 20 + 30 + 5, 3: 0.0}
+    assert tags(accounts, chunks, THEN + timedelta(seconds=2)) == {1: 15.0, 2: 20 + 2.5 + 5, 3: 0.0}
+    assert tags(accounts, chunks, THEN + timedelta(seconds=60)) == {1: 70.0, 2: 20 + 30 + 5, 3: 0.0}
 
 
 def test_occupied_slots_are_shares_on_all_workers() -> None:
@@ -381,7 +381,7 @@ class Fleet:
     slots: int
     now: float = 0.0
     queues: dict[int, deque[tuple[float, float]]] = field(default_factory=lambda: defaultdict(deque))
-    clocks: Clocks = field(default_factory=lambda: Clocks({}))
+    accounts: Accounts = field(default_factory=lambda: Accounts({}))
     running: list[tuple[float, int, Held]] = field(default_factory=list)
     log: list[tuple[int, float, float]] = field(default_factory=list)
     waits: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
@@ -408,18 +408,18 @@ class Fleet:
         took = self.now - (done.dispatched_at - THEN).total_seconds() if done.dispatched_at else 0.0
         if self.queues[done.user_id]:
             self._since[done.user_id] = self.now
-        users = dict(self.clocks.users)
+        users = dict(self.accounts.users)
         users[done.user_id] = replace(users[done.user_id], time=users[done.user_id].time + took)
         busy = {user for user, line in self.queues.items() if line} | {each.user_id for _, _, each in self.running}
-        users = {user: replace(clock, active=user in busy) for user, clock in users.items()}
-        self.clocks = replace(self.clocks, users=users)
+        users = {user: replace(account, active=user in busy) for user, account in users.items()}
+        self.accounts = replace(self.accounts, users=users)
 
     def _dispatch(self) -> None:
         waiting = [user for user, line in self.queues.items() if line]
         if not waiting:
             return
         holds = [each for _, _, each in self.running]
-        awake = wake(self.clocks, waiting)
+        awake = wake(self.accounts, waiting)
         moment = THEN + timedelta(seconds=self.now)
         worker = fill(credit(slots=self.slots), holds, moment)
         round_ = Round([worker], tags(awake, holds, moment), occupied(holds), [worker])
@@ -437,7 +437,7 @@ class Fleet:
             self.waits[user] = max(self.waits[user], self.now - self._since.pop(user, self.now))
             if {each for each in waiting if self.queues[each]} - {user}:
                 self.most[user] = max(self.most[user], sum(each.user_id == user for _, _, each in self.running))
-        self.clocks = Clocks({**self.clocks.users, **awake}, max(self.clocks.virtual, round_.virtual))
+        self.accounts = Accounts({**self.accounts.users, **awake}, max(self.accounts.virtual, round_.virtual))
 
 
 @settings(max_examples=30, deadline=None)
@@ -503,7 +503,7 @@ def test_user_holds_at_most_one_slot_above_their_share_while_others_wait(slots: 
 def test_history_does_not_starve_a_user(slots: int) -> None:
     """A user with 100,000 slot seconds of past use and a newcomer with as much to do alternate."""
     fleet = Fleet(slots)
-    fleet.clocks = Clocks({1: Clock(1, 100_000.0, active=True)}, virtual=100_000.0)
+    fleet.accounts = Accounts({1: Account(1, 100_000.0, active=True)}, virtual=100_000.0)
     fleet.submit(1, *[(10.0, 10.0)] * 100)
     fleet.run(100.0)
     fleet.submit(2, *[(10.0, 10.0)] * 50)

@@ -263,16 +263,16 @@ async def test_dispatch_of_a_requeued_chunk_does_not_wait_for_the_hours_of_other
 
 
 async def test_dispatch_does_not_count_closed_hours_as_waiting() -> None:
-    """The clock of a user who is left out is inactive, so that the closed hours give no priority later."""
+    """The account of a user who is left out is inactive, so that the closed hours give no priority later."""
     simulation = await resting()
     await simulation.wait(3)
-    assert not (await simulation.store.dispatch.clocks([7])).users[7].active
+    assert not (await simulation.store.dispatch.accounts([7])).users[7].active
 
 
 async def test_dispatch_does_not_count_closed_hours_as_waiting_while_a_result_is_checked() -> None:
     """The same for a user whose job within the hours has no queued chunk."""
     simulation, _ = await resting_during_check()
-    assert not (await simulation.store.dispatch.clocks([7])).users[7].active
+    assert not (await simulation.store.dispatch.accounts([7])).users[7].active
 
 
 async def why(simulation: Simulation, job_id: int) -> tuple[WaitingReason, datetime | None]:

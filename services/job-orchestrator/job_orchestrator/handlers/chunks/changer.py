@@ -16,7 +16,7 @@ from job_orchestrator.domain.attempts import Probed
 from job_orchestrator.domain.chunk import HELD, OPEN, Chunk, elapsed
 from job_orchestrator.domain.ports import ChunkRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.chunks.clocks import UserClocks
+from job_orchestrator.handlers.chunks.account_cache import AccountCache
 from job_orchestrator.handlers.chunks.held import HeldChunks
 from job_orchestrator.metrics import CHUNK_TRANSITIONS
 from scanfleet.contracts.messages import ChunkScanned, FencingToken, StopChunk
@@ -69,13 +69,13 @@ class ChunkChanger:
     def __init__(
         self,
         chunks: ChunkRepository,
-        clocks: UserClocks,
+        accounts: AccountCache,
         held: HeldChunks,
         partitions: Callable[[], Collection[int]],
         clock: PlatformTime,
     ) -> None:
         self._chunks = chunks
-        self._clocks = clocks
+        self._accounts = accounts
         self._held = held
         self._partitions = partitions
         self._clock = clock
@@ -167,7 +167,7 @@ class ChunkChanger:
         for each in changed:
             if each.before.state in HELD and each.after.state not in HELD:
                 seconds[each.after.user_id] += elapsed(each.before, now, self._clock.stepped_at)
-        await self._clocks.charge(seconds)
+        await self._accounts.charge(seconds)
 
 
 def stop(token: FencingToken, reason: str) -> StopChunk:

@@ -13,7 +13,7 @@ from job_orchestrator.domain import fairness
 from job_orchestrator.domain.fairness import Candidate, Credit, Held
 from job_orchestrator.domain.ports import DispatchRepository
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.chunks.clocks import UserClocks
+from job_orchestrator.handlers.chunks.account_cache import AccountCache
 from job_orchestrator.handlers.chunks.held import HeldChunks
 from job_orchestrator.handlers.dispatch.attempt_sender import AttemptSender, Pick
 from job_orchestrator.handlers.dispatch.fleet import Fleet
@@ -48,7 +48,7 @@ class Dispatcher:
         self,
         *,
         dispatch: DispatchRepository,
-        clocks: UserClocks,
+        accounts: AccountCache,
         held: HeldChunks,
         fleet: Fleet,
         skips: Skips,
@@ -56,7 +56,7 @@ class Dispatcher:
         clock: PlatformTime,
     ) -> None:
         self._dispatch = dispatch
-        self._clocks = clocks
+        self._accounts = accounts
         self._held = held
         self._fleet = fleet
         self._skips = skips
@@ -130,9 +130,9 @@ class Dispatcher:
             self._live_due = now + _REST_SECONDS
 
     async def _deactivate(self, now: float, looks: AbstractSet[bool]) -> None:
-        """Deactivate the clocks of idle users once a second, after a round, which finds those whose chunks start later."""
+        """Deactivate the accounts of idle users once a second, after a round, which finds those whose chunks start later."""
         if now >= self._rest_due:
-            await self._dispatch.deactivate_clocks(self._skips.resting(looks))
+            await self._dispatch.deactivate_accounts(self._skips.resting(looks))
             self._rest_due = now + _REST_SECONDS
 
     async def _give(self, workers: Sequence[Credit], *, raw: bool) -> bool:
@@ -142,9 +142,9 @@ class Dispatcher:
             return False
         room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers))
         held = await self._held.known()  # with the chunks that the workers with raw packets just got
-        known = await self._clocks.known(users, self._held.read_at)
-        clocks = fairness.wake(known, users)
-        times = fairness.tags(clocks, held, now)
+        known = await self._accounts.known(users, self._held.read_at)
+        accounts = fairness.wake(known, users)
+        times = fairness.tags(accounts, held, now)
         waiting = await self._queues(sorted(times, key=times.__getitem__), room, now, raw=raw)
         fleet = self._live | {credit.instance: credit for credit in workers}
         of_waiting = {user: times[user] for user in waiting}
@@ -154,8 +154,8 @@ class Dispatcher:
             picks.append(pick)
             if len(picks) == room:
                 break
-        woken = [clock for clock in clocks.values() if clock != known.users.get(clock.user_id)]
-        await self._clocks.advance(woken, round_.virtual)
+        woken = [account for account in accounts.values() if account != known.users.get(account.user_id)]
+        await self._accounts.advance(woken, round_.virtual)
         if not picks:
             return False
         return await self._sender.send(picks) or len(picks) == room
