@@ -229,7 +229,7 @@ def queries(stack: Stack, user: Client) -> Iterator[Figure]:
 
 
 async def chunks(stack: Stack, user: Client) -> list[Figure]:
-    """CPU of orchestrator and MongoDB for a chunk: of jobs of 64 chunks, of the start of one of 524,288, and of a whole large one."""
+    """CPU of orchestrator and MongoDB per chunk: of jobs of 64 chunks, of the start of one of 524,288, and of a whole large one."""
     async with scanning(stack) as workers:
         policy_id = user.policy(**ALL_PORTS, timing=3)
         small = [user.subnet(cidr) for cidr in SMALL]

@@ -1,4 +1,4 @@
-"""What the tasks of all other workers cost a worker, which reads and discards them, and what they cost Kafka."""
+"""The cost of the tasks of all other workers: for a worker, which reads and discards them, and for Kafka."""
 
 from __future__ import annotations
 

@@ -262,7 +262,7 @@ class Client:
         notice: Notice = _ignore,
         opened: Callable[[], None] = _nothing,
     ) -> Iterator[rest.TaskStatus]:
-        """Yield the unfinished jobs of the caller (for administrators, of a user or "all"), then each state of any job, without end.
+        """Yield the caller's unfinished jobs (administrators: those of a user or "all"), then each state of any job, without end.
 
         Args:
             user_id: of the owner of the jobs.

@@ -272,7 +272,7 @@ class Issuer(AuthorizationServer, httpx2.BaseTransport):  # type: ignore[misc] #
         answer = self.create_authorization_response(request, grant_user="7" if self.approves else None, grant=grant)
         return str(answer.headers["location"])
 
-    # What authlib asks of a framework
+    # The interface of a framework for authlib
 
     def query_client(self, client_id: str) -> _Client | None:
         return _Client() if client_id == CLIENT_ID else None

@@ -309,7 +309,7 @@ def test_internal_services_reject_user_tokens(stack: Stack, service: str, path: 
 
 @pytest.mark.proves("G15")
 def test_first_use_of_each_key_is_in_the_audit_log(stack: Stack) -> None:
-    """The oldest entries name the keys that sign the audit log and chunks, and those that verify users' and the gateway's tokens."""
+    """The oldest entries name the keys that sign the audit log and chunks, and the keys that verify tokens."""
     headers = {"Authorization": f"Bearer {stack.token(99, admin=True)}"}
     address = f"{stack.url}/api/v1/audit"
     total = httpx2.get(address, headers=headers).json()["total"]

@@ -90,7 +90,7 @@ def test_scan_prints_the_ports_that_nmap_finds(start: Start, servers: OpenPorts)
 
 @pytest.mark.proves("F2", "G3")
 def test_scan_with_a_killed_worker_prints_the_same_table(stack: Stack, start: Start, servers: OpenPorts) -> None:
-    """After kill -9 of a worker in the middle, a scan exits 0 and has every port once, as has a command that follows its results."""
+    """After kill -9 of a worker in mid-scan, the scan and a command that follows its results exit 0 and have every port once."""
     scan = start("scan", SUBNET, *FAST, "--max-rate", "1500")
     assert scan.stderr is not None
     job_id = scan.stderr.readline().split()[1]

@@ -104,7 +104,7 @@ class Invariants:
         return shown
 
     def _events(self, jobs: dict[int, Document]) -> None:
-        """Check that life-cycle events first appear in `seq` order without gaps, along the published graph; duplicates are equal."""
+        """Check that life-cycle events first appear in `seq` order, without gaps, along the published graph; duplicates equal."""
         seen: dict[int, dict[int, tuple[str, JobEvent]]] = defaultdict(dict)
         for published in self._platform.topics.messages(SCAN_EVENTS, JobEvent):
             event = published.message

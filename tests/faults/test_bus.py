@@ -206,7 +206,7 @@ def test_hostile_values_have_bounded_cost(platform: Platform, user: Caller, inva
 @pytest.mark.long
 @pytest.mark.proves("F15", "G1", "G11")
 def test_broker_unavailable_for_long_delays_jobs_only(platform: Platform, user: Caller, invariants: Invariants) -> None:
-    """While the broker refuses connections or hangs, a POST is a 503 in bounded time and reads work; then all recovers by itself."""
+    """While the broker refuses connections or hangs, a POST is a 503 in bounded time and reads work; then all services recover."""
     job_id = user.scan(platform.network(24), **STEADY)
     before = platform.memory()
 
@@ -280,7 +280,7 @@ def dispatched_once(platform: Platform, job_id: int) -> bool:
 def test_rebalances_extend_no_lease_of_a_stopped_worker(
     platform: Platform, user: Caller, invariants: Invariants
 ) -> None:
-    """While the readers of scan-progress rebalance more often than a lease, the chunks of a stopped worker are reassigned in time, and no others."""
+    """While rebalances of scan-progress are more frequent than a lease, only chunks of a stopped worker are reassigned, in time."""
     jobs = [user.scan(platform.network(31), **SLOW) for _ in range(3)]
     before = [caught(lambda: running(platform, job_id), LIMIT_SECONDS, "the job to run") for job_id in jobs]  # noqa: B023 # called before the next turn
     stopped = holder(before[0])

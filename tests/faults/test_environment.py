@@ -198,7 +198,7 @@ def test_keys_rotate_during_endpoint_outage(platform: Platform) -> None:
 
 @pytest.mark.proves("A9", "F23", "G14")
 def test_keys_rotate_during_traffic(platform: Platform) -> None:
-    """During continuous requests a new key is accepted and the old one refused within the cooldown; no request has another error."""
+    """Under continuous requests a new key is accepted and the old one refused within the cooldown; no request has another error."""
     keys, old, new = platform.keys, platform.keys.issuer, Issuer("key-2")
     before, after = platform.token(7), new.token(7)
     answered: list[tuple[str, int]] = []

@@ -329,7 +329,7 @@ def test_hostile_names_and_errors_are_printable(platform: Platform, user: Caller
 
 @pytest.mark.proves("A15", "A29", "G16")
 def test_hostile_banner_is_escaped(platform: Platform, user: Caller, invariants: Invariants, tmp_path: Path) -> None:
-    """A banner with markup, terminal escapes and direction marks is plain text in every format of results and hosts, and in the command."""
+    """A banner with markup, terminal escapes and direction marks is plain text in all formats of results and hosts."""
     words = "SSH-2.0-<script>alert(1)</script> \x1b]0;owned\x07\x1b[31m \u202eexe.txt \x00\r\n".encode()
     name = "220 <b>\x1b[31m\u202e ESMTP Postfix (Debian)\r\n".encode()  # which nmap reports as the name of the host
     with banner_server((f"{platform.net}.8.1", 8022), words), banner_server((f"{platform.net}.8.1", 8025), name):

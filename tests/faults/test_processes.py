@@ -85,7 +85,7 @@ def test_gateway_killed_before_its_answer_creates_one_job(
 def test_orchestrators_killed_around_a_publish_lose_no_event(
     platform: Platform, user: Caller, invariants: Invariants, *, published: bool
 ) -> None:
-    """If all orchestrators die with an event in an outbox, it is published at least once with the same id, and the job continues."""
+    """After all orchestrators die with an event in an outbox, it is published at least once with the same id; the job continues."""
     subnet, policy, key = user.subnet(platform.network(30)), user.policy(**TINY), uuid4().hex
     body = {"subnet_ids": [subnet], "policy_id": policy}
     proxy = platform.servers.proxy("job-orchestrator", "kafka")
@@ -389,7 +389,7 @@ def test_worker_sigterm_finishes_or_releases_chunks(
 def test_job_waits_while_the_only_raw_worker_is_unavailable(
     platform: Platform, user: Caller, invariants: Invariants
 ) -> None:
-    """When the only worker with raw packets drains, its job waits with the reason beside a plain worker, and continues on its return."""
+    """While the only worker with raw packets is drained its job waits, with the reason; it continues when the worker returns."""
 
     def reasons() -> set[str]:
         return {each["kind"] for each in user.http.get(f"/api/v1/task/{job_id}/waiting").json()["reasons"]}

@@ -94,7 +94,7 @@ def test_services_write_the_topics_of_which_they_are_producers(service: str) -> 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_services_read_the_topics_of_which_they_are_consumers(service: str) -> None:
-    """A service's code reads exactly the topics that the registry lets it read, and only one with a database as a group's member."""
+    """A service's code reads exactly the topics that the registry lets it read; only services with a database join groups."""
     assert used(service, READS) == {topic.name for topic in TOPICS if service in topic.consumers}
     assert bool(used(service, AS_MEMBER)) is (service in WITH_DATABASE)
 

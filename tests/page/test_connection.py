@@ -253,7 +253,7 @@ def test_page_cut_body_is_a_lost_connection(page: Page, stack: Stack) -> None:
 
 
 def test_page_body_that_is_always_cut_is_requested_rarely(page: Page, stack: Stack, finished: int) -> None:
-    """While one answer is cut off each time, and the others are not, it is requested again with the backoff of a lost connection."""
+    """An answer that is cut off each time, unlike the others, is requested again with the backoff of a lost connection."""
     page.add_init_script(CUT_BODY.replace("PART", "/map"))
     asked: list[float] = []
     page.on("request", lambda each: asked.append(time.monotonic()) if "/map" in each.url else None)
@@ -322,7 +322,7 @@ def test_page_stops_at_its_maximum_of_results(page: Page, stack: Stack, user: Cl
 
 
 def test_page_estimate_that_fails_has_its_request_id(page: Page, stack: Stack) -> None:
-    """An error of the estimate is shown with the id of its request, whether or not it names a field; unfinished text is not sent."""
+    """An error of the estimate is shown with its request id, whether or not it names a field; unfinished text is not sent."""
     page.goto(f"{stack.url}/app/new")
     page.get_by_label("Another network").fill("127.44.8.1/24")
     expect(page.locator(".field", has=page.get_by_label("Another network")).locator(".wrong")).to_contain_text(

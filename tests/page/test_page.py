@@ -398,7 +398,7 @@ def test_page_estimate_is_of_the_latest_input(page: Page, stack: Stack, user: Cl
 
 
 def test_page_jobs_of_all_users_name_their_owner(page: Page, stack: Stack) -> None:
-    """The list of all users' jobs has a column of owners, and one's own list has none; no other user's job is read, which is audited."""
+    """Only the list of all users' jobs has a column of owners; no other user's job is read, which would be audited."""
     job = {
         "id": 999_999,  # no job of the stack, whose events would change it
         "user_id": 8,

@@ -711,7 +711,7 @@ HINTS = {
 def test_refusal_by_the_target_rules_has_a_hint(
     api: FakeApi, run: Any, tmp_path: Path, command: str, network: str
 ) -> None:
-    """The sentence of each target rule is shown unchanged, with its setting and the request id, by every command that sends targets."""
+    """Every command that sends targets shows the sentence of each target rule unchanged, with its setting and the request id."""
     refusal, hint = RULES.refusal(ip_network(network)), HINTS[network]
     run("subnet", "create", "lab", "127.9.8.0/24")
     (tmp_path / "csv").write_text("name,cidr\nweb,127.9.9.0/24\n")

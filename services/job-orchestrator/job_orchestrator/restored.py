@@ -1,8 +1,8 @@
 """`python -m job_orchestrator.restored`: run once before the orchestrator starts on a database restored from a backup.
 
 Events that were published since the backup remain in the topics, and consumers have processed them. Therefore new ids and
-sequence numbers start above all earlier ones, and jobs whose cancellation or deletion is in the log are cancelled. docs/operations.md
-has all steps of a restore.
+sequence numbers start above all earlier ones, and jobs whose cancellation or deletion is in the log are cancelled.
+docs/operations.md has all steps of a restore.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ async def restored(settings: Settings) -> str:
     # Records before the restore refer to documents that may no longer exist: skip them.
     for topic in (SCAN_COMMANDS, SCAN_WORKERS, SCAN_PROGRESS, SCAN_STORED):
         await move_group(settings, f"{ORCHESTRATOR}-{topic.name}", topic, "end")
-    # Jobs that were deleted since the backup exist again: delete them again. Those that had not ended before it are cancelled
+    # Jobs that were deleted since the backup exist again: delete them again. Jobs that had not ended before it are cancelled
     # first: result-store would erase the results of a new run.
     await move_group(settings, f"{ORCHESTRATOR}-{SCAN_DELETIONS.name}", SCAN_DELETIONS, "beginning")
     # Refusals and operators' commands since the backup are stored again; those in the database do not change.

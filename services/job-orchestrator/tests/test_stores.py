@@ -908,7 +908,7 @@ async def test_overdue_returns_scanned_chunks_whose_check_is_due(store: Store) -
 
 
 async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
-    """A user's queued chunks are in order of turn, without raw and delayed ones and those of other jobs; no delay is longer than a minute."""
+    """A user's queued chunks are in order of turn, without raw or delayed ones or other jobs; no delay exceeds a minute."""
     await store.chunks.insert(
         [
             chunk(id="1-0", turn=5, failed_by=("w-1",), no_route=("w-1",)),

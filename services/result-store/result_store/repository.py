@@ -1,10 +1,10 @@
 """Store hosts and closed chunks in MongoDB. Documents are inserted and never changed, so every call is idempotent.
 
 - `hosts`: `_id` is `<chunk_id>/<address>`, so only the first insert of a host succeeds. `first_id` is the id of its first
-result; hosts without results do not have the field. `key` sorts the hosts that are listed by address; silent ones do not have it.
+  result; hosts without results do not have the field. `key` sorts the hosts that are listed by address; silent ones do not have it.
 - `deleted`: `_id` is the id of a job whose results are deleted, including late ones; `begun` is the number of times that its
-  deletion began, and `open` is set while documents may be left, with `retry_at` after an error. `hosts` and `rows` count deleted documents and results, and
-  `slice` is the first and last id of the hosts that were counted last: they may not be deleted yet.
+  deletion began, and `open` is set while documents may be left, with `retry_at` after an error. `hosts` and `rows` count deleted
+  documents and results, and `slice` is the first and last id of the hosts that were counted last: they may not be deleted yet.
 - `chunks`: `_id` is the chunk's id. The collection holds closed chunks only; `key` sorts them by address.
 - `port_sets`: long lists of ports of closed chunks, each once for its job; `_id` is `<job_id>-<ports_id of the chunks>`. They are
   deleted with their job.

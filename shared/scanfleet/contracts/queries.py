@@ -50,7 +50,7 @@ class Query(BaseModel):
 
 
 class Page(Query):
-    """Those of every list."""
+    """The parameters of every list."""
 
     page: Annotated[int, Field(ge=1, le=_MAX_PAGE)] = 1
     """Page number, from 1."""

@@ -253,7 +253,7 @@ class ConsumerLoop(Generic[M]):
         return True
 
     async def _commit(self) -> bool:
-        """Commit the offsets of the handled batches, retrying while the broker is unavailable; return False when a rebalance prevents it."""
+        """Commit the offsets of the handled batches, with retries without a broker; return False if a rebalance prevents it."""
         self._taken = time.monotonic()
         try:
             await self._retry_until_available(lambda: self._source.commit(self._uncommitted.offsets))

@@ -1,7 +1,7 @@
 """The application of a service: its routes with probes, metrics, request ids and one format for all errors.
 
-A service's `main.py` calls `create_app` with its routers and a lifespan that opens adapters and consumers; `scanfleet.runtime.server` runs it.
-The parts are in `scanfleet.runtime.http`.
+A service's `main.py` calls `create_app` with its routers and a lifespan that opens adapters and consumers;
+`scanfleet.runtime.server` runs it. The parts are in `scanfleet.runtime.http`.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ async def test_publish_timeout_delivers_once_and_in_order(own_broker: Broker, ow
 
 @pytest.mark.proves("F33")
 async def test_publish_to_a_partition_without_a_leader_blocks_only_that_partition(bench: Bench) -> None:
-    """While one partition has no leader its sends fail, after the first one at once, and others arrive; afterwards each accepted message is delivered once."""
+    """Sends to a partition without a leader fail, others arrive, and after recovery each accepted message is delivered once."""
     bus, recorder = await bench.bus(), Recorder()
     held_up, other = ready_of(bench, 0), ready_of(bench, 1)
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):

@@ -123,7 +123,7 @@ def test_grants_rotation_accepts_old_and_new_key_and_no_other() -> None:
 
 
 def test_grants_cost_a_fraction_of_a_millisecond_a_chunk() -> None:
-    """Signing a chunk takes 0.1 ms of CPU time, and verifying it with 64 hosts a hundredth of scanning them: bounds five times that."""
+    """Signing a chunk takes 0.1 ms of CPU, verifying it with 64 hosts 1 % of scanning them; bounds are five times that."""
     rounds = 200
     by = signer()
     began = time.process_time()

@@ -40,5 +40,8 @@ router = APIRouter(prefix=rest.SUBNETS.path, tags=[rest.SUBNETS.name], route_cla
     openapi_extra={"requestBody": _CSV, "parameters": query(queries.SubnetImport)},
 )
 async def import_subnets(request: Request, _caller: Caller, state: StateDep) -> Response:
-    """Create or change a subnet for each line of a CSV file; a file with an invalid line is rejected as a whole. Existing equal subnets are not created again, so the request is idempotent."""
+    """Create or change a subnet for each line of a CSV file; a file with an invalid line is rejected as a whole.
+
+    Existing equal subnets are not created again, so the request is idempotent.
+    """
     return await state.orchestrator.forward(request)

@@ -54,7 +54,7 @@ async def test_invalid_token_is_recorded(gateway: Running) -> None:
 
 @pytest.mark.proves("A11", "A18")
 async def test_exceeded_limits_and_malformed_requests_are_recorded(gateway: Running) -> None:
-    """A malformed request and one above a limit are entries of the user with their rule; forwarded refusals are not recorded twice."""
+    """A malformed request and one above a limit are entries of the user with their rule; forwarded refusals are recorded once."""
     await gateway.client.post("/api/v1/task", json=BODY | {"user_id": 1})
     await gateway.client.get("/api/v1/subnet/1")
     for _ in range(6):

@@ -58,7 +58,7 @@ async def test_forward_uses_the_same_path_and_verb(gateway: Running, method: str
 
 
 async def test_estimate_is_forwarded_with_the_roles_that_grants_name(tmp_path: Path) -> None:
-    """The orchestrator gets the body as it is, in the name of the caller with the roles that a grant names; other queries have none."""
+    """The orchestrator gets the unchanged body in the name of the caller with the roles of grants; other queries have no roles."""
     file = tmp_path / "grants.toml"
     file.write_text('[[grants]]\nname = "ops"\nroles = ["ops", "night"]')
     url = "http://orchestrator/api/v1/task"

@@ -79,7 +79,7 @@ def _plain(value: object) -> object:
     Raises:
         TypeError: its type is none of those that signed documents contain, so it could imitate one of them.
     """
-    # Exact types: the driver decodes JavaScript code as a subclass of str. Those of int are 64-bit numbers and booleans.
+    # Exact types: the driver decodes JavaScript code as a subclass of str. Subclasses of int are 64-bit numbers and booleans.
     if value is None or type(value) is str or isinstance(value, int):
         return value
     if type(value) is datetime:

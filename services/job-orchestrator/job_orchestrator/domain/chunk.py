@@ -145,7 +145,7 @@ class Chunk:
     failed_by: tuple[str, ...] = ()
     """Worker instances that failed or lost the chunk, or finished none of its addresses in time, since the last progress."""
     no_route: tuple[str, ...] = ()
-    """Those of them that have no route to some of its addresses."""
+    """Instances in `failed_by` without a route to some of its addresses."""
     fruitless: int = 0
     """Number of dispatches since the last progress."""
     unstored: int = 0
@@ -455,7 +455,7 @@ def store(chunk: Chunk, outcomes: str, now: datetime) -> Chunk:
 
 
 def request_check(chunk: Chunk, now: datetime, patience: timedelta) -> Chunk:
-    """Return a scanned chunk for which result-store is asked now, and again after a delay that doubles each time, to 5 minutes at most."""
+    """Return a scanned chunk for which result-store is asked now, and again after a delay that doubles up to 5 minutes."""
     if chunk.state is not ChunkState.SCANNED:
         return chunk
     pause = min(patience * 2 ** min(chunk.asked, MAX_FRUITLESS), MAX_PAUSE)

@@ -14,8 +14,8 @@ _LONGEST_CHECK_SECONDS: Final = 3.0  # maximum that one check adds; checks are a
 class LeaseTimers:
     """Seconds without a report for each chunk's current attempt, while this process was reading reports.
 
-    If this process was slow, stopped or disconnected, a late check adds at most `_LONGEST_CHECK_SECONDS`, and a chunk that is watched
-    for the first time starts at zero, so that no lease expires because of this process.
+    If this process was slow, stopped or disconnected, a late check adds at most `_LONGEST_CHECK_SECONDS`, and a chunk that is
+    watched for the first time starts at zero, so that no lease expires because of this process.
     """
 
     def __init__(self, seconds: float) -> None:

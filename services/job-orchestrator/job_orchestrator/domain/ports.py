@@ -358,8 +358,8 @@ class DispatchRepository(Protocol):
     ) -> list[Candidate]:
         """Return the user's first `limit` queued chunks that may start, by turn; a delay beyond `MAX_DELAY` is ignored.
 
-        With `jobs` only those of these jobs; without those of the jobs to `skip`, and of jobs of which one of the first chunks cannot
-        be read.
+        With `jobs` it returns only chunks of these jobs. It omits those of the jobs to `skip`, and of jobs of which one of the
+        first chunks cannot be read.
         """
 
     async def first_turns(self, users: Collection[int]) -> dict[int, int]:

@@ -504,7 +504,7 @@ async def test_page_of_jobs_reads_no_document_of_other_pages(mongo_store: MongoS
         assert (len(page), len(reads)) == (limit, 2), case
         assert total > skip + limit, case
         assert sum(each["docsExamined"] for each in reads) <= limit, case
-        # Those to count, and about half of those to skip can have been created earlier.
+        # The jobs to count, and about half of the jobs to skip can have been created earlier.
         assert sum(each["keysExamined"] for each in reads) <= (most or keys[user]) + 3 * (skip + limit), case
 
 

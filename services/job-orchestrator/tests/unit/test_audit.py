@@ -113,7 +113,7 @@ async def test_change_without_an_audit_entry_is_a_503_and_not_made(
 
 @pytest.mark.proves("A3", "A10")
 async def test_refusal_is_audited_with_its_rule(ask: Caller, simulation: Simulation) -> None:
-    """Resources of other users, refused targets, wrong roles, bad tokens and malformed requests add one entry each with the rule."""
+    """Resources of other users, refused targets, wrong roles, bad tokens and malformed requests each add an entry with the rule."""
     await ask("POST /api/v1/subnet", SUBNET)
     await ask("POST /api/v1/policy", {"name": "p"})
     await simulation.store.jobs.insert([scan_job(5)])

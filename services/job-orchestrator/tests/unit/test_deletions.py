@@ -404,7 +404,7 @@ async def test_two_newest_completed_jobs_of_a_subnet_are_kept() -> None:
 
 @pytest.mark.parametrize(("keep", "left"), [(None, [3, 4, 5, 6]), (timedelta(days=365), [3, 4, 5])])
 async def test_retention_of_a_subnet_overrides_the_setting(keep: timedelta | None, left: list[int]) -> None:
-    """Jobs of a subnet with a shorter retention are deleted earlier and those with a longer one later; other jobs follow the setting."""
+    """A shorter retention of a subnet deletes its jobs earlier and a longer one later; other jobs follow the setting."""
     simulation = Simulation(MemoryStore(), keep=keep)
     await simulation.add("127.9.8.0/30", "127.9.8.4/30", "127.9.8.8/30")
     assert await simulation.store.retention.set_days(1, 30)

@@ -526,7 +526,7 @@ async def test_jobs_of_one_user_alternate(simulation: Simulation) -> None:
 
 
 async def test_new_job_does_not_overtake_one_without_queued_chunks(simulation: Simulation) -> None:
-    """A job whose `max_rate` allows one open chunk alternates with a new job of its user, regardless of how many chunks have ended."""
+    """A job whose `max_rate` allows one open chunk alternates with a new job of its user, however many chunks have ended."""
     simulation.worker.slots = 1
     await simulation.start()
     await simulation.worker.announce()

@@ -226,7 +226,7 @@ def test_short_chunks_do_not_take_a_slot_due_to_a_longer_one() -> None:
 
 
 def test_chunks_are_given_ahead_only_while_a_slot_is_expected_to_be_free_soon() -> None:
-    """A full worker has room from 2 s before the expected end of a chunk in a slot until 2 s after it; waiting ones do not count."""
+    """A full worker has room from 2 s before to 2 s after the expected end of a chunk in a slot; waiting chunks do not count."""
     chunks = [held(estimate=60.0), held(estimate=30.0), held(estimate=0.1, dispatched_at=THEN + timedelta(seconds=1))]
     room = {at: has_room(fill(credit(), chunks, THEN + timedelta(seconds=at))) for at in (1, 27, 28, 32, 33, 57, 62)}
     assert room == {1: False, 27: False, 28: True, 32: True, 33: False, 57: False, 62: True}
@@ -263,7 +263,7 @@ def test_chunk_avoids_instances_that_failed_it_while_another_could_take_it() -> 
 
 
 def test_chunk_returns_to_an_instance_without_a_route_last() -> None:
-    """An instance that failed the chunk for another reason gets it before one without a route, which gets it only if all have none."""
+    """An instance that failed the chunk for another reason precedes one without a route, which is used if none has a route."""
     workers = [credit("w-1", 2), credit("w-2", 2, held=1)]
     failed = candidate(failed_by=("w-1", "w-2"), no_route=("w-1",))
     assert picks(workers, {1: 0.0}, {1: [failed]}) == [("1-0", "w-2")]

@@ -150,7 +150,7 @@ def _within_bounds(scripts: Iterable[ScriptOutput]) -> tuple[ScriptOutput, ...]:
 
 
 class Merged(Protocol):
-    """What the chunks of a job report about one address."""
+    """The reports of a job's chunks about one address."""
 
     address: str
 

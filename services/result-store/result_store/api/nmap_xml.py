@@ -67,7 +67,7 @@ class Block:
     """As in its policy."""
 
     ports: set[str] = field(default_factory=set)
-    """Those of its chunks."""
+    """The ports of its chunks."""
 
     late: set[int] = field(default_factory=set)
     """Indexes of the addresses that timed out in a chunk, whatever their outcomes in others."""

@@ -18,7 +18,7 @@ DOWNLOADS: Final = 8  # per user; with the largest documents they take about 80 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Those of a replica."""
+    """The limits of a replica."""
 
     turns: Turns = field(default_factory=Turns)
     downloads: Turns = field(default_factory=lambda: Turns(at_once=DOWNLOADS, in_all=sys.maxsize, wait_seconds=0.0))
@@ -26,7 +26,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the answer to one request takes of the limits of its user."""
+    """The share of one answer in the limits of its user."""
 
     _limits: Limits
     _user_id: int

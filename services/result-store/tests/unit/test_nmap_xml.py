@@ -520,7 +520,7 @@ async def test_document_of_a_large_job_is_bounded_in_memory() -> None:
 @pytest.mark.proves("A29")
 @pytest.mark.parametrize(("outputs", "chars", "most"), [(30, 1_500, 120_000), (1, 60_000, 1_100_000)])
 async def test_document_host_of_many_large_chunks_is_bounded_in_memory(outputs: int, chars: int, most: int) -> None:
-    """What is kept of the elements of a host does not grow with the number of its chunks, of reasons and of outputs."""
+    """The data kept of the elements of a host does not grow with the number of its chunks, of reasons and of outputs."""
 
     async def hosts() -> AsyncIterator[Host]:
         for number in range(200):

@@ -60,7 +60,7 @@ class ScanError(Exception):
 
 
 class NoRouteError(ScanError):
-    """This machine has no route to targets that nmap skipped or got no answer from: a failure of neither the worker nor the targets."""
+    """This machine has no route to targets that nmap skipped or got no answer from: neither the worker nor the targets failed."""
 
 
 class CannotStartError(Exception):

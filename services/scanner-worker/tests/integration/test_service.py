@@ -101,7 +101,7 @@ async def deployed(kafka: str, nmap: str) -> AsyncIterator[Deployed]:
 
 
 async def test_service_scans_a_chunk_over_kafka(deployed: Deployed, make_chunk: MakeChunk) -> None:
-    """The process is healthy, ready and exports metrics; it scans a chunk, and reports to results before progress, with how nmap ran."""
+    """The process is healthy, ready and exports metrics; it reports the results of a chunk before progress, with the nmap run."""
     assert (await deployed.process.probe("/healthz")).status_code == 200
     assert (await deployed.process.probe("/readyz")).status_code == 200
     await deployed.send(make_chunk())

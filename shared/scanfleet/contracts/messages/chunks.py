@@ -80,7 +80,7 @@ class _Fenced(ChunkMessage):
 
 
 class Grant(BaseModel):
-    """The scope of an attempt, signed by the orchestrator; see `scanfleet.security.chunk_grants`. The worker forwards it unchanged."""
+    """The signed scope of an attempt, which the worker forwards unchanged; see `scanfleet.security.chunk_grants`."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 

@@ -1,8 +1,8 @@
 """Limit what a client may send and hold open before a service has examined its request.
 
 uvicorn and its parser limit neither the size of a request line or of headers, nor the time in which they arrive, nor the number
-of connections. `scanfleet.runtime.server` therefore runs every service with this protocol; `service.create_app` provides its `ConnectionLimits` in the
-lifespan's state.
+of connections. `scanfleet.runtime.server` therefore runs every service with this protocol; `service.create_app` provides its
+`ConnectionLimits` in the lifespan's state.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class AccountCache:
         self._charged: defaultdict[int, float] = defaultdict(float)
         """Seconds by user that are not stored yet."""
         self._included: defaultdict[int, float] = defaultdict(float)
-        """Those of them that the accounts which `known` has returned contain."""
+        """The part of them that the accounts returned by `known` contain."""
         self._lock = asyncio.Lock()
         self.loop = Loop("accounts", _SECONDS, self.store, vital=False)
 

@@ -58,8 +58,8 @@ def saved(chunk: Chunk) -> Chunk:
 class ChunkChanger:
     """Changes chunks, and charges their users for attempts that end.
 
-    Open chunks of the jobs whose reports this replica handles are cached as they were stored last: those that a worker holds until they
-    end, and others, also requeued ones, at most until the next check of leases, about a second later. Another replica may have
+    Open chunks of the jobs whose reports this replica handles are cached as they were stored last: chunks that a worker holds until
+    they end, and others, also requeued ones, at most until the next check of leases, about a second later. Another replica may have
     changed one since: a change of it loses the compare-and-set, and only `enough` decides without reading the chunk.
 
     Args:

@@ -22,8 +22,8 @@ _READ_SECONDS: Final = 0.000_1  # per chunk: reading one takes 10 µs, so that r
 class HeldChunks:
     """The held chunks of all replicas: as they were last read, with this replica's own changes since.
 
-    A chunk that another replica has dispatched or ended since is missing or remains, so that a worker may get too many chunks, which it
-    releases, or too few. A dispatch is decided by the compare-and-set of its chunk.
+    A chunk that another replica has dispatched or ended since is missing or remains, so that a worker may get too many chunks,
+    which it releases, or too few. A dispatch is decided by the compare-and-set of its chunk.
 
     A chunk whose partition of scan-progress has had no leader for a whole lease does not count as held either: no report of its
     worker was acknowledged, so the worker has ended the scan, and its slot is free.
@@ -64,8 +64,8 @@ class HeldChunks:
     async def known(self) -> Collection[Held]:
         """Return the held chunks; read them only if too much time has passed, or after `expire`.
 
-        A chunk that was dispatched before a step of the platform's clock is returned with the time of the step, so that the step does
-        not count as elapsed time.
+        A chunk that was dispatched before a step of the platform's clock is returned with the time of the step, so that the step
+        does not count as elapsed time.
 
         Raises:
             DependencyError: the database is unavailable.

@@ -67,7 +67,8 @@ class Skips:
         """Return the users with skipped jobs whose other jobs have no dispatchable chunk.
 
         Args:
-            looks: whether there are workers with raw packets, and without; a kind that this replica does not serve keeps users active.
+            looks: whether there are workers with raw packets, and without; a kind that this replica does not serve keeps users
+                active.
         """
         later = {user for user in self._skipped if all((user, raw) in self.later for raw in looks)}
         return self._resting.keys() | later

@@ -271,7 +271,7 @@ class Reconciler:
     ) -> tuple[_Step, Sequence[Chunk]]:
         """Derive the job's versions from its chunks, from its start to its end if it is over, and the chunks to create."""
         if job.final:
-            # Those that are held too: one may have been dispatched since the scans were stopped.
+            # Held chunks too: one may have been dispatched since the scans were stopped.
             if standing.open and await self._canceller.cancel({job.id: reason(job)}):
                 self._continue(job)  # it is settled only when a query finds none
             counted = await self._count(job, standing, known)
