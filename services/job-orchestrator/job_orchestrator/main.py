@@ -229,13 +229,20 @@ class Orchestrator:
             raw_worker_seconds=raw_worker_seconds,
             grants=self.grants,
         )
+        verdicts = Verdicts(
+            changer=changer,
+            publisher=publisher,
+            reconciler=self.reconciler,
+            wake=self.dispatcher.wake,
+            clock=clock,
+        )
         self.handlers = dict(
             (
                 _handled(SCAN_COMMANDS, self.commands),
                 _handled(SCAN_DELETIONS, self.deletions),
                 _handled(SCAN_WORKERS, self.fleet),
                 _handled(SCAN_PROGRESS, self.progress),
-                _handled(SCAN_STORED, Verdicts(changer, self.reconciler, self.dispatcher.wake, clock)),
+                _handled(SCAN_STORED, verdicts),
                 *(_handled(topic, Audit(store.audit, service)) for service, topic in SCAN_AUDIT.items()),
                 _handled(SCAN_AUDIT_OPERATOR, Audit(store.audit, OPERATOR)),
             )

@@ -7,22 +7,36 @@ from collections.abc import Callable, Sequence
 
 from job_orchestrator.domain.chunk import HELD, Chunk, ChunkState, incomplete, store
 from job_orchestrator.domain.time import PlatformTime
-from job_orchestrator.handlers.chunks.changer import ChunkChanger
+from job_orchestrator.handlers.chunks.changer import STOPPED_LATER, Changed, ChunkChanger, stops
 from job_orchestrator.handlers.jobs.reconciler import Reconciler
 from job_orchestrator.metrics import UNKNOWN_CHUNKS
 from scanfleet.contracts.messages import ChunkIncomplete, ChunkStored
-from scanfleet.runtime.bus import Record
+from scanfleet.contracts.messages.topics import SCAN_TASKS
+from scanfleet.runtime.best_effort import try_publish
+from scanfleet.runtime.bus import Publisher, Record
 
 Verdict = ChunkStored | ChunkIncomplete
 
 
 class Verdicts:
-    """Handles scan-stored. `wake` is called when a chunk is requeued or a slot is free."""
+    """Handles scan-stored.
+
+    Args:
+        publisher: publishes stops.
+        wake: called when a chunk is requeued or a slot is free.
+    """
 
     def __init__(
-        self, changer: ChunkChanger, reconciler: Reconciler, wake: Callable[[], None], clock: PlatformTime
+        self,
+        *,
+        changer: ChunkChanger,
+        publisher: Publisher,
+        reconciler: Reconciler,
+        wake: Callable[[], None],
+        clock: PlatformTime,
     ) -> None:
         self._changer = changer
+        self._publisher = publisher
         self._reconciler = reconciler
         self._wake = wake
         self._clock = clock
@@ -50,3 +64,11 @@ class Verdicts:
         if any(each.moved and (each.before.state in HELD or each.after.state is ChunkState.QUEUED) for each in changed):
             self._wake()
         await self._reconciler.follow(changed)
+        replaced = stops((each.before.token, "its results are complete") for each in changed if _may_scan(each))
+        await try_publish(self._publisher, SCAN_TASKS, replaced, STOPPED_LATER)
+
+
+def _may_scan(changed: Changed) -> bool:
+    """Return whether the worker may still scan the chunk: the results may be of an attempt before its own."""
+    held = changed.before.state in HELD and changed.after.state is ChunkState.STORED
+    return held and changed.before.attempt > 1
