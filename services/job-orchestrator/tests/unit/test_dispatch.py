@@ -1072,6 +1072,28 @@ async def test_job_without_a_leader_of_its_reports_takes_the_slots_for_one_lease
         assert Counter(task.job_id for task in tasks(simulation)) == begun
 
 
+@pytest.mark.proves("F33", "G17")
+async def test_partition_without_a_leader_is_timed_while_no_worker_has_room(simulation: Simulation) -> None:
+    """A worker that announces itself a lease after the leader was lost gets chunks at once: the held ones have ended."""
+    partition = SCAN_PROGRESS.partition_of("7")
+    simulation.worker.slots = 2
+    await simulation.start()
+    await queue(simulation, 7, 2)
+    await simulation.worker.announce()
+    await simulation.deliver()
+    await simulation.only.dispatcher.fill()
+    await simulation.only.dispatcher.fill()  # every slot is taken
+    simulation.bus.broker.leaderless = {(SCAN_PROGRESS.name, partition)}
+    await queue(simulation, 9, 1)
+    for _ in range(4):  # no worker announces itself
+        await simulation.only.dispatcher.fill()
+        simulation.now += 8.0
+    await simulation.worker.announce()
+    await simulation.deliver()
+    await simulation.only.dispatcher.fill()
+    assert Counter(task.job_id for task in tasks(simulation)) == {7: 2, 9: 1}
+
+
 async def test_users_with_delayed_chunks_leave_no_slot_idle(simulation: Simulation) -> None:
     """A chunk is dispatched although a whole page of needier users have only chunks that wait for their next attempt."""
     await simulation.start()

@@ -53,6 +53,7 @@ class HeldFixture:
         self.held = HeldChunks(self.dispatch, self.clock, lambda: alone, lambda: self.leaderless, 30.0)
 
     async def ids(self) -> set[str]:
+        self.held.watch()
         return {each.token.chunk_id for each in await self.held.known()}
 
     async def reading(self) -> asyncio.Task[set[str]]:

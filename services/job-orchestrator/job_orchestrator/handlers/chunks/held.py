@@ -87,10 +87,14 @@ class HeldChunks:
                 for each in held
             ]
 
-    def _ended(self) -> Collection[int]:
-        """Return the partitions that have had no leader for a whole lease."""
+    def watch(self) -> None:
+        """Record since when partitions have no leader; to be called several times a second, also while no worker has room."""
         now, since = self._clock.monotonic(), self._leaderless_since
         self._leaderless_since = {partition: since.get(partition, now) for partition in self.leaderless()}
+
+    def _ended(self) -> Collection[int]:
+        """Return the partitions that have had no leader for a whole lease."""
+        now = self._clock.monotonic()
         return {each for each, begun in self._leaderless_since.items() if now - begun > self._lease_seconds}
 
     async def read(self) -> Collection[Held]:

@@ -86,6 +86,7 @@ class Dispatcher:
         Raises:
             DependencyError: chunks may be dispatched whose task was not sent; their leases expire and they are requeued.
         """
+        self._held.watch()
         if not (self._woken or self._idle):
             return
         self._woken = False
