@@ -308,8 +308,8 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
     limit = chunk.limit
     if too_slow:
         limit = _half(chunk)
-    elif limit and not chunk.attempted:  # small attempts succeeded, so the size may grow again
-        limit = limit * 2 if limit * 2 < len(chunk.outcomes) else 0
+    elif not chunk.attempted:  # small attempts succeeded, so the size may grow again
+        limit = _doubled(chunk)
     state = ChunkState.QUEUED if chunk.blank else ChunkState.SCANNED
     fruitless = max(0, chunk.fruitless - unclaimed)
     delayed = fruitless >= _PATIENT and not (unclaimed or too_slow)
@@ -366,8 +366,9 @@ def fail(chunk: Chunk, reason: str, now: datetime, *, narrow: bool = False) -> C
             not_before=now + timedelta(seconds=2 ** max(1, failures)) if narrow else None,
             ask_at=None,
         )
-    # A failed attempt on one address loses that address, an expired lease all remaining ones.
-    return _give_up(chunk, reason, 1 if narrow else chunk.blank)
+    # A failed attempt on one address loses that address, an expired lease all remaining ones. The limit stays until an attempt
+    # succeeds: the next addresses may fail too, and halving the whole chunk again for each of them would take days.
+    return _give_up(chunk, reason, 1 if narrow else chunk.blank, chunk.limit)
 
 
 def _without_route(chunk: Chunk, reason: str, now: datetime) -> Chunk:
@@ -383,7 +384,7 @@ def _without_route(chunk: Chunk, reason: str, now: datetime) -> Chunk:
     known = instance in no_route
     failures = chunk.failures + known
     if failures >= MAX_FAILURES or chunk.fruitless >= MAX_FRUITLESS:
-        return _give_up(chunk, reason, chunk.attempted)
+        return _give_up(chunk, reason, chunk.attempted, _doubled(chunk))
     return _move(
         chunk,
         ChunkTrigger.FAIL,
@@ -397,8 +398,8 @@ def _without_route(chunk: Chunk, reason: str, now: datetime) -> Chunk:
     )
 
 
-def _give_up(chunk: Chunk, reason: str, blanks: int) -> Chunk:
-    """Return the chunk without its first `blanks`, which are lost; the others begin again."""
+def _give_up(chunk: Chunk, reason: str, blanks: int, limit: int) -> Chunk:
+    """Return the chunk without its first `blanks`, which are lost; the others begin again, at most `limit` in an attempt."""
     lost = chunk.outcomes.replace(Outcome.BLANK, Outcome.LOST, blanks)
     return _move(
         chunk,
@@ -410,7 +411,7 @@ def _give_up(chunk: Chunk, reason: str, blanks: int) -> Chunk:
         failed_by=(),
         no_route=(),
         fruitless=0,
-        limit=0,
+        limit=limit,
         not_before=None,
         ask_at=None,
     )
@@ -538,6 +539,11 @@ def _failed_by(chunk: Chunk) -> tuple[str, ...]:
 def _half(chunk: Chunk) -> int:
     """Return half of the attempt's remaining addresses; the previous limit if none remain."""
     return max(1, chunk.attempted // 2) if chunk.attempted else chunk.limit
+
+
+def _doubled(chunk: Chunk) -> int:
+    """Return twice the limit, or none from the size of the chunk on."""
+    return chunk.limit * 2 if chunk.limit * 2 < len(chunk.outcomes) else 0
 
 
 def _reach(outcomes: str, size: int) -> int:

@@ -232,7 +232,7 @@ def test_attempt_that_fails_is_narrowed_to_half() -> None:
 
 def test_failures_on_one_address_are_delayed_and_then_lose_it() -> None:
     """The attempts on a failing address are delayed by 2 s and 4 s, and the third failure loses it; the others are queued."""
-    held = in_state(ChunkState.RUNNING, reach=1)
+    held = in_state(ChunkState.RUNNING, reach=1, limit=1)
     pauses = []
     for number in range(1, MAX_FAILURES):
         again = after(held, report(ChunkFailed, "...."))
@@ -243,7 +243,7 @@ def test_failures_on_one_address_are_delayed_and_then_lose_it() -> None:
     lost = after(held, report(ChunkFailed, "....", reason="at last"))
     assert pauses == [2, 4]
     assert (lost.state, lost.outcomes, lost.reason) == (ChunkState.QUEUED, "l...", "worker w-1: at last")
-    assert (lost.failures, lost.failed_by, lost.limit, lost.not_before) == (0, (), 0, None)
+    assert (lost.failures, lost.failed_by, lost.limit, lost.not_before) == (0, (), 1, None)
 
 
 def without_route(left: Chunk, worker_id: str) -> Chunk:
@@ -274,6 +274,11 @@ def test_attempt_without_a_route_loses_only_its_own_addresses() -> None:
     lost = after(last, report(ChunkFailed, "a...", no_route=True))
     assert (lost.state, lost.outcomes) == (ChunkState.QUEUED, "al..")
     assert (lost.no_route, lost.failed_by, lost.limit, lost.not_before) == ((), (), 0, None)
+    larger = in_state(ChunkState.RUNNING, reach=1, limit=1, outcomes="." * 8, no_route=("w-1",), failed_by=("w-1",))
+    last = replace(larger, failures=MAX_FAILURES - 1)
+    assert (
+        after(last, report(ChunkFailed, "." * 8, no_route=True)).limit == 2
+    )  # a route is missing, nmap has not failed
 
 
 def test_attempt_without_a_route_on_many_instances_loses_its_addresses() -> None:
@@ -298,31 +303,51 @@ def test_last_address_that_fails_alone_leaves_the_chunk_scanned() -> None:
     assert (lost.state, lost.outcomes, lost.ask_at) == (ChunkState.SCANNED, "asdl", None)
 
 
-def run(left: Chunk, poison: Collection[int]) -> tuple[Chunk, int]:
-    """Attempts of a worker that finishes an attempt, or fails without any code where a poisoned address is in it."""
+def run(left: Chunk, poison: Collection[int]) -> tuple[Chunk, int, float]:
+    """Return the chunk after all attempts, their number, and the seconds of the pauses between them.
+
+    An attempt finishes all of its addresses, or fails without any code where a poisoned address is in it.
+    """
+    seconds = 0.0
     for attempts in range(10_000):
         if left.state is ChunkState.SCANNED:
-            return left, attempts
+            return left, attempts, seconds
         size = min(left.blank, left.limit or left.blank)
         held = dispatch(left, "w-1", NOW, size=size, share=1.0, estimate=1.5)
         tried = [place for place in range(held.reach) if held.outcomes[place] == "."]
         token = {"attempt": held.attempt}
         if set(tried) & set(poison):
             left = after(held, report(ChunkFailed, held.outcomes, **token))
+            seconds += (left.not_before - NOW).total_seconds() if left.not_before else 0.0
             continue
         done = "".join("s" if place in tried else code for place, code in enumerate(held.outcomes))
         left = after(held, report(ChunkReleased if "." in done else ChunkScanned, done, **token))
     raise AssertionError("the attempts do not end")
 
 
+HALVINGS = 6  # of 64 addresses down to one
+
+
 @given(st.sets(st.integers(0, 63)))
 def test_hosts_that_crash_nmap_lose_only_themselves(poison: set[int]) -> None:
-    """If any of 64 addresses crash every nmap that scans them, only these are lost, after few attempts for each."""
-    scanned, attempts = run(chunk(outcomes="." * 64), poison)
+    """If any of 64 addresses crash every nmap that scans them, only these are lost, after few attempts and pauses for each."""
+    scanned, attempts, pauses = run(chunk(outcomes="." * 64), poison)
     assert [place for place, code in enumerate(scanned.outcomes) if code == "l"] == sorted(poison)
     assert set(scanned.outcomes) <= {"s", "l"}
-    halvings = 6  # of 64 addresses down to one
-    assert attempts <= 1 + len(poison) * (3 * halvings + MAX_FAILURES)
+    assert attempts <= 1 + HALVINGS + len(poison) * (
+        3 * HALVINGS + MAX_FAILURES
+    )  # the limit grows again after the last one
+    assert attempts <= MAX_FAILURES * 64 + 2 * HALVINGS
+    assert pauses <= (2 + 4) * len(poison) + 2 * min(len(poison) * 2 * HALVINGS, 64)
+
+
+@pytest.mark.parametrize(("size", "halvings"), [(64, HALVINGS), (512, 9)])
+def test_chunk_of_which_every_address_fails_is_lost_within_bounds(size: int, halvings: int) -> None:
+    """The chunk is halved once, and then three failures lose each address: 512 addresses have 1,545 attempts and 51 minutes of pauses."""
+    scanned, attempts, pauses = run(chunk(outcomes="." * size), range(size))
+    assert scanned.outcomes == "l" * size
+    assert attempts == halvings + MAX_FAILURES * size
+    assert pauses == 2 * halvings + (2 + 4) * size
 
 
 def test_attempt_that_is_too_slow_is_halved_at_no_cost() -> None:
