@@ -34,6 +34,7 @@ MAX_FAILURES = 3  # one failure may be due to the network, two to coincidence; a
 MAX_DELAY = timedelta(minutes=1)  # of the next attempt; a longer one results from a clock that was ahead
 _PATIENT = 3  # dispatches without progress from which on the next one is delayed
 MAX_FRUITLESS = 20  # dispatches without progress after which the chunk itself is assumed to be the cause
+_OUTAGE = 6  # dispatches during an outage that are counted at most: they delay the next one by `MAX_DELAY`
 
 
 class ChunkState(StrEnum):
@@ -262,7 +263,9 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
         case ChunkScanned():
             return fail(chunk, "the worker reported the chunk as scanned although addresses are missing", now)
         case ChunkReleased():
-            return release(chunk, now, too_slow=report.too_slow, reason=report.reason)
+            return release(
+                chunk, now, too_slow=report.too_slow, unacknowledged=report.unacknowledged, reason=report.reason
+            )
         case ChunkFailed():
             reason = f"worker {report.worker_id}: {report.reason}"
             return _without_route(chunk, reason, now) if report.no_route else fail(chunk, reason, now, narrow=True)
@@ -294,16 +297,19 @@ def elapsed(chunk: Chunk, now: datetime, since: datetime | None = None) -> float
     return chunk.share * max(0.0, (now - begin).total_seconds())
 
 
-def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str = "") -> Chunk:
+def release(
+    chunk: Chunk, now: datetime, *, too_slow: bool = False, unacknowledged: bool = False, reason: str = ""
+) -> Chunk:
     """Requeue the chunk without counting a failure; without blanks it only needs to be checked.
 
     After an attempt that was too slow the next one gets half as many addresses; if nothing was finished, on another worker,
     since its nmap may hang. A chunk that is dispatched repeatedly without progress counts as failed, because it may be the
-    cause; but not for attempts that never began, as without a free slot. From the third such dispatch on the next one is delayed,
-    because the cause may be an outage, as of the partition that takes the chunk's results.
+    cause; but not for attempts that never began, as without a free slot, or that were not acknowledged, as without a leader of the
+    partition that takes the chunk's results. From the third such dispatch on the next one is delayed, because an outage may last.
     """
     unclaimed = chunk.state is ChunkState.DISPATCHED and not too_slow
-    if chunk.fruitless >= MAX_FRUITLESS and not unclaimed:
+    uncounted = unclaimed or (unacknowledged and chunk.fruitless > _OUTAGE)
+    if chunk.fruitless >= MAX_FRUITLESS and not uncounted:
         return fail(chunk, f"no progress after {MAX_FRUITLESS} dispatches", now)
     limit = chunk.limit
     if too_slow:
@@ -311,7 +317,7 @@ def release(chunk: Chunk, now: datetime, *, too_slow: bool = False, reason: str 
     elif not chunk.attempted:  # small attempts succeeded, so the size may grow again
         limit = _doubled(chunk)
     state = ChunkState.QUEUED if chunk.blank else ChunkState.SCANNED
-    fruitless = max(0, chunk.fruitless - unclaimed)
+    fruitless = max(0, chunk.fruitless - uncounted)
     delayed = fruitless >= _PATIENT and not (unclaimed or too_slow)
     return _move(
         chunk,

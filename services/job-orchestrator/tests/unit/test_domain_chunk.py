@@ -413,7 +413,7 @@ def test_attempts_without_progress_count_as_failures() -> None:
 
 
 def test_release_without_progress_is_delayed_from_the_third_on() -> None:
-    """While hosts cannot be stored, a chunk is not scanned again without a pause, and its addresses last for forty minutes."""
+    """A chunk without progress is not scanned again without a pause, and its addresses last for forty minutes."""
     left, now, pauses = in_state(ChunkState.QUEUED), NOW, []
     while left.failures == 0:
         held = replace(dispatch(left, "w-1", now, size=4, share=1.0, estimate=1.0), state=ChunkState.RUNNING)
@@ -423,6 +423,21 @@ def test_release_without_progress_is_delayed_from_the_third_on() -> None:
     assert pauses[:6] == [0, 0, 8, 16, 32, 60]
     assert set(pauses[6:-1]) == {60}
     assert MAX_FAILURES * sum(pauses) > 2_500
+
+
+@pytest.mark.proves("F33", "G17")
+@pytest.mark.parametrize("fruitless", [0, 10, MAX_FRUITLESS - 1])
+def test_release_without_acknowledgements_is_delayed_and_loses_nothing(fruitless: int) -> None:
+    """During an outage of any length the chunk stays queued, a minute after each attempt, as near to a failure as before."""
+    left, pauses = chunk(fruitless=fruitless), []
+    for _ in range(MAX_FAILURES * MAX_FRUITLESS + 1):
+        held = claimed(left, "w-1")
+        left = after(held, report(ChunkReleased, "....", attempt=held.attempt, unacknowledged=True))
+        pauses.append((left.not_before - NOW).total_seconds() if left.not_before else 0.0)
+    assert (left.state, left.outcomes, left.failures, left.failed_by) == (ChunkState.QUEUED, "....", 0, ())
+    assert left.fruitless == max(fruitless, 6)
+    assert pauses[:6] == ([0, 0, 8, 16, 32, 60] if not fruitless else [60] * 6)
+    assert set(pauses[6:]) == {60}
 
 
 @pytest.mark.parametrize("fruitless", [0, 7, MAX_FRUITLESS])
@@ -634,6 +649,7 @@ STEPS = st.one_of(
     st.tuples(st.just("dispatch"), st.sampled_from(["w-1", "w-2", "w-1-0000000a"]), st.integers(1, 4)),
     st.tuples(st.just("report"), st.sampled_from(REPORTS), MAPS),
     st.tuples(st.just("too_slow"), st.just(ChunkReleased), MAPS),
+    st.tuples(st.just("unacknowledged"), st.just(ChunkReleased), MAPS),
     st.tuples(st.just("no_route"), st.just(ChunkFailed), MAPS),
     st.tuples(st.just("expire"), st.just(""), st.just("")),
     st.tuples(st.just("incomplete"), st.just(""), st.sets(st.integers(0, 3))),
@@ -647,7 +663,7 @@ def step(left: Chunk, kind: str, what: Any, news: Any) -> Chunk:
             return dispatch(left, what, THEN, size=news, share=0.5, estimate=1.5)
         case "report" if left.state in HELD:
             return after(left, report(what, news, **token))
-        case "too_slow" | "no_route" if left.state in HELD:
+        case "too_slow" | "unacknowledged" | "no_route" if left.state in HELD:
             return after(left, report(what, news, **{kind: True}, **token))
         case "expire" if left.state in HELD:
             return expire(left, "no report", NOW)

@@ -74,6 +74,7 @@ class ChunkScan:
         self._fence: asyncio.Timeout | None = None
         self._work: asyncio.Task[None] | None = None
         self._stopped = ""
+        self._unacknowledged = False
         after = chunk.stop_after_seconds
         self._stop_at = None if after is None else asyncio.get_running_loop().time() + after
 
@@ -117,7 +118,7 @@ class ChunkScan:
             reason = f"the worker failed: {type(error).__name__}"
             return self._failed(reason, share)
         if Outcome.BLANK in self._map:
-            return self._released(self._stopped, share.seconds, run=share.nmap_run)
+            return self._released(self._stopped, share.seconds, unacknowledged=self._unacknowledged, run=share.nmap_run)
         return ChunkScanned(
             **self._state,
             first_address=self.chunk.first_address,
@@ -145,6 +146,7 @@ class ChunkScan:
                 await asyncio.wait((self._work, beating), return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             self._stopped = "Kafka did not acknowledge a heartbeat within two thirds of the lease"
+            self._unacknowledged = True
         finally:
             if ending:
                 ending.cancel()
@@ -182,6 +184,7 @@ class ChunkScan:
             async with asyncio.timeout(self.chunk.lease_seconds * FENCE):
                 await self._publish(SCAN_RESULTS, messages)
         except TimeoutError:
+            self._unacknowledged = not self._stopped
             self.stop("Kafka did not acknowledge hosts within two thirds of the lease")
             return
         for index, code in codes.items():
@@ -243,10 +246,22 @@ class ChunkScan:
         return structlog.contextvars.bound_contextvars(job_id=self.chunk.job_id, chunk_id=self.chunk.chunk_id)
 
     def _released(
-        self, reason: str, seconds: float = 0.0, *, too_slow: bool = False, run: Run | None = None
+        self,
+        reason: str,
+        seconds: float = 0.0,
+        *,
+        too_slow: bool = False,
+        unacknowledged: bool = False,
+        run: Run | None = None,
     ) -> ChunkReleased:
-        reason = reason[:REASON_CHARS]
-        return ChunkReleased(**self._state, reason=reason, slot_seconds=seconds, too_slow=too_slow, run=run)
+        return ChunkReleased(
+            **self._state,
+            reason=reason[:REASON_CHARS],
+            slot_seconds=seconds,
+            too_slow=too_slow,
+            unacknowledged=unacknowledged,
+            run=run,
+        )
 
     def _failed(self, reason: str, share: Share, *, no_route: bool = False) -> ChunkFailed:
         reason = reason[:REASON_CHARS]

@@ -298,6 +298,8 @@ async def test_worker_partition_without_leader_holds_no_slot(
 
         await until(lambda: ends("2-0") and ends("1-0"))
         assert (ends("2-0"), ends("1-0")) == ([ChunkScanned], [end])
+        released = rig.messages(SCAN_PROGRESS, ChunkReleased)
+        assert all(each.unacknowledged for each in released)  # type: ignore[attr-defined] # another kind of message fails the test
         rig.bus.broker.leaderless.clear()
         await rig.send(make_chunk(attempt=2))
         await until(lambda: len(rig.messages(SCAN_RESULTS, ChunkScanned)) >= 2)
@@ -392,6 +394,7 @@ async def test_worker_stop_chunk_releases_with_the_map(make_chunk: MakeChunk) ->
         released = rig.last()
         assert isinstance(released, ChunkReleased)
         assert (released.outcomes, released.reason, rig.scanner.closed) == (".a..", "cancelled", 1)
+        assert not released.unacknowledged
 
 
 async def test_worker_unknown_stop_chunk_gets_no_reply(make_chunk: MakeChunk) -> None:
@@ -615,7 +618,7 @@ async def test_worker_unacknowledged_heartbeats_stop_the_scan(
         assert asyncio.get_running_loop().time() - began < 3.0
         rig.bus.broker.away = False
         await until(lambda: "ChunkReleased" in rig.progress())
-        assert rig.last().outcomes == "a..."  # type: ignore[attr-defined] # another kind of message fails the test
+        assert (rig.last().outcomes, rig.last().unacknowledged) == ("a...", True)  # type: ignore[attr-defined] # another kind of message fails the test
 
 
 async def test_worker_acknowledged_heartbeats_keep_the_lease(make_chunk: MakeChunk) -> None:

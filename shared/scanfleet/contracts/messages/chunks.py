@@ -199,6 +199,9 @@ class ChunkReleased(_Mapped):
     too_slow: bool = False
     """An attempt on several addresses timed out: the next one should get half as many."""
 
+    unacknowledged: bool = False
+    """Kafka did not acknowledge the attempt's hosts or heartbeats in time: an outage, whatever the number of such attempts."""
+
     run: Run | None = None
     """Null if nmap was not started."""
 
