@@ -343,7 +343,7 @@ def test_hosts_that_crash_nmap_lose_only_themselves(poison: set[int]) -> None:
 
 @pytest.mark.parametrize(("size", "halvings"), [(64, HALVINGS), (512, 9)])
 def test_chunk_of_which_every_address_fails_is_lost_within_bounds(size: int, halvings: int) -> None:
-    """The chunk is halved once, and then three failures lose each address: 512 addresses have 1,545 attempts and 51 minutes of pauses."""
+    """The chunk is halved once, and then three failures lose each address: 1,545 attempts and 51 minutes of pauses for 512."""
     scanned, attempts, pauses = run(chunk(outcomes="." * size), range(size))
     assert scanned.outcomes == "l" * size
     assert attempts == halvings + MAX_FAILURES * size
