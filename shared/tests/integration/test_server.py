@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -125,6 +126,13 @@ async def test_pipelined_request_has_no_log_context_of_the_one_before(parts: Par
         writer.close()
     assert answers.count(b"request_id") == 2
     assert b"of_this_request" not in answers
+
+
+async def test_garbage_collections_omit_what_exists_when_a_service_has_started(parts: Parts) -> None:
+    """A full collection examines only what requests have made, so that it does not interrupt them for long."""
+    gc.unfreeze()  # what pytest has collected
+    async with running(parts, with_api()):
+        assert len(gc.get_objects()) < gc.get_freeze_count() / 10
 
 
 async def test_service_without_an_api_listens_only_for_probes(parts: Parts) -> None:
