@@ -49,7 +49,8 @@ def _chunks() -> dict[str, dict[str, Any]]:
     running = chunks.apply(dispatched, ChunkClaimed(**token), _SOON, _PATIENCE)
     partly = chunks.apply(running, ChunkProgressed(**token, outcomes="as.."), _SOON, _PATIENCE)
     ended = token | {"slot_seconds": 4.0}
-    scanned = ChunkScanned(**ended, outcomes="asda", technique="connect", user_id=7, first_address="127.9.8.0")
+    facts = {"technique": "connect", "nmap": "7.95", "discovery": "default"}
+    scanned = ChunkScanned(**ended, **facts, outcomes="asda", user_id=7, first_address="127.9.8.0")
     failed = ChunkFailed(**ended, outcomes="as..", reason="nmap ended with exit code 1")
     examples = {
         "queued": queued,

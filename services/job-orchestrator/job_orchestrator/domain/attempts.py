@@ -39,7 +39,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probed:
-    """The probes of a chunk by its last report; result-store stores them when it closes the chunk."""
+    """What an attempt probes, by its worker's report; result-store stores it when it closes the chunk."""
 
     common_ports: str = ""
     """The TCP ports of a `top` set by number."""

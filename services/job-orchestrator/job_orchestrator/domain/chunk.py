@@ -156,12 +156,13 @@ class Chunk:
     whose lease expired without progress."""
     reason: str = ""
     technique: Technique | None = None
+    """Of its TCP ports, by the report that `probed` is of."""
     attempts: tuple[Attempt, ...] = ()
     """The first and the last ones."""
     dropped: int = 0
     """Number of attempts between them that are not in `attempts`."""
     probed: Probed | None = None
-    """By the last report on a chunk without blanks; None before, and in documents of earlier releases."""
+    """By the latest report of an attempt whose nmap was started; None before, and in documents of earlier releases."""
     ask_at: AwareDatetime | None = None
     """When result-store is next asked to check the chunk again; None for immediately."""
     asked: int = 0
@@ -242,21 +243,21 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
     if not isinstance(report, ChunkClaimed):
         chunk = _with_report(chunk, report.outcomes)
     if isinstance(report, Ended):
-        chunk = _ended(chunk, report, now)
+        chunk = _with_probes(_ended(chunk, report, now), report)
         chunk = replace(chunk, seconds=chunk.seconds + min(report.slot_seconds, elapsed(chunk, now)))
     match report:
         case ChunkClaimed() | ChunkProgressed():
             if chunk.state is ChunkState.RUNNING:
                 return chunk
-            run = report.run if isinstance(report, ChunkClaimed) else None
+            run = None
+            if isinstance(report, ChunkClaimed):
+                chunk, run = _with_probes(chunk, report), report.run
             return _move(_noted(chunk, claimed=now, run=run), ChunkTrigger.CLAIM, ChunkState.RUNNING)
         case ChunkScanned() if not chunk.blank:
             return _move(
                 chunk,
                 ChunkTrigger.SCAN,
                 ChunkState.SCANNED,
-                technique=report.technique,
-                probed=_probed(chunk, report),
                 ask_at=now + min(patience, MAX_PAUSE),
                 reason=report.reason or chunk.reason,
             )
@@ -274,13 +275,15 @@ def apply(chunk: Chunk, report: WorkerReport, now: datetime, patience: timedelta
 def late_report(chunk: Chunk, report: WorkerReport, now: datetime) -> Chunk:
     """Return the chunk after a report of an attempt that has lost the chunk.
 
-    The end of the attempt is recorded, even if there are later ones. A cancelled chunk takes the map of its last attempt, so that
-    the ledger shows the work before the cancel.
+    The end of the attempt is recorded, even if there are later ones, and what it probed if this is not known of another one. A
+    cancelled chunk takes the map of its last attempt, so that the ledger shows the work before the cancel.
     """
     if isinstance(report, ChunkClaimed):
         return chunk
     if isinstance(report, Ended):
         chunk = _ended(chunk, report, now)
+        if chunk.probed is None:
+            chunk = _with_probes(chunk, report)
     if chunk.state is ChunkState.CANCELLED and chunk.token == report.token:
         chunk = replace(chunk, outcomes=_merged(chunk, report.outcomes))
     return chunk
@@ -511,19 +514,22 @@ def _noted(chunk: Chunk, **facts: Any) -> Chunk:
     return chunk if current is None else replace(chunk, attempts=(*chunk.attempts[:-1], replace(current, **facts)))
 
 
-def _probed(chunk: Chunk, report: ChunkScanned) -> Probed:
-    """Return what the worker has probed; without port numbers that cannot be those of the chunk."""
+def _with_probes(chunk: Chunk, report: ChunkClaimed | Ended) -> Chunk:
+    """Return the chunk with what the report's attempt has probed, without port numbers that cannot be those of the chunk."""
+    if report.technique is None or (isinstance(report, ChunkScanned) and not report.nmap):
+        return chunk
     ports = PortSet.parse(chunk.ports)
     try:
         valid = port_count(parse_ranges(report.common_ports)) <= ports.tcp_count and ports.top
     except ValueError:
         valid = False
-    return Probed(
+    probed = Probed(
         common_ports=report.common_ports if valid else "",
         scripts=report.scripts,
         detection=report.detection,
         discovery=report.discovery,
     )
+    return replace(chunk, technique=report.technique, probed=probed)
 
 
 def _with_report(chunk: Chunk, news: str) -> Chunk:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import bson
 import pytest
 
-from job_orchestrator.domain.attempts import MAX_ATTEMPTS, Attempt
+from job_orchestrator.domain.attempts import MAX_ATTEMPTS, Attempt, Probed
 from job_orchestrator.domain.chunk import (
     Chunk,
     ChunkState,
@@ -22,6 +22,7 @@ from job_orchestrator.domain.chunk import (
     late_report,
     store,
 )
+from job_orchestrator.handlers.chunks.changer import scanned_again
 from job_orchestrator.repository import documents
 from job_orchestrator_testing import chunk
 from job_orchestrator_testing.builders import THEN
@@ -30,6 +31,7 @@ from scanfleet.contracts.messages.chunks import MAX_DETECTION_CHARS
 from scanfleet.scanning.outcomes import MAX_ADDRESSES
 from scanfleet.scanning.policy import MAX_SCRIPT_CHARS, MAX_SCRIPTS
 from scanfleet.scanning.ports import MAX_TOP
+from scanfleet_testing.chunk_grants import signer
 
 SOON: Final = THEN + timedelta(seconds=2)
 LATER: Final = THEN + timedelta(minutes=1)
@@ -152,11 +154,42 @@ def test_port_numbers_that_are_not_those_of_the_chunk_are_not_stored() -> None:
         ("top:3", "80-22", ""),
         ("22,80", "22,80", ""),
     ]:
-        scanned = report(ChunkScanned, common_ports=common, detection="sV7", discovery="default", scripts=("banner",))
+        scanned = report(
+            ChunkScanned, nmap="7.93", common_ports=common, detection="sV7", discovery="default", scripts=("banner",)
+        )
         probed = apply(dispatched(replace(top, ports=ports)), scanned, LATER, PATIENCE).probed
         assert probed is not None
         assert (probed.common_ports, probed.detection, probed.discovery) == (kept, "sV7", "default")
         assert probed.scripts == ("banner",)
+
+
+@pytest.mark.parametrize("kind", [ChunkClaimed, ChunkReleased, ChunkFailed, ChunkScanned])
+def test_probes_are_known_however_the_last_attempt_ends(kind: type[Any]) -> None:
+    """Also a chunk whose last addresses are lost without a ChunkScanned is checked with what was probed."""
+    facts = {"technique": "syn", "detection": "sV7", "discovery": "none", "common_ports": "22,80,443"}
+    first = dispatched(chunk(ports="top:3"))
+    ended = apply(first, report(kind, **facts, nmap="7.93", run=EARLY), LATER, PATIENCE)
+    late = late_report(expire(first, "sent no report", SOON), report(kind, **facts, nmap="7.93", run=EARLY), LATER)
+    for each in (ended, late) if kind is not ChunkClaimed else (ended,):
+        [asked] = scanned_again([replace(each, outcomes="llll")], signer())
+        assert asked.model_dump(include=set(facts)) == facts
+        assert asked.nmap == "7.93"
+
+
+def test_unknown_probes_have_no_nmap() -> None:
+    """A worker of an earlier release does not report what it has probed; result-store then stores it as unknown."""
+    ended = apply(dispatched(chunk(ports="top:3")), report(ChunkFailed, run=EARLY), LATER, PATIENCE)
+    [asked] = scanned_again([replace(ended, outcomes="llll")], signer())
+    assert (asked.nmap, asked.common_ports, asked.run) == ("", "", None)
+
+
+def test_attempt_without_nmap_keeps_the_probes_of_an_earlier_one() -> None:
+    """An attempt that only refuses addresses does not make the probes of an earlier attempt unknown."""
+    failed = report(ChunkFailed, "aa..", technique="syn", detection="sV7", run=EARLY)
+    second = dispatched(apply(dispatched(chunk()), failed, LATER, PATIENCE))
+    ended = apply(second, report(ChunkScanned, "aarr", attempt=2), LATER, PATIENCE)
+    assert ended.probed == Probed(detection="sV7")
+    assert ended.technique == "syn"
 
 
 def test_largest_document_of_a_chunk_is_bounded() -> None:
@@ -178,6 +211,7 @@ def test_largest_document_of_a_chunk_is_bounded() -> None:
         claim = report(ChunkClaimed, attempt=n, worker_id=worker, run=run)
         each = apply(each, claim, SOON, PATIENCE)
         fields: dict[str, Any] = {
+            "nmap": "7.93",
             "common_ports": common,
             "scripts": scripts,
             "detection": "d" * MAX_DETECTION_CHARS,

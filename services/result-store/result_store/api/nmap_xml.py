@@ -215,7 +215,8 @@ def _head(job: ExportedJob, block: Block | None) -> str:
     infos = []
     if block is not None and block.technique and ports.tcp_count:
         numbers = [each for text in block.ports for each in parse_ranges(text)] if ports.top else ports.tcp
-        infos.append(_scan_info(block.technique, "tcp", ports.tcp_count, ranges_text(disjoint(numbers))))
+        if numbers:  # those of a `top` set may be unknown
+            infos.append(_scan_info(block.technique, "tcp", ports.tcp_count, ranges_text(disjoint(numbers))))
     if ports.udp_count:
         infos.append(_scan_info("udp", "udp", ports.udp_count, ranges_text(ports.udp)))
     return "".join(

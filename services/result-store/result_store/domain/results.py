@@ -130,22 +130,22 @@ class ClosedChunk:
     outcomes: str
     user_id: int | None = None
     technique: str = ""
-    """Of its TCP ports; empty if it has none."""
+    """Of its TCP ports; empty if it has none, or if `nmap` is empty."""
 
     nmap: str = ""
-    """The version of nmap; empty if no address was scanned."""
+    """The version of nmap; empty if no address was scanned, or if it is unknown what was probed."""
 
     ports: str = ""
     """The ports that were probed, by number, in canonical form as in a policy.
 
-    Empty if they are unknown: no address was scanned, or the numbers of a `top` set were not reported.
+    Empty if they are unknown: `nmap` is empty, or the numbers of a `top` set were not reported.
     """
 
     arguments: str = ""
-    """The SHA-256 of nmap's arguments without the targets; empty if no address was scanned."""
+    """The SHA-256 of nmap's arguments without the targets; empty if `nmap` is."""
 
     detection: str = ""
-    """As in ChunkScanned."""
+    """As in ChunkScanned; unknown if `nmap` is empty."""
 
     discovery: str = ""
     at: datetime | None = None
@@ -304,7 +304,7 @@ def close(scanned: ChunkScanned, place: Place, stored: Iterable[StoredHost]) -> 
         first_address=scanned.first_address,
         outcomes="".join(letters),
         user_id=scanned.grant.user_id if scanned.grant else None,
-        technique="" if scanned.grant and scanned.grant.ports.startswith("U:") else scanned.technique,
+        technique=_technique(scanned),
         nmap=scanned.nmap,
         ports=_probed(scanned),
         arguments=scanned.arguments,
@@ -312,6 +312,12 @@ def close(scanned: ChunkScanned, place: Place, stored: Iterable[StoredHost]) -> 
         discovery=scanned.discovery,
         at=place.created_at,
     )
+
+
+def _technique(scanned: ChunkScanned) -> str:
+    """Return the technique of the TCP ports; empty if there are none, or if it is unknown."""
+    udp = scanned.grant is not None and scanned.grant.ports.startswith("U:")
+    return scanned.technique if scanned.nmap and not udp else ""
 
 
 def _probed(scanned: ChunkScanned) -> str:

@@ -223,10 +223,13 @@ def test_close_keeps_how_the_chunk_was_scanned() -> None:
     assert (chunk.user_id, chunk.technique, chunk.at) == (7, "connect", END.created_at)
 
 
-@pytest.mark.parametrize(("ports", "technique"), [("T:22,U:53", "connect"), ("U:53", "")])
-def test_close_has_the_technique_of_tcp_ports(ports: str, technique: str) -> None:
-    """A chunk of UDP ports has no TCP technique, whatever its policy names."""
-    message = scanned("d")
+@pytest.mark.parametrize(
+    ("ports", "nmap", "technique"),
+    [("T:22,U:53", "7.95", "connect"), ("U:53", "7.95", ""), ("T:22,U:53", "", "")],
+)
+def test_close_has_the_technique_of_tcp_ports(ports: str, nmap: str, technique: str) -> None:
+    """A chunk of UDP ports has no TCP technique, whatever its policy names; without an nmap it is unknown."""
+    message = scanned("d", nmap=nmap)
     assert message.grant is not None
     grant = message.grant.model_copy(update={"ports": ports})
     chunk = close(message.model_copy(update={"grant": grant}), END, [])

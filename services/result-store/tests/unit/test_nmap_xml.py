@@ -346,6 +346,14 @@ async def test_document_names_the_ports_of_the_first_slice_that_was_scanned(port
     assert len(root.findall("host")) == 1
 
 
+@pytest.mark.parametrize(("technique", "version"), [("", ""), ("syn", "7.93")])
+async def test_document_has_no_scan_info_if_the_probes_are_unknown(technique: str, version: str) -> None:
+    """The head names neither technique nor ports of a `top` set if no closed chunk has them."""
+    store = MemoryStore()
+    await store.close([ClosedChunk(1, "1-0", "127.9.8.0", "aall", 7, technique, version)])
+    assert (await written(store, ports="top:100")).findall("scaninfo") == []
+
+
 async def test_document_host_with_one_block_of_ports_that_timed_out_is_timed_out() -> None:
     """A host that answered in one chunk and timed out in another was not scanned completely; other hosts were."""
     store = await store_of(

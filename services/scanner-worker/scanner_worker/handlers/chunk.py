@@ -18,7 +18,6 @@ from scanfleet.contracts.messages import (
     HostScanned,
     Message,
     PortFound,
-    Run,
     ScanChunk,
 )
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS, SCAN_RESULTS, Topic
@@ -110,7 +109,7 @@ class ChunkScan:
             return self._released(str(error), share.seconds)
         except (KilledByGuardError, TooSlowError, ClockStepError) as error:
             too_slow = isinstance(error, TooSlowError)
-            return self._released(str(error), share.seconds, too_slow=too_slow, run=share.nmap_run)
+            return self._released(str(error), share.seconds, share, too_slow=too_slow)
         except ScanError as error:
             return self._failed(str(error), share, no_route=isinstance(error, NoRouteError))
         except Exception as error:  # noqa: BLE001 # one faulty host must not stop the others; the log has the traceback
@@ -118,19 +117,14 @@ class ChunkScan:
             reason = f"the worker failed: {type(error).__name__}"
             return self._failed(reason, share)
         if Outcome.BLANK in self._map:
-            return self._released(self._stopped, share.seconds, unacknowledged=self._unacknowledged, run=share.nmap_run)
+            return self._released(self._stopped, share.seconds, share, unacknowledged=self._unacknowledged)
         return ChunkScanned(
             **self._state,
             first_address=self.chunk.first_address,
             slot_seconds=share.seconds,
-            technique=self._technique,
+            **({"technique": self._technique} | self._probed(share)),
             nmap=share.nmap,
-            scripts=scripts_of(self.chunk.policy) if share.nmap else (),
-            common_ports=share.common_ports,
             arguments=share.arguments,
-            detection=detection_of(self.chunk.policy) if share.nmap else "",
-            discovery=self.chunk.policy.discovery if share.nmap else "",
-            run=share.nmap_run,
             reason=permitted.reason[:REASON_CHARS],
             grant=self.chunk.grant,
         )
@@ -208,7 +202,7 @@ class ChunkScan:
 
     async def _beat(self, share: Share) -> None:
         await asyncio.sleep(CLAIM_SECONDS)
-        await self._heartbeat(ChunkClaimed(**self._token, run=share.nmap_run))
+        await self._heartbeat(ChunkClaimed(**self._token, **self._probed(share)))
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             await self._heartbeat(ChunkProgressed(**self._state))
@@ -249,24 +243,38 @@ class ChunkScan:
         self,
         reason: str,
         seconds: float = 0.0,
+        share: Share | None = None,
         *,
         too_slow: bool = False,
         unacknowledged: bool = False,
-        run: Run | None = None,
     ) -> ChunkReleased:
         return ChunkReleased(
             **self._state,
+            **(self._probed(share) if share else {}),
             reason=reason[:REASON_CHARS],
             slot_seconds=seconds,
             too_slow=too_slow,
             unacknowledged=unacknowledged,
-            run=run,
         )
 
     def _failed(self, reason: str, share: Share, *, no_route: bool = False) -> ChunkFailed:
         reason = reason[:REASON_CHARS]
-        seconds, run = share.seconds, share.nmap_run
-        return ChunkFailed(**self._state, reason=reason, slot_seconds=seconds, no_route=no_route, run=run)
+        probed = self._probed(share)
+        return ChunkFailed(**self._state, **probed, reason=reason, slot_seconds=share.seconds, no_route=no_route)
+
+    def _probed(self, share: Share) -> dict[str, Any]:
+        """Return what this attempt probes; empty if nmap was not started."""
+        run = share.nmap_run
+        if run is None:
+            return {}
+        return {
+            "technique": self._technique,
+            "scripts": scripts_of(self.chunk.policy),
+            "common_ports": share.common_ports,
+            "detection": detection_of(self.chunk.policy),
+            "discovery": self.chunk.policy.discovery,
+            "run": run,
+        }
 
     @property
     def _token(self) -> dict[str, Any]:

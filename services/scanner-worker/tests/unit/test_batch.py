@@ -39,6 +39,7 @@ from scanner_worker.domain.scan import (
     NoRouteError,
     ScanError,
     arguments,
+    detection_of,
     permit,
 )
 from scanner_worker.handlers import batch
@@ -513,7 +514,7 @@ async def test_reports_have_how_nmap_ran(make: MakeChunk) -> None:
         (CannotStartError("no process"), ChunkReleased, False),
     ],
 )
-async def test_report_of_a_failed_nmap_has_a_run_only_if_it_was_started(
+async def test_report_of_a_failed_nmap_has_what_it_probed_only_if_it_was_started(
     make: MakeChunk, fault: Exception, kind: type[Message], *, started: bool
 ) -> None:
     """An nmap that may have sent packets is reported; one that could not be started is not."""
@@ -522,6 +523,20 @@ async def test_report_of_a_failed_nmap_has_a_run_only_if_it_was_started(
         rig.scanner.let()
     [ended] = rig.final_reports()
     assert (type(ended), ended.run is not None) == (kind, started)
+    probes = ("syn", detection_of(make(1).policy), "default") if started else (None, "", "")
+    assert (ended.technique, ended.detection, ended.discovery) == probes
+
+
+async def test_claim_has_what_is_probed(make: MakeChunk) -> None:
+    """A worker that is lost after its claim has reported its probes."""
+    async with scanning(make(1)) as rig:
+        await asyncio.sleep(CLAIM_SECONDS + 0.1)
+        rig.scanner.let()
+    claimed, *_, ended = rig.bus.messages(SCAN_PROGRESS)
+    assert isinstance(claimed, ChunkClaimed)
+    assert isinstance(ended, ChunkScanned)
+    facts = {"technique", "scripts", "common_ports", "detection", "discovery"}
+    assert claimed.model_dump(include=facts) == ended.model_dump(include=facts)
 
 
 async def test_scan_of_a_single_address_is_not_bound_by_the_limit_for_several(make: MakeChunk) -> None:

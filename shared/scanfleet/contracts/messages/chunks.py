@@ -175,11 +175,33 @@ class Run(BaseModel):
     """Seconds from the start of nmap to this message."""
 
 
-class ChunkClaimed(_Fenced):
-    """The scan has begun."""
+class _Probed(_Fenced):
+    """What the attempt probes. All of it is unknown if nmap was not started."""
+
+    technique: Technique | None = None
+    """Null if it is unknown."""
+
+    scripts: Annotated[tuple[ScriptName, ...], Field(max_length=2 * MAX_SCRIPTS), FailFast()] = ()
+    """The NSE scripts that were enabled: the policy's, and those of service detection."""
+
+    common_ports: Annotated[str, Field(max_length=MAX_RANGES_TEXT)] = ""
+    """The TCP ports of a `top` set by number, as ranges; empty for another set."""
+
+    detection: Annotated[str, Field(max_length=MAX_DETECTION_CHARS)] = ""
+    """The detection that ran: `sV7` with the version intensity, `O` for operating systems, and the policy's scripts.
+
+    Separated by slashes, the scripts by commas, as in `sV7/O/banner,ssl-cert`; empty if none ran.
+    """
+
+    discovery: Word = ""
+    """The host discovery of the policy."""
 
     run: Run | None = None
-    """Null if nmap was not started yet."""
+    """Null if nmap was not started."""
+
+
+class ChunkClaimed(_Probed):
+    """The scan has begun."""
 
 
 class _Mapped(_Fenced):
@@ -191,7 +213,7 @@ class ChunkProgressed(_Mapped):
     """Sent every second: the heartbeat that renews the lease."""
 
 
-class ChunkReleased(_Mapped):
+class ChunkReleased(_Mapped, _Probed):
     """The chunk is released unfinished, for a reason unrelated to the chunk."""
 
     reason: Reason
@@ -202,11 +224,8 @@ class ChunkReleased(_Mapped):
     unacknowledged: bool = False
     """Kafka did not acknowledge the attempt's hosts or heartbeats in time: an outage, whatever the number of such attempts."""
 
-    run: Run | None = None
-    """Null if nmap was not started."""
 
-
-class ChunkScanned(_Mapped):
+class ChunkScanned(_Mapped, _Probed):
     """Every address has an outcome. Sent first to scan-results, then to scan-progress."""
 
     first_address: Address
@@ -214,6 +233,8 @@ class ChunkScanned(_Mapped):
 
     slot_seconds: Seconds
     technique: Technique
+    """Has no meaning if `nmap` is empty."""
+
     reason: Reason = ""
     """Why addresses were refused, if any were."""
 
@@ -221,28 +242,10 @@ class ChunkScanned(_Mapped):
     """The grant of the ScanChunk; without it, result-store drops the message."""
 
     nmap: Version = ""
-    """The version of nmap; empty when there was nothing to scan."""
-
-    scripts: Annotated[tuple[ScriptName, ...], Field(max_length=2 * MAX_SCRIPTS), FailFast()] = ()
-    """The NSE scripts that were enabled: the policy's, and those of service detection."""
-
-    common_ports: Annotated[str, Field(max_length=MAX_RANGES_TEXT)] = ""
-    """The TCP ports of a `top` set by number, as ranges; empty for another set, and when there was nothing to scan."""
+    """The version of nmap; empty when there was nothing to scan, and if it is unknown what was probed."""
 
     arguments: Digest = ""
-    """SHA-256 of nmap's arguments without the targets, separated by NUL; empty if no address was scanned."""
-
-    detection: Annotated[str, Field(max_length=MAX_DETECTION_CHARS)] = ""
-    """The detection that ran: `sV7` with the version intensity, `O` for operating systems, and the policy's scripts.
-
-    Separated by slashes, the scripts by commas, as in `sV7/O/banner,ssl-cert`; empty if none ran.
-    """
-
-    discovery: Word = ""
-    """The host discovery of the policy; empty when there was nothing to scan."""
-
-    run: Run | None = None
-    """Null if nmap was not started."""
+    """SHA-256 of nmap's arguments without the targets, separated by NUL; empty if `nmap` is."""
 
     @property
     def event_id(self) -> str:
@@ -250,16 +253,13 @@ class ChunkScanned(_Mapped):
         return f"{self.chunk_id}/{self.attempt}"
 
 
-class ChunkFailed(_Mapped):
+class ChunkFailed(_Mapped, _Probed):
     """nmap failed; its earlier results are kept. Counts as a failed attempt of the chunk."""
 
     reason: Reason
     slot_seconds: Seconds = 0.0
     no_route: bool = False
     """The worker has no route to blank addresses, which nmap skipped or got no answer from: another worker may have one."""
-
-    run: Run | None = None
-    """Null if nmap was not started."""
 
 
 class ChunkStored(ChunkMessage):

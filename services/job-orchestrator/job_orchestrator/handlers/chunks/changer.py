@@ -210,7 +210,7 @@ def scanned_again(chunks: Iterable[Chunk], signer: Signer) -> Iterator[ChunkScan
 
 
 def _scanned_again(chunk: Chunk, signer: Signer) -> ChunkScanned:
-    run, probed = chunk.run, chunk.probed or Probed()
+    probed, run = chunk.probed or Probed(), chunk.run if chunk.probed else None
     return ChunkScanned(
         job_id=chunk.job_id,
         chunk_id=chunk.id,
@@ -219,7 +219,7 @@ def _scanned_again(chunk: Chunk, signer: Signer) -> ChunkScanned:
         first_address=chunk.first_address,
         outcomes=chunk.outcomes,
         slot_seconds=0.0,
-        technique=chunk.technique or "connect",
+        technique=chunk.technique or "connect",  # the field is required; without `nmap` it has no meaning
         grant=granted(chunk, signer),
         nmap=run.nmap if run else "",
         arguments=run.arguments if run else "",
