@@ -71,9 +71,10 @@ def scans(user: Client) -> bool:
     return status == "completed"
 
 
-def test_readme_example_on_a_new_stack_succeeds(stack: Stack, tmp_path: Path) -> None:
-    """Every line of the README's examples runs on a new stack without an error response."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_documented_examples_on_a_new_stack_succeed(stack: Stack, tmp_path: Path) -> None:
+    """Every line of the examples in the README, then in docs/api.md, runs on a new stack without an error response."""
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/api.md"))
+    blocks = re.findall(r"```sh\n(.*?)```", pages, re.DOTALL)
     (tmp_path / ".local").mkdir()
     (tmp_path / ".local" / "stack.env").symlink_to(stack.folder / "stack.env")
     # The targets act on the stack of this checkout, so another program named make replaces them.
