@@ -23,7 +23,8 @@ from scanfleet_cli.errors import MEANINGS
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import Effects, Session
 from scanfleet_cli.tokens import FileStore
-from scanfleet_cli_testing import NOW, TOKEN, FakeApi, FakeJob, result
+from scanfleet_cli_testing.api import TOKEN, FakeApi
+from scanfleet_cli_testing.jobs import NOW, FakeJob, result
 
 WIDTH: Final = 100  # columns of the terminal in the examples
 URL: Final = "https://scanfleet.example.com"

@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings
 import job_orchestrator_testing.golden
 import result_store_testing.golden
 from api_gateway.main import create_app
-from api_gateway_testing import Gateway
+from api_gateway_testing.gateway import Gateway
 from job_orchestrator.domain import chunk, job
 from job_orchestrator.metrics import CensusGauges
 from scanfleet.contracts.messages import export

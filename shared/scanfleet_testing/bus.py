@@ -28,7 +28,7 @@ class MemoryBroker:
     """The logs and groups shared by any number of `MemoryBus`, each of which represents one process."""
 
     def __init__(self) -> None:
-        self.away = False
+        self.unavailable = False
         """Set it to make every call fail as if the broker were unavailable."""
 
         self.leaderless: set[tuple[str, int]] = set()
@@ -41,7 +41,7 @@ class MemoryBroker:
 
     def check(self) -> None:
         """Raise DependencyError while the broker is unavailable."""
-        if self.away:
+        if self.unavailable:
             raise DependencyError("the broker is unavailable")
 
     def records(self, name: str) -> list[RawRecord]:
@@ -106,7 +106,7 @@ class MemoryBus:
 
     @property
     def ready(self) -> bool:
-        return not self.broker.away
+        return not self.broker.unavailable
 
     async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
         envelopes = [encode(topic, message, source=self._source, traceparent=tracing.current()) for message in messages]

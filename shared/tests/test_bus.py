@@ -259,15 +259,15 @@ async def test_current_batch_at_a_rebalance_is_finished_and_committed(backend: B
 async def test_blocked_batch_at_a_rebalance_is_dropped_and_redelivered(backend: Backend) -> None:
     """A member that waits for a dependency releases its partitions at once, and the records are redelivered."""
     one, two = await backend.bus("one"), await backend.bus("two")
-    away = [True]
-    a = Recorder(failing(DependencyError("unavailable"), lambda _: away[0]))
+    unavailable = [True]
+    a = Recorder(failing(DependencyError("unavailable"), lambda _: unavailable[0]))
     b = Recorder()
     async with Running(one.consume(SCAN_WORKERS, GROUP, a)):
         await one.publish(SCAN_WORKERS, workers(50))
         await until(lambda: a.tries)
         async with Running(two.consume(SCAN_WORKERS, GROUP, b)):
             await until(lambda: b.partitions)
-            away[0] = False
+            unavailable[0] = False
             await until(lambda: set(numbers(a) + numbers(b)) == set(range(50)))
             assert numbers(b)
 
@@ -275,8 +275,8 @@ async def test_blocked_batch_at_a_rebalance_is_dropped_and_redelivered(backend: 
 async def test_handle_dependency_error_is_retried_in_place(backend: Backend) -> None:
     """While a dependency is unavailable the batch is retried without a commit; then all records are handled."""
     bus = await backend.bus("one")
-    away: list[Exception] = [DependencyError("MongoDB is unavailable")]
-    recorder = Recorder(lambda _: failing(away[0], lambda _: True)(()) if away else None)
+    unavailable: list[Exception] = [DependencyError("MongoDB is unavailable")]
+    recorder = Recorder(lambda _: failing(unavailable[0], lambda _: True)(()) if unavailable else None)
     consumer = bus.consume(SCAN_WORKERS, GROUP, recorder)
     async with Running(consumer):
         await until(lambda: recorder.caught_up_after)
@@ -286,10 +286,10 @@ async def test_handle_dependency_error_is_retried_in_place(backend: Backend) -> 
         assert consumer.alive
         assert not consumer.ready
         assert await backend.committed() == {}
-        away[0] = TimeoutError()
+        unavailable[0] = TimeoutError()
         tries = len(recorder.tries)
         await until(lambda: len(recorder.tries) > tries)
-        away.clear()
+        unavailable.clear()
         await until(lambda: numbers(recorder) == [1, 2] and consumer.ready)
     assert sum((await backend.committed()).values()) == 2
     assert not await backend.records(SCAN_WORKERS, dead_letters=True)
@@ -437,12 +437,12 @@ async def test_caught_up_is_called_for_each_partition_after_its_records_were_han
 async def test_caught_up_is_not_called_while_blocked(backend: Backend) -> None:
     """A partition with a record that waits for a dependency is not caught up."""
     bus = await backend.bus("one")
-    away = [True]
-    recorder = Recorder(failing(DependencyError("unavailable"), lambda _: away[0]))
+    unavailable = [True]
+    recorder = Recorder(failing(DependencyError("unavailable"), lambda _: unavailable[0]))
     await bus.publish(SCAN_WORKERS, [ready(1)])
     async with Running(bus.consume(SCAN_WORKERS, GROUP, recorder)):
         await until(lambda: len(recorder.tries) >= 5)
-        away[0] = False
+        unavailable[0] = False
         await until(lambda: numbers(recorder) == [1])
         mine = recorder.handled[0].partition
         assert not [p for p, handled in recorder.caught_up_after if mine in p and handled == 0]

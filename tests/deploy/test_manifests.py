@@ -18,7 +18,7 @@ import yaml
 from fastapi.routing import iter_route_contexts
 
 from api_gateway.main import create_app
-from api_gateway_testing import Gateway
+from api_gateway_testing.gateway import Gateway
 from k8s import generate
 from scanfleet.contracts.messages.acls import QUOTAS
 from scanfleet.contracts.messages.topics import TOPICS

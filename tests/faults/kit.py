@@ -91,13 +91,13 @@ class Keys:
 
     Attributes:
         issuer: signs; may be replaced.
-        away: whether the endpoint is unavailable and answers 500.
+        unavailable: whether the endpoint is unavailable and answers 500.
         asked: number of requests to it.
     """
 
     def __init__(self) -> None:
         self.issuer = Issuer()
-        self.away = False
+        self.unavailable = False
         self.asked = 0
         keys = self
 
@@ -105,7 +105,7 @@ class Keys:
             def do_GET(self) -> None:
                 keys.asked += 1
                 body = json.dumps(keys.issuer.jwks).encode()
-                self.send_response(500 if keys.away else 200)
+                self.send_response(500 if keys.unavailable else 200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -269,11 +269,11 @@ class Platform:
             finally:
                 subprocess.run(["umount", self.temporary], check=True)
             return
-        self.temporary.rename(self.temporary.with_name("away"))  # the only way without the right to mount
+        self.temporary.rename(self.temporary.with_name("removed"))  # the only way without the right to mount
         try:
             yield
         finally:
-            self.temporary.with_name("away").rename(self.temporary)
+            self.temporary.with_name("removed").rename(self.temporary)
 
     @contextmanager
     def scans_by(self, program: str, *workers: str) -> Iterator[None]:

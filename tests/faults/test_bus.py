@@ -210,7 +210,7 @@ def test_broker_unavailable_for_long_delays_jobs_only(platform: Platform, user: 
     job_id = user.scan(platform.network(24), **STEADY)
     before = platform.memory()
 
-    def away(seconds: float) -> None:
+    def unavailable(seconds: float) -> None:
         began = clock()
         while clock() - began < seconds:
             asked = clock()
@@ -224,11 +224,11 @@ def test_broker_unavailable_for_long_delays_jobs_only(platform: Platform, user: 
     try:
         for proxy in proxies:
             proxy.refuse()
-        away(20)
+        unavailable(20)
         for proxy in proxies:
             proxy.heal()
             proxy.swallow()
-        away(45)
+        unavailable(45)
         after = platform.memory()
         for name in before.keys() & after.keys():
             assert after[name][0] < before[name][0] + 64 * 1024, name

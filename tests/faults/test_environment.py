@@ -181,17 +181,17 @@ def test_keys_rotate_during_endpoint_outage(platform: Platform) -> None:
 
     before, new = platform.token(7), Issuer("key-2")
     assert status(before) == httpx2.codes.OK
-    keys.away = True
+    keys.unavailable = True
     keys.issuer = new
     try:
         after = platform.token(7)
         assert status(before) == httpx2.codes.OK
         assert status(after) == httpx2.codes.UNAUTHORIZED
-        keys.away = False
+        keys.unavailable = False
         until(lambda: status(after) == httpx2.codes.OK, LIMIT_SECONDS, "the new key to be accepted")
         assert status(before) == httpx2.codes.UNAUTHORIZED
     finally:
-        keys.away, keys.issuer = False, old
+        keys.unavailable, keys.issuer = False, old
     until(lambda: status(before) == httpx2.codes.OK, LIMIT_SECONDS, "the old key to be back")
     caller.close()
 
@@ -284,7 +284,7 @@ def test_known_key_is_refused_once_it_is_too_stale(platform: Platform) -> None:
         return code
 
     until(lambda: status() == 200, LIMIT_SECONDS, "the key to be known")
-    platform.keys.away = True
+    platform.keys.unavailable = True
     began = clock()
     try:
         until(lambda: status() != 200, LIMIT_SECONDS, "the key to be refused")
@@ -292,6 +292,6 @@ def test_known_key_is_refused_once_it_is_too_stale(platform: Platform) -> None:
         assert clock() - began > MAX_STALE_SECONDS - MAX_AGE_SECONDS - 1
         assert accepted - began < MAX_STALE_SECONDS
     finally:
-        platform.keys.away = False
+        platform.keys.unavailable = False
     until(lambda: status() == 200, LIMIT_SECONDS, "the key to be accepted again")
     caller.close()

@@ -14,7 +14,7 @@ from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import Effects, Session
 from scanfleet_cli.tokens import FileStore
-from scanfleet_cli_testing import TOKEN, FakeApi
+from scanfleet_cli_testing.api import TOKEN, FakeApi
 
 URL = "http://scanfleet.test"
 

@@ -20,7 +20,8 @@ from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli import calls
 from scanfleet_cli.client import AsyncClient, Client, Patience, Watching
 from scanfleet_cli.errors import ApiError, CommandError, UnavailableError
-from scanfleet_cli_testing import NOW, TOKEN, FakeApi, result
+from scanfleet_cli_testing.api import TOKEN, FakeApi
+from scanfleet_cli_testing.jobs import NOW, result
 
 SOON = Patience(timeout_seconds=5, first_pause_seconds=0.001, poll_seconds=0.001)
 RESET = httpx2.ReadError("connection reset")

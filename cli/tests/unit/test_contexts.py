@@ -17,7 +17,7 @@ import pytest
 from scanfleet_cli.config import Config, Context, check_url, same_url, write_private
 from scanfleet_cli.errors import CommandError
 from scanfleet_cli.tokens import CommandToken, FileStore, StoredTokens, Tokens
-from scanfleet_cli_testing import TOKEN, FakeApi
+from scanfleet_cli_testing.api import TOKEN, FakeApi
 
 URL = "http://scanfleet.test"
 

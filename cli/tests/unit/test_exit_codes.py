@@ -15,7 +15,7 @@ import pytest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet_cli import main
 from scanfleet_cli.errors import MEANINGS, Exit
-from scanfleet_cli_testing import FakeApi
+from scanfleet_cli_testing.api import FakeApi
 
 
 def test_missing_token_exits_4(run: Any) -> None:

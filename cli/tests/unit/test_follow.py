@@ -21,7 +21,8 @@ from scanfleet_cli import changes, coverage, findings, follow, views
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import Effects, Session
-from scanfleet_cli_testing import TOKEN, FakeApi, FakeJob, result
+from scanfleet_cli_testing.api import TOKEN, FakeApi
+from scanfleet_cli_testing.jobs import FakeJob, result
 
 
 def busy() -> httpx2.Response:

@@ -17,7 +17,8 @@ from scanfleet.contracts.messages import JobStatus
 from scanfleet.scanning.policy import Preset, fill_in
 from scanfleet_cli.output import fields_of, paths_of
 from scanfleet_cli.session import Effects
-from scanfleet_cli_testing import NOW, TOKEN, FakeApi, FakeJob, host_found, result
+from scanfleet_cli_testing.api import TOKEN, FakeApi
+from scanfleet_cli_testing.jobs import NOW, FakeJob, host_found, result
 
 
 @pytest.fixture

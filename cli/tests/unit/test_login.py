@@ -26,7 +26,7 @@ from scanfleet.scanning.policy import PRESETS, Preset, fill_in
 from scanfleet_cli.login import Callback
 from scanfleet_cli.session import Effects
 from scanfleet_cli.tokens import FileStore, KeyringStore, StoredTokens, store_in
-from scanfleet_cli_testing import TOKEN, FakeApi
+from scanfleet_cli_testing.api import TOKEN, FakeApi
 from scanfleet_cli_testing.issuer import CLIENT_ID, URL, Issuer, served
 
 GATEWAY = "http://scanfleet.test"

@@ -25,7 +25,7 @@ from scanfleet_cli import main
 from scanfleet_cli.config import Config
 from scanfleet_cli.output import Output
 from scanfleet_cli.session import COMPLETE, Effects, Session
-from scanfleet_cli_testing import TOKEN, FakeApi
+from scanfleet_cli_testing.api import TOKEN, FakeApi
 
 
 def test_subnet_is_made_shown_changed_and_deleted(api: FakeApi, run: Any) -> None:

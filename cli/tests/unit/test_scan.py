@@ -16,7 +16,8 @@ from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.commands import MAX_SUBNETS
 from scanfleet_cli.findings import TABLE_FIELDS
-from scanfleet_cli_testing import FakeApi, FakeJob, result
+from scanfleet_cli_testing.api import FakeApi
+from scanfleet_cli_testing.jobs import FakeJob, result
 
 
 def found(*results: dict[str, Any], machines: int = 2) -> Any:

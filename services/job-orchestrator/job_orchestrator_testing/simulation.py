@@ -369,6 +369,13 @@ class Simulation:
             await self.store.subnets.add(Owned(id=id_, content=ScanTarget(cidr, exclude), **common))
         return policy_id, list(ids)
 
+    async def start_scan(self, *cidrs: str, policy: ScanPolicy | None = None) -> None:
+        """Start the replicas, announce the worker, submit a scan, and deliver all messages, so that chunks are dispatched."""
+        await self.start()
+        await self.worker.announce()
+        await self.submit(*cidrs, policy=policy)
+        await self.settle()
+
     async def submit(
         self,
         *cidrs: str,

@@ -104,12 +104,12 @@ async def test_flush_without_the_bus_keeps_refusals_pending(
 ) -> None:
     """While the bus is unavailable refusals stay pending, up to a limit, and are published after its recovery."""
     monkeypatch.setattr(audit, "WAITING", 3)
-    bus.broker.away = True
+    bus.broker.unavailable = True
     for number in range(5):
         refusals.add(entry(number, subject=str(number)))
     with pytest.raises(DependencyError):
         await refusals.flush(bus)
-    bus.broker.away = False
+    bus.broker.unavailable = False
     await refusals.flush(bus)
     assert [each.id for each in published(bus)] == ["id-0", "id-1", "id-2"]
 

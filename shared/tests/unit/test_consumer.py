@@ -432,36 +432,36 @@ async def test_handling_one_record_sets_log_context_and_trace() -> None:
 
 async def test_lag_is_absent_while_unknown() -> None:
     """The lag metric is absent while the broker or a dependency is unavailable or the loop has stopped."""
-    group, away, broker_away = uuid4().hex, asyncio.Event(), asyncio.Event()
+    group, unavailable, broker_unavailable = uuid4().hex, asyncio.Event(), asyncio.Event()
 
     class Away(Script):
         async def ends(self) -> Mapping[int, int]:
-            if broker_away.is_set():
+            if broker_unavailable.is_set():
                 raise DependencyError("unavailable")
             return {0: self.end + 7}
 
     def does(_: object) -> None:
-        if away.is_set():
+        if unavailable.is_set():
             raise DependencyError("MongoDB is unavailable")
 
     async def polls() -> AsyncIterator[Sequence[RawRecord]]:
         yield []  # and there is a look
         assert (metric("lag", group), metric("batch_age_seconds", group)) == (7, 0)
-        away.set()
+        unavailable.set()
         yield [record(0)]
         while metric("lag", group) is None:
             yield []
             await asyncio.sleep(0.01)
-        broker_away.set()
+        broker_unavailable.set()
 
     recorder = Recorder(does)
     async with Running(ConsumerLoop(SCAN_WORKERS, group, recorder, Away(polls()), no_dead_letter)):
-        await until(away.is_set)
+        await until(unavailable.is_set)
         await until(lambda: metric("retried_total", group))
         assert metric("lag", group) is None
         assert (metric("batch_age_seconds", group) or 0.0) > 0
-        away.clear()
-        await until(broker_away.is_set)
+        unavailable.clear()
+        await until(broker_unavailable.is_set)
         await until(lambda: metric("lag", group) is None)
     assert metric("lag", group) is metric("batch_age_seconds", group) is None
 

@@ -80,7 +80,7 @@ async def fail(kind: str) -> None:
     raise {
         "conflict": ConflictError("in use"),
         "token": UnauthorizedError("no token"),
-        "away": UnavailableError("busy", retry_after=7),
+        "unavailable": UnavailableError("busy", retry_after=7),
         "dependency": DependencyError("mongodb://user:password@host is unavailable"),
         "message": MessageError("internal"),
         "bug": ZeroDivisionError("internal"),
@@ -171,7 +171,7 @@ def calling(app: FastAPI) -> httpx2.AsyncClient:
     [
         ("conflict", 409, "in use", {}),
         ("token", 401, "no token", {"WWW-Authenticate": "Bearer"}),
-        ("away", 503, "busy", {"Retry-After": "7"}),
+        ("unavailable", 503, "busy", {"Retry-After": "7"}),
         ("dependency", 503, "a dependency of the service is unavailable; try again", {"Retry-After": "1"}),
         ("message", 500, "Internal Server Error", {}),
         ("bug", 500, "Internal Server Error", {}),
@@ -498,19 +498,19 @@ async def test_process_with_a_dead_loop_exits(app: FastAPI) -> None:
 
 async def test_readiness_is_that_of_the_dependencies(app: FastAPI, probes: httpx2.AsyncClient) -> None:
     """A service is unready while a loop is or a check fails, with its name in the answer, and ready again after."""
-    loop, away = Loop(), False
+    loop, unavailable = Loop(), False
 
     async def check() -> None:
-        if away:
+        if unavailable:
             raise DependencyError("mongodb is unavailable")
 
     app.state.probes.watch(loop)
     app.state.probes.depend("mongodb", check)
     assert (await probes.get("/readyz")).status_code == 200
-    loop.ready, away = False, True
+    loop.ready, unavailable = False, True
     answer = await probes.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: mongodb, bus"})
-    loop.ready, away = True, False
+    loop.ready, unavailable = True, False
     assert (await probes.get("/readyz")).status_code == 200
 
 

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from api_gateway.connections import connect
-from api_gateway_testing import Gateway
+from api_gateway_testing.gateway import Gateway
 
 pytestmark = pytest.mark.integration
 

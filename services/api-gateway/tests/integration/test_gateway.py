@@ -17,7 +17,9 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from api_gateway.main import create_app
-from api_gateway_testing import Gateway, Replier, Services
+from api_gateway_testing.gateway import Gateway
+from api_gateway_testing.replies import Replier
+from api_gateway_testing.services import Services
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES
 from scanfleet.kafka import KafkaBus
 from scanfleet.kafka.topics import TopicSettings, create_topics

@@ -24,7 +24,7 @@ from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
 from api_gateway.connections import connect
-from api_gateway_testing import Gateway
+from api_gateway_testing.gateway import Gateway
 from local.credentials import LIFE, LOOPBACK, Authority
 from scanfleet.errors import ConfigurationError
 from scanfleet.kafka.broker import access

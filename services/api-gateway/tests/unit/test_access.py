@@ -17,7 +17,7 @@ import pytest
 
 from api_gateway.auth import MAX_STALE_SECONDS, MAX_USERS, REFRESH_SECONDS, KeyReports, Revocations, UserIds
 from api_gateway.settings import Settings
-from api_gateway_testing import Gateway, Running
+from api_gateway_testing.gateway import Gateway, Running
 from scanfleet.contracts.rest import Revoked
 from scanfleet.errors import DependencyError, UnauthorizedError, UnavailableError
 from scanfleet.runtime.loop import Loop
@@ -70,17 +70,17 @@ async def test_gateway_reports_the_keys_that_verify_tokens(gateway: Running) -> 
 
 async def test_key_reports_after_a_failure_are_sent_again() -> None:
     """A failed report is retried; unchanged keys are reported once."""
-    names, away = ["a"], True
+    names, unavailable = ["a"], True
     reports: list[list[str]] = []
 
     async def report(keys: Sequence[str]) -> None:
         reports.append(list(keys))
-        if away:
+        if unavailable:
             raise DependencyError("unavailable")
 
     keys = KeyReports(lambda: names, report)
     await keys.refresh()
-    away = False
+    unavailable = False
     for _ in range(2):
         await keys.refresh()
     names = ["a", "b"]
@@ -200,7 +200,7 @@ async def test_requests_before_the_list_was_read_are_503() -> None:
     gateway = Gateway()
     async with gateway.run() as running:
         running.app.state.verifier._revoked._read_at = float("-inf")
-        running.services.away.add("orchestrator")
+        running.services.unavailable.add("orchestrator")
         answer = await ask(running)
         assert answer.status_code == 503
         assert "Retry-After" in answer.headers
@@ -348,7 +348,7 @@ async def test_cancel_of_a_mapped_user_without_connections_for_queries_is_execut
 async def test_mapped_user_without_an_id_is_503(mapped: Running, answer: httpx2.Response | None) -> None:
     """While no id can be assigned the response is 503, and nothing is forwarded."""
     if answer is None:
-        mapped.services.away.add("orchestrator")
+        mapped.services.unavailable.add("orchestrator")
     else:
         mapped.services.on("POST", USERS, answer)
     got = await ask(mapped, sub=UUID)

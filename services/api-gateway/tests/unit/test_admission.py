@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Sequence
 import httpx2
 import pytest
 
-from api_gateway_testing import Client, Command, Gateway, Running, Stream, accept
+from api_gateway_testing.gateway import Client, Gateway, Running
+from api_gateway_testing.replies import Command, accept
+from api_gateway_testing.services import Stream
 from scanfleet.contracts.messages import CommandReply
 
 BODY = {"subnet_ids": [5], "policy_id": 3}

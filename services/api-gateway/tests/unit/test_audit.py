@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from api_gateway_testing import Gateway, Running
+from api_gateway_testing.gateway import Gateway, Running
 from scanfleet.contracts.messages import Audited, AuditEntry
 from scanfleet.contracts.messages.envelope import decode
 from scanfleet.contracts.messages.topics import SCAN_AUDIT

@@ -12,7 +12,8 @@ import httpx2
 import pytest
 from prometheus_client import REGISTRY
 
-from api_gateway_testing import Command, Gateway, Running, accept, job, silence
+from api_gateway_testing.gateway import Gateway, Running
+from api_gateway_testing.replies import Command, accept, job, silence
 from scanfleet.contracts.messages import CancelJob, CommandAccepted, CommandRejected, CommandReply, SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_REPLIES
 from scanfleet.security.auth import Principal
@@ -208,7 +209,7 @@ async def test_command_rejected_before_its_expiry_returns_the_rejection(hasty: R
 async def test_command_with_an_unknown_outcome_is_503(hasty: Running, answer: httpx2.Response | None) -> None:
     """If the orchestrator cannot determine the outcome of a command, the 503 gives that reason and names the Idempotency-Key."""
     if answer is None:
-        hasty.services.away.add("orchestrator")
+        hasty.services.unavailable.add("orchestrator")
     else:
         hasty.services.verdict = answer
     response = await hasty.client.post("/api/v1/task", json=BODY)
@@ -221,9 +222,9 @@ async def test_command_with_an_unknown_outcome_is_503(hasty: Running, answer: ht
 async def test_command_that_was_not_published_is_expired(gateway: Running) -> None:
     """A command whose publication failed may still be delivered, so it is expired as well."""
     gateway.services.verdict = httpx2.Response(200, json={"state": "expired"})
-    gateway.broker.away = True
+    gateway.broker.unavailable = True
     answer = await gateway.client.post("/api/v1/task", json=BODY)
-    gateway.broker.away = False
+    gateway.broker.unavailable = False
     assert answer.status_code == 503
     assert "will not be" in answer.json()["error"]
 
@@ -388,7 +389,7 @@ async def test_cancel_tasks_with_an_ambiguous_body_is_refused(gateway: Running, 
 async def test_cancel_tasks_without_the_orchestrator_is_503(gateway: Running, answer: httpx2.Response | None) -> None:
     """While the orchestrator is unavailable, or its response is invalid, the response is 503 with Retry-After."""
     if answer is None:
-        gateway.services.away.add("orchestrator")
+        gateway.services.unavailable.add("orchestrator")
     else:
         gateway.services.on("POST", CANCEL, answer)
     response = await gateway.client.post("/api/v1/task/cancel", json={"all": True})

@@ -19,7 +19,9 @@ from prometheus_client import REGISTRY
 from starlette.types import Message
 
 from api_gateway.handlers.events import KEPT_JOBS, MAX_WAITING, Subscription, Subscriptions
-from api_gateway_testing import Client, Gateway, Running, Stream, job
+from api_gateway_testing.gateway import Client, Gateway, Running
+from api_gateway_testing.replies import job
+from api_gateway_testing.services import Stream
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     JobCancelled,
@@ -311,14 +313,14 @@ async def test_stream_without_the_current_state_is_503(running: tuple[Running, M
     gateway, _ = running
     gateway.services.on("GET", LATEST, httpx2.Response(200, content=content))
     answers = [await gateway.client.get(EVENTS)]
-    gateway.services.away.add("orchestrator")
+    gateway.services.unavailable.add("orchestrator")
     answers.append(await gateway.client.get(EVENTS))
     assert [(answer.status_code, "Retry-After" in answer.headers) for answer in answers] == [(503, True)] * 2
 
 
 async def unready(gateway: Running) -> None:
     """Make the broker unavailable, and wait until the gateway has noticed."""
-    gateway.broker.away = True
+    gateway.broker.unavailable = True
     async with asyncio.timeout(LIMIT_SECONDS):
         while gateway.app.state.gateway.events.ready:
             gateway.broker.notify()
@@ -349,7 +351,7 @@ async def test_stream_that_loses_a_dependency_or_its_token_ends(loss: str) -> No
         if loss == "broker":
             await unready(gateway)
         elif loss == "orchestrator":
-            gateway.services.away.add("orchestrator")
+            gateway.services.unavailable.add("orchestrator")
         else:
             gateway.services.revoked.append(Revoked(jti=None, sub=None, user_id=7, issued_before=utc_now()))
             await gateway.app.state.verifier._revoked.refresh()
@@ -610,7 +612,7 @@ async def test_stream_of_all_jobs_sends_the_state_of_a_lost_event() -> None:
         assert await watcher.next() == "heartbeat"
         since = f"{THEN - timedelta(minutes=1):%FT%TZ}"
         assert asked(gateway)[1] == {"changed_since": since, "ended_since": since}
-        gateway.services.away.add("orchestrator")
+        gateway.services.unavailable.add("orchestrator")
         assert await watcher.news() == "end"
         await watcher.running
 

@@ -11,7 +11,8 @@ import httpx2
 import pytest
 
 from api_gateway.upstream import SMALL_BYTES
-from api_gateway_testing import Client, Gateway, Running, Stream
+from api_gateway_testing.gateway import Client, Gateway, Running
+from api_gateway_testing.services import Stream
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.rest import RESOURCES, ExportedJob
@@ -212,7 +213,7 @@ async def test_query_that_is_too_long_is_400(gateway: Running) -> None:
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
 async def test_forward_to_an_unavailable_service_is_503(gateway: Running, method: str, path: str) -> None:
     """While the orchestrator is unavailable its routes are answered 503 with Retry-After."""
-    gateway.services.away.add("orchestrator")
+    gateway.services.unavailable.add("orchestrator")
     answer = await gateway.client.request(method, path, json={})
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1
@@ -293,7 +294,7 @@ async def test_results_refused_by_the_orchestrator_return_its_error(gateway: Run
 @pytest.mark.parametrize("host", ["orchestrator", "result-store"])
 async def test_results_without_a_service_are_503(gateway: Running, host: str) -> None:
     """Results need both services; while one is unavailable the response is 503 with Retry-After."""
-    gateway.services.away.add(host)
+    gateway.services.unavailable.add(host)
     answer = await gateway.client.get("/api/v1/task/41/results")
     assert answer.status_code == 503
     assert "Retry-After" in answer.headers

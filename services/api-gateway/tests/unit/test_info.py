@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from api_gateway.upstream import LIMITS_RETRY_SECONDS, LIMITS_SECONDS, ScanLimits
-from api_gateway_testing import Gateway, Running
+from api_gateway_testing.gateway import Gateway, Running
 from scanfleet import VERSION
 from scanfleet.contracts import rest
 from scanfleet.errors import DependencyError
@@ -57,19 +57,19 @@ async def test_info_without_a_client_id_names_only_tokens() -> None:
 async def test_info_before_the_orchestrator_answered_is_503() -> None:
     """Without limits from the orchestrator the response is an error."""
     async with Gateway().run() as gateway:
-        gateway.services.away.add("orchestrator")
+        gateway.services.unavailable.add("orchestrator")
         answer = await gateway.client.get("/api/v1/info")
         assert (answer.status_code, set(answer.json())) == (503, {"error"})
 
 
 async def test_scan_limits_are_read_once_a_minute() -> None:
     """Callers without a token cost the orchestrator one query a minute, and one a second during an outage."""
-    now, asked, away = 0.0, 0, False
+    now, asked, unavailable = 0.0, 0, False
 
     async def ask() -> rest.ScanLimits:
         nonlocal asked
         asked += 1
-        if away:
+        if unavailable:
             raise DependencyError("unavailable")
         return LIMITS
 
@@ -77,7 +77,7 @@ async def test_scan_limits_are_read_once_a_minute() -> None:
     for _ in range(3):
         assert await limits.read() == LIMITS
     assert asked == 1
-    now, away = LIMITS_SECONDS + 1, True
+    now, unavailable = LIMITS_SECONDS + 1, True
     for _ in range(3):
         assert await limits.read() == LIMITS
     assert asked == 2

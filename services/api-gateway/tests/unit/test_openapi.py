@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from api_gateway_testing import Client, Gateway, Running
+from api_gateway_testing.gateway import Client, Gateway, Running
 from scanfleet.contracts import rest
 
 PATHS = {
@@ -219,10 +219,10 @@ async def test_path_that_no_ingress_passes_on_is_404(gateway: Running, path: str
 
 async def test_readiness_until_each_service_has_been_ready_is_503(gateway: Running) -> None:
     """The gateway is unready until the orchestrator and result-store have each been ready once, over their own addresses."""
-    gateway.services.away.update({"orchestrator", "result-store"})
+    gateway.services.unavailable.update({"orchestrator", "result-store"})
     answer = await gateway.probes.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: job-orchestrator, result-store"})
-    gateway.services.away.clear()
+    gateway.services.unavailable.clear()
     gateway.services.on(
         "GET", "http://orchestrator/internal/ready", httpx2.Response(503, json={"error": "unavailable: bus"})
     )
@@ -235,15 +235,15 @@ async def test_readiness_until_each_service_has_been_ready_is_503(gateway: Runni
 async def test_readiness_in_a_later_outage_of_a_service_stays_200(gateway: Running) -> None:
     """The gateway stays ready when a service becomes unavailable later; only requests that need it are answered 503."""
     assert (await gateway.probes.get("/readyz")).status_code == 200
-    gateway.services.away.update({"orchestrator", "result-store"})
+    gateway.services.unavailable.update({"orchestrator", "result-store"})
     assert (await gateway.probes.get("/readyz")).status_code == 200
 
 
 async def test_readiness_without_the_bus_is_503(gateway: Running) -> None:
     """The gateway is unready, and healthy, while its bus is unavailable."""
-    gateway.broker.away = True
+    gateway.broker.unavailable = True
     answer = await gateway.probes.get("/readyz")
-    gateway.broker.away = False
+    gateway.broker.unavailable = False
     assert (answer.status_code, answer.json()) == (503, {"error": "unavailable: bus"})
     assert (await gateway.probes.get("/healthz")).status_code == 200
 

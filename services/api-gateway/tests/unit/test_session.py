@@ -14,7 +14,7 @@ import pytest
 from cryptography.fernet import Fernet
 
 from api_gateway.api.session import COOKIE, Sessions
-from api_gateway_testing import Gateway, Running
+from api_gateway_testing.gateway import Gateway, Running
 from scanfleet.security.auth import Principal
 
 SESSION = "/api/v1/session"
@@ -191,7 +191,7 @@ async def test_session_that_ends_is_cleared_and_recorded(gateway: Running) -> No
 
 async def test_session_that_cannot_be_recorded_does_not_begin(gateway: Running) -> None:
     """While the audit log is unavailable no session begins."""
-    gateway.services.away.add("orchestrator")
+    gateway.services.unavailable.add("orchestrator")
     answer = await gateway.client.post(SESSION)
     assert answer.status_code == 503
     assert "Set-Cookie" not in answer.headers

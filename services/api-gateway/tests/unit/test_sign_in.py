@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from api_gateway.api.session import COOKIE, MAX_COOKIE_BYTES, Sessions
 from api_gateway.api.sign_in import LOGIN_COOKIE
 from api_gateway.auth import SignIn
-from api_gateway_testing import Gateway, Running
+from api_gateway_testing.gateway import Gateway, Running
 from scanfleet.contracts.messages import Audited, AuditEntry
 from scanfleet.contracts.messages.envelope import decode
 from scanfleet.contracts.messages.topics import SCAN_AUDIT
@@ -410,9 +410,9 @@ async def test_sign_in_without_the_orchestrator_shows_that_it_is_unavailable(bot
     """While the session cannot be recorded, or revocations are unknown, the page shows that sign-in is unavailable."""
     gateway, provider = both
     location, kept = await login(gateway)
-    gateway.services.away.add("orchestrator")
+    gateway.services.unavailable.add("orchestrator")
     failed(await come_back(gateway, provider.authorize(location), kept), "unavailable")
-    gateway.services.away.clear()
+    gateway.services.unavailable.clear()
 
     async def verify(_token: str) -> None:
         raise UnavailableError("the list of revoked tokens is unavailable; try again")
@@ -474,10 +474,10 @@ async def test_session_whose_refresh_is_not_recorded_keeps_its_refresh_token(bot
     location, kept = await login(gateway)
     session = cookies(await come_back(gateway, provider.authorize(location), kept))[COOKIE]
     provider.asked.clear()
-    gateway.services.away.add("orchestrator")
+    gateway.services.unavailable.add("orchestrator")
     assert (await refresh(gateway, session)).status_code == 503
     assert provider.asked == []
-    gateway.services.away.clear()
+    gateway.services.unavailable.clear()
     assert (await refresh(gateway, session)).status_code == 204
 
 

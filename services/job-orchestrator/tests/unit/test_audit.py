@@ -101,11 +101,11 @@ async def test_change_without_an_audit_entry_is_a_503_and_not_made(
     await ask("POST /api/v1/subnet", SUBNET)
     before = await simulation.store.subnets.page(7, 0, 10)
 
-    async def away(_entries: object) -> None:
+    async def unavailable(_entries: object) -> None:
         raise DependencyError("no disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(simulation.store.audit, "add", away)
+        patch.setattr(simulation.store.audit, "add", unavailable)
         answer = await ask._http.request(*request_.split(" "), json=SUBNET | {"name": "new"}, headers=ISSUER.bearer(7))
     assert answer.status_code == 503
     assert await simulation.store.subnets.page(7, 0, 10) == before

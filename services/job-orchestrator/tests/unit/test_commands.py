@@ -514,10 +514,7 @@ async def recorded_scan(simulation: Simulation) -> RecordingPublisher:
     publisher = RecordingPublisher(simulation.bus)
     simulation.replicas = [simulation.replica(publisher=publisher)]
     simulation.worker.hold = True
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit()
-    await simulation.settle()
+    await simulation.start_scan()
     return publisher
 
 
@@ -533,10 +530,7 @@ async def test_reply_to_a_cancel_follows_the_stops(simulation: Simulation) -> No
 async def test_bulk_cancel_that_fails_stops_the_scans_all_the_same(simulation: Simulation) -> None:
     """A bulk cancel that cannot read the chunks fails, and the work loop stops the scans of the jobs that it has ended."""
     simulation.worker.hold = True
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.8.0/30")
-    await simulation.settle()
+    await simulation.start_scan("127.9.8.0/30")
 
     async def unavailable(*_: object, **__: object) -> None:
         raise DependencyError("unavailable")
@@ -695,10 +689,10 @@ async def test_batch_of_cancels_costs_a_fixed_number_of_writes(
 async def test_command_is_answered_after_the_broker_was_unavailable(simulation: Simulation) -> None:
     """A command whose reply cannot be published is carried out, and the reply is returned when the gateway requests it."""
     command = await simulation.submit()
-    simulation.bus.broker.away = True
+    simulation.bus.broker.unavailable = True
     await simulation.hand(SCAN_COMMANDS, simulation.take(SCAN_COMMANDS))
     assert await jobs_of(simulation) == [1]
-    simulation.bus.broker.away = False
+    simulation.bus.broker.unavailable = False
     reply = await simulation.only.commands.expire(command, 7)
     assert isinstance(reply, CommandAccepted)
     assert [job.id for job in reply.jobs] == [1]

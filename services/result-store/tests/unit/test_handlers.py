@@ -36,10 +36,10 @@ class Answers:
 
     def __init__(self) -> None:
         self.sent: list[Message] = []
-        self.away = False
+        self.unavailable = False
 
     async def publish(self, topic: Topic, messages: Iterable[Message]) -> None:
-        if self.away:
+        if self.unavailable:
             raise DependencyError("the broker is unavailable")
         assert topic is SCAN_STORED
         self.sent += messages
@@ -166,10 +166,10 @@ async def test_handle_publish_failure_is_repaired_by_the_next_report(
 ) -> None:
     """A reply that cannot be published delays nothing: the orchestrator asks again, and that report is answered."""
     records = Log().append(host("127.9.8.0"), scanned("a"), scanned("a", attempt=2))
-    answers.away = True
+    answers.unavailable = True
     await handler.handle(records[:2])
     assert store.chunks
-    answers.away = False
+    answers.unavailable = False
     await handler.handle(records[2:])
     assert answers.sent == [stored("a")]
 

@@ -613,10 +613,10 @@ async def test_worker_unacknowledged_heartbeats_stop_the_scan(
         await rig.send(make_chunk(lease_seconds=3.0))
         await until(lambda: rig.messages(SCAN_RESULTS, HostScanned))
         began = asyncio.get_running_loop().time()
-        rig.bus.broker.away = True
+        rig.bus.broker.unavailable = True
         await until(lambda: rig.scanner.closed)
         assert asyncio.get_running_loop().time() - began < 3.0
-        rig.bus.broker.away = False
+        rig.bus.broker.unavailable = False
         await until(lambda: "ChunkReleased" in rig.progress())
         assert (rig.last().outcomes, rig.last().unacknowledged) == ("a...", True)  # type: ignore[attr-defined] # another kind of message fails the test
 

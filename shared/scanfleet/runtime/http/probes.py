@@ -58,11 +58,11 @@ class Probes:
     async def missing(self) -> list[str]:
         """Return the names of unavailable dependencies, `bus` for a background part; empty when ready."""
         ready = all(watched.alive and watched.ready for watched in self._watched)
-        away = await asyncio.gather(*(self._away(name, check) for name, check in self._checks.items()))
-        return [name for name in away if name] + ([] if ready else ["bus"])
+        unavailable = await asyncio.gather(*(self._unavailable(name, check) for name, check in self._checks.items()))
+        return [name for name in unavailable if name] + ([] if ready else ["bus"])
 
     @staticmethod
-    async def _away(name: str, check: Check) -> str | None:
+    async def _unavailable(name: str, check: Check) -> str | None:
         try:
             await asyncio.wait_for(check(), CHECK_TIMEOUT_SECONDS)
         except (DependencyError, TimeoutError, OSError) as error:
