@@ -80,14 +80,10 @@ class MemoryStore:
 
         for host, first_id in sorted(self.hosts.values(), key=order):
             self._check_kept(job_id)
-            scanned = host.scanned
-            chunk = self.chunks.get(scanned.chunk_id)
             if (
-                scanned.job_id == job_id
-                and user_id in (None, scanned.user_id)
+                self._counts(host, job_id, user_id)
                 and host.result_count
                 and (after is None or first_id + host.result_count > after + 1)
-                and (chunk is None or chunk.counts(scanned.address))
             ):
                 found = host.results(first_id)
                 yield found if raw else [result.model_copy(update={"raw_data": ""}) for result in found]
@@ -104,15 +100,12 @@ class MemoryStore:
     ) -> AsyncIterator[Host]:
         for host, _ in sorted(self.hosts.values(), key=lambda each: each[0].key):
             self._check_kept(job_id)
-            scanned = host.scanned
-            chunk = self.chunks.get(scanned.chunk_id)
+            address = host.scanned.address
             if (
-                scanned.job_id == job_id
-                and user_id in (None, scanned.user_id)
+                self._counts(host, job_id, user_id)
                 and host.found
-                and (after is None or address_key(scanned.address) > address_key(after))
-                and (within is None or ip_address(scanned.address) in within)
-                and (chunk is None or chunk.counts(scanned.address))
+                and (after is None or address_key(address) > address_key(after))
+                and (within is None or ip_address(address) in within)
             ):
                 yield host
         self._check_kept(job_id)
@@ -123,6 +116,16 @@ class MemoryStore:
             if chunk.job_id == job_id and user_id in (None, chunk.user_id):
                 yield chunk
         self._check_kept(job_id)
+
+    def _counts(self, host: Host, job_id: int, user_id: int | None) -> bool:
+        """Return whether the job is the user's, and the host counts in its chunk if that is closed."""
+        scanned = host.scanned
+        chunk = self.chunks.get(scanned.chunk_id)
+        return (
+            scanned.job_id == job_id
+            and user_id in (None, scanned.user_id)
+            and (chunk is None or chunk.counts(scanned.address))
+        )
 
     def _check_kept(self, job_id: int) -> None:
         if job_id in self.marks:

@@ -1163,10 +1163,7 @@ async def test_map_tag_of_a_settled_job_changes_with_a_late_report(
         return await api.raw("GET", "/api/v1/task/1/map", headers=ISSUER.bearer() | {"If-None-Match": tag})
 
     simulation.worker.hold = True
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.8.0/30")
-    await simulation.settle()
+    await simulation.start_scan("127.9.8.0/30")
     (task,) = simulation.worker.tasks
     await simulation.worker.claim(task)
     await simulation.cancel(1)
@@ -1298,9 +1295,9 @@ async def test_jobs_are_cancelled_while_the_bus_is_unavailable(
 ) -> None:
     """Without the bus jobs are cancelled all the same, and their events are published once it is back."""
     await store.jobs.insert([scan_job(1)])
-    simulation.bus.broker.away = True
+    simulation.bus.broker.unavailable = True
     assert (await api("POST /internal/jobs/cancel", {"all": True}))["job_ids"] == [1]
-    simulation.bus.broker.away = False
+    simulation.bus.broker.unavailable = False
     await simulation.only.outbox.publish(
         await store.jobs.with_old_events(utc_now() + timedelta(hours=1), 10, range(12))
     )

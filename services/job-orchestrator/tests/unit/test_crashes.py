@@ -192,10 +192,7 @@ Scenario = Callable[[CrashingSimulation], Awaitable[None]]
 
 async def scan(simulation: CrashingSimulation) -> None:
     """Two jobs are submitted, scanned and completed."""
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.8.0/30", "127.9.9.0/31", policy=scan_policy(ports="1-3000"))
-    await simulation.settle()
+    await simulation.start_scan("127.9.8.0/30", "127.9.9.0/31", policy=scan_policy(ports="1-3000"))
     await simulation.mend()
     jobs = await simulation.jobs()
     assert [job.status for job in jobs] == [JobStatus.COMPLETED] * 2
@@ -211,10 +208,7 @@ async def scan(simulation: CrashingSimulation) -> None:
 async def lose(simulation: CrashingSimulation) -> None:
     """A worker fails a chunk, releases it, loses results of it, and gets it done at last."""
     simulation.worker.hold = True
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit()
-    await simulation.settle()
+    await simulation.start_scan()
     await simulation.mend()
     await simulation.worker.claim(simulation.worker.tasks[-1])
     await simulation.worker.fail(simulation.worker.tasks[-1], outcomes="a...")
@@ -239,10 +233,7 @@ async def lose(simulation: CrashingSimulation) -> None:
 async def cancel(simulation: CrashingSimulation) -> None:
     """A running job of several chunks is cancelled, and its worker is stopped."""
     simulation.worker.hold = True
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.8.0/24", policy=scan_policy(ports="1-3000"))
-    await simulation.settle()
+    await simulation.start_scan("127.9.8.0/24", policy=scan_policy(ports="1-3000"))
     await simulation.mend()
     running = simulation.worker.tasks[-1]
     await simulation.worker.claim(running)
@@ -262,10 +253,7 @@ async def cancel(simulation: CrashingSimulation) -> None:
 async def fail(simulation: CrashingSimulation) -> None:
     """A job fails because three attempts on its address fail."""
     simulation.worker.hold = True
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.8.1/32")
-    await simulation.settle()
+    await simulation.start_scan("127.9.8.1/32")
     for _ in range(3):
         await simulation.mend()
         await simulation.worker.claim(simulation.worker.tasks[-1])

@@ -72,10 +72,7 @@ def simulation() -> Simulation:
 
 async def test_task_contains_chunk_token_lease_and_policy(simulation: Simulation) -> None:
     """A ScanChunk contains the chunk's addresses, map, ports, token and lease, and the job's policy."""
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.8.0/30", policy=scan_policy(ports="22,80", max_rate=100))
-    await simulation.settle()
+    await simulation.start_scan("127.9.8.0/30", policy=scan_policy(ports="22,80", max_rate=100))
     (task,) = simulation.worker.tasks
     stored = await chunk_of(simulation)
     job = (await simulation.store.jobs.get([1]))[1]
@@ -111,10 +108,7 @@ async def test_dispatch_of_a_job_whose_script_was_withdrawn_fails_it() -> None:
 @pytest.mark.proves("G19")
 async def test_fill_dispatched_chunk_carries_a_valid_grant(simulation: Simulation) -> None:
     """The grant of a dispatched chunk covers the end that its worker may report, and no other chunk's."""
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.8.0/30")
-    await simulation.settle()
+    await simulation.start_scan("127.9.8.0/30")
     (task,) = simulation.worker.tasks
     token = {**task.token._asdict(), "first_address": task.first_address}
     end = ChunkScanned(**token, outcomes="asdt", slot_seconds=1, technique="connect", grant=task.grant)
@@ -154,10 +148,7 @@ async def test_chunks_are_prefetched_by_the_time_of_finished_ones(
     simulation: Simulation, *, cidr: str, ports: str, estimate: float, held: int, seconds: int, held_later: int
 ) -> None:
     """Once chunks of a job have finished, their time decides about its other chunks, and the estimate no longer."""
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit(cidr, policy=scan_policy(ports=ports, timing=4))
-    await simulation.settle()
+    await simulation.start_scan(cidr, policy=scan_policy(ports=ports, timing=4))
     assert [task.estimate_seconds for task in simulation.worker.tasks] == [estimate] * held
     for _ in range(3):
         ended = len(simulation.worker.tasks)
@@ -329,10 +320,7 @@ async def test_chunk_without_a_route_is_dispatched_to_each_instance(*, route: bo
 async def test_rates_of_a_job_add_up_to_its_max_rate(simulation: Simulation, max_rate: int, width: int) -> None:
     """The concurrent nmap processes of a job share its `max_rate`, whatever the number of free slots."""
     simulation.worker.slots = 20
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000", max_rate=max_rate))
-    await simulation.settle()
+    await simulation.start_scan("127.9.0.0/20", policy=scan_policy(ports="1-1000", max_rate=max_rate))
     assert len(tasks(simulation)) == width
     assert sum(task.max_rate or 0 for task in tasks(simulation)) <= max_rate
     for number in range(1, 4):
@@ -353,10 +341,7 @@ async def test_job_of_few_chunks_at_once_uses_its_max_rate(
 ) -> None:
     """A job that has fewer chunks at once than its `max_rate` allows shares it among these."""
     simulation.worker.slots = 20
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit(cidr, policy=scan_policy(ports=ports, max_rate=5_000))
-    await simulation.settle()
+    await simulation.start_scan(cidr, policy=scan_policy(ports=ports, max_rate=5_000))
     assert [task.max_rate for task in tasks(simulation)] == rates
 
 
@@ -364,10 +349,7 @@ async def test_job_of_few_chunks_at_once_uses_its_max_rate(
 async def test_port_blocks_of_an_address_are_scanned_one_at_a_time(simulation: Simulation) -> None:
     """All ports of a host are scanned block after block, whatever the number of free slots."""
     simulation.worker.slots = 20
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.8.1/32", policy=scan_policy(ports="1-65535"))
-    await simulation.settle()
+    await simulation.start_scan("127.9.8.1/32", policy=scan_policy(ports="1-65535"))
     for number in range(1, 9):
         assert len(tasks(simulation)) == number
         await simulation.worker.claim(tasks(simulation)[-1])
@@ -498,10 +480,7 @@ async def test_user_is_charged_the_measured_time_once(simulation: Simulation) ->
 
 async def test_user_is_charged_for_the_blanks_of_an_attempt(simulation: Simulation) -> None:
     """The next attempt on a chunk is expected to take as long as its blanks need, for its user and for the worker."""
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.8.0/28")
-    await simulation.settle()
+    await simulation.start_scan("127.9.8.0/28")
     (first,) = simulation.worker.tasks
     await simulation.worker.release(first, "s" * 15 + ".")
     await simulation.settle()
@@ -528,10 +507,7 @@ async def test_jobs_of_one_user_alternate(simulation: Simulation) -> None:
 async def test_new_job_does_not_overtake_one_without_queued_chunks(simulation: Simulation) -> None:
     """A job whose `max_rate` allows one open chunk alternates with a new job of its user, however many chunks have ended."""
     simulation.worker.slots = 1
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.0.0/20", policy=scan_policy(ports="1-1000", max_rate=100))
-    await simulation.settle()
+    await simulation.start_scan("127.9.0.0/20", policy=scan_policy(ports="1-1000", max_rate=100))
 
     async def end_chunks(number: int) -> None:
         for _ in range(number):

@@ -238,10 +238,7 @@ async def counting() -> tuple[Simulation, CountingChunks, ScanChunk]:
     store.chunks = chunks = CountingChunks(store.data)
     simulation = Simulation(store)
     simulation.worker.hold = True
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit()
-    await simulation.settle()
+    await simulation.start_scan()
     task = await claimed(simulation, simulation.worker.tasks[0])
     chunks.read = chunks.saved = 0
     return simulation, chunks, task

@@ -286,10 +286,7 @@ async def cancelled() -> tuple[Simulation, ReadingChunks, list[ScanChunk]]:
     simulation = Simulation(store)
     simulation.worker.slots = 2
     simulation.worker.hold = True
-    await simulation.start()
-    await simulation.worker.announce()
-    await simulation.submit("127.9.0.0/16", policy=scan_policy(ports="1-60000"))
-    await simulation.settle()
+    await simulation.start_scan("127.9.0.0/16", policy=scan_policy(ports="1-60000"))
     for task in simulation.worker.tasks:
         await simulation.worker.claim(task)
     await simulation.settle()
