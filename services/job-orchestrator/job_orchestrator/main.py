@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -43,6 +44,7 @@ from job_orchestrator.handlers.reports.progress import Progress
 from job_orchestrator.handlers.reports.verdicts import Verdicts
 from job_orchestrator.repository import MongoStore, read_time
 from job_orchestrator.settings import Settings
+from scanfleet.contracts.messages import AuditEntry
 from scanfleet.contracts.messages.topics import (
     OPERATOR,
     SCAN_AUDIT,
@@ -57,7 +59,7 @@ from scanfleet.contracts.messages.topics import (
 from scanfleet.contracts.user_grants import UserGrants
 from scanfleet.kafka import KafkaBus
 from scanfleet.runtime import logging, mongo, service, tracing
-from scanfleet.runtime.bus import Consumer, Handler, M, Publisher
+from scanfleet.runtime.bus import Bus, Consumer, Handler, M, Publisher
 from scanfleet.runtime.loop import Loop
 from scanfleet.runtime.startup import Startup
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS
@@ -72,189 +74,238 @@ _SEAL_SECONDS = 5.0  # interval within which a removed entry would not be detect
 _TIME_SECONDS = 1.0  # interval of reading the database's time; clock drift within it is negligible
 
 
+@dataclass(eq=False)
 class Orchestrator:
-    """The handlers and loops of a replica, with one store and one bus."""
+    """The handlers and loops of a replica, with one store and one bus.
 
-    def __init__(
-        self,
-        store: Store,
-        publisher: Publisher,
-        *,
-        leaderless: Callable[[Topic], Collection[int]],
-        rules: TargetRules,
-        keys: ChainKeys,
-        signer: Signer,
-        scripts: AbstractSet[str] = ADMITTED_SCRIPTS,
-        clock: PlatformTime,
-        lease_seconds: float,
-        stored_seconds: float,
-        raw_worker_seconds: float,
-        max_workers: int,
-        grants: UserGrants | None = None,
-        quotas: Quotas,
-        keep: timedelta | None,
-        deletes_per_second: int,
-    ) -> None:
-        faults = Faults()
-        self.accounts = AccountCache(store.dispatch, clock, self._alone)
-        held = HeldChunks(store.dispatch, clock, self._alone, lambda: leaderless(SCAN_PROGRESS), lease_seconds)
-        changer = ChunkChanger(store.chunks, self.accounts, held, lambda: self.progress.partitions, clock)
-        self.grants = JobGrants(grants, rules.nat64)
-        self.outbox = Outbox(store.jobs, publisher)
-        self.reporter = Reporter(
-            jobs=store.jobs,
-            chunks=store.chunks,
-            publisher=publisher,
-            outbox=self.outbox,
-            faults=faults,
-            clock=clock,
-        )
-        canceller = ChunkCanceller(chunks=store.chunks, changer=changer, publisher=publisher, clock=clock)
-        self.reconciler = Reconciler(
-            jobs=store.jobs,
-            chunks=store.chunks,
-            changer=changer,
-            dispatch=store.dispatch,
-            canceller=canceller,
-            outbox=self.outbox,
-            reporter=self.reporter,
-            faults=faults,
-            wake=lambda users: self.dispatcher.wake(made=users),
-            clock=clock,
-        )
-        self.backlog = Backlog(store.jobs, clock)
-        self.checks = Checks(rules=rules, scripts=scripts, grants=grants, quotas=quotas)
-        self.submits = Submits(
-            jobs=store.jobs,
-            dispatch=store.dispatch,
-            policies=store.policies,
-            subnets=store.subnets,
-            checks=self.checks,
-            clock=clock,
-        )
-        self.cancels = Cancels(
-            commands=store.commands,
-            jobs=store.jobs,
-            canceller=canceller,
-            outbox=self.outbox,
-            reconciler=self.reconciler,
-            faults=faults,
-            clock=clock,
-        )
-        self.commands = Commands(
-            commands=store.commands,
-            jobs=store.jobs,
-            audit=store.audit,
-            publisher=publisher,
-            outbox=self.outbox,
-            reconciler=self.reconciler,
-            submits=self.submits,
-            cancels=self.cancels,
-            clock=clock,
-        )
-        self.deletions = Deletions(
-            jobs=store.jobs,
-            deletions=store.deletions,
-            retention=store.retention,
-            chunks=store.chunks,
-            audit=store.audit,
-            keys=keys,
-            publisher=publisher,
-            outbox=self.outbox,
-            clock=clock,
-            cancel_chunks=canceller.cancel_page,
-            keep=keep,
-            per_second=deletes_per_second,
-        )
-        self.progress = Progress(
-            dispatch=store.dispatch,
-            changer=changer,
-            publisher=publisher,
-            reconciler=self.reconciler,
-            wake=lambda: self.dispatcher.wake(),  # noqa: PLW0108 # the dispatcher is created below
-            lease_seconds=lease_seconds,
-            stored_seconds=stored_seconds,
-            clock=clock,
-        )
-        self.fleet = Fleet(
-            dispatch=store.dispatch,
-            held=held,
-            lease_seconds=lease_seconds,
-            max_workers=max_workers,
-            clock=clock,
-            requeue_lost=self.progress.requeue_lost,
-            wake=lambda: self.dispatcher.wake(),  # noqa: PLW0108 # the dispatcher is created below
-        )
-        skips = Skips(store.jobs, clock)
-        sender = AttemptSender(
-            jobs=store.jobs,
-            chunks=store.chunks,
-            deletions=store.deletions,
-            audit=store.audit,
-            changer=changer,
-            held=held,
-            publisher=publisher,
-            signer=signer,
-            scripts=scripts,
-            lease_seconds=lease_seconds,
-            clock=clock,
-            give_up=self.reconciler.give_up,
-            grants=self.grants,
-            skips=skips,
-        )
-        self.dispatcher = Dispatcher(
-            dispatch=store.dispatch,
-            accounts=self.accounts,
-            held=held,
-            fleet=self.fleet,
-            skips=skips,
-            sender=sender,
-            clock=clock,
-        )
-        self.sweeper = Sweeper(
-            jobs=store.jobs,
-            chunks=store.chunks,
-            dispatch=store.dispatch,
-            deletions=store.deletions,
-            changer=changer,
-            publisher=publisher,
-            outbox=self.outbox,
-            reporter=self.reporter,
-            faults=faults,
-            reconciler=self.reconciler,
-            partitions=lambda: self.progress.partitions,
-            clock=clock,
-            signer=signer,
-            stored_seconds=stored_seconds,
-            raw_worker_seconds=raw_worker_seconds,
-            grants=self.grants,
-        )
-        verdicts = Verdicts(
-            changer=changer,
-            publisher=publisher,
-            reconciler=self.reconciler,
-            wake=self.dispatcher.wake,
-            clock=clock,
-        )
+    Attributes:
+        handlers: by topic.
+        request_loops: continue what requests began, so that every replica runs them.
+        job_loops: carry jobs on, on replicas that consume topics.
+    """
+
+    store: Store
+    publisher: Publisher
+    _: KW_ONLY
+    leaderless: Callable[[Topic], Collection[int]]
+    rules: TargetRules
+    keys: ChainKeys
+    signer: Signer
+    scripts: AbstractSet[str] = ADMITTED_SCRIPTS
+    clock: PlatformTime
+    lease_seconds: float
+    stored_seconds: float
+    raw_worker_seconds: float
+    max_workers: int
+    user_grants: UserGrants | None = None
+    quotas: Quotas
+    keep: timedelta | None
+    deletes_per_second: int
+
+    def __post_init__(self) -> None:
+        self.grants = JobGrants(self.user_grants, self.rules.nat64)
+        self._faults = Faults()
+        self._build_chunks()
+        self._build_jobs()
+        self._build_commands()
+        self._build_reports()
+        self._build_dispatch()
         self.handlers = dict(
             (
                 _handled(SCAN_COMMANDS, self.commands),
                 _handled(SCAN_DELETIONS, self.deletions),
                 _handled(SCAN_WORKERS, self.fleet),
                 _handled(SCAN_PROGRESS, self.progress),
-                _handled(SCAN_STORED, verdicts),
-                *(_handled(topic, Audit(store.audit, service)) for service, topic in SCAN_AUDIT.items()),
-                _handled(SCAN_AUDIT_OPERATOR, Audit(store.audit, OPERATOR)),
+                _handled(SCAN_STORED, self.verdicts),
+                *(_handled(topic, Audit(self.store.audit, service)) for service, topic in SCAN_AUDIT.items()),
+                _handled(SCAN_AUDIT_OPERATOR, Audit(self.store.audit, OPERATOR)),
             )
         )
         sweep = Loop("sweep", _SWEEP_SECONDS, self.sweeper.sweep, vital=False)
         self.request_loops = (self.reconciler.loop, self.outbox.loop, self.deletions.loop, self.accounts.loop)
-        """They continue what requests began, so that every replica runs them."""
         self.job_loops = (self.reporter.loop, self.dispatcher.loop, sweep)
+
+    @property
+    def state(self) -> State:
+        """The parts that the API uses."""
+        return State(
+            self.store,
+            self.commands,
+            self.cancels,
+            self.submits,
+            self.deletions,
+            self.checks,
+            self.backlog,
+            self.grants,
+            self.clock.now,
+        )
+
+    def consumers(self, bus: Bus) -> list[Consumer]:
+        """Create one consumer group per topic: no loop waits for another, and a rebalance of one does not affect the others."""
+        return [bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler) for topic, handler in self.handlers.items()]
+
+    def _build_chunks(self) -> None:
+        self.accounts = AccountCache(self.store.dispatch, self.clock, self._alone)
+        self._held = HeldChunks(
+            self.store.dispatch, self.clock, self._alone, lambda: self.leaderless(SCAN_PROGRESS), self.lease_seconds
+        )
+        self._changer = ChunkChanger(
+            self.store.chunks, self.accounts, self._held, lambda: self.progress.partitions, self.clock
+        )
+        self._canceller = ChunkCanceller(
+            chunks=self.store.chunks, changer=self._changer, publisher=self.publisher, clock=self.clock
+        )
+
+    def _build_jobs(self) -> None:
+        self.outbox = Outbox(self.store.jobs, self.publisher)
+        self.reporter = Reporter(
+            jobs=self.store.jobs,
+            chunks=self.store.chunks,
+            publisher=self.publisher,
+            outbox=self.outbox,
+            faults=self._faults,
+            clock=self.clock,
+        )
+        self.reconciler = Reconciler(
+            jobs=self.store.jobs,
+            chunks=self.store.chunks,
+            changer=self._changer,
+            dispatch=self.store.dispatch,
+            canceller=self._canceller,
+            outbox=self.outbox,
+            reporter=self.reporter,
+            faults=self._faults,
+            wake=self._wake,
+            clock=self.clock,
+        )
+        self.deletions = Deletions(
+            jobs=self.store.jobs,
+            deletions=self.store.deletions,
+            retention=self.store.retention,
+            chunks=self.store.chunks,
+            audit=self.store.audit,
+            keys=self.keys,
+            publisher=self.publisher,
+            outbox=self.outbox,
+            clock=self.clock,
+            cancel_chunks=self._canceller.cancel_page,
+            keep=self.keep,
+            per_second=self.deletes_per_second,
+        )
+        self.sweeper = Sweeper(
+            jobs=self.store.jobs,
+            chunks=self.store.chunks,
+            dispatch=self.store.dispatch,
+            deletions=self.store.deletions,
+            changer=self._changer,
+            publisher=self.publisher,
+            outbox=self.outbox,
+            reporter=self.reporter,
+            faults=self._faults,
+            reconciler=self.reconciler,
+            partitions=lambda: self.progress.partitions,
+            clock=self.clock,
+            signer=self.signer,
+            stored_seconds=self.stored_seconds,
+            raw_worker_seconds=self.raw_worker_seconds,
+            grants=self.grants,
+        )
+
+    def _build_commands(self) -> None:
+        self.backlog = Backlog(self.store.jobs, self.clock)
+        self.checks = Checks(rules=self.rules, scripts=self.scripts, grants=self.user_grants, quotas=self.quotas)
+        self.submits = Submits(
+            jobs=self.store.jobs,
+            dispatch=self.store.dispatch,
+            policies=self.store.policies,
+            subnets=self.store.subnets,
+            checks=self.checks,
+            clock=self.clock,
+        )
+        self.cancels = Cancels(
+            commands=self.store.commands,
+            jobs=self.store.jobs,
+            canceller=self._canceller,
+            outbox=self.outbox,
+            reconciler=self.reconciler,
+            faults=self._faults,
+            clock=self.clock,
+        )
+        self.commands = Commands(
+            commands=self.store.commands,
+            jobs=self.store.jobs,
+            audit=self.store.audit,
+            publisher=self.publisher,
+            outbox=self.outbox,
+            reconciler=self.reconciler,
+            submits=self.submits,
+            cancels=self.cancels,
+            clock=self.clock,
+        )
+
+    def _build_reports(self) -> None:
+        self.progress = Progress(
+            dispatch=self.store.dispatch,
+            changer=self._changer,
+            publisher=self.publisher,
+            reconciler=self.reconciler,
+            wake=self._wake,
+            lease_seconds=self.lease_seconds,
+            stored_seconds=self.stored_seconds,
+            clock=self.clock,
+        )
+        self.verdicts = Verdicts(
+            changer=self._changer,
+            publisher=self.publisher,
+            reconciler=self.reconciler,
+            wake=self._wake,
+            clock=self.clock,
+        )
+
+    def _build_dispatch(self) -> None:
+        self.fleet = Fleet(
+            dispatch=self.store.dispatch,
+            held=self._held,
+            lease_seconds=self.lease_seconds,
+            max_workers=self.max_workers,
+            clock=self.clock,
+            requeue_lost=self.progress.requeue_lost,
+            wake=self._wake,
+        )
+        skips = Skips(self.store.jobs, self.clock)
+        sender = AttemptSender(
+            jobs=self.store.jobs,
+            chunks=self.store.chunks,
+            deletions=self.store.deletions,
+            audit=self.store.audit,
+            changer=self._changer,
+            held=self._held,
+            publisher=self.publisher,
+            signer=self.signer,
+            scripts=self.scripts,
+            lease_seconds=self.lease_seconds,
+            clock=self.clock,
+            give_up=self.reconciler.give_up,
+            grants=self.grants,
+            skips=skips,
+        )
+        self.dispatcher = Dispatcher(
+            dispatch=self.store.dispatch,
+            accounts=self.accounts,
+            held=self._held,
+            fleet=self.fleet,
+            skips=skips,
+            sender=sender,
+            clock=self.clock,
+        )
 
     def _alone(self) -> bool:
         """Return whether this replica handles the reports on all chunks."""
         return len(self.progress.partitions) == SCAN_PROGRESS.partitions
+
+    def _wake(self, users: Collection[int] = ()) -> None:
+        """Run a round of dispatch; these users have new chunks."""
+        self.dispatcher.wake(made=users)
 
 
 def _handled(topic: Topic[M], handler: Handler[M]) -> tuple[Topic, Handler[Any]]:
@@ -274,13 +325,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         async with AsyncExitStack() as stack:
             gateways = read_public_keys(settings.internal_public_keys_file)
             app.state.verifier = InternalVerifier(gateways, ORCHESTRATOR)
-            grants = settings.user_grants
+            keys = read_chain_keys(settings.audit_key_file)
             signer = Signer(read_private_key(settings.chunk_key_file))
+            grants = settings.user_grants
             database = mongo.connect(settings.mongodb_uri, settings.database)
             stack.callback(database.client.close)
+            app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             clock = PlatformTime(partial(read_time, database))
             await startup.until_available("mongodb", clock.refresh)
-            keys = read_chain_keys(settings.audit_key_file)
             store = MongoStore(
                 database,
                 keys,
@@ -289,20 +341,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 keep_receipts=timedelta(days=settings.keep_receipts_days),
             )
             await startup.until_available("mongodb", store.prepare)
-            source = f"{ORCHESTRATOR} {settings.instance}"
-            used = [
-                first_use("signs the audit log", keys.key_id, source=source),
-                first_use("signs chunks", signer.key_id, source=source),
-                *(first_use("verifies the gateway's tokens", key_id(key), source=source) for key in gateways),
-            ]
+            used = _first_uses(keys, signer, [key_id(key) for key in gateways], f"{ORCHESTRATOR} {settings.instance}")
             await startup.until_available("mongodb", lambda: store.audit.add(used))
-            app.state.probes.depend("mongodb", lambda: mongo.ping(database))
             bus = KafkaBus(settings, source=ORCHESTRATOR, instance=settings.instance)
             await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
             app.state.probes.watch(bus)
             app.state.probes.watch(await stack.enter_async_context(refusals.publishing_to(bus)))
-
             orchestrator = Orchestrator(
                 store,
                 bus,
@@ -316,36 +361,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 stored_seconds=settings.stored_seconds,
                 raw_worker_seconds=settings.raw_worker_seconds,
                 max_workers=settings.max_workers,
-                grants=grants,
+                user_grants=grants,
                 quotas=settings.quotas,
                 keep=settings.keep_results,
                 deletes_per_second=settings.deletes_per_second,
             )
-            app.state.orchestrator = State(
-                store,
-                orchestrator.commands,
-                orchestrator.cancels,
-                orchestrator.submits,
-                orchestrator.deletions,
-                orchestrator.checks,
-                orchestrator.backlog,
-                orchestrator.grants,
-                clock.now,
-            )
+            app.state.orchestrator = orchestrator.state
             stack.push_async_callback(orchestrator.accounts.close)
-            seal = Loop("audit seal", _SEAL_SECONDS, store.audit.seal, vital=False)
             loops: list[Loop | Consumer] = [
                 Loop("time", _TIME_SECONDS, clock.refresh),
-                seal,
+                Loop("audit seal", _SEAL_SECONDS, store.audit.seal, vital=False),
                 *orchestrator.request_loops,
             ]
             if not settings.requests_only:
-                # One group per topic: no loop waits for another, and a rebalance of one does not affect the others.
-                consumers = (
-                    bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler)
-                    for topic, handler in orchestrator.handlers.items()
-                )
-                loops += [*orchestrator.job_loops, *consumers]
+                loops += [*orchestrator.job_loops, *orchestrator.consumers(bus)]
             for loop in loops:
                 await startup.until_available("kafka", loop.start)
                 stack.push_async_callback(loop.stop)
@@ -355,3 +384,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return service.create_app(
         name=ORCHESTRATOR, settings=settings, lifespan=lifespan, refusals=refusals, routers=ROUTERS
     )
+
+
+def _first_uses(keys: ChainKeys, signer: Signer, gateways: Sequence[str], source: str) -> list[AuditEntry]:
+    """Return the audit entries that record the keys in use."""
+    return [
+        first_use("signs the audit log", keys.key_id, source=source),
+        first_use("signs chunks", signer.key_id, source=source),
+        *(first_use("verifies the gateway's tokens", key, source=source) for key in gateways),
+    ]

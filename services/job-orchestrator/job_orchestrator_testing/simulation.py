@@ -250,7 +250,7 @@ class Simulation:
             stored_seconds=60.0,
             raw_worker_seconds=600.0,
             max_workers=self.max_workers,
-            grants=self.grants,
+            user_grants=self.grants,
             quotas=self.quotas,
             keep=self.keep,
             deletes_per_second=self.deletes_per_second,

@@ -43,6 +43,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             bus = KafkaBus(settings, source=RESULT_STORE, instance=settings.instance)
             await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
+            app.state.probes.watch(bus)
+            app.state.probes.watch(await stack.enter_async_context(refusals.publishing_to(bus)))
             handler = ResultsHandler(store, bus, grants, refusals)
             deletions = DeletionsHandler(store, bus, settings.deletes_per_second)
             consumers = (
@@ -52,9 +54,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             for loop in (*consumers, deletions.loop):
                 await startup.until_available("kafka", loop.start)
                 stack.push_async_callback(loop.stop)
-            publishing = await stack.enter_async_context(refusals.publishing_to(bus))
-            for part in (bus, *consumers, deletions.loop, publishing):
-                app.state.probes.watch(part)
+                app.state.probes.watch(loop)
             yield
 
     routers = [results.router, hosts.router, nmap_xml.router, for_gateway]

@@ -58,6 +58,7 @@ def create_app() -> FastAPI:
             stack.push_async_callback(nmap.stop)
             await startup.until_available("kafka", bus.start)
             stack.push_async_callback(bus.stop)
+            app.state.probes.watch(bus)
             app.state.probes.watch(await stack.enter_async_context(refusals.publishing_to(bus)))
             await startup.until_available("kafka", tasks.start)
             stack.push_async_callback(tasks.stop)
@@ -65,7 +66,7 @@ def create_app() -> FastAPI:
             app.state.probes.depend("nmap", worker.exclusion.probe)
             # Stopped first, while tasks are still consumed, so that a scan that is finishing can still be cancelled.
             stack.push_async_callback(worker.stop, settings.stop_grace_seconds)
-            for part in (bus, tasks, worker, nmap):
+            for part in (tasks, worker, nmap):
                 app.state.probes.watch(part)
             yield
 

@@ -71,10 +71,7 @@ async def main(kafka: str, mongodb: str, prefix: str, instance: str, *death: str
         raw_worker_seconds=600.0,
         max_workers=2_000,
     )
-    consumers = [
-        bus.consume(topic, f"{ORCHESTRATOR}-{topic.name}", handler) for topic, handler in orchestrator.handlers.items()
-    ]
-    for loop in (*orchestrator.request_loops, *orchestrator.job_loops, *consumers):
+    for loop in (*orchestrator.request_loops, *orchestrator.job_loops, *orchestrator.consumers(bus)):
         await loop.start()
     sys.stdout.write("ready\n")
     sys.stdout.flush()
