@@ -125,7 +125,7 @@ class Stack:
                 self._run("scanfleet.kafka", "create-acls", environment=self.servers.kafka_environment())
             for service in WITH_DATABASE if restored else ():
                 environment = self.services.environment(service, 0, service)
-                self._run(f"{SERVICES[service].package}.restored", environment=environment)
+                self._run(f"{SERVICES[service].package}.operator.after_restore", environment=environment)
             self._supervisor.start(self.services.all_names())
             self.wait_until_ready()
             text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in self.env.items())

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -67,6 +68,13 @@ def test_document_paths_exist(page: str) -> None:
 def test_document_commands_are_targets_of_the_makefile(page: str) -> None:
     """Every `make` target in a document is one of the Makefile."""
     assert set(re.findall(r"(?:[`\"(]|^|&& )make ([a-z][a-z0-9-]*)", text_of(page), re.MULTILINE)) <= TARGETS
+
+
+@pytest.mark.parametrize("page", sorted(set(DOCUMENTS) - {"CHANGELOG.md"}))
+def test_document_modules_to_run_exist(page: str) -> None:
+    """Every module of a service that a document runs with `-m` exists."""
+    commands = set(re.findall(r" -m ((?:job_orchestrator|result_store)[\w.]+)", text_of(page)))
+    assert sorted(command for command in commands if find_spec(command) is None) == []
 
 
 def commands() -> list[str]:

@@ -248,7 +248,7 @@ class MongoAudit:
                             "audit_entry_changed",
                             entry=id_,
                             block=block["_id"],
-                            next_step="run python -m job_orchestrator.audit verify",
+                            next_step="run python -m job_orchestrator.operator.audit verify",
                         )
 
 
@@ -257,5 +257,5 @@ def _log_forged(block: object) -> None:
         "audit_block_changed",
         block=block,
         cause="this block of the audit log has no valid signature",
-        next_step="run python -m job_orchestrator.audit verify",
+        next_step="run python -m job_orchestrator.operator.audit verify",
     )

@@ -262,7 +262,7 @@ class Deletions:
                 "retention_halted",
                 cause="the database's clock has jumped, or no orchestrator was running for longer than the shortest retention",
                 jump_seconds=jump.total_seconds(),
-                next_step="check the clock, then run python -m job_orchestrator.retention resume",
+                next_step="check the clock, then run python -m job_orchestrator.operator.retention resume",
             )
             self._expired = self._clock.monotonic()
         return jump is not None

@@ -1,4 +1,4 @@
-"""`python -m job_orchestrator.retention resume`: resume deletion by age after a jump of the database's clock.
+"""`python -m job_orchestrator.operator.retention resume`: resume deletion by age after a jump of the database's clock.
 
 Settings come from the environment.
 """
@@ -19,7 +19,7 @@ from scanfleet.services import ORCHESTRATOR
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m job_orchestrator.retention", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m job_orchestrator.operator.retention", description=__doc__)
     parser.add_argument("command", choices=["resume"], help="resume: delete expired jobs again")
     parser.parse_args()
     return run(_resume(AuditSettings()))

@@ -1,4 +1,4 @@
-"""`python -m job_orchestrator.audit …`: verify, export or adopt the audit log; settings come from the environment."""
+"""`python -m job_orchestrator.operator.audit …`: verify, export or adopt the audit log; settings come from the environment."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m job_orchestrator.audit", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m job_orchestrator.operator.audit", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     verify = commands.add_parser("verify", help="list every entry that was changed, removed or added in the database")
     verify.add_argument(

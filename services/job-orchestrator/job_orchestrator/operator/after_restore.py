@@ -1,4 +1,4 @@
-"""`python -m job_orchestrator.restored`: run once before the orchestrator starts on a database restored from a backup.
+"""`python -m job_orchestrator.operator.after_restore`: run once before the start on a database restored from a backup.
 
 Events that were published since the backup remain in the topics, and consumers have processed them. Therefore new ids and
 sequence numbers start above all earlier ones, and jobs whose cancellation or deletion is in the log are cancelled.
@@ -40,7 +40,7 @@ from scanfleet.services import ORCHESTRATOR
 _PAGE: Final = 100  # jobs per query
 
 
-async def restored(settings: Settings) -> str:
+async def prepare_restored(settings: Settings) -> str:
     """Prepare a restored database for use and return a summary. Idempotent.
 
     Raises:
@@ -113,4 +113,4 @@ async def _resume(store: MongoStore, ended: set[int], above: int, now: datetime)
 
 
 if __name__ == "__main__":
-    sys.exit(operator_command.run(restored(Settings())))
+    sys.exit(operator_command.run(prepare_restored(Settings())))

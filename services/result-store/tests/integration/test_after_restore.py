@@ -1,4 +1,4 @@
-"""Run `result_store.restored` on a restored database."""
+"""Run `result_store.operator.after_restore` on a restored database."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from result_store.restored import restored
+from result_store.operator.after_restore import prepare_restored
 from result_store.settings import Settings
 from result_store_testing import host
 from scanfleet.contracts.messages import OperatorActed
@@ -46,9 +46,9 @@ async def test_restored_log_is_replayed_and_ids_advance(kafka: str, mongodb: str
             await bus.publish(SCAN_RESULTS, [host("127.9.8.1", 22)])
             await until(lambda: first.handled)
             with pytest.raises(DependencyError, match="members"):
-                await restored(settings)
+                await prepare_restored(settings)
         above = mongo.next_id_floor()
-        await restored(settings)
+        await prepare_restored(settings)
         assert (await ids.take()).start > above > before.stop
         async with Running(bus.consume(SCAN_RESULTS, RESULT_STORE, again)):
             await until(lambda: again.handled)

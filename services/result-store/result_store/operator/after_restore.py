@@ -1,4 +1,4 @@
-"""`python -m result_store.restored`: run once before result-store starts on a database that was restored from a backup.
+"""`python -m result_store.operator.after_restore`: run once before the start on a database restored from a backup.
 
 It moves the consumer group to the beginning of scan-results, as far as Kafka retains it. Results that are newer than the
 backup are stored again from the log; those already in the database do not change. docs/operations.md has all steps of a
@@ -21,7 +21,7 @@ from scanfleet.runtime.operator_command import command_entry
 from scanfleet.services import RESULT_STORE
 
 
-async def restored(settings: Settings) -> str:
+async def prepare_restored(settings: Settings) -> str:
     """Prepare a restored database for use and return a summary. Idempotent.
 
     Raises:
@@ -51,4 +51,4 @@ async def _record(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(operator_command.run(restored(Settings())))
+    sys.exit(operator_command.run(prepare_restored(Settings())))

@@ -1,0 +1,1 @@
+"""Commands for operators: each module is one, run with `python -m` and the settings of the service."""
