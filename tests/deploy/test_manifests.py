@@ -523,6 +523,15 @@ def test_policies_allow_exactly_the_flows(manifests: list[Manifest]) -> None:
                 assert allowed is ((source, target, port) in FLOWS), (source, target, port)
 
 
+@pytest.mark.parametrize(("server", "port"), [("kafka", 9092), ("mongodb", 27017)])
+def test_trial_servers_admit_query_processes(server: str, port: int) -> None:
+    """The one-node servers admit the orchestrator's query processes, which a site may add to them."""
+    policies = of_kind(build(K8S / "overlays/local"), "NetworkPolicy")
+    queries, node = (Pod("scanfleet", {"app.kubernetes.io/name": name}) for name in (QUERIES, server))
+    assert passes(policies, "egress", queries, node, port)
+    assert passes(policies, "ingress", node, queries, port)
+
+
 def test_pod_without_named_connections_has_no_dns_access(manifests: list[Manifest]) -> None:
     """The cluster's name server is open to those who connect by name: the services, and what Strimzi runs."""
     dns = Pod("kube-system", {"k8s-app": "kube-dns"})
