@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.errors import KafkaError
 
 from scanfleet.errors import DependencyError
@@ -16,6 +17,8 @@ from scanfleet.runtime.settings import KafkaSettings
 from scanfleet.runtime.tls import FileContext
 
 BACKOFF_MS: Final = 300  # retry backoff of a client: cheap while a broker is unavailable, and notices its recovery soon
+
+PROBE_MS: Final = 5_000  # timeout of one connection
 
 
 def access(settings: KafkaSettings) -> dict[str, Any]:
@@ -53,6 +56,18 @@ async def connect(start: Callable[[], Awaitable[None]]) -> None:
             await asyncio.sleep(BACKOFF_MS / 1000)
         else:
             return
+
+
+async def connection_error(arguments: Mapping[str, Any]) -> BaseException | None:
+    """Return the error of a connection with the arguments of `access`, which clients do not raise; None if it succeeds."""
+    (host, port, _), *_ = collect_hosts(arguments["bootstrap_servers"])
+    others = {name: value for name, value in arguments.items() if name != "bootstrap_servers"}
+    try:
+        connection = await create_conn(host, port, request_timeout_ms=PROBE_MS, **others)
+    except (OSError, KafkaError) as error:
+        return error
+    connection.close()
+    return None
 
 
 @contextmanager

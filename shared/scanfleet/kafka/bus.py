@@ -30,7 +30,7 @@ from scanfleet.contracts.messages.envelope import Outgoing, RawRecord, dead_lett
 from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
 from scanfleet.kafka.batches import MOST_HEADERS
-from scanfleet.kafka.broker import BACKOFF_MS, access, connect, depending
+from scanfleet.kafka.broker import BACKOFF_MS, access, connect, connection_error, depending
 from scanfleet.kafka.sources import Member, Replay, Tail
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
 from scanfleet.runtime import tracing
@@ -114,13 +114,13 @@ class KafkaBus:
             retry_backoff_ms=BACKOFF_MS,
         )
         try:
-            with depending(f"no broker at {self._access['bootstrap_servers']}"):
-                async with asyncio.timeout(START_SECONDS):
-                    await connect(self._ends.start)
-                    await connect(self._producer.start)
-        except DependencyError:
+            async with asyncio.timeout(START_SECONDS):
+                await connect(self._ends.start)
+                await connect(self._producer.start)
+        except (KafkaError, TimeoutError) as error:
             await self.stop()
-            raise
+            cause = await connection_error(self._access) or error
+            raise DependencyError(f"no broker at {self._access['bootstrap_servers']}: {cause!r}") from error
 
     async def stop(self) -> None:
         """Flush and disconnect; log what could not be flushed."""

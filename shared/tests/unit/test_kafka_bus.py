@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import ssl
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
+from local.credentials import Credentials
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages.envelope import Headers, Outgoing, RawRecord
 from scanfleet.contracts.messages.topics import SCAN_WORKERS
-from scanfleet.kafka import KafkaBus
+from scanfleet.errors import DependencyError
+from scanfleet.kafka import KafkaBus, bus
 from scanfleet.kafka.batches import MOST_HEADERS
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES
 from scanfleet.runtime.consumer import ConsumerLoop
@@ -64,3 +69,19 @@ async def test_dead_letter_has_no_more_headers_than_its_readers_accept(count: in
     _, value, headers = letter
     assert len(headers) == (MOST_HEADERS if value is not None else 6)
     assert (value is None) == (count > MOST_HEADERS - 6)
+
+
+async def test_start_with_an_untrusted_broker_reports_the_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of a start that found no broker has the reason of the last connection, not only the timeout."""
+    monkeypatch.setattr(bus, "START_SECONDS", 0.1)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(Credentials(tmp_path / "broker").server)
+    async with await asyncio.start_server(
+        lambda _reader, writer: writer.close(), "127.0.0.1", 0, ssl=context
+    ) as broker:
+        _, port = broker.sockets[0].getsockname()
+        settings = KafkaSettings(kafka=f"127.0.0.1:{port}", kafka_ca_file=Credentials(tmp_path / "other").authority)
+        with pytest.raises(DependencyError, match=f"no broker at 127.0.0.1:{port}: .*CERTIFICATE_VERIFY_FAILED"):
+            await KafkaBus(settings, source="test", instance="one").start()
