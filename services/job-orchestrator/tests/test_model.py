@@ -247,7 +247,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        what=st.sampled_from(["claim", "progress", "scanned", "release", "fail"]),
+        what=st.sampled_from(["claim", "progress", "scanned", "release", "unacknowledged", "fail"]),
         codes=st.text("asdtr.", min_size=2, max_size=2),
         delivered=st.sampled_from([True, True, False]),
     )
@@ -263,6 +263,7 @@ class Life(RuleBasedStateMachine):
             "progress": lambda: worker.progress(task, outcomes),
             "scanned": lambda: worker.scanned(task, outcomes.replace(".", "s")),
             "release": lambda: worker.release(task, outcomes),
+            "unacknowledged": lambda: worker.release(task, outcomes, unacknowledged=True),
             "fail": lambda: worker.fail(task, outcomes=outcomes),
         }
 
