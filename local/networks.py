@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
+from itertools import accumulate
 from pathlib import Path
 from secrets import token_hex
 from typing import Final, Self, TypeVar
@@ -49,7 +50,7 @@ _CHECK_SECONDS: Final = 0.2  # interval at which a thread checks whether it must
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Packet:
     """An IPv4 packet that left the scanning side. `port` is 0 where there is none; `at` is in seconds."""
 
@@ -173,6 +174,22 @@ def busiest_second(packets: Sequence[Packet]) -> int:
             begin += 1
         most = max(most, end - begin + 1)
     return most
+
+
+def ahead(packets: Sequence[Packet], rate: float) -> float:
+    """The most packets by which a program was ahead of a schedule of `rate` packets per second that begins with its first one.
+
+    nmap keeps to such a schedule: after the kernel did not run it for a moment, it catches up. So a busy machine changes the
+    busiest second, but does not put nmap ahead of its schedule.
+    """
+    times = sorted(packet.at for packet in packets)
+    return max(number - rate * (at - times[0]) for number, at in enumerate(times))
+
+
+def most_at_once(groups: Collection[Sequence[Packet]]) -> int:
+    """The most groups of packets that are in progress at a time, from their first to their last packet."""
+    edges = [edge for group in groups for edge in ((min(group).at, 1), (max(group).at, -1))]
+    return max(accumulate(change for _, change in sorted(edges, key=lambda edge: (edge[0], -edge[1]))))
 
 
 def gaps(packets: Sequence[Packet]) -> list[float]:

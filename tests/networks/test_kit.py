@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
-from local.networks import Network, Packet, busiest_second, by_address, gaps
+from local.networks import Network, Packet, ahead, busiest_second, by_address, gaps, most_at_once
+from local.wait import until
 
 pytestmark = pytest.mark.integration
 
@@ -48,3 +51,34 @@ def test_busiest_second_starts_at_any_packet() -> None:
 def test_gaps_are_measured_per_address() -> None:
     """Gaps are measured per address, not between packets to different addresses."""
     assert gaps([packet(0, "a"), packet(0, "b"), packet(3, "a"), packet(1, "b"), packet(9, "b")]) == [1, 3, 8]
+
+
+def test_program_that_catches_up_is_never_ahead_of_its_schedule() -> None:
+    """A pause and a burst after it keep to a schedule that begins with the first packet; more packets than it has do not."""
+    paused = [packet(at) for at in (0.0, 0.1, *[0.7] * 5, 0.8)]
+    assert busiest_second(paused) == 8
+    assert ahead(paused, 10) == pytest.approx(0.0)
+    assert ahead([packet(at) for at in (0.0, 0.1, 0.1, 0.2, 0.2)], 10) == pytest.approx(2.0)
+
+
+def test_stopped_nmap_catches_up_and_is_not_ahead(network: Network) -> None:
+    """An nmap that does not run for a moment exceeds its rate in the next second, but is never ahead of its schedule."""
+    with network.capture() as packets:
+        options = ("-n", "-Pn", "--max-rate", "100", "-p", "1-5")
+        nmap = subprocess.Popen(network.command("nmap", *options, "10.77.61.0/26"), stdout=subprocess.DEVNULL)
+        until(lambda: len(packets) > 100, 60, "the first packets")
+        nmap.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        until(lambda: time.monotonic() > stopped + 0.7, 60, "packets to be due")
+        nmap.send_signal(signal.SIGCONT)
+        assert nmap.wait() == 0
+    sent = [each for each in packets if each.address.startswith("10.77.61.")]
+    assert busiest_second(sent) > 130
+    assert ahead(sent, 100) < 15 < ahead(sent, 80)
+
+
+def test_groups_count_from_their_first_to_their_last_packet() -> None:
+    """Groups that overlap are in progress at once, also while one of them pauses; one that begins later is not."""
+    first, second, third = ([packet(begin), packet(begin + 2)] for begin in (0.0, 1.0, 4.0))
+    assert most_at_once([third, first]) == 1
+    assert most_at_once([third, second, first]) == 2
