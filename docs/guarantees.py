@@ -160,8 +160,8 @@ FAULTS: Final[Mapping[str, Trial]] = {
     ),
     "F34": Trial(
         "a job of 65,536 chunks beside small ones; 500 jobs of 32,768 addresses and all ports while the ledger of one is polled",
-        "only a window of its chunks exists at any time; each is created, scanned and counted once; probes succeed, and a "
-        "cancel is carried out within its bound",
+        "only a window of its chunks exists at any time; each is created, scanned and counted once; probes succeed, no step of a "
+        "sweep takes 100 ms of the event loop's CPU time, and a cancel is carried out within its bound",
     ),
     "F38": Trial(
         "orchestrators and result-stores are killed during a deletion, or restored beside one",

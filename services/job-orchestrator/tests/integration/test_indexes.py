@@ -565,6 +565,7 @@ async def test_map_reads_only_the_shown_fields_of_each_chunk(mongo_store: MongoS
     assert sum(each["responseLength"] for each in reads) <= 200 * 512
 
 
+@pytest.mark.proves("F34", "G20")
 async def test_sweep_of_many_large_waiting_jobs_has_bounded_cost(mongo_store: MongoStore, database: Database) -> None:
     """Of 500 waiting jobs of a /16 a sweep reads the documents, and only keys of their chunks, in steps below 0.1 s of CPU time."""
     count = 500
