@@ -1,4 +1,4 @@
-"""The cost of the tasks of all other workers: for a worker, which reads and discards them, and for Kafka."""
+"""The cost of the assignments of all other workers: for a worker, which reads and discards them, and for Kafka."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from scanfleet.security.chunk_grants import Signer
 from scanfleet.services import WORKER
 
 FLEETS: Final = {100: 50, 1_000: 500}
-"""Tasks per second of so many workers, with 4 slots each and chunks of 8 s; an orchestrator dispatches 500 at most."""
+"""Assignments per second of so many workers, with 4 slots each and chunks of 8 s; an orchestrator dispatches 500 at most."""
 SECONDS: Final = 20  # of each load
 ROUNDS: Final = 10  # of dispatch in a second
 MORE: Final = 24  # further readers, for the cost of one to Kafka
@@ -38,7 +38,7 @@ async def fan_out(stack: Stack) -> Sequence[Figure]:
     figures = []
     async with bus(stack) as publisher, AsyncExitStack() as readers:
         idle = await cores(stack, publisher, [])
-        chunks = {workers: tasks(workers, rate * SECONDS, signer) for workers, rate in FLEETS.items()}
+        chunks = {workers: assignments(workers, rate * SECONDS, signer) for workers, rate in FLEETS.items()}
         alone = {workers: await cores(stack, publisher, chunks[workers]) for workers in FLEETS}
         for _ in range(MORE):
             reader = publisher.tail(SCAN_TASKS, Workers(publisher), wants=lambda _: False)
@@ -48,7 +48,7 @@ async def fan_out(stack: Stack) -> Sequence[Figure]:
             more = await cores(stack, publisher, chunks[workers])
             share = alone[workers][WORKER] - idle[WORKER]
             of_kafka = (more["kafka"] - alone[workers]["kafka"]) / MORE * workers
-            fleet = f"for {rate} tasks/s of {workers} workers"
+            fleet = f"for {rate} assignments/s of {workers} workers"
             figures += [
                 Figure(f"tasks_of_{workers}_cores", share, f"cores that each worker needs {fleet}"),
                 Figure(
@@ -59,13 +59,13 @@ async def fan_out(stack: Stack) -> Sequence[Figure]:
     size = len(record.key) + len(record.value) + sum(len(name) + len(value) for name, value in record.headers)
     return [
         *figures,
-        Figure("tasks_cpu_s", 1_000 * share / rate, "CPU of a worker for 1,000 tasks of others"),
+        Figure("tasks_cpu_s", 1_000 * share / rate, "CPU of a worker for 1,000 assignments of others"),
         Figure("task_bytes", size, "of the standard policy, sent to every worker"),
     ]
 
 
 async def cores(stack: Stack, publisher: KafkaBus, chunks: Sequence[ScanChunk]) -> Mapping[str, float]:
-    """Return the average number of cores that a worker and Kafka use while these tasks are published, evenly in `SECONDS`."""
+    """Return the average number of cores that a worker and Kafka use while these assignments are published, evenly in `SECONDS`."""
     meter = Meter(pids(stack, (WORKER, "kafka")))
     batch = len(chunks) // (SECONDS * ROUNDS)
     for number in range(SECONDS * ROUNDS):
@@ -74,7 +74,7 @@ async def cores(stack: Stack, publisher: KafkaBus, chunks: Sequence[ScanChunk]) 
     return {name: seconds / SECONDS for name, seconds in meter.cpu().items()}
 
 
-def tasks(workers: int, count: int, signer: Signer) -> list[ScanChunk]:
+def assignments(workers: int, count: int, signer: Signer) -> list[ScanChunk]:
     """Chunks as the orchestrator dispatches them, to workers that do not exist."""
     policy = fill_in(Preset.STANDARD, {})
     scope = {"user_id": 7, "first_address": "127.0.0.0", "outcomes": Outcome.BLANK * ADDRESSES, "ports": policy.ports}

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from bench.__main__ import main
 from bench.capacity import made
 from bench.figures import Figure
-from bench.fleet import tasks
+from bench.fleet import assignments
 from bench.kit import Load
 from scanfleet.contracts.messages import HostScanned, ScanChunk
 from scanfleet.scanning.outcomes import MAX_ADDRESSES
@@ -66,8 +66,8 @@ def test_capacity_hosts_fit_into_chunks() -> None:
 
 
 def test_fleet_tasks_are_valid_and_for_each_worker_in_turn() -> None:
-    """The simulated tasks are records that a worker could read, and each has a grant as those of the orchestrator."""
-    made_ = tasks(3, 6, Signer(Ed25519PrivateKey.generate()))
+    """The simulated assignments are records that a worker could read, and each has a grant as those of the orchestrator."""
+    made_ = assignments(3, 6, Signer(Ed25519PrivateKey.generate()))
     read = [ScanChunk.model_validate_json(task.model_dump_json()) for task in made_]
     assert [task.worker_id for task in read] == [f"bench-{number}" for number in (0, 1, 2, 0, 1, 2)]
     assert len({task.grant.signature for task in read if task.grant}) == 6

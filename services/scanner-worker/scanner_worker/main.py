@@ -35,7 +35,7 @@ def create_app() -> FastAPI:
         grants = settings.user_grants
         # Without nmap the worker stays excluded and logs the cause.
         program = shutil.which(settings.nmap) or settings.nmap
-        # The random part gives a restarted worker a new id, so that no task for the old process reaches it.
+        # The random part gives a restarted worker a new id, so that no assignment for the old process reaches it.
         worker_id = f"{settings.instance}-{token_hex(4)}"
         bus = KafkaBus(settings, source=WORKER, instance=settings.instance)
         limits = Limits(settings.max_output_bytes, settings.max_host_bytes, settings.stall_seconds)
@@ -50,7 +50,7 @@ def create_app() -> FastAPI:
             egress=str(settings.egress_address) if settings.egress_address else None,
         )
         worker = Worker(worker_id, abilities, nmap, bus, refusals.add_denied_chunk)
-        tasks = bus.tail(topics.SCAN_TASKS, worker, wants=lambda key: key == worker_id)
+        assignments = bus.tail(topics.SCAN_TASKS, worker, wants=lambda key: key == worker_id)
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             stack.callback(_exit_with_0)
@@ -60,13 +60,13 @@ def create_app() -> FastAPI:
             stack.push_async_callback(bus.stop)
             app.state.probes.watch(bus)
             app.state.probes.watch(await stack.enter_async_context(refusals.publishing_to(bus)))
-            await startup.until_available("kafka", tasks.start)
-            stack.push_async_callback(tasks.stop)
+            await startup.until_available("kafka", assignments.start)
+            stack.push_async_callback(assignments.stop)
             await worker.start()
             app.state.probes.depend("nmap", worker.exclusion.probe)
-            # Stopped first, while tasks are still consumed, so that a scan that is finishing can still be cancelled.
+            # Stopped first, while assignments are still consumed, so that a scan that is finishing can still be cancelled.
             stack.push_async_callback(worker.stop, settings.stop_grace_seconds)
-            for part in (tasks, worker, nmap):
+            for part in (assignments, worker, nmap):
                 app.state.probes.watch(part)
             yield
 

@@ -1,7 +1,7 @@
 """Grants: the orchestrator signs the scope of each attempt, and workers attach that signature to their reports.
 
 The signature covers job, chunk, attempt, worker, user, addresses and ports, and result-store stores only results with a
-valid signature. A worker can therefore report only within tasks that it has read: its own and, since all workers read
+valid signature. A worker can therefore report only within assignments that it has read: its own and, since all workers read
 scan-tasks, those of others. ADR 44 names what a signature does not prevent.
 """
 

@@ -113,7 +113,7 @@ class Chunk:
     job_id: int
     user_id: int
     zone: str = ""
-    """Where it is scanned. There is only one zone, without a name."""
+    """The network from which it is scanned; always empty, since there is one. Stored since 0.1."""
     index: int
     """Index in the job's plan; chunks are created and counted in this order."""
     turn: int

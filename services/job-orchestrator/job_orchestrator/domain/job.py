@@ -132,7 +132,7 @@ class ScanJob:
     updated_at: AwareDatetime
     command_id: str
     zone: str = ""
-    """Where it is scanned. There is only one zone, without a name."""
+    """The network from which it is scanned; always empty, since there is one. Stored since 0.1."""
     granted_by: str = ""
     """The user grant that it was accepted under; empty if there were none."""
     turn: int = 0

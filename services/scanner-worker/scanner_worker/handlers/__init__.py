@@ -1,1 +1,1 @@
-"""Handle scan tasks: claim, scan and report chunks."""
+"""Handle assignments: claim, scan and report chunks."""

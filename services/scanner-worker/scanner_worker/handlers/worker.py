@@ -1,4 +1,4 @@
-"""Announce the worker's slots, fill them with tasks, and shut down gracefully."""
+"""Announce the worker's slots, fill them with chunks, and shut down gracefully."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ READY_SECONDS: Final = 2.0
 LEAST_SECONDS: Final = 0.1
 # Timeout for a chunk to get a slot; then it is released, since another worker may have a free one.
 START_SECONDS: Final = 2.0
-LATE_SECONDS: Final = 1.0  # time for tasks that were dispatched before the orchestrators handled the last announcement
+LATE_SECONDS: Final = 1.0  # time for chunks that were dispatched before the orchestrators handled the last announcement
 FLUSH_SECONDS: Final = 5.0  # timeout for the final reports of a worker that shuts down
 SEEN: Final = 4_096  # cached attempts for deduplication: minutes of the shortest chunks
 
@@ -101,14 +101,14 @@ class Worker:
 
     async def handle(self, records: Sequence[Record[ScanChunk | StopChunk]]) -> None:
         for record in records:
-            task = record.message
-            if task.worker_id != self._id:
+            message = record.message
+            if message.worker_id != self._id:
                 continue
-            if isinstance(task, ScanChunk):
-                self._take(task)
+            if isinstance(message, ScanChunk):
+                self._take(message)
             else:
                 # A StopChunk for an unknown chunk gets no reply: each reply would cause another StopChunk.
-                self._end(task.token, task.reason)
+                self._end(message.token, message.reason)
         self._fill()  # after all records, so that chunks of one batch can share an nmap
 
     def _take(self, chunk: ScanChunk) -> None:

@@ -1,4 +1,4 @@
-"""Store dispatched attempts and publish their tasks."""
+"""Store dispatched attempts and publish their assignments."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ Pick = tuple[Candidate, Credit, float]
 
 
 class AttemptSender:
-    """Turns picks into stored attempts and their tasks.
+    """Turns picks into stored attempts and their assignments.
 
     Args:
-        publisher: publishes tasks.
+        publisher: publishes assignments.
         signer: signs the scope of each attempt.
         scripts: the NSE scripts that a policy may name.
         lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
@@ -93,10 +93,10 @@ class AttemptSender:
         self._expected: dict[tuple[int, float], float] = {}
         """By job and a chunk's estimate, those dispatched last at the end: the slot seconds now expected of such a chunk."""
         self._sending: dict[int, asyncio.Task[None]] = {}
-        """By partition of scan-tasks: the tasks that are not acknowledged yet."""
+        """By partition of scan-tasks: the assignments that are not acknowledged yet."""
 
     def can_reach(self, worker_id: str) -> bool:
-        """Whether the partition of this worker's tasks has acknowledged the last ones."""
+        """Whether the partition of this worker's assignments has acknowledged the last ones."""
         return SCAN_TASKS.partition_of(worker_id) not in self._sending
 
     def expect(self, candidate: Candidate) -> Candidate:
@@ -111,10 +111,10 @@ class AttemptSender:
         """Dispatch the picked chunks; return whether another round may dispatch more.
 
         Some may not be dispatched, because another replica changed them or their job ended; others of the job may be shorter than
-        was known, so that workers can prefetch them. Chunks whose task cannot be sent are requeued when their leases expire.
+        was known, so that workers can prefetch them. Chunks whose assignment cannot be sent are requeued when their leases expire.
 
         Raises:
-            DependencyError: chunks may be dispatched whose task was not sent.
+            DependencyError: chunks may be dispatched whose assignment was not sent.
         """
         now = self._clock.now()
         jobs, chunks = await asyncio.gather(
@@ -147,17 +147,19 @@ class AttemptSender:
                     size = plan.attempt_size(job, chunk)
                     estimate = plan.expected(job, PortSet.parse(chunk.ports), size)
                     attempt = dispatch(chunk, worker.worker_id, now, size=size, share=share, estimate=estimate)
-                    due[chunk.id] = attempt, self._task(attempt, job)
+                    due[chunk.id] = attempt, self._assignment(attempt, job)
                     shorter |= self._learn(job, chunk, candidate.estimate)
             except Exception as error:  # noqa: BLE001 # an error of one job must not stop the others
                 self._skips.skip(candidate, repr(error))
         losers = await self._store([chunk for chunk, _ in due.values()])
-        sent = [task for id_, (_, task) in due.items() if id_ not in losers]
+        sent = [assignment for id_, (_, assignment) in due.items() if id_ not in losers]
         CHUNK_TRANSITIONS.labels(ChunkState.DISPATCHED).inc(len(sent))
-        traces = {task.chunk_id: task.traceparent for task in sent}
+        traces = {assignment.chunk_id: assignment.traceparent for assignment in sent}
         with tracing.spans("dispatch chunk", traces, "producer", "scanfleet.chunk.id") as onward:
-            tasks = [task.model_copy(update={"traceparent": onward[task.chunk_id]}) for task in sent]
-            await self._publish(tasks)
+            assignments = [
+                assignment.model_copy(update={"traceparent": onward[assignment.chunk_id]}) for assignment in sent
+            ]
+            await self._publish(assignments)
         await self._cancel(over)
         for job_id, candidate in refused.items():
             await self._refuse(jobs[job_id], candidate)
@@ -166,11 +168,11 @@ class AttemptSender:
         await self._deletions.advance(lost, Stage.DONE, Stage.CHUNKS, now)
         return shorter or len(sent) < len(picks)
 
-    async def _publish(self, tasks: Iterable[ScanChunk]) -> None:
-        """Publish the tasks; a partition without a leader delays only its own workers."""
+    async def _publish(self, assignments: Iterable[ScanChunk]) -> None:
+        """Publish the assignments; a partition without a leader delays only its own workers."""
         by_partition: defaultdict[int, list[ScanChunk]] = defaultdict(list)
-        for task in tasks:
-            by_partition[SCAN_TASKS.partition_of(task.worker_id)].append(task)
+        for assignment in assignments:
+            by_partition[SCAN_TASKS.partition_of(assignment.worker_id)].append(assignment)
         sending = {
             partition: asyncio.create_task(self._publish_to(partition, each))
             for partition, each in by_partition.items()
@@ -181,14 +183,14 @@ class AttemptSender:
             for each in sent:
                 each.result()
 
-    async def _publish_to(self, partition: int, tasks: Sequence[ScanChunk]) -> None:
+    async def _publish_to(self, partition: int, assignments: Sequence[ScanChunk]) -> None:
         try:
-            await self._publisher.publish(SCAN_TASKS, tasks)
+            await self._publisher.publish(SCAN_TASKS, assignments)
         except DependencyError as error:
             _log.warning(
                 "publish_failed",
                 topic=SCAN_TASKS.name,
-                messages=len(tasks),
+                messages=len(assignments),
                 error=str(error),
                 next_step="the chunks are requeued when their leases expire",
             )
@@ -251,7 +253,7 @@ class AttemptSender:
                 self._clock.now(),
             )
 
-    def _task(self, chunk: Chunk, job: ScanJob) -> ScanChunk:
+    def _assignment(self, chunk: Chunk, job: ScanJob) -> ScanChunk:
         ports = PortSet.parse(chunk.ports)
         left = self._grants.open_for(job, self._clock.now())
         return ScanChunk(

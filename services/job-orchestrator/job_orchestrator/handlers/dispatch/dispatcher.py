@@ -23,7 +23,7 @@ from scanfleet.runtime.loop import Loop
 _LOOK_SECONDS: Final = 0.1  # maximum wait of an idle worker for a chunk that another replica queued
 # Minimum interval of rounds: workers have prefetched work, and finished chunks are batched.
 _LEAST_SECONDS: Final = 0.025
-# Time for a round that has stored its dispatches to publish their tasks before the process stops.
+# Time for a round that has stored its dispatches to publish their assignments before the process stops.
 _STOP_SECONDS: Final = 3.0
 _EXTRA: Final = 20  # approximate number of prefetched chunks for 2 seconds; more are picked in the next round
 _USERS: Final = 64  # users whose chunks are queried at once, those with the lowest virtual time first
@@ -84,7 +84,7 @@ class Dispatcher:
         Unless woken, consider only idle workers, and those that may be: a full one announces itself when it has capacity again.
 
         Raises:
-            DependencyError: chunks may be dispatched whose task was not sent; their leases expire and they are requeued.
+            DependencyError: chunks may be dispatched whose assignment was not sent; their leases expire and they are requeued.
         """
         self._held.watch()
         if not (self._woken or self._idle):
@@ -116,7 +116,7 @@ class Dispatcher:
         # packets.
         more = False
         for raw in (True, False):
-            # Again, since the first kind's tasks may not be acknowledged yet.
+            # Again, since the first kind's assignments may not be acknowledged yet.
             if workers := [each for each in free if each.raw is raw and self._sender.can_reach(each.worker_id)]:
                 more = await self._give(workers, raw=raw) or more
         await self._deactivate(now, {credit.raw for credit in (*mine, *self._live.values())})
