@@ -155,9 +155,9 @@ async def scanning(stack: Stack) -> AsyncIterator[Workers]:
             await tail.stop()
 
 
-async def ended(workers: Workers, condition: Callable[[], bool], limit: float = LIMIT_SECONDS) -> None:
+async def ended(workers: Workers, condition: Callable[[], bool], limit_seconds: float = LIMIT_SECONDS) -> None:
     """Announce the workers until `condition` holds."""
-    async with asyncio.timeout(limit):
+    async with asyncio.timeout(limit_seconds):
         while not await asyncio.to_thread(condition):
             await workers.announce()
             await asyncio.sleep(0.25)

@@ -113,21 +113,21 @@ def command(
     return [*_java(), "kafka.Kafka", str(properties)]
 
 
-def wait_until_up(bootstrap: str, limit: float = 120.0, *, settings: KafkaSettings | None = None) -> None:
+def wait_until_up(bootstrap: str, limit_seconds: float = 120.0, *, settings: KafkaSettings | None = None) -> None:
     """Wait until the broker answers a client.
 
     Args:
         bootstrap: `host:port`.
-        limit: timeout in seconds; recovering a large log after a kill takes long.
+        limit_seconds: timeout; recovering a large log after a kill takes long.
         settings: credentials for a secured broker.
 
     Raises:
         TimeoutError: it did not answer in time.
     """
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + limit_seconds
     host, port = bootstrap.rsplit(":", 1)
     # A client logs errors if nothing listens, so check first.
-    listens(host, int(port), limit)
+    listens(host, int(port), limit_seconds)
     asyncio.run(_answers(settings or KafkaSettings(kafka=bootstrap), deadline))
 
 

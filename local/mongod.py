@@ -75,14 +75,14 @@ def uri(address: str, user: str = "", database: str = "admin", credentials: Cred
 
 
 def make_ready(
-    address: str, member: str | None = None, limit: float = 60.0, credentials: Credentials | None = None
+    address: str, member: str | None = None, limit_seconds: float = 60.0, credentials: Credentials | None = None
 ) -> None:
     """Initiate the replica set if necessary, update its address if it has changed, and wait for its primary.
 
     Args:
         address: address for this process, `host:port`.
         member: its own address of itself, if different (in a container).
-        limit: timeout in seconds.
+        limit_seconds: timeout.
         credentials: for a secured server; its administrator is created too.
 
     Raises:
@@ -91,8 +91,8 @@ def make_ready(
     member = member or address
     config = {"_id": REPLICA_SET, "members": [{"_id": 0, "host": member}]}
     if credentials is not None:
-        _make_admin(address, config, limit, credentials)
-    with _client(uri(address, ADMIN if credentials else "", credentials=credentials), limit) as client:
+        _make_admin(address, config, limit_seconds, credentials)
+    with _client(uri(address, ADMIN if credentials else "", credentials=credentials), limit_seconds) as client:
         try:
             current = client.admin.command("replSetGetConfig")["config"]
         except OperationFailure as error:
@@ -102,7 +102,9 @@ def make_ready(
         else:
             if current["members"][0]["host"] != member:
                 client.admin.command("replSetReconfig", config | {"version": current["version"] + 1}, force=True)
-        until(lambda: bool(client.admin.command("hello")["isWritablePrimary"]), limit, f"a primary at {address}")
+        until(
+            lambda: bool(client.admin.command("hello")["isWritablePrimary"]), limit_seconds, f"a primary at {address}"
+        )
 
 
 def make_users(address: str, credentials: Credentials, databases: Mapping[str, str]) -> None:
@@ -114,9 +116,9 @@ def make_users(address: str, credentials: Credentials, databases: Mapping[str, s
                 client[database].command("createUser", user, pwd=credentials.password(user), roles=roles)
 
 
-def _make_admin(address: str, config: Mapping[str, Any], limit: float, credentials: Credentials) -> None:
+def _make_admin(address: str, config: Mapping[str, Any], limit_seconds: float, credentials: Credentials) -> None:
     """Initiate the replica set and create its first user, by the localhost exception."""
-    with _client(uri(address, credentials=credentials), limit) as client:
+    with _client(uri(address, credentials=credentials), limit_seconds) as client:
         with _unless(UNAUTHORIZED, ALREADY_INITIALIZED):
             client.admin.command("replSetInitiate", config)
 
@@ -128,11 +130,11 @@ def _make_admin(address: str, config: Mapping[str, Any], limit: float, credentia
                 return False
             return True
 
-        until(made, limit, f"a primary at {address}")
+        until(made, limit_seconds, f"a primary at {address}")
 
 
-def _client(uri: str, limit: float = 60.0) -> MongoClient[dict[str, Any]]:
-    return MongoClient(uri, serverSelectionTimeoutMS=int(limit * 1000))
+def _client(uri: str, limit_seconds: float = 60.0) -> MongoClient[dict[str, Any]]:
+    return MongoClient(uri, serverSelectionTimeoutMS=int(limit_seconds * 1000))
 
 
 @contextmanager

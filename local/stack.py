@@ -207,7 +207,7 @@ class Stack:
     def start(self, name: str) -> None:
         self._supervisor.start([name])
 
-    def wait_until_ready(self, limit: float = READY_TIMEOUT_SECONDS) -> None:
+    def wait_until_ready(self, limit_seconds: float = READY_TIMEOUT_SECONDS) -> None:
         """Wait until every service is ready.
 
         Raises:
@@ -232,7 +232,7 @@ class Stack:
         try:
             with httpx2.Client(timeout=ANSWER_TIMEOUT_SECONDS) as client:
                 # Each check costs the starting processes CPU.
-                until(all_ready, limit, "every service to be ready", pause=0.2)
+                until(all_ready, limit_seconds, "every service to be ready", pause_seconds=0.2)
         except TimeoutError as error:
             reasons = "".join(f"\n{name} {reason}" for name, reason in unready.items())
             raise StackError(f"{error}{reasons}{self._logs(list(unready))}") from error

@@ -9,26 +9,26 @@ from collections.abc import Callable
 PAUSE_SECONDS = 0.05  # between two checks: short compared with any start, and cheap
 
 
-def until(condition: Callable[[], bool], limit: float, what: str, pause: float = PAUSE_SECONDS) -> None:
+def until(condition: Callable[[], bool], limit_seconds: float, what: str, pause_seconds: float = PAUSE_SECONDS) -> None:
     """Wait until `condition()` holds.
 
     Args:
         condition: checked repeatedly.
-        limit: timeout in seconds.
+        limit_seconds: timeout.
         what: completes the message "timed out waiting for …".
-        pause: seconds between two checks.
+        pause_seconds: time between two checks.
 
     Raises:
         TimeoutError: it did not hold in time.
     """
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + limit_seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"timed out after {limit:g} s waiting for {what}")
-        time.sleep(pause)
+            raise TimeoutError(f"timed out after {limit_seconds:g} s waiting for {what}")
+        time.sleep(pause_seconds)
 
 
-def listens(host: str, port: int, limit: float) -> None:
+def listens(host: str, port: int, limit_seconds: float) -> None:
     """Wait until a server accepts connections on `host:port`.
 
     Raises:
@@ -39,4 +39,4 @@ def listens(host: str, port: int, limit: float) -> None:
         with socket.socket() as probe:
             return probe.connect_ex((host, port)) == 0
 
-    until(accepts, limit, f"{host}:{port} to accept connections")
+    until(accepts, limit_seconds, f"{host}:{port} to accept connections")

@@ -57,7 +57,7 @@ class Client:
         total: int = self._json("GET", "/api/v1/task", params=query)["total"]
         return total
 
-    def finished(self, job_id: int, limit: float = 120.0) -> dict[str, Any]:
+    def finished(self, job_id: int, limit_seconds: float = 120.0) -> dict[str, Any]:
         """Wait until the job has ended and return its task; retry while a service is unavailable."""
         found: dict[str, Any] = {}
 
@@ -70,7 +70,7 @@ class Client:
                 return False
             return found["status"]["status"] in FINAL
 
-        until(is_final, limit, f"job {job_id} to end")
+        until(is_final, limit_seconds, f"job {job_id} to end")
         return found
 
     def watch(self, job_id: int) -> Iterator[dict[str, Any]]:

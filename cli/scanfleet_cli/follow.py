@@ -58,7 +58,7 @@ def to_the_end(
     session: Session,
     job_ids: Sequence[int],
     view: View,
-    limit: float | None,
+    limit_seconds: float | None,
     *,
     cancel: bool = False,
     enough: Callable[[JobStatus], bool] = lambda status: status.final,
@@ -75,7 +75,7 @@ def to_the_end(
         session: of the command.
         job_ids: of the jobs.
         view: shows their progress.
-        limit: time limit in seconds.
+        limit_seconds: time limit.
         cancel: whether Ctrl-C cancels the jobs.
         enough: whether a job in this state is followed no further.
         ended: called for each final job once its ledger was read.
@@ -89,7 +89,7 @@ def to_the_end(
     """
     following = _Following(session, job_ids, view, enough, ended, query=query or {}, owner=owner)
     try:
-        jobs = asyncio.run(following.run(limit, found))
+        jobs = asyncio.run(following.run(limit_seconds, found))
     except KeyboardInterrupt:
         if not cancel:
             changes.note_continuing(session, job_ids)
@@ -99,26 +99,26 @@ def to_the_end(
         many_failed(errors, session.output)
         if cancelled:
             raise
-        jobs = asyncio.run(following.run(limit, found))
+        jobs = asyncio.run(following.run(limit_seconds, found))
     if late := [job for job in jobs if job.task is None or not enough(job.task.status.status)]:
-        raise _gave_up(late[0], limit or 0.0)
+        raise _gave_up(late[0], limit_seconds or 0.0)
     return jobs
 
 
-def _gave_up(late: Followed, limit: float) -> CommandError:
+def _gave_up(late: Followed, limit_seconds: float) -> CommandError:
     status = late.task.status if late.task else None
     state = f"still {status.status} ({status.progress} %)" if status else "has sent no state yet"
     return CommandError(
-        f"job {late.job_id} {state}, gave up waiting after {_given(limit)}",
+        f"job {late.job_id} {state}, gave up waiting after {_given(limit_seconds)}",
         Exit.TIMED_OUT,
         hint=f"scanfleet job watch {late.job_id}",
     )
 
 
-def _given(limit: float) -> str:
+def _given(limit_seconds: float) -> str:
     """Format seconds as `--timeout` takes them: `90s`, `30m` or `2h`."""
-    size, unit = next((each for each in ((3_600, "h"), (60, "m")) if limit % each[0] == 0), (1, "s"))
-    return f"{limit / size:g}{unit}"
+    size, unit = next((each for each in ((3_600, "h"), (60, "m")) if limit_seconds % each[0] == 0), (1, "s"))
+    return f"{limit_seconds / size:g}{unit}"
 
 
 class _Following:
@@ -146,15 +146,15 @@ class _Following:
         self._news: asyncio.Queue[rest.TaskStatus | Followed]
         self._tasks: list[asyncio.Task[None]]
 
-    async def run(self, limit: float | None, found: Callable[[Row], None] | None) -> list[Followed]:
-        """Follow the jobs until none is open, for up to `limit` seconds; another call continues with the others.
+    async def run(self, limit_seconds: float | None, found: Callable[[Row], None] | None) -> list[Followed]:
+        """Follow the jobs until none is open, for up to `limit_seconds`; another call continues with the others.
 
         Raises:
             ApiError: a job may not be watched.
         """
         session = self._session
         self._news, self._tasks = asyncio.Queue(), []
-        until = time.monotonic() + limit if limit is not None else None
+        until = time.monotonic() + limit_seconds if limit_seconds is not None else None
         async with AsyncClient(
             session.endpoint.url,
             session.token,

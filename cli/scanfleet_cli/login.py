@@ -297,13 +297,13 @@ class Callback:
     def __exit__(self, *_error: object) -> None:
         self._server.server_close()
 
-    def wait(self, limit: float) -> dict[str, str]:
+    def wait(self, limit_seconds: float) -> dict[str, str]:
         """Return the parameters of the redirect.
 
         Raises:
             CommandError: the sign-in timed out.
         """
-        until = time.monotonic() + limit
+        until = time.monotonic() + limit_seconds
         while not self._answers:
             if (left := until - time.monotonic()) <= 0:
                 raise CommandError(

@@ -288,7 +288,7 @@ def started(user: Client, **policy: Any) -> int:
 
 def assert_as_found(user: Client, job_id: int, truth: set[tuple[str, int]]) -> None:
     """Check that the scan found what plain nmap finds, each once, and that every probe has an outcome."""
-    assert user.finished(job_id, limit=FINISH_SECONDS)["status"]["status"] == "completed"
+    assert user.finished(job_id, limit_seconds=FINISH_SECONDS)["status"]["status"] == "completed"
     found = [(each["ip_address"], each["port"]) for each in user.results(job_id)]
     assert len(found) == len(set(found))
     assert set(found) == truth

@@ -212,7 +212,7 @@ def test_killed_worker_loses_no_result(user: Client) -> None:
     job_id = user.scan("127.9.8.0/24", ports="2000-2600,6300-6400,8000", discovery="none", max_rate=2000, **CONNECT)
     until(lambda: user.task(job_id)["status"]["progress"] > 0, 60, "the scan to be under way")
     docker("kill", containers("scanner-worker")[-1])
-    assert user.finished(job_id, limit=300)["status"]["status"] == "completed"
+    assert user.finished(job_id, limit_seconds=300)["status"]["status"] == "completed"
     found = [(each["ip_address"], each["port"]) for each in user.results(job_id)]
     assert len(found) == len(set(found))
     assert set(found) == OPEN

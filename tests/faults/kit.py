@@ -383,9 +383,9 @@ class Platform:
         return found
 
 
-def scanned(user: Client, job_id: int, limit: float = 120.0) -> tuple[dict[str, int], set[tuple[str, ...]]]:
+def scanned(user: Client, job_id: int, limit_seconds: float = 120.0) -> tuple[dict[str, int], set[tuple[str, ...]]]:
     """Wait for a job to complete; return the counts of its ledger and its results without ids, so that jobs can be compared."""
-    task = user.finished(job_id, limit)
+    task = user.finished(job_id, limit_seconds)
     assert task["status"]["status"] == "completed", task["status"]["error"]
     results = user.results(job_id)
     names = ("ip_address", "protocol", "port", "status", "service")
@@ -409,7 +409,7 @@ def requeued(platform: Platform, chunk: Document) -> bool:
     return bool(now["failures"] > chunk["failures"])
 
 
-def caught(condition: Callable[[], Document | None], limit: float, what: str) -> Document:
+def caught(condition: Callable[[], Document | None], limit_seconds: float, what: str) -> Document:
     """Return what `condition` returns as soon as it is not None."""
     found: list[Document] = []
 
@@ -418,5 +418,5 @@ def caught(condition: Callable[[], Document | None], limit: float, what: str) ->
             found.append(seen)
         return bool(found)
 
-    until(look, limit, what, pause=0.02)
+    until(look, limit_seconds, what, pause_seconds=0.02)
     return found[0]

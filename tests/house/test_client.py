@@ -25,10 +25,10 @@ def task(status: str) -> httpx2.Response:
 def test_finished_with_unavailable_service_returns_the_task() -> None:
     """Waiting for a job tolerates 503 before its end, and sends no request after it."""
     client = answering(httpx2.Response(503), task("running"), httpx2.Response(503), task("completed"))
-    assert client.finished(1, limit=5)["status"]["status"] == "completed"
+    assert client.finished(1, limit_seconds=5)["status"]["status"] == "completed"
 
 
 def test_finished_with_another_error_raises() -> None:
     """Waiting for a job does not hide an error other than 503."""
     with pytest.raises(httpx2.HTTPStatusError, match="404"):
-        answering(httpx2.Response(404)).finished(1, limit=5)
+        answering(httpx2.Response(404)).finished(1, limit_seconds=5)

@@ -33,9 +33,9 @@ def found(user: Client, job_id: int) -> OpenPorts:
     return {(each["ip_address"], each["port"]) for each in user.results(job_id)}
 
 
-def completed(user: Client, job_id: int, limit: float = LIMIT_SECONDS) -> dict[str, int]:
+def completed(user: Client, job_id: int, limit_seconds: float = LIMIT_SECONDS) -> dict[str, int]:
     """Wait until the job completes; return its ledger's counts, which must account for each probe."""
-    task = user.finished(job_id, limit)
+    task = user.finished(job_id, limit_seconds)
     assert task["status"]["status"] == "completed", task["status"]["error"]
     ledger = user.ledger(job_id)
     assert ledger["accounted"]

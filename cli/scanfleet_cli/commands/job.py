@@ -180,8 +180,8 @@ def watch(
     if found and session.output.fields is not None:
         raise CommandError("--json selects fields of jobs and cannot be combined with --found")
     printer = findings.Printer(session.output) if found else None
-    limit, ids = follow.seconds(timeout), list(dict.fromkeys(job_ids))
-    jobs = _watch(session, ids, limit, cancel=cancel_on_interrupt, found=printer.print if printer else None)
+    limit_seconds, ids = follow.seconds(timeout), list(dict.fromkeys(job_ids))
+    jobs = _watch(session, ids, limit_seconds, cancel=cancel_on_interrupt, found=printer.print if printer else None)
     if printer is not None:
         for each in ids:
             printer.print_all(findings.rows(session, each, **findings.query(session.output)))
@@ -200,7 +200,7 @@ def watch(
 def _watch(
     session: Session,
     job_ids: Sequence[int],
-    limit: float | None,
+    limit_seconds: float | None,
     *,
     cancel: bool = False,
     found: Callable[[Row], None] | None = None,
@@ -212,7 +212,7 @@ def _watch(
         session,
         job_ids,
         view,
-        limit,
+        limit_seconds,
         cancel=cancel,
         ended=ended,
         found=found,

@@ -154,7 +154,7 @@ def test_wait_until_ready_timeout_names_the_unready_service(stack: Stack) -> Non
     stack.stop("result-store")
     try:
         with pytest.raises(StackError, match=r"result-store does not answer(?s:.*)result-store\.log"):
-            stack.wait_until_ready(limit=1)
+            stack.wait_until_ready(limit_seconds=1)
     finally:
         stack.start("result-store")
     stack.wait_until_ready()

@@ -150,7 +150,7 @@ JOB_CENSUS: Final = CensusGauges[JobCensus](
         ),
         ("scanfleet_oldest_job_age_seconds", "status"): (
             "Age since creation of the oldest unfinished job, without those that wait for their user's hours; 0 if there is none",
-            lambda jobs: {status: jobs.ages.get(status, 0.0) for status in UNFINISHED},
+            lambda jobs: {status: jobs.ages_seconds.get(status, 0.0) for status in UNFINISHED},
         ),
         ("scanfleet_queued_slot_seconds", ""): (
             "Expected slot seconds of all unfinished jobs that do not wait for their user's hours, for scaling workers",
@@ -182,7 +182,7 @@ DELETION_CENSUS: Final = CensusGauges[DeletionCensus](
         ),
         ("scanfleet_deletion_oldest_seconds", ""): (
             "Time since the request of the oldest deletion that is not complete, 0 if there is none",
-            lambda deletions: {"": deletions.age},
+            lambda deletions: {"": deletions.age_seconds},
         ),
     }
 )

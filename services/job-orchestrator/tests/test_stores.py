@@ -963,7 +963,7 @@ async def test_first_turn_is_of_queued_chunks_or_else_of_other_open_ones(store: 
 async def test_census_counts_unfinished_jobs_and_chunks(store: Store) -> None:
     """Unfinished jobs and chunks are counted by state; a job outside its hours is neither old nor work for more workers."""
     nothing = await store.jobs.census()
-    assert (nothing.numbers, nothing.ages, await store.chunks.census()) == ({}, {}, {})
+    assert (nothing.numbers, nothing.ages_seconds, await store.chunks.census()) == ({}, {}, {})
     assert (nothing.slot_seconds, await store.jobs.outbox_age()) == (0.0, 0.0)
     now = utc_now()
     created = {1: timedelta(hours=2), 2: timedelta(hours=3), 3: timedelta(hours=1), 4: -timedelta(hours=1)}
@@ -977,7 +977,7 @@ async def test_census_counts_unfinished_jobs_and_chunks(store: Store) -> None:
     await store.chunks.insert([chunk(id="2-0", job_id=2, user_id=8, needs_raw=True, estimate=4.0)])
     census = await store.jobs.census()
     assert census.numbers == {JobStatus.PENDING: 4, JobStatus.RUNNING: 1}
-    assert census.ages == {JobStatus.PENDING: pytest.approx(3 * 3_600, abs=60), JobStatus.RUNNING: 0.0}
+    assert census.ages_seconds == {JobStatus.PENDING: pytest.approx(3 * 3_600, abs=60), JobStatus.RUNNING: 0.0}
     assert await store.chunks.census() == dict.fromkeys(OPEN, 1) | {ChunkState.QUEUED: 2}
     assert census.slot_seconds == pytest.approx(sum(job.seconds_left for job in [*jobs[:3], running]))
     assert await store.jobs.seconds_left() == pytest.approx(census.slot_seconds)
@@ -998,7 +998,7 @@ async def test_census_counts_open_deletions(store: Store) -> None:
     assert await store.deletions.advance([1], Stage.CHUNKS, Stage.DONE, None) == 1
     census = await store.deletions.census()
     assert census.open == 3
-    assert census.age == pytest.approx(3 * 3_600, abs=60)
+    assert census.age_seconds == pytest.approx(3 * 3_600, abs=60)
 
 
 async def test_clocks_rest_without_work(store: Store) -> None:

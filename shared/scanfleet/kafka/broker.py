@@ -80,8 +80,10 @@ def depending(on: str) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def administering(settings: KafkaSettings, cannot: str, *, limit: float) -> AsyncIterator[AIOKafkaAdminClient]:
-    """Yield a connected admin client; connecting, including the start of a broker, and the block have `limit` seconds.
+async def administering(
+    settings: KafkaSettings, cannot: str, *, limit_seconds: float
+) -> AsyncIterator[AIOKafkaAdminClient]:
+    """Yield a connected admin client; connecting, including the start of a broker, and the block have `limit_seconds` in total.
 
     Raises:
         DependencyError: no broker answered in time; the message starts with `cannot`.
@@ -90,7 +92,7 @@ async def administering(settings: KafkaSettings, cannot: str, *, limit: float) -
     admin = AIOKafkaAdminClient(**access(settings))
     try:
         with depending(cannot):
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit_seconds):
                 await connect(admin.start)
                 yield admin
     finally:

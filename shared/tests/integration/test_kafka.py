@@ -670,4 +670,4 @@ async def test_create_topics_without_a_broker_times_out() -> None:
     """Creating topics waits for a broker, with a timeout."""
     nowhere = TopicSettings(kafka=f"127.0.0.1:{ports.choose()}")
     with pytest.raises(DependencyError, match="cannot create topics"):
-        await create_topics(nowhere, limit=1)
+        await create_topics(nowhere, limit_seconds=1)

@@ -49,7 +49,7 @@ class JobCensus:
     """
 
     numbers: Counter[JobStatus]
-    ages: Mapping[JobStatus, float]
+    ages_seconds: Mapping[JobStatus, float]
     """Age of the oldest job in each status, since its creation."""
     slot_seconds: float
     """Expected slot seconds of unfinished jobs, for scaling."""
@@ -60,5 +60,5 @@ class DeletionCensus:
     """Deletions that are not complete."""
 
     open: int = 0
-    age: float = 0.0
-    """Seconds since the oldest of them was requested, by the database's clock."""
+    age_seconds: float = 0.0
+    """Time since the oldest of them was requested, by the database's clock."""

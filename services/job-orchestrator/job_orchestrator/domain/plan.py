@@ -71,7 +71,7 @@ def estimate(policy: ScanPolicy, ports: PortSet, addresses: int, parallel: int =
     return _START_SECONDS + addresses * per_address + waits
 
 
-def longest(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
+def longest_seconds(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
     """Return the seconds that one nmap needs for `addresses` × `ports` if nothing answers."""
     discovery = _DISCOVERY_TRIES if policy.discovery == "default" else 0
     limit = nmap_rate(policy) or _PER_SECOND[-1]
@@ -269,7 +269,7 @@ def _block_size(policy: ScanPolicy, ports: PortSet) -> int:
     allowed = max(ATTEMPT_SECONDS, _OF_HOST_TIMEOUT * policy.host_timeout)
 
     size = min(MAX_PORTS, ports.count)
-    while size > 1 and any(longest(policy, block, 1) > allowed for block in _first_blocks(ports, size)):
+    while size > 1 and any(longest_seconds(policy, block, 1) > allowed for block in _first_blocks(ports, size)):
         size = -(-size // 2)
     return size
 
@@ -286,7 +286,7 @@ def _slice_size(policy: ScanPolicy, ports: PortSet, included: int) -> int:
     def fits(size: int) -> bool:
         seconds = estimate(policy, ports, size)
         short = seconds <= _SHORTEST_SECONDS or (seconds <= _LONGEST_SECONDS and size * _SHARES <= included)
-        return short and longest(policy, ports, size) <= ATTEMPT_SECONDS
+        return short and longest_seconds(policy, ports, size) <= ATTEMPT_SECONDS
 
     size = 1
     while size < MAX_ADDRESSES and fits(size * 2):

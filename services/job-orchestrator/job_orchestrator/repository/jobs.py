@@ -275,7 +275,7 @@ class MongoJobs:
         by_status = {JobStatus(each["_id"]): each async for each in jobs}
         return JobCensus(
             numbers=Counter({status: each["n"] for status, each in by_status.items()}),
-            ages={status: each["age"] for status, each in by_status.items()},
+            ages_seconds={status: each["age"] for status, each in by_status.items()},
             slot_seconds=float(sum(each["seconds"] for each in by_status.values())),
         )
 

@@ -147,7 +147,7 @@ class MemoryJobs(MemoryRepository):
         due = [job for job in jobs if _is_due(job)]
         return JobCensus(
             numbers=Counter(job.status for job in jobs),
-            ages={
+            ages_seconds={
                 status: max((_age(job.created_at) for job in due if job.status is status), default=0.0)
                 for status in {job.status for job in jobs}
             },

@@ -146,7 +146,7 @@ def test_slowest_timing_has_chunks_within_the_host_timeout(host_timeout: int, po
     policy = scan_policy(ports="1-16", timing=0, host_timeout=host_timeout)
     job = job_of(policy, Target.parse("127.9.8.8/31"))
     assert [(each.blank, each.port_count) for each in made(job)] == [(1, ports)] * (2 * 16 // ports)
-    assert (plan.longest(policy, PortSet.parse("1"), 1) > host_timeout) is (ports == 1)
+    assert (plan.longest_seconds(policy, PortSet.parse("1"), 1) > host_timeout) is (ports == 1)
 
 
 @settings(max_examples=50, deadline=None)
@@ -156,9 +156,9 @@ def test_chunks_are_short_even_where_nothing_answers(policy: ScanPolicy, target:
     planned = plan.plan(policy, target)
     for block in policy.port_set.blocks(planned.chunk_ports):
         if planned.chunk_addresses > 1:
-            assert plan.longest(policy, block, planned.chunk_addresses) <= LONGEST_SECONDS
+            assert plan.longest_seconds(policy, block, planned.chunk_addresses) <= LONGEST_SECONDS
         elif planned.chunk_ports > 1:
-            assert plan.longest(policy, block, 1) <= max(LONGEST_SECONDS, 0.7 * policy.host_timeout)
+            assert plan.longest_seconds(policy, block, 1) <= max(LONGEST_SECONDS, 0.7 * policy.host_timeout)
 
 
 @settings(max_examples=50, deadline=None)

@@ -49,7 +49,7 @@ def test_census_is_exported_for_half_a_minute() -> None:
 
     assert shown("queued_slot_seconds") is None
     numbers, ages = Counter({JobStatus.PENDING: 3}), {JobStatus.PENDING: 40.0}
-    gauges.show(JobCensus(numbers=numbers, ages=ages, slot_seconds=2.5))
+    gauges.show(JobCensus(numbers=numbers, ages_seconds=ages, slot_seconds=2.5))
     now += 29.0
     assert (shown("jobs", status="pending"), shown("jobs", status="running")) == (3.0, 0.0)
     assert shown("queued_slot_seconds") == 2.5

@@ -73,19 +73,19 @@ def _main(mark: str) -> None:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     os.write(1, NUMBER.pack(0))  # the worker starts no nmap before
-    limit: float | None = None
+    limit_seconds: float | None = None
     while True:
-        if _input_within(limit):
+        if _input_within(limit_seconds):
             if not (data := os.read(0, NUMBER.size)):
                 break
-            (limit,) = NUMBER.unpack(data)
+            (limit_seconds,) = NUMBER.unpack(data)
         else:
             # The worker reads this when it resumes: runs that started before were killed by the guard, not by an error of nmap.
             with contextlib.suppress(OSError):
                 os.write(1, NUMBER.pack(time.monotonic()))
             # A worker that resumes writes before it starts a new nmap, which must not be killed.
             _kill_all(mark, unless=lambda: _input_within(0))
-            limit = None
+            limit_seconds = None
     _kill_all(mark)
 
 

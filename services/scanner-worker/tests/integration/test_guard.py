@@ -47,9 +47,9 @@ class Guard:
         self.marked.append(process := await asyncio.create_subprocess_exec("sleep", "600", env={"MARK": self.mark}))
         return process
 
-    def write(self, limit: float) -> None:
+    def write(self, limit_seconds: float) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(guard.NUMBER.pack(limit))
+        self.process.stdin.write(guard.NUMBER.pack(limit_seconds))
 
     async def killed_at(self) -> float:
         """Return the time at which the guard reports that it started to kill, by the clock of the event loop."""
