@@ -717,9 +717,10 @@ async def test_chunks_of_a_job_are_deleted_up_to_a_limit(store: Store) -> None:
 
 @pytest.mark.integration
 async def test_attempts_of_deleted_chunks_are_kept(mongo_store: MongoStore, database: Database) -> None:
-    """Which worker may have probed which address and when is kept for three years, without what was found."""
-    attempted = dispatch(chunk(outcomes=".......x"), "w-1", THEN, size=4, share=1.0, estimate=0.5)
-    probed = replace(attempted, outcomes="asdtl.rx")
+    """Which worker may have probed which address and port and when is kept for three years, without what was found."""
+    queued = chunk(outcomes=".......x", ports="top:3")
+    attempted = dispatch(queued, "w-1", THEN, size=4, share=1.0, estimate=0.5)
+    probed = replace(attempted, outcomes="asdtl.rx", probed=Probed(common_ports="22,80,443", detection="sV7"))
     await mongo_store.chunks.insert([probed, chunk(id="1-1", index=1)])
     before = utc_now()
     assert await mongo_store.chunks.delete(1, 9) == 2
@@ -731,7 +732,7 @@ async def test_attempts_of_deleted_chunks_are_kept(mongo_store: MongoStore, data
     assert timedelta(days=1_094) < forget_at - before < timedelta(days=1_096)
     stored = documents.write_chunk(ended)
     names = ("_id", "zone", "key", "job_id", "user_id", "first_address", "ports", "attempts", "dropped")
-    assert kept == {name: stored[name] for name in names} | {"probed": "ppppp.rx"}
+    assert kept == {name: stored[name] for name in names} | {"probed": "ppppp.rx", "common_ports": "22,80,443"}
 
 
 async def test_chunk_round_trips(store: Store) -> None:

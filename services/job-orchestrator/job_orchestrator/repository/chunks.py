@@ -176,8 +176,11 @@ class MongoChunks:
         return deleted
 
     async def _archive(self, ids: Collection[str]) -> None:
-        """Keep the attempts of these chunks, and which addresses they may have probed, but no outcome."""
-        kept = dict.fromkeys(("zone", "key", "job_id", "user_id", "first_address", "ports", "attempts", "dropped"), 1)
+        """Keep the attempts of these chunks, and which addresses and ports they may have probed, but no outcome."""
+        kept: Document = dict.fromkeys(
+            ("zone", "key", "job_id", "user_id", "first_address", "ports", "attempts", "dropped"), 1
+        )
+        kept["common_ports"] = "$probed.common_ports"  # of a `top` set; nmap's list differs by version
         # A damaged map must not stop the deletion.
         attempted = {"_id": {"$in": list(ids)}, "attempts.0": {"$exists": True}, "outcomes": {"$type": "string"}}
         await self._chunks.aggregate(
