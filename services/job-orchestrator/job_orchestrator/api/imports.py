@@ -82,25 +82,25 @@ async def import_subnets(
     if problems and not query.dry_run:
         raise BadRequestError(_summary(problems))
     missing = [each.line.wanted for each in verdicts if each.action == "create" and each.line.wanted]
-    await within_quota(state, SUBNETS, caller.user_id, len(missing))
-    if query.dry_run:
-        response.status_code = 200
-        return rest.SubnetImportCheck(lines=[each.view for each in verdicts])
-    now = utc_now()
-    ids = await state.store.subnets.take_ids(len(missing)) if missing else range(0)
-    created = [
-        Owned(id=id_, user_id=caller.user_id, name=name, content=target, created_at=now, updated_at=now)
-        for id_, (name, target) in zip(ids, missing, strict=True)
-    ]
-    updated = [
-        each.subnet.revised(*each.line.wanted, now)
-        for each in verdicts
-        if each.action == "update" and each.subnet and each.line.wanted
-    ]
-    await record.each(f"{rest.SUBNETS.path}/{subnet.id}" for subnet in (*created, *updated))
-    await state.store.subnets.add(*created)
-    if not await state.store.subnets.replace_all(updated):
-        raise ConflictError("a subnet was deleted during the import; repeat the import")
+    async with within_quota(state, SUBNETS, caller.user_id, len(missing)):
+        if query.dry_run:
+            response.status_code = 200
+            return rest.SubnetImportCheck(lines=[each.view for each in verdicts])
+        now = utc_now()
+        ids = await state.store.subnets.take_ids(len(missing)) if missing else range(0)
+        created = [
+            Owned(id=id_, user_id=caller.user_id, name=name, content=target, created_at=now, updated_at=now)
+            for id_, (name, target) in zip(ids, missing, strict=True)
+        ]
+        updated = [
+            each.subnet.revised(*each.line.wanted, now)
+            for each in verdicts
+            if each.action == "update" and each.subnet and each.line.wanted
+        ]
+        await record.each(f"{rest.SUBNETS.path}/{subnet.id}" for subnet in (*created, *updated))
+        await state.store.subnets.add(*created)
+        if not await state.store.subnets.replace_all(updated):
+            raise ConflictError("a subnet was deleted during the import; repeat the import")
     known = {(each.name, each.content): each for each in (*equal, *created, *updated)}
     changes = f", {len(updated)} updated" if updated else ""
     return rest.SubnetsImported(

@@ -10,6 +10,8 @@ from job_orchestrator.api.keys import Creation, IdempotencyKey
 from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, Answer, Body, Listed, ResourceRules
 from job_orchestrator.api.state import (
     Recorded,
+    Recorder,
+    State,
     StateDep,
     check_unchanged,
     mine,
@@ -43,21 +45,16 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         record: Recorded,
         idempotency_key: IdempotencyKey = None,
     ) -> Answer:
-        repository = rules.repository(state.store)
         creation = Creation(state.store.commands, caller.user_id, idempotency_key, resource.path, body)
-        answer = await creation.answer()
-        if not answer:
-            content = rules.accept(body, state.checks)
-            now = utc_now()
-            await within_quota(state, rules, caller.user_id)
-            (id_,) = await repository.take_ids()
+        if answer := await creation.answer():
+            return tagged(await _add(state, rules, record, answer), response)
+        content = rules.accept(body, state.checks)
+        now = utc_now()
+        async with within_quota(state, rules, caller.user_id):
+            (id_,) = await rules.repository(state.store).take_ids()
             new = Owned(id=id_, user_id=caller.user_id, name=body.name, content=content, created_at=now, updated_at=now)
             answer = await creation.accept(rules.view(new).model_dump_json())
-        view = resource.answer.model_validate_json(answer)
-        created = rules.viewed(view)
-        await record(target=f"{resource.path}/{created.id}")
-        await repository.add(created)
-        return tagged(view, response)
+            return tagged(await _add(state, rules, record, answer), response)
 
     @router.get("", name=f"list_{resource.plural}", response_model=resource.listed)
     async def list_(caller: Caller, state: StateDep, query: Annotated[queries.Page, parsed(queries.Page)]) -> Listed:
@@ -110,6 +107,17 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         return rest.Done(message=f"{name.capitalize()} deleted successfully")
 
     return router
+
+
+async def _add(
+    state: State, rules: ResourceRules[Body, Answer, Listed, Content], record: Recorder, answer: str
+) -> Answer:
+    """Store the object that this answer has created, and return its view."""
+    view = rules.resource.answer.model_validate_json(answer)
+    created = rules.viewed(view)
+    await record(target=f"{rules.resource.path}/{created.id}")
+    await rules.repository(state.store).add(created)
+    return view
 
 
 ROUTERS: tuple[APIRouter, ...] = (router_of(SUBNETS), router_of(POLICIES))

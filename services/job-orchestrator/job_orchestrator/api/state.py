@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Final, TypeVar
+from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request, Response
 from pydantic import BaseModel
@@ -49,6 +52,8 @@ class State:
     """The platform's time."""
 
     turns: Turns = field(default_factory=Turns)
+    creations: WeakValueDictionary[int, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+    """By user: held from the check of a quota until the new objects are stored."""
 
 
 async def _state(request: Request) -> State:  # without async the framework would use a thread
@@ -156,17 +161,20 @@ async def mine(
     return found[user_id, id_]
 
 
+@asynccontextmanager
 async def within_quota(
     state: State, rules: ResourceRules[Body, Answer, Listed, Content], user_id: int, wanted: int = 1
-) -> None:
-    """Return if the user may create `wanted` more objects of a resource.
+) -> AsyncIterator[None]:
+    """Let the user create `wanted` more objects of a resource, while other requests of the user in this process wait.
 
     Raises:
         BadRequestError: the user would have more than the limit.
     """
     limit = rules.quota(state.checks.quotas)
-    owned = await rules.repository(state.store).count(user_id, limit)
-    try:
-        state.checks.quotas.check_owned(rules.resource.plural, limit, owned, wanted)
-    except QuotaError as error:
-        raise BadRequestError(str(error), rule=Rule.QUOTA) from error
+    async with state.creations.setdefault(user_id, asyncio.Lock()):
+        owned = await rules.repository(state.store).count(user_id, limit)
+        try:
+            state.checks.quotas.check_owned(rules.resource.plural, limit, owned, wanted)
+        except QuotaError as error:
+            raise BadRequestError(str(error), rule=Rule.QUOTA) from error
+        yield

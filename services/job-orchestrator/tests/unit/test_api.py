@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -1634,6 +1634,35 @@ async def test_import_above_the_quota_is_a_400_and_creates_nothing(api: Api) -> 
     assert (await api("GET /api/v1/subnet"))["total"] == 0
     assert (await imported(api, two))["created"] == 2
     assert (await imported(api, two))["created"] == 0
+
+
+@pytest.mark.parametrize("quotas", [Quotas(subnets_per_user=2, policies_per_user=2)])
+async def test_parallel_requests_stay_within_the_quota(
+    api: Api, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that are handled at the same time create as many objects as fit, and the others are refused."""
+    for resources in (store.subnets, store.policies):
+        monkeypatch.setattr(resources, "take_ids", _interrupted(resources.take_ids))
+
+    async def post(path: str, content: str) -> int:
+        headers = ISSUER.bearer() | {"Content-Type": "application/json"}
+        return (await api.raw("POST", f"/api/v1/{path}", content=content, headers=headers)).status_code
+
+    lines = "name,cidr\nlab,127.9.8.0/24\nlab,127.9.9.0/24\n"
+    for path, content, created in [("policy", '{"name": "lab"}', 2), ("subnet/import", lines, 1)]:
+        statuses = Counter(await asyncio.gather(*(post(path, content) for _ in range(5))))
+        assert statuses == {201: created, 400: 5 - created}
+
+
+def _interrupted(take_ids: Callable[[int], Awaitable[range]]) -> Callable[[int], Awaitable[range]]:
+    """Return the same call, during which other requests are handled."""
+
+    async def interrupted(count: int = 1) -> range:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return await take_ids(count)
+
+    return interrupted
 
 
 @pytest.mark.parametrize("quotas", [Quotas(subnets_per_user=2)])
