@@ -50,7 +50,7 @@ def _view(body: rest.EstimateBody, proposal: Proposal, nmap_options: Sequence[st
     return rest.Estimate(
         addresses=target.network.num_addresses,
         excluded=proposal.plan.excluded,
-        exclude=list(map(str, target.exclude)),
+        exclude=list(target.exclude),
         tcp_ports=ports.tcp_count,
         udp_ports=ports.udp_count,
         probes=target.included * ports.count,

@@ -73,7 +73,7 @@ def scan_target(body: rest.SubnetBody, checks: Checks) -> ScanTarget:
     target = parsed_target(body.cidr, body.exclude)
     if refusal := checks.rules.refusal(target.network):
         raise _wrong("cidr", refusal, body.cidr)
-    return ScanTarget(str(target.network), tuple(str(each) for each in target.exclude))
+    return ScanTarget(str(target.network), target.exclude)
 
 
 def parsed_target(cidr: str, exclude: Sequence[str] | None) -> Target:

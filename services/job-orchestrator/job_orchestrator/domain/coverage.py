@@ -47,9 +47,8 @@ class Coverage:
         self._step = step
         cells = -(-addresses // step)
         empty = bytearray((CANCELLED if job.final else Outcome.BLANK).encode() * cells)
-        for network in Target.parse(job.cidr, job.exclude).exclude:
-            start = index_of(self._network, str(network.network_address)) - first
-            low, high = max(0, -(-start // step)), min(cells, (start + network.num_addresses) // step)
+        for start, end in Target.parse(job.cidr, job.exclude).holes:
+            low, high = max(0, -(-(start - first) // step)), min(cells, (end - first) // step)
             if low < high:
                 empty[low:high] = Outcome.EXCLUDED.encode() * (high - low)
         self._letters = {block: bytearray(empty) for block in sorted(blocks)}

@@ -286,10 +286,11 @@ class UnprobedPage:
         self.next: int | None = None
         self.cut = False
         self._room = _TEXT
-        for network in Target.parse(job.cidr, job.exclude).exclude:
-            first = str(network.network_address)
-            self._take(self.total, range(network.num_addresses), first, job.policy.ports, lambda _: (EXCLUDED, ""))
-            self.total += network.num_addresses
+        target = Target.parse(job.cidr, job.exclude)
+        for start, end in target.holes:
+            first = str(target.network[start])
+            self._take(self.total, range(end - start), first, job.policy.ports, lambda _: (EXCLUDED, ""))
+            self.total += end - start
         self._excluded = self.total
 
     def ranges(self) -> Iterator[tuple[int, int]]:

@@ -310,12 +310,9 @@ class _Slices:
     """The runs that `_cut` yields, by their number, each without going through the addresses of the others."""
 
     def __init__(self, target: Target, size: int) -> None:
-        first = int(target.network.network_address)
         self._size = size
         self._addresses = target.network.num_addresses
-        self._holes = [
-            (start := int(inner.network_address) - first, start + inner.num_addresses) for inner in target.exclude
-        ]
+        self._holes = target.holes
         self._skips: list[int] = []
         """The numbers of the slices before which some are completely excluded, which have no number."""
         self._skipped = [0]
@@ -362,5 +359,5 @@ def _cut(target: Target, size: int) -> Iterator[tuple[int, str]]:
 def _cut_count(target: Target, size: int) -> int:
     """Return the number of runs that `_cut` yields for a power of two, without going through the addresses."""
     # Excluded networks are merged and slices are aligned, so a completely excluded slice is a part of one of them.
-    excluded = sum(inner.num_addresses // size for inner in target.exclude)
+    excluded = sum((end - start) // size for start, end in target.holes)
     return -(-target.network.num_addresses // size) - excluded

@@ -248,7 +248,7 @@ def _planned(submit: SubmitJobs, subnet: Subnet, proposal: Proposal, now: dateti
         policy_id=submit.policy_id,
         subnet_id=subnet.id,
         cidr=subnet.content.cidr,
-        exclude=tuple(map(str, proposal.target.exclude)),
+        exclude=proposal.target.exclude,
         policy=proposal.admitted.policy,
         plan=proposal.plan,
         seconds_left=proposal.plan.estimate,
