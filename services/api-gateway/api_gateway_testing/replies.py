@@ -5,38 +5,34 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 from scanfleet.clock import utc_now
-from scanfleet.contracts.messages import CancelJob, CommandAccepted, CommandReply, Job, JobStatus, SubmitJobs
+from scanfleet.contracts.messages import CommandAccepted, CommandReply, Job, JobStatus, SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_REPLIES
 from scanfleet.runtime.bus import Bus, Record
-
-Command = SubmitJobs | CancelJob
 
 
 class Replier:
     """The orchestrator's side of the bus: answers each command with the result of `reply`, or not at all if it is None."""
 
     def __init__(self, bus: Bus) -> None:
-        self.commands: list[Command] = []
-        self.reply: Callable[[Command], Awaitable[Sequence[CommandReply]]] = accept
+        self.commands: list[SubmitJobs] = []
+        self.reply: Callable[[SubmitJobs], Awaitable[Sequence[CommandReply]]] = accept
         self._bus = bus
 
     async def handle(self, records: Sequence[Record]) -> None:
         for record in records:
             command = record.message
-            if isinstance(command, (SubmitJobs, CancelJob)):
+            if isinstance(command, SubmitJobs):
                 self.commands.append(command)
                 await self._bus.publish(SCAN_REPLIES, await self.reply(command))
 
 
-async def accept(command: Command) -> Sequence[CommandReply]:
+async def accept(command: SubmitJobs) -> Sequence[CommandReply]:
     """Accept every command."""
-    if isinstance(command, CancelJob):
-        return [CommandAccepted(command_id=command.command_id, jobs=(job(command.job_id, JobStatus.CANCELLED),))]
     jobs = tuple(job(number, subnet_id=subnet) for number, subnet in enumerate(command.subnet_ids, 1))
     return [CommandAccepted(command_id=command.command_id, jobs=jobs)]
 
 
-async def silence(_command: Command) -> Sequence[CommandReply]:
+async def silence(_command: SubmitJobs) -> Sequence[CommandReply]:
     """Send no reply, like an unavailable orchestrator."""
     return []
 

@@ -1,4 +1,4 @@
-"""Scan jobs: commands create and cancel them; all other requests are forwarded to the services behind the gateway."""
+"""Scan jobs: commands create them; all other requests are forwarded to the services behind the gateway."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from api_gateway.api.keys import SentKey
 from api_gateway.api.openapi import ETAG, IF_NONE_MATCH, errors, query, server_sent
 from api_gateway.api.state import StateDep
 from scanfleet.contracts import queries, rest
-from scanfleet.contracts.messages import CancelJob, SubmitJobs
+from scanfleet.contracts.messages import SubmitJobs
 from scanfleet.runtime import tracing
 from scanfleet.runtime.http.requests import PathId, parsed, source
 from scanfleet.security.auth import Caller
@@ -233,20 +233,10 @@ async def cancel_tasks(body: rest.CancelJobs, request: Request, _caller: Caller,
     )
 
 
-@cancels.post("/{job_id}/cancel", responses=errors(400, 404))
-async def cancel_task(job_id: PathId, request: Request, caller: Caller, state: StateDep) -> rest.Done:
+@cancels.post("/{job_id}/cancel", response_model=rest.Done, responses=errors(400, 404))
+async def cancel_task(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
     """Cancel a pending or running scan job. Its results so far can be read."""
-    command = CancelJob(
-        command_id=uuid4().hex,
-        user_id=caller.user_id,
-        admin=caller.admin,
-        source=source(request),
-        request_id=request.scope["request_id"],
-        job_id=job_id,
-        traceparent=tracing.current(),
-    )
-    await state.commands.send(command, state.canceller, state.canceller.identity(request))
-    return rest.Done(message="Job cancelled successfully")
+    return await state.canceller.forward(request)
 
 
 @router.get(

@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 from api_gateway.domain.ports import Arbiter
-from scanfleet.contracts.messages import CancelJob, CommandRejected, CommandReply, Job, SubmitJobs
+from scanfleet.contracts.messages import CommandRejected, CommandReply, Job, SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS
 from scanfleet.errors import DependencyError, PublicError, TooManyRequestsError, UnavailableError
 from scanfleet.runtime.bus import Publisher, Record
@@ -41,7 +41,7 @@ class Commands:
 
     async def send(
         self,
-        command: SubmitJobs | CancelJob,
+        command: SubmitJobs,
         arbiter: Arbiter,
         headers: Mapping[str, str],
     ) -> tuple[Job, ...]:
@@ -61,7 +61,7 @@ class Commands:
             raise _refusal(reply)
         return reply.jobs
 
-    async def _ask(self, command: SubmitJobs | CancelJob) -> CommandReply | None:
+    async def _ask(self, command: SubmitJobs) -> CommandReply | None:
         """Return the reply, or None after the timeout."""
         waiting: asyncio.Future[CommandReply] = asyncio.get_running_loop().create_future()
         self._waiting[command.command_id] = waiting

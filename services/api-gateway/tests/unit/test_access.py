@@ -338,10 +338,13 @@ async def test_cancel_of_a_mapped_user_without_connections_for_queries_is_execut
     monkeypatch.setattr("api_gateway.main.connect", connect)
     async with Gateway().run(jwt_user_ids="mapped") as running:
         running.services.on("POST", USERS, httpx2.Response(200, json={"user_id": 41}))
+        running.services.on(
+            "POST", "http://orchestrator/api/v1/task/1/cancel", httpx2.Response(200, json={"message": "x"})
+        )
         headers = {"Authorization": f"Bearer {running.issuer.token(sub=UUID)}"}
         assert (await running.client.get("/api/v1/task", headers=headers)).status_code == 503
         assert (await running.client.post("/api/v1/task/1/cancel", headers=headers)).status_code == 200
-        assert [command.user_id for command in running.replier.commands] == [41]
+        assert (await running.caller(running.services.requests[-1])).user_id == 41
 
 
 @pytest.mark.parametrize("answer", [httpx2.Response(500), httpx2.Response(200, json={"user_id": 0}), None])

@@ -9,9 +9,10 @@ import httpx2
 import pytest
 
 from api_gateway_testing.gateway import Client, Gateway, Running
-from api_gateway_testing.replies import Command, accept
+from api_gateway_testing.replies import accept
 from api_gateway_testing.services import Stream
-from scanfleet.contracts.messages import CommandReply
+from scanfleet.contracts.messages import CommandReply, SubmitJobs
+from scanfleet_testing.waiting import until
 
 BODY = {"subnet_ids": [5], "policy_id": 3}
 
@@ -83,7 +84,7 @@ async def test_concurrent_requests_are_limited_per_user() -> None:
     async with Gateway().run(requests_at_once_per_user=2) as gateway:
         go = asyncio.Event()
 
-        async def reply(command: Command) -> Sequence[CommandReply]:
+        async def reply(command: SubmitJobs) -> Sequence[CommandReply]:
             if command.user_id == 7:
                 await go.wait()
             return await accept(command)
@@ -106,7 +107,7 @@ async def test_concurrent_requests_are_limited_in_total() -> None:
     async with Gateway().run(requests_at_once=1) as gateway:
         go = asyncio.Event()
 
-        async def reply(command: Command) -> Sequence[CommandReply]:
+        async def reply(command: SubmitJobs) -> Sequence[CommandReply]:
             await go.wait()
             return await accept(command)
 
@@ -132,6 +133,9 @@ async def test_cancel_with_all_other_limits_reached_is_executed() -> None:
         gateway.services.on("GET", owner, httpx2.Response(200, json={"user_id": 7}))
         gateway.services.on("GET", "http://result-store/api/v1/task/41/results", httpx2.Response(200, stream=stream))
         gateway.services.on(
+            "POST", "http://orchestrator/api/v1/task/41/cancel", httpx2.Response(200, json={"message": "x"})
+        )
+        gateway.services.on(
             "POST",
             "http://orchestrator/internal/jobs/cancel",
             httpx2.Response(200, json={"job_ids": [1], "more": False}),
@@ -151,19 +155,14 @@ async def test_cancel_with_all_other_limits_reached_is_executed() -> None:
 async def test_cancels_have_separate_limits() -> None:
     """A user's cancels have limits per minute and of concurrent ones, which the error names; other users are not affected."""
     async with Gateway().run(cancels_per_minute=3, cancels_at_once_per_user=1, cancels_at_once=1) as gateway:
-        go = asyncio.Event()
-
-        async def reply(command: Command) -> Sequence[CommandReply]:
-            await go.wait()
-            return await accept(command)
-
-        gateway.replier.reply = reply
+        stream = Stream(b"{}")
+        answers = httpx2.Response(200, stream=stream, headers={"Content-Length": "2"})
+        gateway.services.on("POST", "http://orchestrator/api/v1/task/1/cancel", answers)
         waiting = asyncio.create_task(gateway.client.post("/api/v1/task/1/cancel"))
-        while not gateway.broker.records("scan-commands"):
-            await gateway.broker.news(1)
+        await until(lambda: bool(gateway.services.asked("orchestrator")))
         same = await gateway.client.post("/api/v1/task/2/cancel")
         other = await gateway.client.post("/api/v1/task/2/cancel", headers=gateway.issuer.bearer(8))
-        go.set()
+        stream.go.release()
         assert (await waiting).status_code == 200
         assert (same.status_code, other.status_code) == (429, 503)
         assert same.json()["error"].startswith("1 of your cancels are in progress, which is the limit")

@@ -13,8 +13,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 from api_gateway_testing.gateway import Gateway, Running
-from api_gateway_testing.replies import Command, accept, job, silence
-from scanfleet.contracts.messages import CancelJob, CommandAccepted, CommandRejected, CommandReply, SubmitJobs
+from api_gateway_testing.replies import accept, job, silence
+from scanfleet.contracts.messages import CommandAccepted, CommandRejected, CommandReply, SubmitJobs
 from scanfleet.contracts.messages.topics import SCAN_REPLIES
 from scanfleet.security.auth import Principal
 from scanfleet_testing.waiting import until
@@ -59,7 +59,7 @@ async def test_create_tasks_passes_on_the_roles_that_grants_name(tmp_path: Path)
     file = tmp_path / "grants.toml"
     file.write_text('[[grants]]\nname = "ops"\nroles = ["ops", "night"]')
 
-    async def refuse(command: Command) -> Sequence[CommandReply]:
+    async def refuse(command: SubmitJobs) -> Sequence[CommandReply]:
         return [CommandRejected(command_id=command.command_id, status=403, error="no grant", rule="grant")]
 
     async with Gateway().run(grants_file=file) as gateway:
@@ -106,7 +106,7 @@ async def test_replies_to_other_gateways_are_not_decoded(gateway: Running) -> No
         name, topic = "scanfleet_bus_consumed_total", SCAN_REPLIES.name
         return sum(each.value for each in samples if each.name == name and each.labels["topic"] == topic)
 
-    async def reply(command: Command) -> Sequence[CommandReply]:
+    async def reply(command: SubmitJobs) -> Sequence[CommandReply]:
         mine = CommandAccepted(command_id=command.command_id, jobs=(job(1),))
         return [*(CommandAccepted(command_id=f"foreign-{number}", jobs=()) for number in range(20)), mine]
 
@@ -121,7 +121,7 @@ async def test_replies_are_matched_to_their_requests(gateway: Running) -> None:
     """Concurrent requests each get the reply with their command id, also among duplicates and replies to others."""
     everyone_waits = asyncio.Barrier(3)
 
-    async def reply(command: Command) -> Sequence[CommandReply]:
+    async def reply(command: SubmitJobs) -> Sequence[CommandReply]:
         assert isinstance(command, SubmitJobs)
         mine = CommandAccepted(command_id=command.command_id, jobs=(job(command.subnet_ids[0] * 100),))
         foreign = CommandAccepted(command_id="of-another-gateway", jobs=())
@@ -144,7 +144,7 @@ async def test_replies_are_matched_to_their_requests(gateway: Running) -> None:
 async def test_rejected_command_returns_its_status_and_error(gateway: Running, status: int) -> None:
     """A rejected command is answered with the orchestrator's status and error."""
 
-    async def reply(command: Command) -> Sequence[CommandReply]:
+    async def reply(command: SubmitJobs) -> Sequence[CommandReply]:
         return [CommandRejected(command_id=command.command_id, status=status, error="subnet 5 does not exist")]
 
     gateway.replier.reply = reply
@@ -156,7 +156,7 @@ async def test_rejected_command_returns_its_status_and_error(gateway: Running, s
 async def test_rejected_command_that_may_be_retried_has_retry_after(gateway: Running, status: int) -> None:
     """A 503, and a 429 for too many unfinished jobs, have Retry-After."""
 
-    async def reply(command: Command) -> Sequence[CommandReply]:
+    async def reply(command: SubmitJobs) -> Sequence[CommandReply]:
         return [CommandRejected(command_id=command.command_id, status=status, error="too old")]
 
     gateway.replier.reply = reply
@@ -335,23 +335,42 @@ async def test_idempotency_key_of_the_maximum_length_is_accepted(gateway: Runnin
     assert command.idempotency_key == key
 
 
-async def test_cancel_task_publishes_one_command(gateway: Running) -> None:
-    """A cancel publishes one CancelJob of the token's user."""
+CANCEL_ONE = "http://orchestrator/api/v1/task/41/cancel"
+
+
+@pytest.mark.proves("G8")
+async def test_cancel_task_is_a_request_of_its_caller(gateway: Running) -> None:
+    """A cancel is forwarded, and waits for no command on the bus."""
+    gateway.services.on("POST", CANCEL_ONE, httpx2.Response(200, json={"message": "Job cancelled successfully"}))
     answer = await gateway.client.post("/api/v1/task/41/cancel")
     assert (answer.status_code, answer.json()) == (200, {"message": "Job cancelled successfully"})
-    (command,) = gateway.replier.commands
-    assert isinstance(command, CancelJob)
-    assert (command.user_id, command.job_id, command.admin) == (7, 41, False)
+    (asked,) = gateway.services.requests
+    assert await gateway.caller(asked) == Principal(7)
+    assert not gateway.broker.records("scan-commands")
 
 
 @pytest.mark.proves("A24", "G13")
 async def test_cancel_task_of_an_administrator_is_determined_by_the_token(gateway: Running) -> None:
-    """CancelJob has `admin` for a token with that role; no body or header sets it, and a query is rejected."""
+    """The caller is an administrator by a token with that role; no body or header sets it, and a query is rejected."""
+    gateway.services.on("POST", CANCEL_ONE, httpx2.Response(200, json={"message": "Job cancelled successfully"}))
     for headers in (gateway.issuer.bearer(9, admin=True), {"X-Admin": "true", "Roles": "admin"}):
         await gateway.client.post("/api/v1/task/41/cancel", json={"admin": True}, headers=headers)
         rejected = await gateway.client.post("/api/v1/task/41/cancel?admin=true", headers=headers)
         assert rejected.status_code == 400
-    assert [each.admin for each in gateway.replier.commands if isinstance(each, CancelJob)] == [True, False]
+    callers = [await gateway.caller(each) for each in gateway.services.requests]
+    assert callers == [Principal(9, admin=True), Principal(7)]
+
+
+@pytest.mark.parametrize("status", [400, 404, 503, None])
+async def test_cancel_task_that_fails_has_the_answer_of_the_orchestrator(gateway: Running, status: int | None) -> None:
+    """Errors of the orchestrator are forwarded; if it is unavailable, the response is 503 with Retry-After."""
+    if status is None:
+        gateway.services.unavailable.add("orchestrator")
+    else:
+        gateway.services.on("POST", CANCEL_ONE, httpx2.Response(status, json={"error": "x"}))
+    answer = await gateway.client.post("/api/v1/task/41/cancel")
+    assert (answer.status_code, list(answer.json())) == (status or 503, ["error"])
+    assert status or "Retry-After" in answer.headers
 
 
 CANCEL = "http://orchestrator/internal/jobs/cancel"

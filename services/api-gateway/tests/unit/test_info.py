@@ -165,7 +165,7 @@ async def test_me_has_the_caller_and_the_remaining_limits() -> None:
         ("GET", "/api/v1/me", 200, "reads"),
         ("GET", "/api/v1/task/1", 404, "reads"),
         ("POST", "/api/v1/task", 400, "writes"),
-        ("POST", "/api/v1/task/1/cancel", 200, "cancels"),
+        ("POST", "/api/v1/task/1/cancel", 404, "cancels"),
     ],
 )
 async def test_response_has_the_remaining_quota(method: str, path: str, status: int, rate: str) -> None:

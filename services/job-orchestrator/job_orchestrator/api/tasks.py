@@ -1,4 +1,4 @@
-"""Serve queries about jobs; jobs are created and cancelled by commands on the bus."""
+"""Serve queries about jobs, delete and cancel them; jobs are created by commands on the bus."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from job_orchestrator.domain.fairness import LIVE
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import JobStatus
-from scanfleet.errors import BadRequestError, ConflictError, ForbiddenError, NotFoundError, Rule, TooLargeError
+from scanfleet.errors import (
+    BadRequestError,
+    ConflictError,
+    ForbiddenError,
+    NotFoundError,
+    Rule,
+    TooLargeError,
+    UnavailableError,
+)
 from scanfleet.runtime.http.requests import PathId, parsed
 from scanfleet.security.auth import AuthenticatedRoute, Caller, Principal
 
@@ -44,20 +52,49 @@ async def read_task(job_id: PathId, caller: Caller, state: StateDep, record: Rec
 
 @router.delete("/{job_id}")
 async def delete_task(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> rest.Done:
-    job = (await state.store.jobs.get([job_id])).get(job_id)
-    if job is None or not (job.user_id == caller.user_id or caller.admin):
-        raise NotFoundError("Job not found", rule=Rule.OWNER if job else None)
+    job = await _changeable(state, caller, job_id)
     if not job.final:
         raise ConflictError(f"Job is {job.status}; cancel it first")
-    if job.user_id == caller.user_id:
-        await record()
-    else:
-        await record(target=audit_target(f"/api/v1/task/{job_id}", job), rule=Rule.ROLE)
+    await _record_change(record, caller, job)
     if not await state.deletions.delete([job_id], "request", requested_by=caller.user_id):
         if await state.store.jobs.get([job_id]):
             raise ConflictError("Job is still being changed; try again in a few seconds")
         raise NotFoundError("Job not found")  # another request has deleted it meanwhile
     return rest.Done(message="Job deleted successfully")
+
+
+@router.post("/{job_id}/cancel")
+async def cancel_task(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> rest.Done:
+    job = await _changeable(state, caller, job_id)
+    if not job.final:
+        await _record_change(record, caller, job)
+        if await state.cancels.cancel([job_id]):
+            return rest.Done(message="Job cancelled successfully")
+        job = await _changeable(state, caller, job_id)  # it may have ended meanwhile
+    if not job.final:
+        raise UnavailableError("The job cannot be changed now")
+    raise BadRequestError(f"Job is already {job.status}", rule=Rule.STATE)
+
+
+async def _changeable(state: State, caller: Principal, job_id: int) -> ScanJob:
+    """Return the job to its owner, or to an administrator.
+
+    Raises:
+        NotFoundError: the job does not exist or belongs to another user.
+    """
+    job = (await state.store.jobs.get([job_id])).get(job_id)
+    if job is None or not (job.user_id == caller.user_id or caller.admin):
+        raise NotFoundError("Job not found", rule=Rule.OWNER if job else None)
+    return job
+
+
+async def _record_change(record: Recorder, caller: Principal, job: ScanJob) -> None:
+    """Write the change of the job to the audit log."""
+    target = f"/api/v1/task/{job.id}"
+    if job.user_id == caller.user_id:
+        await record(target=target)
+    else:
+        await record(target=audit_target(target, job), rule=Rule.ROLE)
 
 
 @router.get("/{job_id}/ledger")

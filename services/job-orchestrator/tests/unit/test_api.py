@@ -157,6 +157,7 @@ EVERY_ROUTE = [
     ("GET", "/internal/jobs/1/latest"),
     ("GET", "/internal/jobs/latest"),
     ("POST", "/internal/jobs/cancel"),
+    ("POST", "/api/v1/task/1/cancel"),
     ("POST", "/internal/commands/c-1/expire"),
     *(("POST", f"/internal/session/{change}") for change in ("create", "refresh", "end")),
 ]
@@ -1280,6 +1281,33 @@ async def test_jobs_are_cancelled_by_filter(
     assert [id_ for id_ in after if after[id_].status != before[id_].status] == cancelled
     for id_ in cancelled:
         assert (after[id_].status, simulation.events(id_)[-1].job.status) == ("cancelled", "cancelled")
+
+
+@pytest.mark.proves("G8")
+async def test_job_is_cancelled(api: Api, simulation: Simulation, store: MemoryStore) -> None:
+    """Its owner and an administrator cancel a pending or running job, with its event, also while the bus is unavailable."""
+    await store.jobs.insert([scan_job(1), change(scan_job(2), JobTrigger.START, LATER), scan_job(3)])
+    assert await api("POST /api/v1/task/1/cancel") == {"message": "Job cancelled successfully"}
+    assert await api("POST /api/v1/task/2/cancel", user=9, admin=True) == {"message": "Job cancelled successfully"}
+    assert [simulation.events(id_)[-1].job.status for id_ in (1, 2)] == ["cancelled", "cancelled"]
+    simulation.bus.broker.unavailable = True
+    await api("POST /api/v1/task/3/cancel")
+    assert not await store.jobs.unfinished(7, 10)
+
+
+async def test_job_that_cannot_be_cancelled_is_unchanged(
+    api: Api, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that has ended is a 400, one of another user or an unknown one a 404, and one that cannot be changed a 503."""
+    ended = change(scan_job(1), JobTrigger.CANCEL, LATER)
+    await store.jobs.insert([ended, scan_job(2, user_id=8), scan_job(3)])
+    before = await store.jobs.get([1, 2, 3])
+    assert await api("POST /api/v1/task/1/cancel", status=400) == {"error": "Job is already cancelled"}
+    for id_ in (2, 4):
+        assert await api(f"POST /api/v1/task/{id_}/cancel", status=404) == {"error": "Job not found"}
+    monkeypatch.setattr("job_orchestrator.handlers.commands.cancels.change_job", lambda *_, **__: 1 / 0)
+    assert await api("POST /api/v1/task/3/cancel", status=503) == {"error": "The job cannot be changed now"}
+    assert await store.jobs.get([1, 2, 3]) == before
 
 
 async def test_bulk_cancel_above_a_page_needs_several_requests(api: Api, store: MemoryStore) -> None:

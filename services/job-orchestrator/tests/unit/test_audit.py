@@ -214,7 +214,21 @@ async def test_cancel_by_filter_is_audited_for_each_job(ask: Caller, simulation:
 
 
 @pytest.mark.proves("A24", "G13")
-async def test_cancel_by_an_administrator_is_audited_with_the_owner(simulation: Simulation) -> None:
+async def test_cancel_is_audited_with_the_owner(ask: Caller, simulation: Simulation) -> None:
+    """A cancel is audited before it is done, an administrator's of another user's job with the rule `role`."""
+    await simulation.store.jobs.insert([scan_job(5), scan_job(6, user_id=9), scan_job(8)])
+    for id_, user in ((5, 9), (6, 9), (8, 7)):
+        assert (await ask(f"POST /api/v1/task/{id_}/cancel", user=user, admin=user == 9))[0] == 200
+    recorded, _ = await simulation.store.audit.page(0, 10)
+    assert sorted(fields_of(recorded)) == [
+        ("7", "cancel_task", "/api/v1/task/8", "allowed", ""),
+        ("9", "cancel_task", "/api/v1/task/5 of user 7", "allowed", "role"),
+        ("9", "cancel_task", "/api/v1/task/6", "allowed", ""),
+    ]
+
+
+@pytest.mark.proves("A24", "G13")
+async def test_cancel_command_by_an_administrator_is_audited_with_the_owner(simulation: Simulation) -> None:
     """An administrator's cancel of another user's job is audited with the rule `role`, of their own job without it."""
     await simulation.store.jobs.insert([scan_job(5), scan_job(6, user_id=9)])
     for job_id in (5, 6):

@@ -50,7 +50,7 @@ class SubmitJobs(_Command):
 
 
 class CancelJob(_Command):
-    """Cancel one job."""
+    """Cancel one job. Only gateways up to release 0.2 send it; later ones send an HTTP request."""
 
     job_id: Id
     admin: bool = False
