@@ -22,6 +22,7 @@ DEAD_LETTER_BYTES: Final = 16 * 1024 * 1024
 SEGMENT_BYTES: Final = (
     64 * 1024 * 1024
 )  # a partition may exceed its limit by this much: only whole segments are deleted
+SEGMENTS: Final = 7  # minimum number in which a partition keeps the records of its retention
 LOOK_SECONDS: Final = 0.1  # interval of checks while a broker catches up
 
 
@@ -123,13 +124,14 @@ async def _conform(admin: AIOKafkaAdminClient, plans: list[Plan]) -> None:
 
 
 def _configs(retention: timedelta, retention_bytes: int, replication: int) -> dict[str, str]:
-    milliseconds = str(int(retention.total_seconds() * 1000))
+    retention_ms = int(retention.total_seconds() * 1000)
     return {
         "cleanup.policy": "delete",
-        "retention.ms": milliseconds,
+        "retention.ms": str(retention_ms),
         "retention.bytes": str(retention_bytes),  # per partition: a client with write access cannot fill the disk
         "segment.bytes": str(SEGMENT_BYTES),
-        "segment.ms": milliseconds,  # only whole segments are deleted: records live at most twice the retention
+        # Only whole segments are deleted, so a record lives longer than the retention by up to this time.
+        "segment.ms": str(retention_ms // SEGMENTS),
         "message.timestamp.type": "LogAppendTime",  # the only clock that all readers share
         "compression.type": "producer",  # consumers reject batches that the broker has compressed
         "min.insync.replicas": str(max(1, replication - 1)),

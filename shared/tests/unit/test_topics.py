@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from scanfleet.contracts.messages import topics
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS, TOPICS, Topic
+from scanfleet.kafka.topics import TopicSettings, plans
 
 
 @given(st.text())
@@ -36,3 +37,10 @@ def test_jobs_are_spread_over_all_partitions() -> None:
 def test_partition_is_within_the_topics_number(topic: Topic) -> None:
     """All keys of a topic with one partition are in it, and no partition is beyond the last."""
     assert {topic.partition_of(str(number)) for number in range(200)} == set(range(topic.partitions))
+
+
+def test_records_of_a_quiet_topic_outlive_its_retention_by_a_seventh() -> None:
+    """The broker deletes a segment once its last record is too old, so each has records of a seventh of the retention at most."""
+    for plan in plans(TopicSettings(kafka="localhost:9092"), TOPICS):
+        retention, segment = (int(plan.configs[name]) for name in ("retention.ms", "segment.ms"))
+        assert 0 < segment <= retention / 7, plan.name
