@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api_gateway.api import audit, deletions, imports, info, resources, retention, revocations, session, sign_in, tasks
+from api_gateway.api import forwarded, info, resources, session, sign_in, tasks
 from scanfleet.contracts import rest
 
 ROUTERS: tuple[APIRouter, ...] = (
     info.public,
     info.router,
     tasks.router,
+    forwarded.TASKS,
     tasks.cancels,
     tasks.streams,
     tasks.all_streams,
-    deletions.router,
+    forwarded.DELETIONS,
     *map(resources.router_of, rest.RESOURCES),
-    imports.router,
-    retention.router,
-    audit.router,
-    revocations.router,
+    forwarded.SUBNETS,
+    forwarded.AUDIT,
+    forwarded.REVOCATIONS,
     session.router,
     sign_in.router,
 )

@@ -1,4 +1,4 @@
-"""Scan jobs: commands create them; all other requests are forwarded to the services behind the gateway."""
+"""Scan jobs: their creation, cancellation, streams of events, and results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from api_gateway.api.events import (
     overlapping,
 )
 from api_gateway.api.keys import SentKey
-from api_gateway.api.openapi import ETAG, IF_NONE_MATCH, errors, query, server_sent
+from api_gateway.api.openapi import errors, query, server_sent
 from api_gateway.api.state import StateDep
 from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import SubmitJobs
@@ -36,10 +36,6 @@ LastEventId = Annotated[
     Header(alias="Last-Event-ID", description="The `id` of the last received event; browsers send it automatically."),
 ]
 
-_NOT_MODIFIED: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"headers": ETAG},
-    304: {"description": "The map has not changed since the one of `If-None-Match`.", "headers": ETAG},
-}
 _RESULT: Final = {"$ref": "#/components/schemas/Result"}
 _HOST: Final = {"$ref": "#/components/schemas/Host"}
 _HOSTS: Final[dict[int | str, dict[str, Any]]] = {
@@ -123,17 +119,6 @@ _ALL_EVENTS: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-@router.get(
-    "",
-    response_model=rest.JobList,
-    responses=errors(400, 403),
-    openapi_extra={"parameters": query(queries.Tasks)},
-)
-async def list_tasks(request: Request, _caller: Caller, state: StateDep) -> Response:
-    """List the caller's scan jobs, pending ones first, then by start, the latest first."""
-    return await state.orchestrator.forward(request)
-
-
 @router.post("", status_code=201, responses=errors(400, 403, 413))
 async def create_tasks(
     body: rest.CreateJobs,
@@ -162,18 +147,6 @@ async def create_tasks(
 async def estimate_task(body: rest.EstimateBody, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the body
     """Estimate a scan of one subnet, with every reason for which a request for it would be refused now. Creates nothing."""
     return await state.orchestrator.forward(request, with_roles=True)
-
-
-@router.get("/{job_id}", response_model=rest.TaskStatus, responses=errors(404))
-async def read_task(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
-    """Read the current state and progress of a scan job."""
-    return await state.orchestrator.forward(request)
-
-
-@router.delete("/{job_id}", response_model=rest.Done, responses=errors(404, 409))
-async def delete_task(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
-    """Delete a scan job that has ended, with its results and ledger."""
-    return await state.orchestrator.forward(request)
 
 
 @streams.get("/{job_id}/events", response_class=Response, responses=_EVENTS | errors(404))
@@ -285,37 +258,3 @@ async def read_nmap_xml(
         return job
     target = f"/internal/jobs/{job_id}/nmap.xml?hosts={selected.hosts}"
     return await state.result_store.pass_on(request, target, job.model_dump_json().encode())
-
-
-@router.get(
-    "/{job_id}/ledger",
-    response_model=rest.Ledger,
-    responses=errors(400, 404, 413),
-    openapi_extra={"parameters": query(queries.Ledger)},
-)
-async def read_ledger(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
-    """Read the outcomes of all probes of a scan job, and the list of addresses that were not completely probed."""
-    return await state.orchestrator.forward(request)
-
-
-@router.get("/{job_id}/snapshot", response_model=rest.JobSnapshot, responses=errors(404))
-async def read_snapshot(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
-    """Read the subnet and policy of a scan job as they were when it was created."""
-    return await state.orchestrator.forward(request)
-
-
-@router.get(
-    "/{job_id}/map",
-    response_model=rest.CoverageMap,
-    responses=_NOT_MODIFIED | errors(400, 404, 413),
-    openapi_extra={"parameters": [*query(queries.Map), IF_NONE_MATCH]},
-)
-async def read_map(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
-    """Read the outcome of each address or chunk of a scan job as one letter, for each block of its ports."""
-    return await state.orchestrator.forward(request)
-
-
-@router.get("/{job_id}/waiting", response_model=rest.Waiting, responses=errors(404))
-async def read_waiting(job_id: PathId, request: Request, _caller: Caller, state: StateDep) -> Response:  # noqa: ARG001 # documents the path
-    """Read why a scan job does not progress: its queued chunks, and the reasons for which they wait."""
-    return await state.orchestrator.forward(request)
