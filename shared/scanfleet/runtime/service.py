@@ -21,7 +21,7 @@ from starlette.middleware import Middleware
 
 from scanfleet.runtime import tracing
 from scanfleet.runtime.http import probes
-from scanfleet.runtime.http.audit import Refusals
+from scanfleet.runtime.http.audit import RefusalLog
 from scanfleet.runtime.http.connection_limits import ConnectionLimits
 from scanfleet.runtime.http.errors import ERROR_HANDLERS
 from scanfleet.runtime.http.middleware import Outermost, StartupGate
@@ -63,7 +63,7 @@ def create_app(
     name: str,
     settings: ConnectionSettings,
     lifespan: Lifespan,
-    refusals: Refusals,
+    refusals: RefusalLog,
     routers: Sequence[APIRouter] = (),
     public: bool = False,
     max_body_seconds: float = MAX_BODY_SECONDS,

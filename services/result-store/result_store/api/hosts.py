@@ -41,7 +41,7 @@ _NAMES: Final[Mapping[Outcome, rest.HostOutcome]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class HostSelection:
     """Which of a job's hosts are requested: those with a port that matches, if ports or a service are given."""
 
     limit: int | None = None
@@ -70,7 +70,7 @@ class Machine:
         selected: whether the selection requests it.
     """
 
-    def __init__(self, first: Host, selection: Selection = Selection()) -> None:
+    def __init__(self, first: Host, selection: HostSelection = HostSelection()) -> None:
         self.selected = False
         self._details = HostDetails()
         self._selection = selection
@@ -175,7 +175,7 @@ async def merged(hosts: AsyncIterator[Host], begin: Callable[[Host], _Merged]) -
         yield machine
 
 
-async def _selected(hosts: AsyncIterator[Host], selection: Selection) -> AsyncIterator[Iterable[rest.Host]]:
+async def _selected(hosts: AsyncIterator[Host], selection: HostSelection) -> AsyncIterator[Iterable[rest.Host]]:
     """Yield the selected hosts, one at a time, at most `limit`, and nothing for each of the others."""
     left = selection.limit
     async for machine in merged(hosts, lambda first: Machine(first, selection)):
@@ -223,7 +223,7 @@ async def hosts(
     """
     form = negotiate(",".join(request.headers.getlist("accept")), _FORMATS)
     after, within = _after(query.after), network_in(query.address)
-    selection = Selection(query.limit, disjoint((port, port) for port in query.port), query.service)
+    selection = HostSelection(query.limit, disjoint((port, port) for port in query.port), query.service)
     if await store.is_unsorted(job_id):
         raise ConflictError(UNSORTED)
     found = store.hosts_by_address(job_id, owner(caller), Parts.SUMMARY, after=after, within=within)

@@ -26,7 +26,7 @@ _ROWS: Final = 500  # results of a host between two pauses; a host may have 65,5
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class ResultSelection:
     """Which of a job's results are requested."""
 
     after: int | None = None
@@ -104,7 +104,7 @@ async def results(
     """
     form = negotiate(",".join(request.headers.getlist("accept")))
     fields = tuple(name for name in ALL_FIELDS if name in query.fields) or ALL_FIELDS
-    selection = Selection.of_query(query)
+    selection = ResultSelection.of_query(query)
     raw = "raw_data" in fields
     found = store.results(job_id, owner(caller), after=selection.after, raw=raw, within=selection.addresses)
     pieces = write(form, selection.of(found), fields)

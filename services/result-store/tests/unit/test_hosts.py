@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 
-from result_store.api.hosts import Machine, Selection, _selected, merged
+from result_store.api.hosts import HostSelection, Machine, _selected, merged
 from result_store.domain.results import ClosedChunk, Parts
 from result_store_testing import MemoryStore, host
 from result_store_testing.http import client, get, store_of
@@ -221,5 +221,5 @@ async def test_search_for_hosts_has_a_turn_for_each_that_is_left_out() -> None:
     """A search that finds few hosts can begin its response in time, and is cancelled when the client leaves."""
     store = await store_of(*(host(f"127.9.8.{number}", 22 if number == 3 else 80) for number in range(5)))
     hosts = store.hosts_by_address(1, 7, Parts.SUMMARY)
-    found = [len(list(some)) async for some in _selected(hosts, Selection(ports=((22, 22),)))]
+    found = [len(list(some)) async for some in _selected(hosts, HostSelection(ports=((22, 22),)))]
     assert found == [0, 0, 0, 1, 0]

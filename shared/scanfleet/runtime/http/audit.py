@@ -14,7 +14,7 @@ from scanfleet.errors import Rule
 from scanfleet.runtime.http.requests import source
 
 
-class Refusals(Protocol):
+class RefusalLog(Protocol):
     """The record of refused requests, for the audit log."""
 
     service: str
@@ -42,7 +42,7 @@ def audit_entry(
     return AuditEntry(
         id=uuid4().hex,
         time=utc_now(),
-        service=cast(Refusals, request.app.state.refusals).service,
+        service=cast(RefusalLog, request.app.state.refusals).service,
         subject=str(caller.user_id) if caller else "",
         source=source(request),
         action=request.scope["route"].name,
@@ -57,4 +57,4 @@ def audit_entry(
 def record_refusal(request: Request, rule: Rule, *, target: str = "", reason: str = "") -> None:
     """Add a refused request to the entries that the service publishes for the audit log."""
     entry = audit_entry(request, "refused", rule=rule, target=target, reason=reason)
-    cast(Refusals, request.app.state.refusals).add(entry)
+    cast(RefusalLog, request.app.state.refusals).add(entry)
