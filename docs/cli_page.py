@@ -46,10 +46,10 @@ lines without a header or colours, with times in RFC 3339. Non-printing characte
 ## URL and token
 
 The command takes the URL of the gateway from the first of these that is set: `--url`, `SCANFLEET_URL`, the context (`--context`,
-`SCANFLEET_CONTEXT`, or the current one). The token is that of `--token-file`, else of `SCANFLEET_TOKEN`, else of the file in `SCANFLEET_TOKEN_FILE`, else of
-the context: its `token_command`, or the sign-in by `scanfleet login`. The token of a context is sent only to the gateway of that
-context, and with `--context` the tokens of the environment are not sent. `scanfleet whoami` shows URL, user and their sources;
-`scanfleet doctor` checks the connection.
+`SCANFLEET_CONTEXT`, or the current one). The token is that of `--token-file`, else of `SCANFLEET_TOKEN`, else of the file in
+`SCANFLEET_TOKEN_FILE`, else of the context: its `token_command`, or the sign-in by `scanfleet login`. The token of a context is
+sent only to the gateway of that context, and with `--context` the tokens of the environment are not sent. `scanfleet whoami` shows
+URL, user and their sources; `scanfleet doctor` checks the connection.
 
 Contexts are stored in `config.toml` in the folder `~/.config/scanfleet` on Linux, `~/Library/Application Support/scanfleet` on
 macOS and `%LOCALAPPDATA%\\scanfleet\\scanfleet` on Windows, or in the folder `scanfleet` of `XDG_CONFIG_HOME` on Linux and macOS.

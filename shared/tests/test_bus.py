@@ -394,7 +394,7 @@ async def test_tail_of_some_keys_does_not_decode_other_records(backend: Backend)
     wanted = SCAN_WORKERS.key_of(ready(1))
     before = skipped()
     async with Running(bus.tail(SCAN_WORKERS, recorder, wants=lambda key: key == wanted)):
-        backend.put(0, b"somebody else", b"junk", ())
+        backend.put(0, b"another client", b"junk", ())
         backend.put(0, b"\xff", b"junk", ())
         backend.put(0, None, b"junk", ())
         await bus.publish(SCAN_WORKERS, [ready(2, worker="another-1"), ready(1)])

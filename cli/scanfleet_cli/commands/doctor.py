@@ -65,8 +65,8 @@ def _findings(session: Session) -> Iterator[Finding]:
 
 
 def _answers(session: Session) -> Iterator[Finding]:
-    with Client(session.endpoint.url, transport=session.effects.transport) as anybody:
-        info = _try(lambda: anybody.ask(calls.read_info(), timeout=0))
+    with Client(session.endpoint.url, transport=session.effects.transport) as anonymous:
+        info = _try(lambda: anonymous.ask(calls.read_info(), timeout=0))
         if isinstance(info, ScanfleetError) and not isinstance(info, ApiError):
             yield Finding("service", ok=False, detail=str(info))
             return

@@ -71,9 +71,9 @@ def _context(session: Session, url: str, name: str | None) -> Context:
 
 
 def _signed_in(session: Session, url: str, *, device: bool) -> Tokens:
-    with Client(url, patience=session.patience, transport=session.effects.transport) as anybody:
+    with Client(url, patience=session.patience, transport=session.effects.transport) as anonymous:
         try:
-            info = anybody.send(calls.read_info())
+            info = anonymous.send(calls.read_info())
         except ApiError as error:
             if error.status != httpx2.codes.NOT_FOUND:
                 raise

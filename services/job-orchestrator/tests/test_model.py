@@ -267,10 +267,10 @@ class Life(RuleBasedStateMachine):
             "fail": lambda: worker.fail(task, outcomes=outcomes),
         }
 
-        async def say() -> None:
+        async def act() -> None:
             await actions[what]()
 
-        self.run(say())
+        self.run(act())
         if delivered:
             self.go_on()
 
@@ -428,7 +428,7 @@ class Life(RuleBasedStateMachine):
             elif topic is SCAN_RESULTS:
                 self.scanned += [each.message for each in batch if isinstance(each.message, ChunkScanned)]
             elif topic is SCAN_PROGRESS:
-                self.run(self.hear(batch))
+                self.run(self.deliver_reports(batch))
             else:
                 self.run(self.simulation.hand(topic, batch))
         for record in records:
@@ -436,8 +436,8 @@ class Life(RuleBasedStateMachine):
                 self.pending.remove(record)
                 self.past.append(record)
 
-    async def hear(self, batch: Sequence[Record]) -> None:
-        """Hand reports over: one that is not of a chunk's holder changes no state, and its scan is stopped."""
+    async def deliver_reports(self, batch: Sequence[Record]) -> None:
+        """Deliver reports: one that is not of a chunk's holder changes no state, and its scan is stopped."""
         reports = [each.message for each in batch if isinstance(each.message, WorkerReport)]
         before = await self.simulation.store.chunks.get({report.chunk_id for report in reports})
         tasks = len(self.simulation.bus.messages(SCAN_TASKS))

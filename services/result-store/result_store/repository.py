@@ -165,7 +165,7 @@ class MongoStore:
             async for document in self._read(page, fields):
                 rest = _behind(document) if after is None else {"first_id": {"$gt": document["first_id"]}}
                 chunk = closed.get(document["chunk_id"])
-                # A host that arrived after its chunk was closed is stored too; only the final map tells them apart.
+                # A host that arrived after its chunk was closed is stored too; only the final map distinguishes them.
                 if chunk is None or chunk.counts(document["address"]):
                     yield _host(document).results(document["first_id"])
         await self._check_kept(job_id)

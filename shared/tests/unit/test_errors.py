@@ -1,4 +1,4 @@
-"""Errors say what must happen next."""
+"""Errors determine the next step of the loop or the response."""
 
 from __future__ import annotations
 

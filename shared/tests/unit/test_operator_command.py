@@ -17,7 +17,7 @@ def test_command_entry_with_a_user_in_the_environment_names_the_process_user(
     variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An operator cannot choose the name in the audit log by a variable."""
-    monkeypatch.setenv(variable, "somebody-else")
+    monkeypatch.setenv(variable, "another-user")
     name = pwd.getpwuid(os.getuid()).pw_name
     assert command_entry("operator", "create_acls", "x").source == f"command line, system user {name}"
 

@@ -1,4 +1,4 @@
-"""Outcome maps: what they say survives loss, repetition and disorder."""
+"""Outcome maps, which survive loss, repetition and disorder."""
 
 from __future__ import annotations
 

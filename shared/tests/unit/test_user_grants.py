@@ -104,7 +104,7 @@ def test_admit_tries_every_grant_of_the_caller() -> None:
 
 
 def test_grant_without_users_and_roles_is_for_every_user() -> None:
-    """A default grant; so a file may hold nothing but limits for everybody."""
+    """A default grant, so that a file may have only limits for all users."""
     grants = UserGrants.parse('[everyone]\nscripts = []\n[[grants]]\nname = "all"')
     assert grants.admit(99, frozenset(), INSIDE, policy(), now=NOON).grant == "all"
     with pytest.raises(GrantError, match=r"^scripts banner are not among those for every user: none$"):

@@ -225,11 +225,11 @@ async def test_events_during_the_query_are_sent_after_its_state(running: tuple[R
     answer = Stream(latest(3, RUNNING, 10).content)
     asked = asyncio.Event()
 
-    def say(_request: httpx2.Request) -> httpx2.Response:
+    def respond(_request: httpx2.Request) -> httpx2.Response:
         asked.set()
         return httpx2.Response(200, stream=answer)
 
-    gateway.services.on("GET", LATEST, say)
+    gateway.services.on("GET", LATEST, respond)
     watcher = Watcher(gateway)
     await asyncio.wait_for(asked.wait(), LIMIT_SECONDS)
     await bus.publish(SCAN_EVENTS, [event(1, PENDING)])

@@ -317,7 +317,7 @@ async def test_document_is_read_by_python_nmap() -> None:
     ],
 )
 async def test_document_of_an_unsuccessful_job_has_an_error(changed: dict[str, Any], message: str) -> None:
-    """The statistics of a failed or cancelled job say so; a job without any chunk is a valid document."""
+    """The statistics of a failed or cancelled job have the error; a job without any chunk is a valid document."""
     finished = attributes((await written(MemoryStore(), **changed)).find("runstats/finished"))
     assert (finished["exit"], finished["errormsg"]) == ("error", message)
 
