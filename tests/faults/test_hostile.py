@@ -101,8 +101,8 @@ def test_forged_reports_are_ignored(platform: Platform, user: Caller, invariants
         platform,
         SCAN_PROGRESS,
         ChunkScanned(**(token | {"attempt": chunk["attempt"] + 1}), worker_id=chunk["worker_id"], **end),
-        ChunkScanned(**token, worker_id="nobody", **end),
-        ChunkProgressed(**token, worker_id="nobody", outcomes=done),
+        ChunkScanned(**token, worker_id="unknown", **end),
+        ChunkProgressed(**token, worker_id="unknown", outcomes=done),
     )
     until(
         lambda: platform.metric("job-orchestrator", "scanfleet_stale_reports_total") >= stale + 3,
@@ -110,11 +110,11 @@ def test_forged_reports_are_ignored(platform: Platform, user: Caller, invariants
         "all three to be counted as stale",
     )
     stops = [each.message for each in platform.topics.messages(SCAN_TASKS, StopChunk)]
-    assert any(isinstance(stop, StopChunk) and stop.worker_id == "nobody" for stop in stops)
+    assert any(isinstance(stop, StopChunk) and stop.worker_id == "unknown" for stop in stops)
     (now,) = [each for each in platform.documents.chunks(job_id) if each["_id"] == chunk["_id"]]
     assert (now["state"], now["attempt"], now["outcomes"]) == ("running", chunk["attempt"], chunk["outcomes"])
     letters = len(platform.topics.records(SCAN_PROGRESS, letters=True))
-    forge(platform, SCAN_PROGRESS, ChunkProgressed(**token, worker_id="nobody", outcomes=done), key=b"elsewhere")
+    forge(platform, SCAN_PROGRESS, ChunkProgressed(**token, worker_id="unknown", outcomes=done), key=b"elsewhere")
     until(
         lambda: len(platform.topics.records(SCAN_PROGRESS, letters=True)) == letters + 1, LIMIT_SECONDS, "a dead letter"
     )

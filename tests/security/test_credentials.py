@@ -172,14 +172,14 @@ async def test_workers_cannot_join_groups(stack: Stack) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("change", ["password", "user", "nobody", "plaintext", "authority"])
+@pytest.mark.parametrize("change", ["password", "user", "anonymous", "plaintext", "authority"])
 async def test_connections_without_credentials_are_rejected(stack: Stack, change: str) -> None:
     """A wrong password, an unknown or missing name, a plaintext connection, or an unknown authority is rejected."""
     ours = access(stack.servers.kafka_settings(WORKER))
     other: dict[str, dict[str, Any]] = {
         "password": {"sasl_plain_password": "guess"},
-        "user": {"sasl_plain_username": "nobody"},
-        "nobody": {"security_protocol": "SSL"},
+        "user": {"sasl_plain_username": "unknown"},
+        "anonymous": {"security_protocol": "SSL"},
         "plaintext": {"security_protocol": "SASL_PLAINTEXT"},
         "authority": {"ssl_context": ssl.create_default_context()},
     }
