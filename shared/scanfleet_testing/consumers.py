@@ -20,12 +20,13 @@ class Recorder(PartitionListener):
         self.caught_up_after: list[tuple[set[int], int]] = []
         """Partitions, and the number of records handled before."""
 
-    async def handle(self, records: Sequence[Record]) -> None:
+    async def handle(self, records: Sequence[Record]) -> Collection[Record]:
         self.tries.append(records)
         result = self._does(records)
         if asyncio.iscoroutine(result):
             await result
         self.handled += records
+        return ()
 
     async def assigned(self, partitions: Collection[int]) -> None:
         self.partitions |= set(partitions)

@@ -337,8 +337,9 @@ class Simulation:
             if topic is SCAN_DELETIONS and self.results:
                 await self.results.handle(records)
             for number, replica in enumerate(self.replicas):
-                if mine := [record for record in records if record.partition in self._partitions(number)]:
-                    await replica.handlers[topic].handle(mine)
+                mine = [record for record in records if record.partition in self._partitions(number)]
+                while mine:
+                    mine = list(await replica.handlers[topic].handle(mine) or ())
 
     def take(self, topic: Topic) -> list[Record]:
         """Return the messages sent to a topic since the last call."""

@@ -48,7 +48,8 @@ class Handler(Protocol[M_contra]):
       reader without a group skips and counts it.
     """
 
-    async def handle(self, records: Sequence[Record[M_contra]]) -> None: ...
+    async def handle(self, records: Sequence[Record[M_contra]]) -> Collection[Record] | None:
+        """Handle the records, or some of them: it is called again with those that it returns, together with newer ones."""
 
 
 class PartitionListener:

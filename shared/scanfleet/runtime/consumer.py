@@ -18,9 +18,9 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Generic
+from typing import Final, Generic, TypeVar
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
@@ -37,6 +37,9 @@ REBALANCE_BATCH_SECONDS: Final = 10.0  # timeout of the current batch at a rebal
 FIRST_PAUSE_SECONDS: Final = 0.1  # before the first retry: short, for a brief interruption
 LONGEST_PAUSE_SECONDS: Final = 5.0  # maximum retry delay: notices recovery soon without overloading the dependency
 COMMIT_SECONDS: Final = 0.25  # delay of a commit between batches: short, since a crash redelivers what is not committed
+_MOST_LEFT: Final = 500  # records in memory that wait for a later batch, beside the next poll
+
+_Outcome = TypeVar("_Outcome")
 
 Rejected = Sequence[tuple[RawRecord, str]]
 """Records that cannot be handled, each with the reason."""
@@ -66,11 +69,10 @@ class _Uncommitted:
     due: float = math.inf
     """When to commit, on the monotonic clock."""
 
-    def add(self, records: Sequence[RawRecord]) -> None:
+    def add(self, offsets: Mapping[int, int]) -> None:
         if not self.offsets:
             self.due = time.monotonic() + COMMIT_SECONDS
-        # Later records of a partition overwrite earlier ones.
-        self.offsets |= {record.partition: record.offset + 1 for record in records}
+        self.offsets |= offsets
 
 
 class ConsumerLoop(Generic[M]):
@@ -118,6 +120,10 @@ class ConsumerLoop(Generic[M]):
         self._hurry = asyncio.Event()
         self._deadline: asyncio.Timeout | None = None  # of the current call to the handler
         self._uncommitted = _Uncommitted()
+        self._left: list[RawRecord] = []
+        """The records that the handler leaves for a later batch, in order of their offsets; they are part of the next batch."""
+        self._read: dict[int, int] = {}
+        """By partition, the offset after the last record of the batches since nothing was left."""
         self._assigned: set[int] = set()
         self._epoch = 0  # counts revocations: records polled before one may belong to another member
         self._blocked = False
@@ -168,6 +174,8 @@ class ConsumerLoop(Generic[M]):
         deadline = self._hurry_up()
         async with self._handler_lock:
             await self._commit_by(deadline)
+            self._left.clear()
+            self._read.clear()
             self._ends.clear()
             self._assigned.clear()
             self._blocked = False  # a partition that another member catches up with
@@ -192,8 +200,9 @@ class ConsumerLoop(Generic[M]):
 
     async def _run_once(self) -> None:
         try:
-            wake = min(self._ends.look_due, self._uncommitted.due)
-            records = await self._source.poll(max(0.0, wake - time.monotonic()))
+            wake = 0.0 if self._left else min(self._ends.look_due, self._uncommitted.due)
+            seconds = max(0.0, wake - time.monotonic())
+            records = await self._source.poll(seconds) if len(self._left) < _MOST_LEFT else ()
         except UNAVAILABLE as error:
             self._ends.set_broker_state(available=False, error=error)
             await asyncio.sleep(FIRST_PAUSE_SECONDS)
@@ -202,14 +211,15 @@ class ConsumerLoop(Generic[M]):
         async with self._handler_lock:
             if epoch != self._epoch:
                 return
-            if records and not await self._finish(records):
+            batch = [*self._left, *records]
+            if batch and not await self._finish(batch):
                 return
             if time.monotonic() >= self._uncommitted.due and not await self._commit():
                 return
         await self._ends.look()
         # Not when the query ends: positions include records that were polled but not yet handled.
         async with self._handler_lock:
-            if epoch == self._epoch:
+            if epoch == self._epoch and not self._left:
                 await self._report()
 
     def _batch_age_seconds(self) -> float:
@@ -231,8 +241,9 @@ class ConsumerLoop(Generic[M]):
             self._deadline = None
 
     async def _finish(self, records: Sequence[RawRecord]) -> bool:
-        """Handle one batch; return False when it was dropped."""
+        """Handle one batch, or the part that the handler takes; return False when it was dropped."""
         self._taken = time.monotonic()
+        self._left = []
         try:
             with self._handling.time():
                 async with asyncio.timeout(None) as self._deadline:
@@ -249,7 +260,12 @@ class ConsumerLoop(Generic[M]):
         finally:
             self._deadline = self._taken = None
             self._blocked = False
-        self._uncommitted.add(records)
+        for record in records:
+            self._read[record.partition] = max(record.offset + 1, self._read.get(record.partition, 0))
+        first_left = {record.partition: record.offset for record in reversed(self._left)}
+        self._uncommitted.add(self._read | first_left)
+        if not self._left:
+            self._read = {}
         return True
 
     async def _commit(self) -> bool:
@@ -303,7 +319,9 @@ class ConsumerLoop(Generic[M]):
             return
         try:
             with _log_context(batch[0][1]) if len(batch) == 1 else contextlib.nullcontext():
-                await self._call_handler([record for _, record in batch])
+                left = await self._call_handler([record for _, record in batch])
+                places = {(record.partition, record.offset) for record in left}
+                self._left = [raw for raw, _ in batch if (raw.partition, raw.offset) in places]
         except BatchDroppedError:
             raise
         except Exception:  # noqa: BLE001 # one record must not stop the others of the batch, whatever its error
@@ -328,15 +346,17 @@ class ConsumerLoop(Generic[M]):
             return repr(error)
         return None
 
-    async def _call_handler(self, records: Sequence[Record[M]]) -> None:
+    async def _call_handler(self, records: Sequence[Record[M]]) -> Collection[Record]:
+        """Return the records that the handler leaves for a later batch."""
         try:
-            await self._retry_until_available(lambda: self._handler.handle(records))
+            left = await self._retry_until_available(lambda: self._handler.handle(records)) or ()
         except BatchDroppedError:
             raise
         except Exception:
             self._failed.inc()
             raise
-        self._consumed.inc(len(records))
+        self._consumed.inc(len(records) - len(left))
+        return left
 
     async def _dead_letter_or_skip(self, rejected: Rejected) -> None:
         """Dead-letter records together: one write and one log line per record would delay the other partitions."""
@@ -353,7 +373,7 @@ class ConsumerLoop(Generic[M]):
         await self._retry_until_available(lambda: dead_letter(rejected))
         self._dead_lettered.inc(len(rejected))
 
-    async def _retry_until_available(self, action: Callable[[], Awaitable[None]]) -> None:
+    async def _retry_until_available(self, action: Callable[[], Awaitable[_Outcome]]) -> _Outcome:
         """Run `action`, retrying while a dependency is unavailable.
 
         Raises:
@@ -361,7 +381,7 @@ class ConsumerLoop(Generic[M]):
         """
         for attempt in itertools.count():
             try:
-                await action()
+                outcome = await action()
             except UNAVAILABLE as error:
                 self._blocked = True
                 self._retried.inc()
@@ -369,12 +389,13 @@ class ConsumerLoop(Generic[M]):
                 _log.warning("dependency_unavailable", consumer=self._name, error=repr(error))
             else:
                 self._blocked = False
-                return
+                return outcome
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** min(attempt, 10))):
                     await self._hurry.wait()
             if self._hurry.is_set():
                 raise BatchDroppedError("a rebalance or a stop ended the wait for a dependency")
+        raise AssertionError("unreachable")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from scanfleet.contracts.messages.envelope import RawRecord, encode
 from scanfleet.contracts.messages.topics import SCAN_STORED, SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
+from scanfleet.runtime.bus import Record
 from scanfleet.runtime.consumer import COMMIT_SECONDS, ConsumerLoop, Rejected
 from scanfleet.runtime.end_offsets import LOOK_SECONDS
 from scanfleet.runtime.source import BatchDroppedError, Listener
@@ -57,7 +58,7 @@ class Script:
 
 
 def record(offset: int, *, value: bytes | None = None) -> RawRecord:
-    envelope = encode(SCAN_WORKERS, WorkerReady(worker_id="w", slots=offset, raw=False), source="test")
+    envelope = encode(SCAN_WORKERS, WorkerReady(worker_id="w", slots=offset % 256, raw=False), source="test")
     value = envelope.value if value is None else value
     return RawRecord(SCAN_WORKERS.name, 0, offset, utc_now(), envelope.key, value, envelope.headers)
 
@@ -511,3 +512,61 @@ async def test_caught_up_needs_the_position_at_the_end() -> None:
         assert recorder.caught_up_after == []
         script.position = 5
         await until(lambda: recorder.caught_up_after)
+
+
+class Partial(Recorder):
+    """Handles the last record of each batch."""
+
+    async def handle(self, records: Sequence[Record]) -> Sequence[Record]:
+        await super().handle(records[-1:])
+        return records[:-1]
+
+
+async def test_records_that_the_handler_leaves_follow_in_a_batch_with_newer_ones() -> None:
+    """They are handled later, are not committed before, and do not count as read to the end."""
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield [record(0), record(1)]
+        yield [record(2)]
+
+    script, recorder = Script(polls()), Partial()
+    script.end = 3
+    async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)):
+        await until(lambda: script.committed and script.committed[-1] == {0: 3})
+        await until(lambda: recorder.caught_up_after)
+    assert [handled.offset for handled in recorder.handled] == [1, 2, 0]
+    assert recorder.caught_up_after[0] == ({0}, 3)
+    assert all(each in ({0: 0}, {0: 3}) for each in script.committed)
+
+
+async def test_records_that_the_handler_leaves_belong_to_the_next_owner() -> None:
+    """After a revocation only handled records before the first one that is left are committed, and no other is handled."""
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield [record(0), record(1)]
+        await script.listener.revoked({0})
+        await script.listener.assigned({0})
+        yield []
+        yield [record(2)]
+
+    script, recorder = Script(polls()), Partial()
+    async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, script, no_dead_letter)):
+        await until(lambda: len(recorder.handled) > 1)
+    assert [handled.offset for handled in recorder.handled] == [1, 2]
+    assert script.committed[0] == {0: 0}
+
+
+async def test_records_that_the_handler_leaves_are_bounded() -> None:
+    """While many are left, no further ones are read."""
+    polled: list[int] = []
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        for first in range(0, 2_000, 500):
+            polled.append(len(recorder.handled))
+            yield [record(offset) for offset in range(first, first + 500)]
+
+    recorder = Partial()
+    async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, Script(polls()), no_dead_letter)):
+        await until(lambda: len(polled) == 3)
+    assert polled[1] == 1
+    assert polled[2] >= 400

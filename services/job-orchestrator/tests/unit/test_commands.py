@@ -151,7 +151,8 @@ async def test_repeats_of_a_large_command_in_one_batch_use_bounded_memory(large:
     records = large.take(SCAN_COMMANDS)
     jobs.inserted.clear()
     tracemalloc.start()
-    await replica.handlers[SCAN_COMMANDS].handle(records)
+    while records:
+        records = list(await replica.handlers[SCAN_COMMANDS].handle(records) or ())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert set(jobs.inserted.values()) == {1}
@@ -167,6 +168,43 @@ async def test_repeat_behind_a_mismatched_one_gets_the_jobs(large: Simulation) -
     await large.hand(SCAN_COMMANDS, large.take(SCAN_COMMANDS))
     assert isinstance(large.replies(mismatched)[0], CommandRejected)
     assert len(large.accepted(repeat)) == 1_000
+
+
+@pytest.mark.proves("G11")
+async def test_commands_of_other_users_precede_the_rest_of_a_user_with_many(large: Simulation) -> None:
+    """One batch carries out the first submits and all cancels; newer commands of other users precede what it leaves."""
+    handler = large.only.handlers[SCAN_COMMANDS]
+    many = [await large.send(1, range(1, 1_001)) for _ in range(5)]
+    policy_id, subnets = await large.add("127.8.0.0/30", user_id=8)
+    cancel, small = await large.cancel(1), await large.send(policy_id, subnets, user_id=8)
+    left = await handler.handle(large.take(SCAN_COMMANDS))
+    assert [len(large.replies(command)) for command in (cancel, small, *many)] == [1, 1, 0, 0, 0, 0, 0]
+    left = await handler.handle(list(left or ()))
+    assert [len(large.replies(command)) for command in many] == [1, 0, 0, 0, 0]
+    newer = await large.send(policy_id, subnets, user_id=8)
+    left = await handler.handle([*(left or ()), *large.take(SCAN_COMMANDS)])
+    assert [len(large.replies(command)) for command in (newer, *many)] == [1, 1, 0, 0, 0, 0]
+    while left:
+        left = await handler.handle(list(left))
+    assert [len(large.replies(command)) for command in many] == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.proves("A22", "G20")
+async def test_command_that_was_expired_is_not_planned() -> None:
+    """A submit that waited, and that its gateway has expired meanwhile, reads neither its policy nor its subnets."""
+    store, simulation = await counting_simulation()
+    policy_id, subnets = await simulation.add("127.9.8.0/30")
+    expired, waited = [await simulation.send(policy_id, subnets) for _ in range(2)]
+    assert await simulation.only.commands.expire(expired, 7) is None
+    records = [
+        replace(each, timestamp=each.timestamp - timedelta(seconds=2)) for each in simulation.take(SCAN_COMMANDS)
+    ]
+    await simulation.hand(SCAN_COMMANDS, records[1:])
+    assert len(simulation.accepted(waited)) == 1
+    store.calls.clear()
+    await simulation.hand(SCAN_COMMANDS, records[:1])
+    assert store.calls["policies.get"] == store.calls["subnets.get"] == 0
+    assert simulation.replies(expired) == []
 
 
 async def test_keys_of_other_requests_read_no_jobs() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
-from itertools import chain
+from itertools import accumulate
+from operator import itemgetter
 from typing import Final
 
 from job_orchestrator.domain.command import KEY_REUSED, Command
@@ -32,7 +35,6 @@ from scanfleet.contracts.messages import (
     SubmitJobs,
 )
 from scanfleet.contracts.messages.audit import MAX_REASON_CHARS
-from scanfleet.contracts.messages.commands import MAX_SUBNETS
 from scanfleet.contracts.messages.topics import SCAN_REPLIES
 from scanfleet.errors import Rule
 from scanfleet.runtime import tracing
@@ -47,6 +49,8 @@ _Key = tuple[int, str]
 # The caller has timed out and may have sent another request. This check is only an optimisation: a late command is harmless
 # because the gateway's `expired` was inserted first.
 _TOO_OLD: Final = timedelta(seconds=60)
+_MOST_JOBS: Final = 250  # planned at once: half a second of CPU time if each of them excludes a thousand networks
+_DELAYED: Final = timedelta(seconds=1)  # less than a gateway waits for a reply
 _SWEPT: Final = timedelta(minutes=1)  # maximum time until a sweep publishes the events of each job and reconciles it
 _MAX_NAMED_CHARS: Final = 200  # characters that an audit entry copies from a command
 
@@ -78,27 +82,47 @@ class Commands(PartitionListener):
         self._clock = clock
         self._caught_up: dict[int, float] = {}
         """When all records of each partition had last been read."""
+        self._finished: Mapping[_Key, Command] = {}
+        """The submits of the previous group by Idempotency-Key, if records are left: a repeat is answered without another query."""
 
-    async def handle(self, records: Sequence[Record[_Message]]) -> None:
-        finished: Mapping[_Key, Command] = {}
-        for group in _groups({each.message.command_id: each for each in records}.values()):
-            names = {each.message.command_id: type(each.message).__name__ for each in group}
-            traces = {each.message.command_id: each.message.traceparent for each in group}
+    async def handle(self, records: Sequence[Record[_Message]]) -> Sequence[Record[_Message]]:
+        """Handle the cancels and one group of submits; leave the others, so that newer commands of other users precede them."""
+        distinct = {each.message.command_id: each for each in records}.values()
+        cancels = [each for each in distinct if isinstance(each.message, CancelJob)]
+        group, left = self._group(distinct)
+        for some in filter(None, (cancels, group)):
+            names = {each.message.command_id: type(each.message).__name__ for each in some}
+            traces = {each.message.command_id: each.message.traceparent for each in some}
             with tracing.spans(names.__getitem__, traces, "consumer", "scanfleet.command.id"):
-                finished = await self._carry_out(group, finished)
+                finished = await self._carry_out(some)
+            self._finished = finished if left else {}
+        return left
 
-    async def _carry_out(
-        self, records: Sequence[Record[_Message]], finished: Mapping[_Key, Command]
-    ) -> Mapping[_Key, Command]:
-        """Decide on a group of commands, finish and answer them; return its finished submits by Idempotency-Key.
+    def _group(
+        self, records: Iterable[Record[_Message]]
+    ) -> tuple[Sequence[Record[_Message]], Sequence[Record[_Message]]]:
+        """Return the submits to handle next, for at most `_MOST_JOBS` jobs or a single one, and the others.
 
-        Args:
-            records: the group.
-            finished: the submits that the previous group finished: a repeat is answered without another query.
+        They are ordered by the number of jobs of their user up to and including their own: the small and the first ones of each
+        user precede the rest of a user with many.
         """
+        wanted: defaultdict[int, int] = defaultdict(int)
+        submits: list[tuple[int, int, Record[_Message]]] = []
+        for each in records:
+            if isinstance(each.message, SubmitJobs):
+                jobs = 0 if self._too_old(each) else len(each.message.subnet_ids)
+                wanted[each.message.user_id] += jobs
+                submits.append((wanted[each.message.user_id], jobs, each))
+        submits.sort(key=itemgetter(0))
+        size = max(1, bisect_right(list(accumulate(jobs for _, jobs, _ in submits)), _MOST_JOBS))
+        ordered = [each for _, _, each in submits]
+        return ordered[:size], ordered[size:]
+
+    async def _carry_out(self, records: Sequence[Record[_Message]]) -> Mapping[_Key, Command]:
+        """Decide on a group of commands, finish and answer them; return its finished submits by Idempotency-Key."""
         messages = {each.message.command_id: each.message for each in records}
         too_old = {each.message.command_id for each in records if self._too_old(each)}
-        stored = await self._known({id_: each for id_, each in messages.items() if id_ not in too_old}, finished)
+        stored = await self._known([each for each in records if each.message.command_id not in too_old])
         new: list[Command] = []
         submits: list[SubmitJobs] = []
         for id_, message in messages.items():
@@ -122,8 +146,7 @@ class Commands(PartitionListener):
         stored |= decided
         mismatched = {id_ for id_, command in stored.items() if _is_mismatched(command, messages[id_])}
         matching = {id_: command for id_, command in stored.items() if id_ not in mismatched}
-        ids = {command.id for command in finished.values()}
-        await self._finish(matching, messages, mismatched=mismatched, fresh=fresh, finished=ids)
+        await self._finish(matching, messages, mismatched=mismatched, fresh=fresh)
         keyed = ((command.idempotency_key, command) for command in matching.values())
         return {(command.user_id, key): command for key, command in keyed if key is not None}
 
@@ -164,24 +187,30 @@ class Commands(PartitionListener):
             return False
         return record.timestamp < self._clock.now() - _TOO_OLD
 
-    async def _known(self, messages: Mapping[str, _Message], finished: Mapping[_Key, Command]) -> dict[str, Command]:
-        """Return the earlier commands of submits whose idempotency key was used before, without jobs if the body differs.
+    async def _known(self, records: Sequence[Record[_Message]]) -> dict[str, Command]:
+        """Return the decided commands: those that waited so long that the gateway may have expired them, and earlier submits.
 
-        Redelivered commands are decided again: the insert returns the earlier decision.
+        An earlier submit with the same idempotency key is returned without jobs if its body differs. Other redelivered commands are
+        decided again: the insert returns the earlier decision.
         """
+        messages = {each.message.command_id: each.message for each in records}
+        delayed = self._clock.now() - _DELAYED
+        waited = {each.message.command_id for each in records if each.timestamp < delayed}
+        decided = await self._commands.get(waited) if waited else {}
         keys = {
             id_: (message.user_id, message.idempotency_key)
             for id_, message in messages.items()
             if isinstance(message, SubmitJobs) and message.idempotency_key
         }
-        stored = await self._commands.by_key(set(keys.values()) - finished.keys())
+        stored = await self._commands.by_key(set(keys.values()) - self._finished.keys())
         earlier = {id_: command for id_, key in keys.items() if (command := stored.get(key))}
         repeats = {id_: each.id for id_, each in earlier.items() if not _is_mismatched(each, messages[id_])}
         complete = await self._commands.get(set(repeats.values())) if repeats else {}
         return {
-            **{id_: finished[key] for id_, key in keys.items() if key in finished},
+            **{id_: self._finished[key] for id_, key in keys.items() if key in self._finished},
             **{id_: command for id_, command in earlier.items() if id_ not in repeats},
             **{id_: complete[first] for id_, first in repeats.items() if first in complete},
+            **decided,
         }
 
     async def _finish(
@@ -191,7 +220,6 @@ class Commands(PartitionListener):
         *,
         mismatched: Collection[str],
         fresh: Sequence[ScanJob],
-        finished: Collection[str],
     ) -> None:
         """Finish these commands, and answer their messages.
 
@@ -200,9 +228,9 @@ class Commands(PartitionListener):
             messages: the messages by their ids.
             mismatched: ids of further messages, which are refused.
             fresh: the jobs that this replica has just accepted.
-            finished: ids of commands that are finished already.
         """
         await self._jobs.insert(fresh)
+        finished = {command.id for command in self._finished.values()}
         done = {*finished, *(job.command_id for job in fresh)}
         others = await self._restore([command for command in stored.values() if command.id not in done])
         answers = await self._answers({id_: command for id_, command in stored.items() if command.state != "expired"})
@@ -250,34 +278,6 @@ class Commands(PartitionListener):
             else:
                 answers[id_] = CommandAccepted(command_id=id_, jobs=views[command.id])
         return answers
-
-
-def _groups(records: Iterable[Record[_Message]]) -> Iterator[Sequence[Record[_Message]]]:
-    """Yield the cancels, which are short, and then the submits, for at most `MAX_SUBNETS` jobs at once.
-
-    Repeats of an Idempotency-Key follow each other.
-    """
-    cancels: list[Record[_Message]] = []
-    by_key: dict[_Key, list[tuple[Record[_Message], int]]] = {}
-    for each in records:
-        match each.message:
-            case CancelJob():
-                cancels.append(each)
-            case SubmitJobs() as submit:
-                key = (submit.user_id, submit.idempotency_key or submit.command_id)
-                by_key.setdefault(key, []).append((each, len(submit.subnet_ids)))
-    if cancels:
-        yield cancels
-    group: list[Record[_Message]] = []
-    jobs = 0
-    for each, its_jobs in chain.from_iterable(by_key.values()):
-        if group and jobs + its_jobs > MAX_SUBNETS:
-            yield group
-            group, jobs = [], 0
-        group.append(each)
-        jobs += its_jobs
-    if group:
-        yield group
 
 
 def _is_mismatched(command: Command, message: _Message) -> bool:
