@@ -13,6 +13,7 @@ from scanfleet.errors import DependencyError
 from scanfleet.security import audit
 from scanfleet.security.audit import MERGED, SINGLES, WINDOW_SECONDS, Refusals
 from scanfleet.services import GATEWAY
+from scanfleet_testing.audit import refusal
 from scanfleet_testing.bus import MemoryBus
 
 
@@ -39,18 +40,7 @@ def bus() -> MemoryBus:
 
 
 def entry(number: int, **changed: Any) -> AuditEntry:
-    fields: dict[str, Any] = {
-        "time": utc_now(),
-        "service": "api-gateway",
-        "subject": "",
-        "source": "192.0.2.17",
-        "action": "create_tasks",
-        "target": "/api/v1/task",
-        "decision": "refused",
-        "rule": "token",
-        "request_id": f"r-{number}",
-    }
-    return AuditEntry(id=f"id-{number}", **(fields | changed))
+    return refusal(**{"id": f"id-{number}", "request_id": f"r-{number}", "time": utc_now()} | changed)
 
 
 def published(bus: MemoryBus) -> list[AuditEntry]:

@@ -31,6 +31,7 @@ from scanfleet.errors import DependencyError, MessageError
 from scanfleet.runtime.bus import Record
 from scanfleet.runtime.settings import ConnectionSettings
 from scanfleet.services import GATEWAY, ORCHESTRATOR, RESULT_STORE, SERVICES, WORKER
+from scanfleet_testing.audit import refusal
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tokens import Issuer
 
@@ -319,22 +320,6 @@ async def test_refused_command_is_audited_with_its_rule(simulation: Simulation) 
     assert await rules(10) == [("create_tasks", "refused", "targets")]
     await simulation.cancel(51, user_id=11)
     assert await rules(11) == [("cancel_task", "refused", "state")]
-
-
-def refusal(**changed: Any) -> AuditEntry:
-    fields: dict[str, Any] = {
-        "id": "a",
-        "time": THEN,
-        "service": "api-gateway",
-        "subject": "",
-        "source": "192.0.2.17",
-        "action": "create_tasks",
-        "target": "/api/v1/task",
-        "decision": "refused",
-        "rule": "token",
-        "request_id": "r-1",
-    }
-    return AuditEntry(**fields | changed)
 
 
 async def test_redelivered_refusal_is_stored_once(simulation: Simulation) -> None:
