@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fastapi import APIRouter
 
 from job_orchestrator.api.resource_rules import POLICIES, SUBNETS, parsed_target
-from job_orchestrator.api.state import State, StateDep, mine
+from job_orchestrator.api.state import State, StateDep, TurnDep, mine
 from job_orchestrator.domain.proposal import Part, Proposal
 from scanfleet.contracts import rest
 from scanfleet.scanning.policy import ScanPolicy
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/api/v1/task", route_class=AuthenticatedRoute)
 
 
 @router.post("/estimate")
-async def estimate_task(body: rest.EstimateBody, caller: Caller, state: StateDep) -> rest.Estimate:
+async def estimate_task(body: rest.EstimateBody, caller: Caller, state: StateDep, _turn: TurnDep) -> rest.Estimate:
     policy, target = await _policy(body, caller, state), await _target(body, caller, state)
     proposal = await state.submits.estimate(caller.user_id, caller.roles, policy, target)
     return _view(body, proposal, state.checks.nmap_options(proposal))

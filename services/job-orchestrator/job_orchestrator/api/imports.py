@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
 from job_orchestrator.api.resource_rules import SUBNETS, scan_target
-from job_orchestrator.api.state import MAX_ERROR_CHARS, Recorded, StateDep, within_quota
+from job_orchestrator.api.state import MAX_ERROR_CHARS, Recorded, StateDep, TurnDep, within_quota
 from job_orchestrator.domain.proposal import Checks
 from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
 from scanfleet.clock import utc_now
@@ -68,6 +68,7 @@ async def import_subnets(
     caller: Caller,
     state: StateDep,
     record: Recorded,
+    _turn: TurnDep,
     query: Annotated[queries.SubnetImport, parsed(queries.SubnetImport)],
 ) -> rest.SubnetsImported | rest.SubnetImportCheck:
     lines = []

@@ -13,6 +13,7 @@ from job_orchestrator.api.state import (
     Recorder,
     State,
     StateDep,
+    TurnDep,
     check_unchanged,
     mine,
     repeated,
@@ -43,6 +44,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         caller: Caller,
         state: StateDep,
         record: Recorded,
+        _turn: TurnDep,
         idempotency_key: IdempotencyKey = None,
     ) -> Answer:
         creation = Creation(state.store.commands, caller.user_id, idempotency_key, resource.path, body)
@@ -81,6 +83,7 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         caller: Caller,
         state: StateDep,
         record: Recorded,
+        _turn: TurnDep,
     ) -> Answer:
         old = await mine(state, rules, caller.user_id, id_)
         content = rules.accept(body, state.checks)

@@ -64,6 +64,15 @@ async def _state(request: Request) -> State:  # without async the framework woul
 StateDep = Annotated[State, Depends(_state)]
 
 
+async def _turn(caller: Caller, state: StateDep) -> AsyncIterator[None]:
+    async with state.turns.turn(caller.user_id):
+        yield
+
+
+TurnDep = Annotated[None, Depends(_turn, scope="function")]
+"""Holds a turn of the caller until the answer is built: for requests that cost milliseconds of CPU time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recorder:
     """Writes the intended change of a request to the audit log. If the entry cannot be written, the request fails."""

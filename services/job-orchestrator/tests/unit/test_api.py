@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -22,7 +23,7 @@ from job_orchestrator.domain.fairness import Credit
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.domain.quotas import Quotas
-from job_orchestrator.domain.resources import Owned, Subnet
+from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
 from job_orchestrator_testing import MemoryStore, Simulation, chunk, scan_job, scan_policy
 from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
@@ -31,6 +32,7 @@ from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS
 from scanfleet.errors import DependencyError
+from scanfleet.runtime.turns import AT_ONCE, Turns
 from scanfleet_testing.tokens import Issuer
 
 ISSUER = Issuer()
@@ -117,6 +119,35 @@ def quotas() -> Quotas:
 def api(simulation: Simulation, quotas: Quotas) -> Api:
     checks = replace(simulation.only.checks, quotas=quotas)
     return Api(app_of(replace(state_of(simulation), checks=checks), ISSUER.verifier))
+
+
+@pytest.mark.proves("A22", "G20")
+async def test_requests_that_parse_networks_take_turns(simulation: Simulation, store: MemoryStore) -> None:
+    """A user has four at once, also after errors; further ones wait, and those of another user do not."""
+    state = replace(state_of(simulation), turns=Turns(wait_seconds=0.05))
+    api = Api(app_of(state, ISSUER.verifier))
+    now = utc_now()
+    for user in (7, 8):
+        content = ScanTarget("127.9.8.0/30")
+        subnet = Owned(id=user, user_id=user, name="x", content=content, created_at=now, updated_at=now)
+        await store.subnets.add(subnet)
+    subnet_body, policy = {"name": "x", "cidr": "127.9.8.0/30"}, {"name": "p"}
+    requests: list[tuple[str, Any, int]] = [
+        ("POST /api/v1/subnet", subnet_body, 201),
+        ("PUT /api/v1/subnet/{}", subnet_body, 200),
+        ("POST /api/v1/policy", policy, 201),
+        ("POST /api/v1/task/estimate", {"subnet_id": "{}", "policy": {}}, 200),
+        ("POST /api/v1/subnet/import", None, 400),
+    ]
+    for _ in range(AT_ONCE + 1):
+        await api("POST /api/v1/subnet/import", status=400)
+    async with AsyncExitStack() as held:
+        for _ in range(AT_ONCE):
+            await held.enter_async_context(state.turns.turn(7))
+        for request, body, status in requests:
+            for user in (7, 8):
+                own = body if body is None or "subnet_id" not in body else {"subnet_id": user, "policy": {}}
+                await api(request.format(user), own, user=user, status=503 if user == 7 else status)
 
 
 def times(answer: dict[str, Any]) -> None:
