@@ -125,7 +125,11 @@ def accepted(stack: Stack, user: Client) -> Iterator[Figure]:
     yield Figure("job_cpu_ratio", other_cpu / total, "CPU of Celery's / of ours", at_least=1)
     for name, seconds in cpu.items():
         yield Figure(f"job_cpu_{name.replace('-', '_')}_ms", 1_000 * seconds, f"of these of {name}")
-    yield Figure("job_documents_read", read, "documents that MongoDB returned for the same job")
+    yield Figure(
+        "job_documents_read",
+        read,
+        "documents that MongoDB returned for the same job, without those that it only examined",
+    )
     yield Figure("job_documents_written", written, "documents that it inserted, updated or deleted")
 
 
