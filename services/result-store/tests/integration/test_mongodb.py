@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from uuid import uuid4
 
 import pytest
+from bson import Int64
 from pymongo.uri_parser import parse_uri
 
 from result_store.domain.results import ClosedChunk, Parts, fold
 from result_store.repository import PAGE, MongoStore
 from result_store_testing import FIRST, Log, handler, host, scanned
+from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import HostDetails, PortFound
 from scanfleet.contracts.messages.topics import SCAN_RESULTS, SCAN_STORED
 from scanfleet.errors import DependencyError
@@ -69,6 +72,18 @@ async def test_queries_use_an_index(database: Database) -> None:
         "IXSCAN { _id: 1 }",
     }
     assert not any(each.get("hasSortStage") for each in profiled)
+
+
+async def test_mark_that_an_operator_inserts_deletes_the_results(database: Database) -> None:
+    """The document in operations.md deletes the results of a job that a restore has lost, which no request can name."""
+    store = MongoStore(database)
+    await fill(store, 3)
+    mark = {"_id": Int64(1), "open": True, "begun": Int64(1), "forget_at": utc_now() + timedelta(days=30)}
+    await database["deleted"].insert_one(mark)
+    assert await store.open_deletions(9) == {1: 1}
+    assert sum(await store.erase(1, 9)) == 3
+    await store.end_deletion(1, 1)
+    assert (await store.open_deletions(9), await store.deleted([1])) == ({}, {1})
 
 
 @pytest.mark.parametrize("after", [None, 0])
