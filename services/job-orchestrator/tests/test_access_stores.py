@@ -10,6 +10,7 @@ import pytest
 from bson.datetime_ms import DatetimeMS
 
 from job_orchestrator.domain.access import Revocation
+from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.deletion import Deletion, Stage
 from job_orchestrator.domain.ports import AccessRepository, Store
 from job_orchestrator.domain.resources import Owned, ScanTarget
@@ -107,6 +108,23 @@ async def test_assigned_ids_start_above_claimed_ones(mongo_store: MongoStore) ->
     await mongo_store.subnets.add(subnet)
     assert await mongo_store.access.user_id("https://a.test", "x") == 7_001
     assert await mongo_store.access.user_id("https://a.test", "y") == 7_002
+
+
+@pytest.mark.integration
+@pytest.mark.proves("A10", "G15")
+async def test_assigned_ids_begin_above_those_of_the_audit_log(mongo_store: MongoStore) -> None:
+    """Users who own nothing any more, but are named in the audit log, share their ids with no other."""
+    entry = own_entry("e", "read_task", "/api/v1/task/1", "refused", "owner")
+    subjects = ("9", "10000", "job-orchestrator", "", "-20000", "20000x", "9" * 17)
+    await mongo_store.audit.add([entry.model_copy(update={"id": f"e-{each}", "subject": each}) for each in subjects])
+    assert await mongo_store.access.user_id("https://a.test", "x") == 10_001
+
+
+@pytest.mark.integration
+async def test_assigned_ids_begin_above_those_of_revocations(mongo_store: MongoStore) -> None:
+    """The revocation of a user who owns nothing applies to no user with an assigned id."""
+    await mongo_store.access.add_revocation(revocation(1, user_id=11_000))
+    assert await mongo_store.access.user_id("https://a.test", "x") == 11_001
 
 
 @pytest.mark.integration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from pymongo import IndexModel
@@ -13,6 +14,8 @@ from scanfleet.contracts import rest
 from scanfleet.runtime.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing
 
 _OWNED: Final = ("jobs", *(each.plural for each in rest.RESOURCES))
+
+_IS_ID: Final = re.compile(r"[1-9][0-9]{0,15}")
 
 INDEXES: Final = {
     "users": [IndexModel([("issuer", 1), ("subject", 1)], unique=True)],
@@ -49,10 +52,17 @@ class MongoAccess:
 
     @dependency_errors()
     async def _skip_claimed_ids(self) -> None:
-        """Start above every id claimed by tokens before ids were assigned, so that no user gets another's resources."""
+        """Start above every id that tokens claimed before ids were assigned.
+
+        So no user gets another's resources, entries in the audit log, or revocations.
+        """
         if await self._users.find_one({}, {"_id": 1}, sort=[("_id", 1)]) is None:
             claimed = [await self._highest(name, "user_id", {"user_id": {"$exists": True}}) for name in _OWNED]
             claimed.append(await self._highest("jobs", "deletion.user_id", RECEIPT))
+            claimed += [each.user_id or 0 for each in await self.revocations()]
+            # Every command has an entry too. Subjects are texts, so that the highest one is not the last by their index.
+            subjects = self._database["audit"].aggregate([{"$sort": {"subject": 1}}, {"$group": {"_id": "$subject"}}])
+            claimed += [int(each["_id"]) async for each in subjects if _IS_ID.fullmatch(each["_id"] or "")]
             await advance_ids(self._database, ["users"], max(claimed))
 
     async def _highest(self, collection: str, field: str, wanted: Document) -> int:
