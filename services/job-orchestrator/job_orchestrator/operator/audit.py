@@ -11,11 +11,13 @@ from datetime import timedelta
 from job_orchestrator.domain.chain import read_chain_keys
 from job_orchestrator.repository import AuditVerifier, MongoAudit, Verification, platform_time
 from job_orchestrator.settings import AuditSettings
+from scanfleet.clock import utc_now
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import mongo
 from scanfleet.runtime.operator_command import command_entry, log_to_stderr
 from scanfleet.services import ORCHESTRATOR
 
+_SKEW = timedelta(minutes=1)
 _TAMPERED = 2  # the exit code; 1 is a dependency's failure
 
 
@@ -54,7 +56,7 @@ async def _run(settings: AuditSettings, asked: argparse.Namespace) -> int:
         match asked.command:
             case "verify":
                 await audit.add([command_entry(ORCHESTRATOR, "verify_audit", "the audit log")])
-                return await _verify(AuditVerifier(database, keys, clock.now), asked.head)
+                return await _verify(AuditVerifier(database, keys, clock.now), asked.head, clock.now() - utc_now())
             case "export":
                 await audit.add([command_entry(ORCHESTRATOR, "export_audit", f"blocks above {asked.after}")])
                 await _export(audit, asked.after)
@@ -67,8 +69,11 @@ async def _run(settings: AuditSettings, asked: argparse.Namespace) -> int:
     return 0
 
 
-async def _verify(verifier: AuditVerifier, head: str | None) -> int:
+async def _verify(verifier: AuditVerifier, head: str | None, ahead: timedelta) -> int:
+    """Verify the log, and that the database's clock, which is `ahead` of this one, does not hide removals as due."""
     found = await verifier.verify()
+    if abs(ahead) > _SKEW:
+        found.add(f"the clock of MongoDB differs by {ahead.total_seconds():.0f} s from that of this command")
     if head is not None:
         await _verify_head(verifier, found, head)
     for finding in found.findings:

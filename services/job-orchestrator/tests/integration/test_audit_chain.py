@@ -19,6 +19,7 @@ from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 
 from job_orchestrator.domain.chain import ChainKeys
+from job_orchestrator.operator import audit as operator_audit
 from job_orchestrator.repository import AuditVerifier, MongoStore, audit, signed_log
 from job_orchestrator_testing import KEYS
 from job_orchestrator_testing.builders import audit_entry
@@ -406,6 +407,18 @@ async def test_verify_distinguishes_expired_from_removed(database: Database) -> 
     ]
 
 
+@pytest.mark.proves("G15")
+@pytest.mark.parametrize(("ahead", "code"), [(-59, 0), (59, 0), (-61, 2), (34_560_000, 2)])
+async def test_verify_with_a_wrong_clock_of_the_database_is_a_finding(
+    mongo_store: MongoStore, verifier: AuditVerifier, capsys: pytest.CaptureFixture[str], ahead: int, code: int
+) -> None:
+    """A database that was taken over could hide removed entries as expired by its clock: a difference is named."""
+    await filled(mongo_store)
+    assert await operator_audit._verify(verifier, None, timedelta(seconds=ahead)) == code
+    named = f"the clock of MongoDB differs by {ahead} s from that of this command" in capsys.readouterr().out
+    assert named is (code > 0)
+
+
 async def test_adopt_signs_the_entries_of_an_earlier_release(
     mongo_store: MongoStore, verifier: AuditVerifier, database: Database
 ) -> None:
@@ -444,7 +457,7 @@ class Operator:
     async def runs(self, *words: str, command: str = "audit") -> tuple[int, list[str]]:
         done = await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-m", f"job_orchestrator.{command}", *words],
+            [sys.executable, "-m", f"job_orchestrator.operator.{command}", *words],
             env=os.environ | self._environment,
             capture_output=True,
             text=True,
