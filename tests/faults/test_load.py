@@ -137,3 +137,46 @@ def test_user_with_the_largest_jobs_delays_others_within_bounds(
     )
     heavy.close()
     invariants.check()
+
+
+@pytest.mark.proves("F34", "A22", "G8", "G11", "G20")
+def test_user_whose_submits_are_refused_by_their_plans_delays_others_within_bounds(
+    platform: Platform, user: Caller, invariants: Invariants
+) -> None:
+    """Beside submits of 100 subnets with 1,000 excludes, and their estimates, others' submits and cancels are carried out."""
+    heavy = platform.caller()
+    exclude = [f"{platform.net}.{16 + place // 128}.{place % 128 * 2}" for place in range(1_000)]
+    body = {"name": "excluded", "cidr": f"{platform.net}.16.0/21", "exclude": exclude}
+    created = [heavy.http.post("/api/v1/subnet", json=body) for _ in range(99)]
+    assert {each.status_code for each in created} == {201}, created[0].text
+    subnets = [each.json()["id"] for each in created]
+    too_large = heavy.subnet(f"{platform.net}.128.0/17")
+    policy = heavy.policy(**SLOWEST)
+    statuses: Counter[tuple[str, int]] = Counter()
+
+    def submit() -> None:
+        asked = {"subnet_ids": [*subnets, too_large], "policy_id": policy}
+        statuses["submit", heavy.http.post("/api/v1/task", json=asked).status_code] += 1
+
+    def estimate() -> None:
+        asked = {"subnet_id": subnets[0], "policy_id": policy}
+        statuses["estimate", heavy.http.post("/api/v1/task/estimate", json=asked).status_code] += 1
+
+    mine = user.scan(platform.network(30), **SLOWEST)
+    until(lambda: user.status(mine) == "running", ATTEMPT_SECONDS, "the scan to run")
+    small = {"subnet_ids": [user.subnet(platform.network(30))], "policy_id": user.policy(**TINY)}
+    with repeated(*[submit] * 16, *[estimate] * 4):
+        until(lambda: statuses["submit", 400] > 0, LIMIT_SECONDS, "a submit to be refused")
+        for _ in range(5):
+            assert decided(user, small) == 201
+        began = clock()
+        user.cancel(mine)
+        until(
+            lambda: not platform.documents.chunks(mine, state={"$in": ["dispatched", "running"]}),
+            began + CANCEL_SECONDS - clock(),
+            "the chunks of the job to be stopped",
+        )
+    assert statuses["estimate", 200] > 0
+    assert {status for _, status in statuses} <= {200, 400, 429, 503}
+    heavy.close()
+    invariants.check()
