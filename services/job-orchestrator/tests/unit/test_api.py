@@ -1707,9 +1707,9 @@ async def test_parallel_requests_stay_within_the_quota(
         headers = ISSUER.bearer() | {"Content-Type": "application/json"}
         return (await api.raw("POST", f"/api/v1/{path}", content=content, headers=headers)).status_code
 
-    lines = "name,cidr\nlab,127.9.8.0/24\nlab,127.9.9.0/24\n"
-    for path, content, created in [("policy", '{"name": "lab"}', 2), ("subnet/import", lines, 1)]:
-        statuses = Counter(await asyncio.gather(*(post(path, content) for _ in range(5))))
+    files = [f"name,cidr\nlab,127.9.{n}.0/25\nlab,127.9.{n}.128/25\n" for n in range(5)]
+    for path, contents, created in [("policy", ['{"name": "lab"}'] * 5, 2), ("subnet/import", files, 1)]:
+        statuses = Counter(await asyncio.gather(*(post(path, content) for content in contents)))
         assert statuses == {201: created, 400: 5 - created}
 
 
