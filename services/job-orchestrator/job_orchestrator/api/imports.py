@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 
 from job_orchestrator.api.resource_rules import SUBNETS, scan_target
-from job_orchestrator.api.state import MAX_ERROR_CHARS, Recorded, StateDep, TurnDep, within_quota
+from job_orchestrator.api.state import MAX_ERROR_CHARS, Recorded, StateDep, TurnDep, check_quota, creating
 from job_orchestrator.domain.proposal import Checks
 from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
 from scanfleet.clock import utc_now
@@ -83,7 +83,8 @@ async def import_subnets(
     if problems and not query.dry_run:
         raise BadRequestError(_summary(problems))
     missing = [each.line.wanted for each in verdicts if each.action == "create" and each.line.wanted]
-    async with within_quota(state, SUBNETS, caller.user_id, len(missing)):
+    async with creating(state, caller.user_id):
+        await check_quota(state, SUBNETS, caller.user_id, len(missing))
         if query.dry_run:
             response.status_code = 200
             return rest.SubnetImportCheck(lines=[each.view for each in verdicts])

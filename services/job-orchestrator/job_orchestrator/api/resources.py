@@ -14,11 +14,12 @@ from job_orchestrator.api.state import (
     State,
     StateDep,
     TurnDep,
+    check_quota,
     check_unchanged,
+    creating,
     mine,
     repeated,
     tagged,
-    within_quota,
 )
 from job_orchestrator.domain.resources import Content, Owned
 from scanfleet.clock import utc_now
@@ -48,11 +49,12 @@ def router_of(rules: ResourceRules[Body, Answer, Listed, Content]) -> APIRouter:
         idempotency_key: IdempotencyKey = None,
     ) -> Answer:
         creation = Creation(state.store.commands, caller.user_id, idempotency_key, resource.path, body)
-        if answer := await creation.answer():
-            return tagged(await _add(state, rules, record, answer), response)
-        content = rules.accept(body, state.checks)
-        now = utc_now()
-        async with within_quota(state, rules, caller.user_id):
+        async with creating(state, caller.user_id):
+            if answer := await creation.answer():
+                return tagged(await _add(state, rules, record, answer), response)
+            content = rules.accept(body, state.checks)
+            await check_quota(state, rules, caller.user_id)
+            now = utc_now()
             (id_,) = await rules.repository(state.store).take_ids()
             new = Owned(id=id_, user_id=caller.user_id, name=body.name, content=content, created_at=now, updated_at=now)
             answer = await creation.accept(rules.view(new).model_dump_json())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Final, TypeVar
@@ -53,7 +52,7 @@ class State:
 
     turns: Turns = field(default_factory=Turns)
     creations: WeakValueDictionary[int, asyncio.Lock] = field(default_factory=WeakValueDictionary)
-    """By user: held from the check of a quota until the new objects are stored."""
+    """By user: held while a request creates objects."""
 
 
 async def _state(request: Request) -> State:  # without async the framework would use a thread
@@ -170,20 +169,22 @@ async def mine(
     return found[user_id, id_]
 
 
-@asynccontextmanager
-async def within_quota(
+def creating(state: State, user_id: int) -> asyncio.Lock:
+    """Return the lock that a request holds from the search for what exists until its new objects are stored."""
+    return state.creations.setdefault(user_id, asyncio.Lock())
+
+
+async def check_quota(
     state: State, rules: ResourceRules[Body, Answer, Listed, Content], user_id: int, wanted: int = 1
-) -> AsyncIterator[None]:
-    """Let the user create `wanted` more objects of a resource, while other requests of the user in this process wait.
+) -> None:
+    """Check that the user may create `wanted` more objects of a resource.
 
     Raises:
         BadRequestError: the user would have more than the limit.
     """
     limit = rules.quota(state.checks.quotas)
-    async with state.creations.setdefault(user_id, asyncio.Lock()):
-        owned = await rules.repository(state.store).count(user_id, limit)
-        try:
-            state.checks.quotas.check_owned(rules.resource.plural, limit, owned, wanted)
-        except QuotaError as error:
-            raise BadRequestError(str(error), rule=Rule.QUOTA) from error
-        yield
+    owned = await rules.repository(state.store).count(user_id, limit)
+    try:
+        state.checks.quotas.check_owned(rules.resource.plural, limit, owned, wanted)
+    except QuotaError as error:
+        raise BadRequestError(str(error), rule=Rule.QUOTA) from error

@@ -1713,6 +1713,20 @@ async def test_parallel_requests_stay_within_the_quota(
         assert statuses == {201: created, 400: 5 - created}
 
 
+@every_resource
+@pytest.mark.parametrize("quotas", [Quotas(subnets_per_user=1, policies_per_user=1)])
+async def test_parallel_repeat_at_the_quota_returns_the_answer_of_the_first_request(
+    api: Api, store: MemoryStore, resource: AnyResource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request whose key another request is using is answered like it, even if no further object is allowed."""
+    resources = getattr(store, resource.plural)
+    monkeypatch.setattr(resources, "take_ids", _interrupted(resources.take_ids))
+    body, headers = {"name": "lab"} | BODIES[resource.name], ISSUER.bearer() | {"Idempotency-Key": "k"}
+    answers = await asyncio.gather(*(api.raw("POST", resource.path, json=body, headers=headers) for _ in range(3)))
+    assert [answer.status_code for answer in answers] == [201] * 3
+    assert len({answer.text for answer in answers}) == 1
+
+
 def _interrupted(take_ids: Callable[[int], Awaitable[range]]) -> Callable[[int], Awaitable[range]]:
     """Return the same call, during which other requests are handled."""
 
