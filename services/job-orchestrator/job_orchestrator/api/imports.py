@@ -76,14 +76,14 @@ async def import_subnets(
         await asyncio.sleep(0)  # lets other requests run between the lines, of which there may be a thousand
         lines.append(_read(number, row, state.checks))
     wanted = [line.wanted for line in lines if line.wanted]
-    equal = await state.store.subnets.equal_to(caller.user_id, set(wanted))
-    named = await state.store.subnets.named(caller.user_id, {name for name, _ in wanted}) if query.update else []
-    verdicts = list(_verdicts(lines, equal, named))
-    problems = [f"line {each.line.number}: {each.error}" for each in verdicts if each.error]
-    if problems and not query.dry_run:
-        raise BadRequestError(_summary(problems))
-    missing = [each.line.wanted for each in verdicts if each.action == "create" and each.line.wanted]
     async with creating(state, caller.user_id):
+        equal = await state.store.subnets.equal_to(caller.user_id, set(wanted))
+        named = await state.store.subnets.named(caller.user_id, {name for name, _ in wanted}) if query.update else []
+        verdicts = list(_verdicts(lines, equal, named))
+        problems = [f"line {each.line.number}: {each.error}" for each in verdicts if each.error]
+        if problems and not query.dry_run:
+            raise BadRequestError(_summary(problems))
+        missing = [each.line.wanted for each in verdicts if each.action == "create" and each.line.wanted]
         await check_quota(state, SUBNETS, caller.user_id, len(missing))
         if query.dry_run:
             response.status_code = 200

@@ -1727,6 +1727,17 @@ async def test_parallel_repeat_at_the_quota_returns_the_answer_of_the_first_requ
     assert len({answer.text for answer in answers}) == 1
 
 
+async def test_parallel_imports_of_a_file_create_its_subnets_once(
+    api: Api, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import that waits for another one returns the subnets that the other has created."""
+    monkeypatch.setattr(store.subnets, "take_ids", _interrupted(store.subnets.take_ids))
+    lines = "name,cidr\nlab,127.9.8.0/24\nweb,127.9.9.0/24\n"
+    answers = await asyncio.gather(*(imported(api, lines) for _ in range(3)))
+    assert [answer["created"] for answer in answers] == [2, 0, 0]
+    assert all(answer["subnets"] == answers[0]["subnets"] for answer in answers)
+
+
 def _interrupted(take_ids: Callable[[int], Awaitable[range]]) -> Callable[[int], Awaitable[range]]:
     """Return the same call, during which other requests are handled."""
 
