@@ -144,7 +144,8 @@ class Chunk:
     failures: int = 0
     """Number since the last progress, of attempts that could not be narrowed further."""
     failed_by: tuple[str, ...] = ()
-    """Worker instances that failed or lost the chunk, or finished none of its addresses in time, since the last progress."""
+    """Worker instances that failed or lost the chunk, finished none of its addresses in time, or repeatedly were not acknowledged,
+    since the last progress."""
     no_route: tuple[str, ...] = ()
     """Instances in `failed_by` without a route to some of its addresses."""
     fruitless: int = 0
@@ -308,9 +309,10 @@ def release(
     After an attempt that was too slow the next one gets half as many addresses; if nothing was finished, on another worker,
     since its nmap may hang. A chunk that is dispatched repeatedly without progress counts as failed, because it may be the
     cause; but not for attempts that never began, as without a free slot, or that were not acknowledged, as without a leader of the
-    partition that takes the chunk's results. From the third such dispatch on the next one is delayed, because an outage may last.
+    partition that takes the chunk's results. From the third such dispatch on the next one is delayed, because an outage may last;
+    without acknowledgements it is also on another worker, since only this one may not reach the leader.
     """
-    unclaimed = chunk.state is ChunkState.DISPATCHED and not too_slow
+    unclaimed = chunk.state is ChunkState.DISPATCHED and not (too_slow or unacknowledged)
     uncounted = unclaimed or (unacknowledged and chunk.fruitless > _OUTAGE)
     if chunk.fruitless >= MAX_FRUITLESS and not uncounted:
         return fail(chunk, f"no progress after {MAX_FRUITLESS} dispatches", now)
@@ -322,6 +324,7 @@ def release(
     state = ChunkState.QUEUED if chunk.blank else ChunkState.SCANNED
     fruitless = max(0, chunk.fruitless - uncounted)
     delayed = fruitless >= _PATIENT and not (unclaimed or too_slow)
+    elsewhere = (too_slow and fruitless > 0) or (unacknowledged and delayed)
     return _move(
         chunk,
         ChunkTrigger.RELEASE,
@@ -329,7 +332,7 @@ def release(
         limit=limit,
         ask_at=None,
         reason=chunk.reason or reason,
-        failed_by=_failed_by(chunk) if too_slow and fruitless else chunk.failed_by,
+        failed_by=_failed_by(chunk) if elsewhere else chunk.failed_by,
         fruitless=fruitless,
         not_before=now + min(timedelta(seconds=2**fruitless), MAX_DELAY) if delayed else chunk.not_before,
     )

@@ -37,6 +37,7 @@ from job_orchestrator.domain.chunk import (
     request_check,
     store,
 )
+from job_orchestrator.domain.fairness import Candidate, Credit, Round
 from job_orchestrator_testing import chunk
 from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts.messages import ChunkClaimed, ChunkFailed, ChunkProgressed, ChunkReleased, ChunkScanned
@@ -434,10 +435,31 @@ def test_release_without_acknowledgements_is_delayed_and_loses_nothing(fruitless
         held = claimed(left, "w-1")
         left = after(held, report(ChunkReleased, "....", attempt=held.attempt, unacknowledged=True))
         pauses.append((left.not_before - NOW).total_seconds() if left.not_before else 0.0)
-    assert (left.state, left.outcomes, left.failures, left.failed_by) == (ChunkState.QUEUED, "....", 0, ())
+    assert (left.state, left.outcomes, left.failures) == (ChunkState.QUEUED, "....", 0)
     assert left.fruitless == max(fruitless, 6)
     assert pauses[:6] == ([0, 0, 8, 16, 32, 60] if not fruitless else [60] * 6)
     assert set(pauses[6:]) == {60}
+
+
+@pytest.mark.parametrize(
+    "begin", [claimed, lambda left, worker: dispatch(left, worker, NOW, size=4, share=1.0, estimate=1.5)]
+)
+def test_release_without_acknowledgements_goes_to_another_worker_from_the_third_on(
+    begin: Callable[[Chunk, str], Chunk],
+) -> None:
+    """A worker that alone does not reach a broker does not keep the chunk, even if its claims are lost; an outage excludes none."""
+    left, failed_by = chunk(), []
+    for number in (1, 1, 1, 1, 2):
+        held = begin(left, f"w-{number}-00000001")
+        sent = report(ChunkReleased, "....", attempt=held.attempt, worker_id=held.worker_id, unacknowledged=True)
+        left = after(held, sent)
+        failed_by.append(left.failed_by)
+    assert failed_by == [(), (), ("w-1",), ("w-1",), ("w-1", "w-2")]
+    fleet = [Credit(f"w-{number}-00000001", f"w-{number}", slots=1, raw=True, partition=0) for number in (1, 2)]
+    for names, taker in ((("w-1",), "w-2"), (left.failed_by, "w-1")):
+        candidate = Candidate(left.id, 1, left.job_id, 1.5, needs_raw=False, failed_by=names)
+        [(_, worker, _)] = Round(fleet, {1: 0.0}, {}, fleet).picks({1: [candidate]})
+        assert worker.instance == taker
 
 
 @pytest.mark.parametrize("fruitless", [0, 7, MAX_FRUITLESS])
