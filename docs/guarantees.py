@@ -35,7 +35,7 @@ PROMISES: Final[Mapping[str, str]] = {
     "G15": "Every change is in a tamper-evident audit log with subject, source, target, rule and request id; so is every refusal; repeated refusals are aggregated into one entry with a count",
     "G16": "`completed` means that the ledger has an outcome for every requested probe and that every result is readable",
     "G17": "A faulty worker, host, document or job affects only itself",
-    "G18": "A job's probe rate in discovery and port scan never exceeds its `max_rate`, whatever the number of workers; service detection and scripts are not limited",
+    "G18": "A job's probes in discovery and port scan are never ahead of a schedule of its `max_rate`, whatever the number of workers; service detection and scripts are not limited",
     "G19": "A job's results and ledger come only from chunks that the orchestrator dispatched",
     "G20": "The cost of a step is independent of the size of the job and the backlog; no user can exhaust the platform",
     "G24": "Once the deletion of a job is acknowledged, the job cannot be read; its results and its ledger are removed from the databases, and no redelivery or replay within 30 days restores them",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -11,6 +12,12 @@ import pytest
 
 ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = ("docs/operations.md", "docs/runbooks.md", "docs/security.md", "k8s/README.md")
+
+
+def is_complete(line: str) -> bool:
+    """Return whether the line is one whole command of compose: a line that ends within quotes or joins two commands is not."""
+    parsed = subprocess.run(["bash", "-n", "-c", line], capture_output=True, check=False)
+    return parsed.returncode == 0 and re.fullmatch(r"(\w+=\S+ )?docker compose ((?!docker compose).)+", line) is not None
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -43,6 +50,7 @@ def test_documented_commands_are_tested(commands: Mapping[str, list[str]]) -> No
     containers = (ROOT / "tests/deploy/test_containers.py").read_text(encoding="utf-8")
     untested = {title for title, lines in commands.items() if lines and f'commands["{title}"]' not in containers}
     assert untested == {"Deploy"}
+    assert [line for lines in commands.values() for line in lines if not is_complete(line)] == []
     for names, title in re.findall(r'^ +(.+) = commands\["(.+)"\]$', containers, re.MULTILINE):
         assert names == "steps" or len(names.split(", ")) == len(commands[title]), title
     assert commands["Deploy"] == ["SCANFLEET_ALLOWED_NETWORKS=192.0.2.0/24 docker compose up --wait"]

@@ -73,7 +73,7 @@ def test_document_commands_are_targets_of_the_makefile(page: str) -> None:
 @pytest.mark.parametrize("page", sorted(set(DOCUMENTS) - {"CHANGELOG.md"}))
 def test_document_modules_to_run_exist(page: str) -> None:
     """Every module of a service that a document runs with `-m` exists."""
-    commands = set(re.findall(r" -m ((?:job_orchestrator|result_store)[\w.]+)", text_of(page)))
+    commands = set(re.findall(r"\s-m\s+((?:job_orchestrator|result_store)[\w.]+)", text_of(page)))
     assert sorted(command for command in commands if find_spec(command) is None) == []
 
 

@@ -65,7 +65,7 @@ def test_stopped_nmap_catches_up_and_is_not_ahead(network: Network) -> None:
     """An nmap that does not run for a moment exceeds its rate in the next second, but is never ahead of its schedule."""
     with network.capture() as packets:
         options = ("-n", "-Pn", "--max-rate", "100", "-p", "1-5")
-        nmap = subprocess.Popen(network.command("nmap", *options, "10.77.61.0/26"), stdout=subprocess.DEVNULL)
+        nmap = subprocess.Popen(network.command("nmap", *options, "10.77.61.0/25"), stdout=subprocess.DEVNULL)
         until(lambda: len(packets) > 100, 60, "the first packets")
         nmap.send_signal(signal.SIGSTOP)
         stopped = time.monotonic()

@@ -19,7 +19,8 @@ RATE: Final = 100
 FAST: Final = 1_200  # a rate for two nmaps
 # By how many seconds nmap may seem to be ahead of its schedule: it begins that before its first packet, which a busy machine
 # delays.
-START_SECONDS: Final = 0.15
+START_SECONDS: Final = 0.3
+CATCH_UP: Final = 3  # times its rate in a second, after a busy machine did not run nmap for two
 LIMIT_SECONDS: Final = 240.0  # for scans that take up to a minute on an idle machine
 
 
@@ -42,6 +43,7 @@ def test_job_never_sends_faster_than_its_max_rate(user: Client, network: Network
     nmaps = by_nmap(sent, 64)
     assert most_at_once(nmaps) == 1
     assert max(ahead(each, RATE) for each in nmaps) <= RATE * START_SECONDS
+    assert busiest_second(sent) <= RATE * CATCH_UP
 
 
 @pytest.mark.proves("F30", "G18")
@@ -65,7 +67,7 @@ def test_nmaps_of_a_job_together_keep_to_its_max_rate(
     nmaps = by_nmap(sent, 16)
     assert most_at_once(nmaps) == 2
     assert max(ahead(each, FAST / 2 * surplus) for each in nmaps) <= FAST / 2 * START_SECONDS
-    assert busiest_second(sent) > FAST * 0.6  # more than one nmap sends
+    assert FAST * 0.6 < busiest_second(sent) <= FAST * CATCH_UP  # more than one nmap sends
 
 
 @pytest.mark.proves("F30")

@@ -39,7 +39,7 @@ _SHARED: Final[dict[str, Any]] = {
     "http": BoundedProtocol,
     "ws": "none",
     "log_config": None,
-    "access_log": False,  # `scanfleet.runtime.service` logs each request with its route and request id
+    "access_log": False,  # `scanfleet.runtime.http.middleware` logs each request with its route and request id
     "server_header": False,
     "proxy_headers": False,
     "reset_contextvars": True,  # a pipelined request would log the context of the one before it
