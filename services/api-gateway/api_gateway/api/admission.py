@@ -167,7 +167,8 @@ class Route(AuthenticatedRoute):
         match, child = super().matches(scope)
         # Ids are digits; any other word in their place can only be part of the path of another route.
         ids = child.get("path_params", {}).values()
-        if not all(id_.isascii() and id_.isdigit() for id_ in ids):
+        # The pattern of a path also matches a path that ends with a newline.
+        if scope["path"].endswith("\n") or not all(id_.isascii() and id_.isdigit() for id_ in ids):
             return Match.NONE, {}
         return match, child
 

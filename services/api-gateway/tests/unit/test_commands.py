@@ -442,3 +442,14 @@ async def test_malformed_id_in_a_path_is_404(gateway: Running, id_: str) -> None
         assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
     assert not gateway.broker.records("scan-commands")
     assert not gateway.services.requests
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/api/v1/task%0A"), ("POST", "/api/v1/task%0A"), ("GET", "/api/v1/task/1%0A")]
+)
+async def test_path_that_ends_with_a_newline_is_404(gateway: Running, method: str, path: str) -> None:
+    """It is the path of no route, so nothing is forwarded or published."""
+    answer = await gateway.client.request(method, path, json=BODY if method == "POST" else None)
+    assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
+    assert not gateway.services.requests
+    assert not gateway.broker.records("scan-commands")

@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from api_gateway.api import page
+from scanfleet.runtime.http.errors import ERROR_HANDLERS
 from scanfleet.runtime.http.responses import error_response
 
 HTML = {"Accept": "text/html,application/xhtml+xml"}
@@ -73,6 +74,17 @@ async def test_page_hashed_files_are_kept_and_the_index_is_not(client: httpx2.As
     assert kept == "public, max-age=31536000, immutable"
     for path in ("/app/", "/app/jobs", "/app/assets/none.js"):
         assert (await client.get(path, headers=HTML)).headers["Cache-Control"] == "no-cache"
+
+
+async def test_page_post_is_405_with_allow(tmp_path: Path) -> None:
+    """Another method than GET and HEAD under /app is a 405 that names these."""
+    (tmp_path / "index.html").write_text("the page")
+    app = FastAPI(redirect_slashes=False)
+    app.add_exception_handler(HTTPException, ERROR_HANDLERS[HTTPException])
+    page.serve(app, tmp_path)
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://gateway") as client:
+        answer = await client.post("/app/")
+    assert (answer.status_code, answer.headers.get("Allow")) == (405, "GET, HEAD")
 
 
 async def test_page_root_redirects_browsers_to_app(client: httpx2.AsyncClient) -> None:

@@ -37,7 +37,7 @@ async def _http(request: Request, error: Exception) -> Response:
     http = cast(HTTPException, error)
     headers = dict(http.headers or {})
     if http.status_code == 405:  # noqa: PLR2004 # the router lists the methods of one route; others may share the path
-        allowed = _allowed(request)
+        allowed = _allowed(request) or {"GET"}  # files, which are no routes
         headers["Allow"] = ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set())))
     elif "caller" in request.scope:  # then a route was found, and the request is invalid
         record_refusal(request, Rule.REQUEST)
