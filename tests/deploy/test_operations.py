@@ -17,7 +17,9 @@ PAGES: Final = ("docs/operations.md", "docs/runbooks.md", "docs/security.md", "k
 def is_complete(line: str) -> bool:
     """Return whether the line is one whole command of compose: a line that ends within quotes or joins two commands is not."""
     parsed = subprocess.run(["bash", "-n", "-c", line], capture_output=True, check=False)
-    return parsed.returncode == 0 and re.fullmatch(r"(\w+=\S+ )?docker compose ((?!docker compose).)+", line) is not None
+    return (
+        parsed.returncode == 0 and re.fullmatch(r"(\w+=\S+ )?docker compose ((?!docker compose).)+", line) is not None
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
