@@ -53,7 +53,6 @@ class HeldFixture:
         self.held = HeldChunks(self.dispatch, self.clock, lambda: alone, lambda: self.leaderless, 30.0)
 
     async def ids(self) -> set[str]:
-        self.held.watch()
         return {each.token.chunk_id for each in await self.held.known()}
 
     async def reading(self) -> asyncio.Task[set[str]]:
@@ -90,11 +89,13 @@ async def test_chunk_without_a_leader_of_its_reports_is_not_held_after_a_lease()
     fixture = HeldFixture()
     await fixture.store.chunks.insert([dispatched(0), replace(dispatched(1), partition=dispatched(0).partition + 1)])
     fixture.leaderless = {dispatched(0).partition}
+    fixture.held.watch()
     for now, held in ((0.0, {"1-0", "1-1"}), (30.0, {"1-0", "1-1"}), (30.1, {"1-1"})):
         fixture.now = now
         assert await fixture.ids() == held
     fixture.leaderless = set()
     assert await fixture.ids() == {"1-0", "1-1"}
+    fixture.held.watch()
     fixture.leaderless = {dispatched(0).partition}
     assert await fixture.ids() == {"1-0", "1-1"}
 

@@ -93,9 +93,9 @@ class HeldChunks:
         self._leaderless_since = {partition: since.get(partition, now) for partition in self.leaderless()}
 
     def _ended(self) -> Collection[int]:
-        """Return the partitions that have had no leader for a whole lease."""
-        now = self._clock.monotonic()
-        return {each for each, begun in self._leaderless_since.items() if now - begun > self._lease_seconds}
+        """Return the partitions that have had no leader for a whole lease, and have none now."""
+        now, since = self._clock.monotonic(), self._leaderless_since
+        return {each for each in self.leaderless() if now - since.get(each, now) > self._lease_seconds}
 
     async def read(self) -> Collection[Held]:
         """Read the held chunks and return them.
