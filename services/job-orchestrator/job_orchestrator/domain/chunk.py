@@ -312,6 +312,7 @@ def release(
     partition that takes the chunk's results. From the third such dispatch on the next one is delayed, because an outage may last;
     without acknowledgements it is also on another worker, since only this one may not reach the leader.
     """
+    unacknowledged = unacknowledged and not too_slow
     unclaimed = chunk.state is ChunkState.DISPATCHED and not (too_slow or unacknowledged)
     uncounted = unclaimed or (unacknowledged and chunk.fruitless > _OUTAGE)
     if chunk.fruitless >= MAX_FRUITLESS and not uncounted:

@@ -478,6 +478,14 @@ def test_unclaimed_attempts_that_were_too_slow_count_as_dispatches_without_progr
     assert release(left, NOW, too_slow=True).failures == 1
 
 
+def test_release_that_was_too_slow_and_unacknowledged_counts_as_too_slow() -> None:
+    """A report with both causes neither repeats the chunk at once without limit nor is counted less."""
+    held = in_state(ChunkState.RUNNING, fruitless=7)
+    sent = report(ChunkReleased, "....", too_slow=True, unacknowledged=True)
+    assert after(held, sent) == after(held, sent.model_copy(update={"unacknowledged": False}))
+    assert release(replace(held, fruitless=MAX_FRUITLESS), NOW, too_slow=True, unacknowledged=True).failures == 1
+
+
 def test_lost_lease_of_an_unclaimed_chunk_counts_no_failure() -> None:
     """A task that was not delivered, to any number of workers, costs no address, and the next one goes to another worker."""
     left = chunk()
