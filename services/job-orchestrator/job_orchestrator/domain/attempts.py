@@ -41,6 +41,7 @@ class Attempt:
 class Probed:
     """What an attempt probes, by its worker's report; result-store stores it when it closes the chunk."""
 
+    attempt: int = 0
     common_ports: str = ""
     """The TCP ports of a `top` set by number."""
     scripts: tuple[str, ...] = ()

@@ -163,7 +163,7 @@ class Chunk:
     dropped: int = 0
     """Number of attempts between them that are not in `attempts`."""
     probed: Probed | None = None
-    """By the latest report of an attempt whose nmap was started; None before, and in documents of earlier releases."""
+    """By the latest report of a recorded attempt whose nmap was started; None before, and in documents of earlier releases."""
     ask_at: AwareDatetime | None = None
     """When result-store is next asked to check the chunk again; None for immediately."""
     asked: int = 0
@@ -181,8 +181,8 @@ class Chunk:
 
     @property
     def run(self) -> Run | None:
-        """The nmap of the last attempt that reported one."""
-        return next((attempt.run for attempt in reversed(self.attempts) if attempt.run), None)
+        """The nmap of the attempt that `probed` is of."""
+        return next((each.run for each in self.attempts if self.probed and each.n == self.probed.attempt), None)
 
     @property
     def expected(self) -> float:
@@ -522,12 +522,15 @@ def _with_probes(chunk: Chunk, report: ChunkClaimed | Ended) -> Chunk:
     """Return the chunk with what the report's attempt has probed, without port numbers that cannot be those of the chunk."""
     if report.technique is None or (isinstance(report, ChunkScanned) and not report.nmap):
         return chunk
+    if report.attempt not in {each.n for each in chunk.attempts}:
+        return chunk  # what it probed would be taken for that of another attempt's nmap
     ports = PortSet.parse(chunk.ports)
     try:
         valid = port_count(parse_ranges(report.common_ports)) <= ports.tcp_count and ports.top
     except ValueError:
         valid = False
     probed = Probed(
+        attempt=report.attempt,
         common_ports=report.common_ports if valid else "",
         scripts=report.scripts,
         detection=report.detection,

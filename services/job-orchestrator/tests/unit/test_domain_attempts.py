@@ -188,8 +188,25 @@ def test_attempt_without_nmap_keeps_the_probes_of_an_earlier_one() -> None:
     failed = report(ChunkFailed, "aa..", technique="syn", detection="sV7", run=EARLY)
     second = dispatched(apply(dispatched(chunk()), failed, LATER, PATIENCE))
     ended = apply(second, report(ChunkScanned, "aarr", attempt=2), LATER, PATIENCE)
-    assert ended.probed == Probed(detection="sV7")
+    assert ended.probed == Probed(attempt=1, detection="sV7")
     assert ended.technique == "syn"
+
+
+def test_probes_and_nmap_of_a_repeated_check_are_of_one_attempt() -> None:
+    """Neither a later attempt whose probes are unknown nor one that a replica of an earlier release dispatched changes them."""
+    facts: dict[str, Any] = {"technique": "syn", "detection": "sV7", "run": EARLY}
+    first = apply(dispatched(chunk()), report(ChunkFailed, "aa..", **facts), LATER, PATIENCE)
+    other = EARLY.model_copy(update={"nmap": "7.95"})
+    later = apply(dispatched(first), report(ChunkFailed, "aasd", attempt=2, run=other), LATER, PATIENCE)
+    unrecorded = apply(
+        replace(first, state=ChunkState.RUNNING, attempt=2, worker_id="w-1"),
+        report(ChunkScanned, attempt=2, technique="connect", detection="sV9", nmap="7.95", run=other),
+        LATER,
+        PATIENCE,
+    )
+    for each in (later, unrecorded):
+        [asked] = scanned_again([replace(each, outcomes="aasd")], signer())
+        assert (asked.technique, asked.detection, asked.nmap, asked.run) == ("syn", "sV7", EARLY.nmap, EARLY)
 
 
 def test_largest_document_of_a_chunk_is_bounded() -> None:

@@ -185,7 +185,7 @@ def test_codes_are_kept_in_any_order_of_reports(first: str, news: list[str]) -> 
 def test_chunk_without_blanks_is_scanned(state: ChunkState) -> None:
     """ChunkScanned of a full map ends the attempt; result-store is asked again after its patience only."""
     scanned = after(in_state(state), report(ChunkScanned, "asdt", nmap="7.93"))
-    assert (scanned.state, scanned.outcomes, scanned.technique) == (ChunkState.SCANNED, "asdt", "syn")
+    assert (scanned.state, scanned.outcomes) == (ChunkState.SCANNED, "asdt")
     assert (scanned.ask_at, scanned.failures) == (NOW + PATIENCE, 0)
 
 

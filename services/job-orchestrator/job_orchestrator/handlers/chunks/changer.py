@@ -210,7 +210,7 @@ def scanned_again(chunks: Iterable[Chunk], signer: Signer) -> Iterator[ChunkScan
 
 
 def _scanned_again(chunk: Chunk, signer: Signer) -> ChunkScanned:
-    probed, run = chunk.probed or Probed(), chunk.run if chunk.probed else None
+    probed, run = chunk.probed or Probed(), chunk.run
     return ChunkScanned(
         job_id=chunk.job_id,
         chunk_id=chunk.id,
