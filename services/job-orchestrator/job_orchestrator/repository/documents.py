@@ -220,11 +220,8 @@ CHUNK_CONSTANTS: Final = frozenset(
 def read_chunk(document: Document) -> Chunk:
     chunk = _CHUNK.validate_python(document | {"id": document["_id"], "rev": document["rev"]})
     ip_address(chunk.first_address)
-    _ports(chunk.ports)
+    PortSet.parse(chunk.ports)
     return chunk
-
-
-_ports: Final = lru_cache(maxsize=1_000)(PortSet.parse)  # the chunks of a job share few distinct values
 
 
 MAP_FIELDS: Final = dict.fromkeys(MapPart.__slots__, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,7 @@ from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.golden import golden
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import JobCreated, JobStatus
+from scanfleet.scanning.ports import PortSet
 from scanfleet_testing.contracts import with_unknown_fields
 from scanfleet_testing.event_loop import counting_turns
 
@@ -168,6 +170,18 @@ def test_time_without_a_zone_is_not_read(name: str, field: str) -> None:
     document = {"chunk": documents.write_chunk(chunk()), "job": documents.write_job(scan_job())}[name]
     with pytest.raises(ValidationError):
         READERS[name](document | {field: "2026-11-29T14:00:00"})
+
+
+def test_read_chunks_keep_few_port_sets_in_memory() -> None:
+    """Only the cache of `PortSet` keeps ports, since a set of a long list takes a quarter of a megabyte."""
+
+    def kept() -> int:
+        return sum(isinstance(each, PortSet) for each in gc.get_objects())
+
+    before = kept()
+    for number in range(1_000):
+        documents.read_chunk(documents.write_chunk(chunk(ports=f"{2 * number},60000")))
+    assert kept() - before < 500
 
 
 def test_receipt_with_some_counts_is_read() -> None:
