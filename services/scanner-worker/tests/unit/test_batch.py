@@ -491,7 +491,7 @@ async def test_reports_have_how_nmap_ran(make: MakeChunk) -> None:
     """The claim and the final report have nmap's version and arguments, source address, rules and time since its start."""
     abilities = replace(ABILITIES, egress="192.0.2.1")
     async with scanning(make(1, outcomes="a."), abilities=abilities) as rig:
-        await asyncio.sleep(CLAIM_SECONDS + 0.1)
+        await until(lambda: rig.bus.messages(SCAN_PROGRESS))
         rig.scanner.let()
     claimed, *_, ended = rig.bus.messages(SCAN_PROGRESS)
     assert isinstance(claimed, ChunkClaimed)
@@ -530,7 +530,7 @@ async def test_report_of_a_failed_nmap_has_what_it_probed_only_if_it_was_started
 async def test_claim_has_what_is_probed(make: MakeChunk) -> None:
     """A worker that is lost after its claim has reported its probes."""
     async with scanning(make(1)) as rig:
-        await asyncio.sleep(CLAIM_SECONDS + 0.1)
+        await until(lambda: rig.bus.messages(SCAN_PROGRESS))
         rig.scanner.let()
     claimed, *_, ended = rig.bus.messages(SCAN_PROGRESS)
     assert isinstance(claimed, ChunkClaimed)
