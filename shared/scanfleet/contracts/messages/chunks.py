@@ -146,7 +146,7 @@ class ScanChunk(_Fenced):
 
 
 class StopChunk(_Fenced):
-    """Kill this attempt's nmap; the chunk is cancelled or reassigned."""
+    """Kill this attempt's nmap; the chunk is cancelled, reassigned or complete."""
 
     reason: Reason
 
