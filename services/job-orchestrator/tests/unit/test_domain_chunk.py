@@ -429,7 +429,7 @@ def test_release_without_progress_is_delayed_from_the_third_on() -> None:
 @pytest.mark.proves("F33", "G17")
 @pytest.mark.parametrize("fruitless", [0, 10, MAX_FRUITLESS - 1])
 def test_release_without_acknowledgements_is_delayed_and_loses_nothing(fruitless: int) -> None:
-    """During an outage of any length the chunk stays queued, a minute after each attempt, as near to a failure as before."""
+    """In an outage of any length the chunk is queued a minute after each attempt; at most six are dispatches without progress."""
     left, pauses = chunk(fruitless=fruitless), []
     for _ in range(MAX_FAILURES * MAX_FRUITLESS + 1):
         held = claimed(left, "w-1")
