@@ -262,6 +262,7 @@ async def test_first_insert_of_a_command_wins(store: Store) -> None:
     other = replace(expired, id="c-2")
     assert await store.commands.insert([other]) == {"c-2": other}
     assert await store.commands.insert([replace(accepted, id="c-2")]) == {"c-2": other}
+    assert await store.commands.expired(["c-1", "c-2", "c-3"]) == {"c-2"}
 
 
 async def test_idempotency_key_is_unique_per_user(store: Store) -> None:

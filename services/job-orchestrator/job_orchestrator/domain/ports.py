@@ -130,6 +130,9 @@ class CommandRepository(Protocol):
 
     async def get(self, ids: Collection[str]) -> dict[str, Command]: ...
 
+    async def expired(self, ids: Collection[str]) -> set[str]:
+        """Return those of these ids whose commands are stored as expired."""
+
     async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
         """Return the commands with these users and idempotency keys, without their jobs, which may be a thousand each."""
 

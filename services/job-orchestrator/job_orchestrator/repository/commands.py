@@ -52,6 +52,11 @@ class MongoCommands:
         return {document["_id"]: await documents.read_command(document) async for document in found}
 
     @dependency_errors()
+    async def expired(self, ids: Collection[str]) -> set[str]:
+        found = self._commands.find({"_id": {"$in": list(ids)}, "state": "expired"}, {"_id": 1})
+        return {document["_id"] async for document in found}
+
+    @dependency_errors()
     async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
         if not keys:
             return {}

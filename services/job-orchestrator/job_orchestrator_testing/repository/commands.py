@@ -24,6 +24,9 @@ class MemoryCommands(MemoryRepository):
     async def get(self, ids: Collection[str]) -> dict[str, Command]:
         return {id_: self._data.commands[id_] for id_ in ids if id_ in self._data.commands}
 
+    async def expired(self, ids: Collection[str]) -> set[str]:
+        return {id_ for id_, command in (await self.get(ids)).items() if command.state == "expired"}
+
     async def by_key(self, keys: Collection[tuple[int, str]]) -> dict[tuple[int, str], Command]:
         return {key: replace(command, jobs=()) for key in keys if (command := self._with_key(key)) is not None}
 

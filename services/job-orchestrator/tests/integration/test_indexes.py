@@ -58,6 +58,7 @@ async def _part_of_job(store: MongoStore) -> None:
 QUERIES: dict[str, tuple[Callable[[MongoStore], Awaitable[Any]], int]] = {
     "prepare": (lambda store: store.prepare(), 2 * USERS),
     "commands.get": (lambda store: store.commands.get(["c-1", "c-2"]), 5),
+    "commands.expired": (lambda store: store.commands.expired(["c-1", "c-2"]), 5),
     "commands.by_key": (lambda store: store.commands.by_key([(7, "k-7"), (8, "k-8")]), 5),
     "commands.reject": (lambda store: store.commands.reject([Command(id="c-1", user_id=1, state="rejected")]), 2),
     "audit.page": (lambda store: store.audit.page(0, 10), 20),

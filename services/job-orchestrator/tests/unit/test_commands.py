@@ -26,7 +26,7 @@ from scanfleet.contracts.messages import CommandAccepted, CommandRejected, JobEv
 from scanfleet.contracts.messages.envelope import encode
 from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_REPLIES, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
-from scanfleet.runtime.bus import Publisher
+from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.scanning.policy import ScanPolicy
 from scanfleet.scanning.targets import TargetRules, parse_network
 from scanfleet_testing.bus import MemoryBus
@@ -172,21 +172,45 @@ async def test_repeat_behind_a_mismatched_one_gets_the_jobs(large: Simulation) -
 
 @pytest.mark.proves("G11")
 async def test_commands_of_other_users_precede_the_rest_of_a_user_with_many(large: Simulation) -> None:
-    """One batch carries out the first submits and all cancels; newer commands of other users precede what it leaves."""
+    """A batch carries out cancels, small submits and the oldest large one; newer ones of other users precede what it leaves."""
     handler = large.only.handlers[SCAN_COMMANDS]
     many = [await large.send(1, range(1, 1_001)) for _ in range(5)]
     policy_id, subnets = await large.add("127.8.0.0/30", user_id=8)
     cancel, small = await large.cancel(1), await large.send(policy_id, subnets, user_id=8)
     left = await handler.handle(large.take(SCAN_COMMANDS))
-    assert [len(large.replies(command)) for command in (cancel, small, *many)] == [1, 1, 0, 0, 0, 0, 0]
-    left = await handler.handle(list(left or ()))
-    assert [len(large.replies(command)) for command in many] == [1, 0, 0, 0, 0]
+    assert [len(large.replies(command)) for command in (cancel, small, *many)] == [1, 1, 1, 0, 0, 0, 0]
     newer = await large.send(policy_id, subnets, user_id=8)
     left = await handler.handle([*(left or ()), *large.take(SCAN_COMMANDS)])
-    assert [len(large.replies(command)) for command in (newer, *many)] == [1, 1, 0, 0, 0, 0]
+    assert [len(large.replies(command)) for command in (newer, *many)] == [1, 1, 1, 0, 0, 0]
     while left:
         left = await handler.handle(list(left))
     assert [len(large.replies(command)) for command in many] == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.proves("G11")
+async def test_submits_of_many_jobs_are_carried_out_while_other_users_submit(large: Simulation) -> None:
+    """A large submit, and a small one of its user behind it, do not wait until the submits of others end."""
+    handler = large.only.handlers[SCAN_COMMANDS]
+    others = {user_id: await large.add("127.8.0.0/30", user_id=user_id) for user_id in range(8, 12)}
+    waiting = [await large.send(1, range(1, 1_001)), await large.send(1, [1])]
+    left: Collection[Record[Any]] = []
+    for user_id, (policy_id, subnets) in others.items():
+        new = await large.send(policy_id, subnets, user_id=user_id)
+        left = await handler.handle([*left, *large.take(SCAN_COMMANDS)]) or ()
+        assert len(large.replies(new)) == 1
+    assert [len(large.replies(command)) for command in waiting] == [1, 1]
+
+
+@pytest.mark.proves("G11")
+async def test_expired_submits_do_not_delay_the_next_one_of_their_user(large: Simulation) -> None:
+    """A retry after a timeout is carried out in the first batch, although expired submits of its user precede it."""
+    handler = large.only.handlers[SCAN_COMMANDS]
+    for _ in range(3):
+        await large.only.commands.expire(await large.send(1, range(1, 51)), 7)
+    old = [replace(each, timestamp=each.timestamp - timedelta(seconds=2)) for each in large.take(SCAN_COMMANDS)]
+    retry = await large.send(1, range(1, 51))
+    assert not await handler.handle([*old, *large.take(SCAN_COMMANDS)])
+    assert len(large.replies(retry)) == 1
 
 
 @pytest.mark.proves("A22", "G20")

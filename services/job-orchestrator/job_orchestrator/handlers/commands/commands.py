@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from itertools import accumulate
 from operator import itemgetter
@@ -86,11 +86,18 @@ class Commands(PartitionListener):
         """The submits of the previous group by Idempotency-Key, if records are left: a repeat is answered without another query."""
 
     async def handle(self, records: Sequence[Record[_Message]]) -> Sequence[Record[_Message]]:
-        """Handle the cancels and one group of submits; leave the others, so that newer commands of other users precede them."""
-        distinct = {each.message.command_id: each for each in records}.values()
-        cancels = [each for each in distinct if isinstance(each.message, CancelJob)]
-        group, left = self._group(distinct)
-        for some in filter(None, (cancels, group)):
+        """Handle the cancels, one group of submits, and the oldest of the others; leave the rest.
+
+        Newer commands of other users precede the rest, and in each batch its oldest one is handled.
+        """
+        waiting = await self._unexpired(records)
+        cancels = [each for each in waiting if isinstance(each.message, CancelJob)]
+        submits = [each for each in waiting if isinstance(each.message, SubmitJobs)]
+        first = self._first(submits)
+        ids = {each.message.command_id for each in first}
+        others = [each for each in submits if each.message.command_id not in ids]
+        oldest, left = others[:1], others[1:]
+        for some in filter(None, (cancels, first, oldest)):
             names = {each.message.command_id: type(each.message).__name__ for each in some}
             traces = {each.message.command_id: each.message.traceparent for each in some}
             with tracing.spans(names.__getitem__, traces, "consumer", "scanfleet.command.id"):
@@ -98,25 +105,31 @@ class Commands(PartitionListener):
             self._finished = finished if left else {}
         return left
 
-    def _group(
-        self, records: Iterable[Record[_Message]]
-    ) -> tuple[Sequence[Record[_Message]], Sequence[Record[_Message]]]:
-        """Return the submits to handle next, for at most `_MOST_JOBS` jobs or a single one, and the others.
+    async def _unexpired(self, records: Sequence[Record[_Message]]) -> Sequence[Record[_Message]]:
+        """Return the distinct records, without those that waited until their gateway expired them."""
+        distinct = {each.message.command_id: each for each in records}
+        delayed = self._clock.now() - _DELAYED
+        waited = {id_ for id_, each in distinct.items() if each.timestamp < delayed}
+        expired = await self._commands.expired(waited) if waited else set()
+        return [each for id_, each in distinct.items() if id_ not in expired]
+
+    def _first(self, submits: Sequence[Record[_Message]]) -> Sequence[Record[_Message]]:
+        """Return the submits to handle first, for at most `_MOST_JOBS` jobs.
 
         They are ordered by the number of jobs of their user up to and including their own: the small and the first ones of each
         user precede the rest of a user with many.
         """
         wanted: defaultdict[int, int] = defaultdict(int)
-        submits: list[tuple[int, int, Record[_Message]]] = []
-        for each in records:
-            if isinstance(each.message, SubmitJobs):
-                jobs = 0 if self._too_old(each) else len(each.message.subnet_ids)
-                wanted[each.message.user_id] += jobs
-                submits.append((wanted[each.message.user_id], jobs, each))
-        submits.sort(key=itemgetter(0))
-        size = max(1, bisect_right(list(accumulate(jobs for _, jobs, _ in submits)), _MOST_JOBS))
-        ordered = [each for _, _, each in submits]
-        return ordered[:size], ordered[size:]
+        ordered: list[tuple[int, int, Record[_Message]]] = []
+        for each in submits:
+            jobs = 0
+            if isinstance(each.message, SubmitJobs) and not self._too_old(each):
+                jobs = len(each.message.subnet_ids)
+            wanted[each.message.user_id] += jobs
+            ordered.append((wanted[each.message.user_id], jobs, each))
+        ordered.sort(key=itemgetter(0))
+        size = bisect_right(list(accumulate(jobs for _, jobs, _ in ordered)), _MOST_JOBS)
+        return [each for _, _, each in ordered[:size]]
 
     async def _carry_out(self, records: Sequence[Record[_Message]]) -> Mapping[_Key, Command]:
         """Decide on a group of commands, finish and answer them; return its finished submits by Idempotency-Key."""
@@ -188,15 +201,11 @@ class Commands(PartitionListener):
         return record.timestamp < self._clock.now() - _TOO_OLD
 
     async def _known(self, records: Sequence[Record[_Message]]) -> dict[str, Command]:
-        """Return the decided commands: those that waited so long that the gateway may have expired them, and earlier submits.
+        """Return the earlier submits with the same idempotency keys, without jobs if their bodies differ.
 
-        An earlier submit with the same idempotency key is returned without jobs if its body differs. Other redelivered commands are
-        decided again: the insert returns the earlier decision.
+        Redelivered commands are decided again: the insert returns the earlier decision.
         """
         messages = {each.message.command_id: each.message for each in records}
-        delayed = self._clock.now() - _DELAYED
-        waited = {each.message.command_id for each in records if each.timestamp < delayed}
-        decided = await self._commands.get(waited) if waited else {}
         keys = {
             id_: (message.user_id, message.idempotency_key)
             for id_, message in messages.items()
@@ -210,7 +219,6 @@ class Commands(PartitionListener):
             **{id_: self._finished[key] for id_, key in keys.items() if key in self._finished},
             **{id_: command for id_, command in earlier.items() if id_ not in repeats},
             **{id_: complete[first] for id_, first in repeats.items() if first in complete},
-            **decided,
         }
 
     async def _finish(
