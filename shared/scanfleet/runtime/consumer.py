@@ -120,7 +120,7 @@ class ConsumerLoop(Generic[M]):
         self._hurry = asyncio.Event()
         self._deadline: asyncio.Timeout | None = None  # of the current call to the handler
         self._uncommitted = _Uncommitted()
-        self._left: list[RawRecord] = []
+        self._left: list[tuple[RawRecord, Record[M]]] = []
         """The records that the handler leaves for a later batch, in order of their offsets; they are part of the next batch."""
         self._read: dict[int, int] = {}
         """By partition, the offset after the last record of the batches since nothing was left."""
@@ -211,8 +211,7 @@ class ConsumerLoop(Generic[M]):
         async with self._handler_lock:
             if epoch != self._epoch:
                 return
-            batch = [*self._left, *records]
-            if batch and not await self._finish(batch):
+            if (self._left or records) and not await self._finish(records):
                 return
             if time.monotonic() >= self._uncommitted.due and not await self._commit():
                 return
@@ -241,18 +240,18 @@ class ConsumerLoop(Generic[M]):
             self._deadline = None
 
     async def _finish(self, records: Sequence[RawRecord]) -> bool:
-        """Handle one batch, or the part that the handler takes; return False when it was dropped."""
+        """Handle a batch of these and the left records, or the part that the handler takes; return False when it was dropped."""
         self._taken = time.monotonic()
-        self._left = []
+        left, self._left = self._left, []
         try:
             with self._handling.time():
                 async with asyncio.timeout(None) as self._deadline:
-                    await self._handle(records)
+                    await self._handle(left, records)
         except (BatchDroppedError, TimeoutError) as error:
             _log.info(
                 "batch_dropped",
                 consumer=self._name,
-                records=len(records),
+                records=len(left) + len(records),
                 error=repr(error),
                 next_step="the uncommitted records are redelivered",
             )
@@ -262,7 +261,7 @@ class ConsumerLoop(Generic[M]):
             self._blocked = False
         for record in records:
             self._read[record.partition] = max(record.offset + 1, self._read.get(record.partition, 0))
-        first_left = {record.partition: record.offset for record in reversed(self._left)}
+        first_left = {record.partition: record.offset for record, _ in reversed(self._left)}
         self._uncommitted.add(self._read | first_left)
         if not self._left:
             self._read = {}
@@ -302,8 +301,8 @@ class ConsumerLoop(Generic[M]):
             next_step="the handled records are redelivered",
         )
 
-    async def _handle(self, records: Sequence[RawRecord]) -> None:
-        batch: list[tuple[RawRecord, Record[M]]] = []
+    async def _handle(self, left: Sequence[tuple[RawRecord, Record[M]]], records: Sequence[RawRecord]) -> None:
+        batch = list(left)
         rejected: list[tuple[RawRecord, str]] = []
         for raw in records:
             if self._wants is not None and not self._wants((raw.key or b"").decode(errors="replace")):
@@ -319,9 +318,9 @@ class ConsumerLoop(Generic[M]):
             return
         try:
             with _log_context(batch[0][1]) if len(batch) == 1 else contextlib.nullcontext():
-                left = await self._call_handler([record for _, record in batch])
-                places = {(record.partition, record.offset) for record in left}
-                self._left = [raw for raw, _ in batch if (raw.partition, raw.offset) in places]
+                leaves = await self._call_handler([record for _, record in batch])
+                places = {(record.partition, record.offset) for record in leaves}
+                self._left = [each for each in batch if (each[0].partition, each[0].offset) in places]
         except BatchDroppedError:
             raise
         except Exception:  # noqa: BLE001 # one record must not stop the others of the batch, whatever its error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import replace
 from uuid import uuid4
 
 import pytest
@@ -13,8 +14,8 @@ from prometheus_client import REGISTRY
 
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import ChunkStored, WorkerReady
-from scanfleet.contracts.messages.envelope import RawRecord, encode
-from scanfleet.contracts.messages.topics import SCAN_STORED, SCAN_WORKERS
+from scanfleet.contracts.messages.envelope import RawRecord, decode, encode
+from scanfleet.contracts.messages.topics import SCAN_STORED, SCAN_WORKERS, Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import tracing
 from scanfleet.runtime.bus import Record
@@ -539,6 +540,24 @@ async def test_records_that_the_handler_leaves_follow_in_a_batch_with_newer_ones
     assert all(each in ({0: 0}, {0: 3}) for each in script.committed)
 
 
+async def test_records_that_the_handler_leaves_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost of a batch does not grow with the records that earlier ones have left."""
+    decoded: list[int] = []
+
+    def counting(topic: Topic[WorkerReady], raw: RawRecord) -> WorkerReady:
+        decoded.append(raw.offset)
+        return decode(topic, raw)
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield [record(offset) for offset in range(10)]
+
+    monkeypatch.setattr("scanfleet.runtime.consumer.decode", counting)
+    recorder = Partial()
+    async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, Script(polls()), no_dead_letter)):
+        await until(lambda: len(recorder.handled) == 10)
+    assert decoded == list(range(10))
+
+
 async def test_records_that_the_handler_leaves_belong_to_the_next_owner() -> None:
     """After a revocation only handled records before the first one that is left are committed, and no other is handled."""
 
@@ -556,17 +575,24 @@ async def test_records_that_the_handler_leaves_belong_to_the_next_owner() -> Non
     assert script.committed[0] == {0: 0}
 
 
+class Half(Recorder):
+    """Handles the first half of each batch."""
+
+    async def handle(self, records: Sequence[Record]) -> Sequence[Record]:
+        half = (len(records) + 1) // 2
+        await super().handle(records[:half])
+        return records[half:]
+
+
 async def test_records_that_the_handler_leaves_are_bounded() -> None:
     """While many are left, no further ones are read."""
     polled: list[int] = []
 
     async def polls() -> AsyncIterator[Sequence[RawRecord]]:
-        for first in range(0, 2_000, 500):
-            polled.append(len(recorder.handled))
-            yield [record(offset) for offset in range(first, first + 500)]
+        yield [replace(first, offset=offset) for offset in range(1_000)]
+        polled.append(len(recorder.handled))
 
-    recorder = Partial()
+    recorder, first = Half(), record(0)
     async with Running(ConsumerLoop(SCAN_WORKERS, "test", recorder, Script(polls()), no_dead_letter)):
-        await until(lambda: len(polled) == 3)
-    assert polled[1] == 1
-    assert polled[2] >= 400
+        await until(lambda: polled)
+    assert polled == [750]
