@@ -104,7 +104,7 @@ class ConsumerLoop(Generic[M]):
         self._partitions = handler if isinstance(handler, PartitionListener) else PartitionListener()
         self._source = source
         followed = type(self._partitions).caught_up is not PartitionListener.caught_up
-        self._ends = EndOffsets(source, topic.name, group, followed=followed)
+        self._ends = EndOffsets(source, topic.name, group, followed=followed, left=lambda: len(self._left))
         self._dead_letter = dead_letter
         self._name = f"{topic.name} ({group})"
         self._consumed = _CONSUMED.labels(topic.name, group)

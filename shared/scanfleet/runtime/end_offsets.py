@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,13 +48,15 @@ class EndOffsets:
         topic: name of the topic, a metric label.
         group: name of the group, a metric label.
         followed: whether the handler needs to know when partitions are caught up, so that queries are frequent.
+        left: returns the number of records that the handler has left for a later batch.
     """
 
-    def __init__(self, source: Source, topic: str, group: str, *, followed: bool) -> None:
+    def __init__(self, source: Source, topic: str, group: str, *, followed: bool, left: Callable[[], int]) -> None:
         self.broker_available = True
         self._source = source
         self._labels = (topic, group)
         self._name = f"{topic} ({group})"
+        self._left = left
         self._look_seconds = LOOK_SECONDS if followed else LAG_SECONDS
         self._looked = 0.0
         self._query: asyncio.Task[None] | None = None
@@ -133,6 +135,6 @@ class EndOffsets:
     def _set_lag(self, ends: Mapping[int, int], positions: Mapping[int, int]) -> None:
         if positions.keys() <= ends.keys():
             lag = sum(max(0, end - positions.get(partition, end)) for partition, end in ends.items())
-            _LAG.labels(*self._labels).set(lag)
+            _LAG.labels(*self._labels).set(lag + self._left())
         else:
             self.remove_lag()  # a partition has no leader

@@ -575,6 +575,23 @@ async def test_records_that_the_handler_leaves_belong_to_the_next_owner() -> Non
     assert script.committed[0] == {0: 0}
 
 
+async def test_lag_includes_records_that_the_handler_leaves() -> None:
+    """They are read, but not yet handled."""
+
+    class Busy(Recorder):
+        async def handle(self, records: Sequence[Record]) -> Sequence[Record]:
+            return records
+
+    async def polls() -> AsyncIterator[Sequence[RawRecord]]:
+        yield [record(0), record(1)]
+
+    script = Script(polls())
+    script.end = 2
+    async with Running(ConsumerLoop(SCAN_WORKERS, "left", Busy(), script, no_dead_letter)):
+        await until(lambda: metric("lag", "left") is not None)
+        assert metric("lag", "left") == 2
+
+
 class Half(Recorder):
     """Handles the first half of each batch."""
 
