@@ -18,6 +18,7 @@ from scanfleet.errors import (
     ConflictError,
     ForbiddenError,
     NotFoundError,
+    PublicError,
     Rule,
     TooLargeError,
     UnavailableError,
@@ -65,26 +66,35 @@ async def delete_task(job_id: PathId, caller: Caller, state: StateDep, record: R
 
 @router.post("/{job_id}/cancel")
 async def cancel_task(job_id: PathId, caller: Caller, state: StateDep, record: Recorded) -> rest.Done:
+    job = await _changeable(state, caller, job_id, unknown=Rule.REQUEST)
+    if job.final:
+        raise BadRequestError(f"Job is already {job.status}", rule=Rule.STATE, target=f"/api/v1/task/{job_id}")
+    await _record_change(record, caller, job)
+    if await state.cancels.cancel([job_id]):
+        return rest.Done(message="Job cancelled successfully")
     job = await _changeable(state, caller, job_id)
     if not job.final:
-        await _record_change(record, caller, job)
-        if await state.cancels.cancel([job_id]):
-            return rest.Done(message="Job cancelled successfully")
-        job = await _changeable(state, caller, job_id)  # it may have ended meanwhile
-    if not job.final:
         raise UnavailableError("The job cannot be changed now")
-    raise BadRequestError(f"Job is already {job.status}", rule=Rule.STATE)
+    ended: PublicError = BadRequestError(f"Job is already {job.status}")
+    ended.rule = None  # the audit log already has the entry of this request
+    raise ended
 
 
-async def _changeable(state: State, caller: Principal, job_id: int) -> ScanJob:
+async def _changeable(state: State, caller: Principal, job_id: int, *, unknown: Rule | None = None) -> ScanJob:
     """Return the job to its owner, or to an administrator.
+
+    Args:
+        state: provides the store.
+        caller: the authenticated caller.
+        job_id: id of the job.
+        unknown: rule of the audit entry if no job has this id; None for no entry.
 
     Raises:
         NotFoundError: the job does not exist or belongs to another user.
     """
     job = (await state.store.jobs.get([job_id])).get(job_id)
     if job is None or not (job.user_id == caller.user_id or caller.admin):
-        raise NotFoundError("Job not found", rule=Rule.OWNER if job else None)
+        raise NotFoundError("Job not found", rule=Rule.OWNER if job else unknown, target=f"/api/v1/task/{job_id}")
     return job
 
 

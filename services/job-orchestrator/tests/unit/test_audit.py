@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from pydantic import ValidationError
 
 from job_orchestrator.domain.audit import own_entry
-from job_orchestrator.domain.job import JobTrigger, change
+from job_orchestrator.domain.job import JobTrigger, ScanJob, change
 from job_orchestrator.handlers import audit
 from job_orchestrator.handlers.audit import MAX_BYTES_AT_ONCE, Audit, record, stored_bytes
 from job_orchestrator_testing import Simulation, scan_job
@@ -226,6 +226,33 @@ async def test_cancel_is_audited_with_the_owner(ask: Caller, simulation: Simulat
         ("9", "cancel_task", "/api/v1/task/5 of user 7", "allowed", "role"),
         ("9", "cancel_task", "/api/v1/task/6", "allowed", ""),
     ]
+
+
+@pytest.mark.proves("A13")
+async def test_refused_cancel_is_audited_once(
+    ask: Caller, simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancel of an ended job, another user's or an unknown one adds one entry, and so does one that ends meanwhile."""
+    jobs = simulation.store.jobs
+    await jobs.insert([change(scan_job(1), JobTrigger.CANCEL, THEN), scan_job(2, user_id=8), scan_job(3)])
+
+    async def refused(id_: int, status: int) -> Any:
+        answer, entries = await ask(f"POST /api/v1/task/{id_}/cancel")
+        assert answer == status
+        return fields_of(entries)
+
+    for id_, status, rule in ((1, 400, "state"), (2, 404, "owner"), (99, 404, "request")):
+        assert await refused(id_, status) == [("7", "cancel_task", f"/api/v1/task/{id_}", "refused", rule)]
+    save = jobs.save
+
+    async def end_before(saved: Sequence[ScanJob]) -> set[int]:
+        monkeypatch.setattr(jobs, "save", save)
+        started = change((await jobs.get([3]))[3], JobTrigger.START, THEN)
+        await save([change(started, JobTrigger.FAIL, THEN, error="lost")])
+        return await save(saved)
+
+    monkeypatch.setattr(jobs, "save", end_before)
+    assert await refused(3, 400) == [("7", "cancel_task", "/api/v1/task/3", "allowed", "")]
 
 
 @pytest.mark.proves("A24", "G13")
