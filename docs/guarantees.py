@@ -139,7 +139,8 @@ FAULTS: Final[Mapping[str, Trial]] = {
     "F28": Trial(
         "a rolling upgrade between two releases in both orders, with unknown fields everywhere; the only worker with raw packets "
         "drains beside a plain one",
-        "each reads the other's messages and documents; jobs finish, or wait with the reason; nothing is refused or dead-lettered",
+        "each reads the other's messages and documents; jobs finish, or wait with the reason; nothing is refused or "
+        "dead-lettered, except requests for which operations.md states an order",
     ),
     "F29": Trial(
         "rebalances more often than a lease while a worker is dead; scan-progress unread for two leases",
