@@ -160,6 +160,17 @@ async def test_repeats_of_a_large_command_in_one_batch_use_bounded_memory(large:
     assert peak < 10_000_000
 
 
+async def test_finished_submits_are_forgotten_when_their_partitions_are_revoked(large: Simulation) -> None:
+    """The jobs of a repeated command, which may be a thousand, do not stay in memory without records to repeat it."""
+    replica = large.only
+    for _ in range(3):
+        await large.send(1, range(1, 1_001), key="k")
+    assert await replica.handlers[SCAN_COMMANDS].handle(large.take(SCAN_COMMANDS))
+    assert replica.commands._finished
+    await replica.commands.revoked(range(12))
+    assert not replica.commands._finished
+
+
 async def test_repeat_behind_a_mismatched_one_gets_the_jobs(large: Simulation) -> None:
     """In a batch of several groups, another body under a key does not change the answer to the next repeat."""
     await large.send(1, range(1, 1_001), key="k")

@@ -166,6 +166,7 @@ class Commands(PartitionListener):
     async def revoked(self, partitions: Collection[int]) -> None:
         for partition in partitions:
             self._caught_up.pop(partition, None)
+        self._finished = {}
 
     async def caught_up(self, partitions: Collection[int]) -> None:
         self._caught_up |= dict.fromkeys(partitions, self._clock.monotonic())
