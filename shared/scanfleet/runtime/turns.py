@@ -44,5 +44,5 @@ class Turns:
                     await held.enter_async_context(of_user)
                     await held.enter_async_context(self._of_all)
             except TimeoutError:
-                raise UnavailableError("too many large answers are being built or sent; try again") from None
+                raise UnavailableError("too many requests of this kind are in progress; try again") from None
             yield

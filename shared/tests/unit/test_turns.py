@@ -18,7 +18,7 @@ async def test_turn_of_a_user_with_many_requests_delays_no_other_user() -> None:
     async with AsyncExitStack() as held:
         for _ in range(AT_ONCE):
             await held.enter_async_context(turns.turn(7))
-        with pytest.raises(UnavailableError, match="try again"):
+        with pytest.raises(UnavailableError, match="too many requests of this kind are in progress; try again"):
             await held.enter_async_context(turns.turn(7))
         async with turns.turn(8):
             pass
