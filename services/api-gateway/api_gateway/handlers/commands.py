@@ -45,7 +45,7 @@ class Commands:
         arbiter: Arbiter,
         headers: Mapping[str, str],
     ) -> tuple[Job, ...]:
-        """Publish the command, and return the jobs that it created or changed.
+        """Publish the command, and return the jobs that it created.
 
         Args:
             command: with a unique id.
