@@ -194,7 +194,7 @@ class MongoJobs:
     async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
         mine = {"partition": {"$in": list(partitions)}}
         old = [mine | {"outbox.at": at} for at in ({"$lt": before}, {"$gt": before + MAX_AHEAD})]
-        found = self._jobs.find({"$or": old}).batch_size(limit)
+        found = self._jobs.find({"$or": old}).batch_size(max(limit, 10))  # damaged jobs may be before a readable one
         return await documents.read_all(documents.read_job, found, "jobs", limit)
 
     @dependency_errors()

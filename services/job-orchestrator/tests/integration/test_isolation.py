@@ -148,3 +148,17 @@ async def test_old_events_behind_damaged_jobs_are_found(mongo_store: MongoStore,
     await _damage(database, [1, 2, 3], chunk_addresses=0)
     old = await mongo_store.jobs.with_old_events(THEN + timedelta(seconds=1), 2, range(SCAN_PROGRESS.partitions))
     assert [job.id for job in old] == [4]
+
+
+@pytest.mark.integration
+async def test_damaged_jobs_with_old_events_are_not_read_one_by_one(
+    mongo_store: MongoStore, database: Database
+) -> None:
+    """Also a sweep that asks for one job reads ten at once."""
+    await mongo_store.jobs.insert([scan_job(id_) for id_ in range(1, 42)])
+    await _damage(database, range(1, 41), chunk_addresses=0)
+    await database.command("profile", 2)
+    [job] = await mongo_store.jobs.with_old_events(THEN + timedelta(seconds=1), 1, range(SCAN_PROGRESS.partitions))
+    await database.command("profile", 0)
+    assert job.id == 41
+    assert 1 < await database["system.profile"].count_documents({"op": {"$in": ["query", "getmore"]}}) <= 6
