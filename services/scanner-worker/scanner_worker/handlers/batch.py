@@ -163,6 +163,7 @@ class Batch:
             limit = max(limit, self._chunk.policy.host_timeout + SLACK_SECONDS)
         deadline = loop.time() + limit
         while targets := self._targets():
+            earlier = self.arguments
             self._nmap = asyncio.create_task(self._run_nmap(targets))
             await asyncio.wait((self._nmap,), timeout=max(deadline - loop.time(), 0))
             if not self._nmap.done():
@@ -175,8 +176,11 @@ class Batch:
                 await self._time_out()
                 return None
             if not self._nmap.cancelled():  # it is cancelled if a share with remaining targets leaves
-                self.finished = self._nmap.exception() is None
-                return self._nmap.exception()
+                error = self._nmap.exception()
+                if isinstance(error, CannotStartError):
+                    self.arguments = earlier
+                self.finished = error is None
+                return error
         return None
 
     async def _time_out(self) -> None:

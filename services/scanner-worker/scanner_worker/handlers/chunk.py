@@ -105,9 +105,7 @@ class ChunkScan:
                     self.stop(_HOURS_OVER)
                 if not self._stopped:
                     await self._hold_and_scan(share)
-        except CannotStartError as error:
-            return self._released(str(error), share.seconds)
-        except (KilledByGuardError, TooSlowError, ClockStepError) as error:
+        except (CannotStartError, KilledByGuardError, TooSlowError, ClockStepError) as error:
             too_slow = isinstance(error, TooSlowError)
             return self._released(str(error), share.seconds, share, too_slow=too_slow)
         except ScanError as error:

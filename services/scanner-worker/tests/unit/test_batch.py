@@ -527,6 +527,21 @@ async def test_report_of_a_failed_nmap_has_what_it_probed_only_if_it_was_started
     assert (ended.technique, ended.detection, ended.discovery) == probes
 
 
+async def test_report_after_a_later_nmap_cannot_start_has_what_the_first_one_probed(make: MakeChunk) -> None:
+    """The nmap that ran before another chunk left may have sent packets; the report is still a release."""
+    async with scanning(make(1), make(2)) as rig:
+        await until(lambda: rig.scanner.running)
+        rig.scanner.fault = CannotStartError("no process")
+        rig.scans[0].stop("the job was cancelled")
+        await until(lambda: len(rig.scanner.argvs) == 2)
+        rig.scanner.let()
+    ended = rig.final_reports()
+    assert [type(each) for each in ended] == [ChunkReleased, ChunkReleased]
+    for each in ended:
+        assert each.run is not None
+        assert (each.run.nmap, each.technique, each.discovery) == ("7.95", "syn", "default")
+
+
 async def test_claim_has_what_is_probed(make: MakeChunk) -> None:
     """A worker that is lost after its claim has reported its probes."""
     async with scanning(make(1)) as rig:
