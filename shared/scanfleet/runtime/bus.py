@@ -49,7 +49,11 @@ class Handler(Protocol[M_contra]):
     """
 
     async def handle(self, records: Sequence[Record[M_contra]]) -> Collection[Record] | None:
-        """Handle the records, or some of them: it is called again with those that it returns, together with newer ones."""
+        """Handle the records, or some of them, but at least one.
+
+        Returns:
+            The records that are left: the next call gets them again, together with newer ones.
+        """
 
 
 class PartitionListener:

@@ -17,6 +17,7 @@ from job_orchestrator.domain.chunk import ChunkState
 from job_orchestrator.domain.command import Command
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import Store
+from job_orchestrator.domain.quotas import Quotas
 from job_orchestrator.domain.resources import Owned, ScanTarget, Subnet
 from job_orchestrator_testing import MemoryStore, Simulation, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
@@ -240,6 +241,24 @@ async def test_command_that_was_expired_is_not_planned() -> None:
     await simulation.hand(SCAN_COMMANDS, records[:1])
     assert store.calls["policies.get"] == store.calls["subnets.get"] == 0
     assert simulation.replies(expired) == []
+
+
+async def test_redelivered_submit_that_waited_counts_once_in_the_quota() -> None:
+    """Behind an accepted submit that a new replica reads again, another within the quota of jobs is accepted."""
+    simulation = Simulation(MemoryStore(), quotas=Quotas(unfinished_jobs_per_user=10))
+    await simulation.start()
+    policy_id, subnets = await simulation.add(*(f"127.9.8.{host}/32" for host in range(5)))
+    accepted = await simulation.send(policy_id, subnets)
+    records = simulation.take(SCAN_COMMANDS)
+    await simulation.hand(SCAN_COMMANDS, records)
+    simulation.now += 5
+    await simulation.restart()
+    late = [replace(record, timestamp=record.timestamp - timedelta(seconds=5)) for record in records]
+    second = await simulation.send(policy_id, subnets)
+    await simulation.hand(SCAN_COMMANDS, [*late, *simulation.take(SCAN_COMMANDS)])
+    assert len(simulation.accepted(second)) == 5
+    assert len(simulation.accepted(accepted)) == 5
+    assert len(await simulation.store.jobs.get(range(1, 100))) == 10
 
 
 async def test_keys_of_other_requests_read_no_jobs() -> None:

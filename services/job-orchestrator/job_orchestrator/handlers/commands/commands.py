@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import timedelta
 from itertools import accumulate
 from operator import itemgetter
@@ -108,10 +108,14 @@ class Commands(PartitionListener):
     async def _unexpired(self, records: Sequence[Record[_Message]]) -> Sequence[Record[_Message]]:
         """Return the distinct records, without those that waited until their gateway expired them."""
         distinct = {each.message.command_id: each for each in records}
-        delayed = self._clock.now() - _DELAYED
-        waited = {id_ for id_, each in distinct.items() if each.timestamp < delayed}
+        waited = self._waited(distinct.values())
         expired = await self._commands.expired(waited) if waited else set()
         return [each for id_, each in distinct.items() if id_ not in expired]
+
+    def _waited(self, records: Iterable[Record[_Message]]) -> set[str]:
+        """Return the commands that were in the log for so long that they may have been decided already."""
+        delayed = self._clock.now() - _DELAYED
+        return {each.message.command_id for each in records if each.timestamp < delayed}
 
     def _first(self, submits: Sequence[Record[_Message]]) -> Sequence[Record[_Message]]:
         """Return the submits to handle first, for at most `_MOST_JOBS` jobs.
@@ -202,9 +206,10 @@ class Commands(PartitionListener):
         return record.timestamp < self._clock.now() - _TOO_OLD
 
     async def _known(self, records: Sequence[Record[_Message]]) -> dict[str, Command]:
-        """Return the earlier submits with the same idempotency keys, without jobs if their bodies differ.
+        """Return the decided ones of the commands that waited, and earlier submits with the same idempotency keys.
 
-        Redelivered commands are decided again: the insert returns the earlier decision.
+        An earlier submit is returned without jobs if its body differs. Commands that are redelivered sooner are decided again: the
+        insert returns the earlier decision.
         """
         messages = {each.message.command_id: each.message for each in records}
         keys = {
@@ -212,11 +217,14 @@ class Commands(PartitionListener):
             for id_, message in messages.items()
             if isinstance(message, SubmitJobs) and message.idempotency_key
         }
+        waited = self._waited(records)
+        decided = await self._commands.get(waited) if waited else {}
         stored = await self._commands.by_key(set(keys.values()) - self._finished.keys())
         earlier = {id_: command for id_, key in keys.items() if (command := stored.get(key))}
         repeats = {id_: each.id for id_, each in earlier.items() if not _is_mismatched(each, messages[id_])}
         complete = await self._commands.get(set(repeats.values())) if repeats else {}
         return {
+            **decided,
             **{id_: self._finished[key] for id_, key in keys.items() if key in self._finished},
             **{id_: command for id_, command in earlier.items() if id_ not in repeats},
             **{id_: complete[first] for id_, first in repeats.items() if first in complete},
