@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from pymongo import IndexModel, UpdateOne
+from pymongo import IndexModel, UpdateMany
 
 from job_orchestrator.domain.census import JobCensus
 from job_orchestrator.domain.job import MAX_AHEAD, UNFINISHED, ScanJob
@@ -199,11 +199,15 @@ class MongoJobs:
 
     @dependency_errors()
     async def empty_outboxes(self, seqs: Mapping[int, int]) -> None:
+        ids: defaultdict[int, list[int]] = defaultdict(list)
+        for id_, seq in seqs.items():
+            ids[seq].append(id_)
         emptied = {"$unset": {"outbox": ""}, "$inc": {"rev": 1}}
         full = {"outbox": {"$exists": True}}
+        # Most jobs have the same `seq`, and one update of many documents takes less than half the time of one of each.
         writes = [
-            UpdateOne({"_id": id_, "outbox.event.seq": {"$not": {"$gt": seq}}} | full, emptied)
-            for id_, seq in seqs.items()
+            UpdateMany({"_id": {"$in": some}, "outbox.event.seq": {"$not": {"$gt": seq}}} | full, emptied)
+            for seq, some in ids.items()
         ]
         if writes:
             await self._jobs.bulk_write(writes, ordered=False)

@@ -306,6 +306,19 @@ async def test_census_counts_chunks_up_to_a_limit(
     assert max(each["keysExamined"] for each in reads) <= 51
 
 
+async def test_outboxes_with_the_same_last_event_are_emptied_by_one_update(
+    mongo_store: MongoStore, database: Database
+) -> None:
+    """The clean-up costs an update for each `seq`, not for each job."""
+    await mongo_store.jobs.insert([scan_job(n) for n in range(1, 51)])
+    await mongo_store.jobs.save([change(scan_job(50), JobTrigger.CANCEL, LATER)])
+    await database.command("profile", 2)
+    await mongo_store.jobs.empty_outboxes(dict.fromkeys(range(1, 50), 1) | {50: 2})
+    await database.command("profile", 0)
+    updates = await database["system.profile"].find({"op": "update"}).to_list(None)
+    assert sorted(each["nModified"] for each in updates) == [1, 49]
+
+
 async def _read_by(database: Database, ask: Awaitable[Any], collection: str = "jobs") -> int:
     """Return the number of keys and documents that the queries on the collection examined."""
     await database.command("profile", 2)
