@@ -80,6 +80,8 @@ class MongoAudit:
         self._signed = SignedLog(database, keys)
         self._keep = keep
         self._now = now
+        self._marked: object = None
+        """Signature of the newest block that this replica has marked in its entries."""
 
     async def add(self, entries: Sequence[AuditEntry]) -> None:
         now = self._now()
@@ -129,15 +131,18 @@ class MongoAudit:
     async def _seal_some(self) -> bool:
         """Create one block, unless there is nothing to seal or another replica creates it; return whether to continue."""
         last = await self._last()
-        if last is not None:
-            await self._mark(last["_id"], self._signed.listed(last))  # its replica may have crashed before
+        if last is not None and last.get("mac") != self._marked:  # its replica may have crashed before
+            await self._mark(last["_id"], self._signed.listed(last))
+            self._marked = last.get("mac")
         oldest = self._signed.entries.find({"block": UNSEALED}).sort([("received_at", 1), ("_id", 1)]).limit(MAX_BLOCK)
         found = await oldest.to_list(MAX_BLOCK)
-        genuine = [each for each in found if self._signed.is_genuine(each)]
-        forged = [each["_id"] for each in found if not self._signed.is_genuine(each)]
+        checked = [(each, self._signed.is_genuine(each)) for each in found]
+        genuine = [each for each, is_genuine in checked if is_genuine]
+        forged = [each["_id"] for each, is_genuine in checked if not is_genuine]
         marked = 0
-        if genuine and (number := await self._append(last, genuine)):
-            marked += await self._mark(number, (each["_id"] for each in genuine))
+        if genuine and (block := await self._append(last, genuine)):
+            marked += await self._mark(block["_id"], (each["_id"] for each in genuine))
+            self._marked = block["mac"]
         if forged:
             marked += await self._mark(REJECTED, forged)
             _log.error(
@@ -159,17 +164,17 @@ class MongoAudit:
             below = block["_id"]
         return newest
 
-    async def _append(self, last: Document | None, entries: Sequence[Document]) -> int:
-        """Create the block after `last`; return its number, 0 if another replica has created the next block."""
+    async def _append(self, last: Document | None, entries: Sequence[Document]) -> Document | None:
+        """Create the block after `last` and return it, or None if another replica has created the next block."""
         number = last["_id"] + 1 if last else 1
         while True:
             block = self._block(number, last, entries)
             if not await insert_missing(self._signed.blocks, [block]):
                 _log.info("audit_log_sealed", block=number, entries=len(entries), signature=block["mac"])
-                return number
+                return block
             present = await self._signed.blocks.find_one({"_id": number})
             if present is None or self._signed.is_genuine_block(present):
-                return 0
+                return None
             _log_forged(number)
             number += 1
 

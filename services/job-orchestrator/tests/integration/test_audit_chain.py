@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -367,6 +367,34 @@ async def test_seal_continues_after_a_crash_between_block_and_marks(
     await mongo_store.audit.seal()
     blocks = [[each["id"] for each in block["entries"]] async for block in database["audit_blocks"].find().sort("_id")]
     assert blocks == [["job-orchestrator/1"], ["job-orchestrator/2"]]
+
+
+class CountingKeys(ChainKeys):
+    """Counts the checks of each entry."""
+
+    def __init__(self, secrets: Sequence[str]) -> None:
+        super().__init__(secrets)
+        self.checked: list[object] = []
+
+    def verify(self, kind: str, content: Mapping[str, Any], signature: object) -> bool:
+        if kind == "entry":
+            self.checked.append(content["_id"])
+        return super().verify(kind, content, signature)
+
+
+async def test_seal_checks_and_marks_each_entry_once(database: Database) -> None:
+    """Entries of blocks that this replica has marked are neither checked nor marked again."""
+    keys = CountingKeys([KEY])
+    store = MongoStore(database, keys, now=utc_now)
+    await database.command("profile", 2)
+    for number in range(3):
+        await store.audit.add([entry(number)])
+        await store.audit.seal()
+    await store.audit.seal()
+    await database.command("profile", 0)
+    assert keys.checked == [f"job-orchestrator/{number}" for number in range(3)]
+    updates = database["system.profile"].find({"op": "update", "ns": f"{database.name}.audit"})
+    assert [each["nModified"] async for each in updates] == [1, 1, 1]
 
 
 async def test_seal_makes_blocks_of_a_bounded_size(
