@@ -18,12 +18,14 @@ from typing import Final
 
 from pydantic import AwareDatetime
 
+from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk
 from scanfleet.contracts.messages import FencingToken, instance_of
 
 LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
 KEEP_IDLE: Final = timedelta(minutes=1)  # of accounts of idle users: time spent until then is charged within seconds
 AHEAD_SECONDS: Final = 2.0  # work prefetched beyond a worker's slots, so that tiny chunks do not wait for a round trip
+_JOINED_SECONDS: Final = 0.02  # least work of a chunk that shares an nmap: a worker gets at most 100 of them in a round
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ class Credit:
     """Estimated work beyond one chunk for each slot."""
     free_in: float = 0.0
     """Expected seconds until one of its taken slots is free."""
+    starting: frozenset[tuple[int, float]] = frozenset()
+    """User and estimate of the chunks that start in free slots in this round."""
 
 
 def wake(accounts: Accounts, waiting: Iterable[int]) -> dict[int, Account]:
@@ -239,10 +243,12 @@ class Round:
         *_, place, worker = free
         share = min(1.0, worker.slots / (worker.held + 1))
         if worker.held >= worker.slots:
-            taken = replace(worker, ahead_seconds=worker.ahead_seconds + candidate.estimate)
+            taken = replace(worker, ahead_seconds=worker.ahead_seconds + _ahead_seconds(worker, candidate))
         else:
             taken = replace(
-                worker, free_in=min(worker.free_in, candidate.estimate) if worker.held else candidate.estimate
+                worker,
+                free_in=min(worker.free_in, candidate.estimate) if worker.held else candidate.estimate,
+                starting=worker.starting | {_kind(candidate)},
             )
         taken = replace(taken, held=worker.held + 1)
         if has_room(taken):
@@ -259,7 +265,22 @@ def _load(worker: Credit) -> tuple[bool, float]:
 
 def _in_time(worker: Credit, candidate: Candidate) -> bool:
     """Whether the worker has a free slot, or the chunk is short enough to be prefetched."""
-    return worker.held < worker.slots or worker.ahead_seconds + candidate.estimate <= AHEAD_SECONDS
+    return worker.held < worker.slots or worker.ahead_seconds + _ahead_seconds(worker, candidate) <= AHEAD_SECONDS
+
+
+def _ahead_seconds(worker: Credit, candidate: Candidate) -> float:
+    """Return the work that the chunk adds to what waits for a slot of the worker.
+
+    One like a chunk that starts in this round shares its nmap: it waits for no slot, and needs no start of nmap.
+    """
+    if candidate.failed_by or _kind(candidate) not in worker.starting:
+        return candidate.estimate
+    return max(_JOINED_SECONDS, candidate.estimate - plan.START_SECONDS)
+
+
+def _kind(candidate: Candidate) -> tuple[int, float]:
+    """Return what chunks that share an nmap have in common; others of a user rarely have the same estimate."""
+    return candidate.user_id, candidate.estimate
 
 
 def occupied(held: Iterable[Held]) -> Mapping[int, float]:

@@ -37,7 +37,7 @@ _SILENT_UDP_PER_SECOND: Final = (10, 10, 10, 10, 20, 37)  # probes by timing if 
 _LIMITED_UDP_PER_SECOND: Final = 1  # closed ports of a host that rate-limits ICMP, as Linux does
 
 # Expected slot seconds on a network that answers, until the job's own chunks of the protocol give measurements.
-_START_SECONDS: Final = 0.1  # start of nmap; less if small chunks share one
+START_SECONDS: Final = 0.1  # start of nmap; less if small chunks share one
 _PER_SECOND: Final = (1_000, 1_000, 1_000, 2_000, 4_000, 6_000)  # TCP probes by timing
 _UDP_PER_SECOND: Final = 50
 _SERVICE_SECONDS: Final = 0.1  # per address: version probes wait for banners
@@ -68,7 +68,7 @@ def estimate(policy: ScanPolicy, ports: PortSet, addresses: int, parallel: int =
     # The slow timings wait between two probes to one address, and meanwhile probe the others of its host group.
     groups = -(-addresses // GROUP_HOSTS)
     waits = groups * ports.count * _DELAY_SECONDS[policy.timing] if policy.timing < len(_DELAY_SECONDS) else 0.0
-    return _START_SECONDS + addresses * per_address + waits
+    return START_SECONDS + addresses * per_address + waits
 
 
 def longest_seconds(policy: ScanPolicy, ports: PortSet, addresses: int) -> float:
@@ -77,14 +77,14 @@ def longest_seconds(policy: ScanPolicy, ports: PortSet, addresses: int) -> float
     limit = nmap_rate(policy) or _PER_SECOND[-1]
     if policy.timing < len(_SILENT_WAIT_SECONDS):
         wait = max(_SILENT_WAIT_SECONDS[policy.timing], 1 / limit)
-        return _START_SECONDS + addresses * (ports.count * _TRIES + discovery) * wait
+        return START_SECONDS + addresses * (ports.count * _TRIES + discovery) * wait
     floor = min_rate(policy, ports)
     rate = min(floor or _PER_SECOND[policy.timing], limit)
     if policy.min_rate is None and not ports.udp_count:
         rate = min(rate, FLOOR_OF_ADDRESS * addresses)
     udp_rate = min(floor or _SILENT_UDP_PER_SECOND[policy.timing], limit)
     silent = (ports.tcp_count * _TRIES + discovery) / rate + ports.udp_count * _TRIES / udp_rate
-    return _START_SECONDS + max(addresses * silent, ports.udp_count / _LIMITED_UDP_PER_SECOND)
+    return START_SECONDS + max(addresses * silent, ports.udp_count / _LIMITED_UDP_PER_SECOND)
 
 
 def width(policy: ScanPolicy) -> int:
@@ -214,7 +214,7 @@ def expected(job: ScanJob, ports: PortSet, addresses: int) -> float:
     """Return the expected slot seconds for `addresses` × `ports` of one protocol: as in chunks with hosts, or else estimated."""
     table = estimate(job.policy, ports, addresses, job.plan.parallel)
     pace = _pace(job, udp=bool(ports.udp_count))
-    return table if pace is None else max(_START_SECONDS + pace * ports.count * addresses, _LEAST * table)
+    return table if pace is None else max(START_SECONDS + pace * ports.count * addresses, _LEAST * table)
 
 
 def expected_of(job: ScanJob, chunk: Chunk) -> float:

@@ -127,12 +127,30 @@ async def test_worker_holds_at_most_one_chunk_per_slot(simulation: Simulation) -
 
 
 async def test_tiny_chunks_are_prefetched(simulation: Simulation) -> None:
-    """A worker holds up to two seconds of tiny chunks beyond its slots."""
+    """A worker without a free slot gets up to two seconds of tiny chunks."""
     await simulation.start()
-    await queue(simulation, 7, 40, estimate=0.2)
+    await queue(simulation, 7, 4, estimate=0.3)
+    await simulation.worker.announce()
+    await simulation.settle()
+    await queue(simulation, 8, 40, estimate=0.2)
+    simulation.now += 1.5
     await simulation.worker.announce()
     await simulation.settle()
     assert len(tasks(simulation)) == 4 + 10
+
+
+async def test_tiny_chunks_that_share_an_nmap_are_dispatched_at_once(simulation: Simulation) -> None:
+    """A worker with free slots gets all of 90 chunks of one host in one round, and no more while it holds them."""
+    await simulation.start()
+    await queue(simulation, 7, 90, estimate=0.10025)
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert len(tasks(simulation)) == 90
+    await queue(simulation, 8, 90, estimate=0.10025)
+    simulation.now += 1.5
+    await simulation.worker.announce()
+    await simulation.settle()
+    assert len(tasks(simulation)) == 90
 
 
 @pytest.mark.parametrize(

@@ -210,10 +210,30 @@ def test_worker_gets_a_chunk_for_each_slot() -> None:
 
 def test_tiny_chunks_are_given_ahead() -> None:
     """Beyond its slots a worker gets up to two seconds of work, and each of them shares its slots."""
-    round_ = Round([credit(slots=1)], {1: 0.0}, {}, [credit(slots=1)])
+    full = credit(slots=1, held=1)
+    round_ = Round([full], {1: 0.0}, {}, [full])
     given_ = list(round_.picks({1: queue(1, *[0.4] * 20)}))
-    assert len(given_) == 1 + AHEAD_SECONDS / 0.4
-    assert [share for _, _, share in given_[:3]] == [1.0, 0.5, pytest.approx(1 / 3)]
+    assert len(given_) == AHEAD_SECONDS / 0.4
+    assert [share for _, _, share in given_[:2]] == [0.5, pytest.approx(1 / 3)]
+
+
+def test_chunks_like_a_starting_one_count_without_the_start_of_nmap() -> None:
+    """They share its nmap: up to two seconds of further work, and 100 chunks at most, for each worker with a free slot."""
+    host, few = plan.START_SECONDS + 0.00025, plan.START_SECONDS + 0.4
+    found = Counter(
+        worker for _, worker in picks([credit("w-1"), credit("w-2")], {1: 0.0}, {1: queue(1, *[host] * 300)})
+    )
+    assert found.keys() == {"w-1", "w-2"}
+    assert all(100 <= number <= 102 for number in found.values())
+    assert len(picks([credit(slots=1)], {1: 0.0}, {1: queue(1, *[few] * 300)})) == 1 + AHEAD_SECONDS / 0.4
+
+
+def test_chunks_unlike_a_starting_one_count_with_the_start_of_nmap() -> None:
+    """Those of other users, with another estimate or with a failure need an nmap of their own, and wait for a slot."""
+    assert len(picks([credit(slots=1)], {1: 0.0}, {1: queue(1, 0.3, *[0.5] * 300)})) == 1 + AHEAD_SECONDS / 0.5
+    assert len(picks([credit(slots=1)], {1: 0.0, 2: 9.0}, {1: queue(1, 0.5), 2: queue(2, *[0.5] * 300)})) == 5
+    failed = [candidate(f"1-{turn}", estimate=0.5, failed_by=("w-9",)) for turn in range(1, 300)]
+    assert len(picks([credit(slots=1)], {1: 0.0}, {1: [candidate(estimate=0.5), *failed]})) == 5
 
 
 def test_short_chunks_do_not_take_a_slot_due_to_a_longer_one() -> None:

@@ -25,14 +25,15 @@ _LOOK_SECONDS: Final = 0.1  # maximum wait of an idle worker for a chunk that an
 _LEAST_SECONDS: Final = 0.025
 # Time for a round that has stored its dispatches to publish their assignments before the process stops.
 _STOP_SECONDS: Final = 3.0
-_EXTRA: Final = 20  # approximate number of prefetched chunks for 2 seconds; more are picked in the next round
-_USERS: Final = 64  # users whose chunks are queried at once, those with the lowest virtual time first
-_PAGES: Final = 4  # maximum number of pages of users per round
+# Chunks that a worker can get beyond one for each free slot; more are picked in the next round.
+_EXTRA: Final = 100
+_USERS: Final = 32  # users whose chunks are queried at once, those with the lowest virtual time first
+_PAGES: Final = 8  # maximum number of pages of users per round
 _LATER_SECONDS: Final = 1.0  # interval of queries for users whose chunks cannot start yet
 _LATER_PER_SECOND: Final = 1_000  # with more such users the interval is longer, so that rounds reach all of them
 _REST_SECONDS: Final = 1.0  # interval of checks for idle users and live workers
 _AHEAD_SECONDS: Final = 1.0  # interval of checks for small chunks while every slot is taken, unless chunks were created
-_PICKS: Final = 128  # maximum chunks per round, so that a round reads some thousands at most
+_PICKS: Final = 256  # maximum chunks per round, so that a round reads some thousands at most
 
 
 class Dispatcher:
