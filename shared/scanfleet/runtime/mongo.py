@@ -137,6 +137,23 @@ async def insert_missing(collection: Collection, documents: Sequence[Document]) 
     return set()
 
 
+async def count(collection: Collection, wanted: Document) -> int:
+    """Return the number of documents that match.
+
+    The command `count` costs MongoDB three quarters of the aggregation that the driver's `count_documents` sends. It is as exact:
+    it differs only in sharded clusters, and for a whole collection after a crash.
+
+    Raises:
+        DependencyError: MongoDB is unavailable.
+    """
+    async with dependency_errors():
+        answer = await collection.database.command(
+            "count", collection.name, query=wanted, readConcern=collection.read_concern.document
+        )
+    counted: int = answer["n"]
+    return counted
+
+
 async def scan_by_id(collection: Collection, first: Any = MinKey(), end: Any = MaxKey()) -> AsyncIterator[Document]:  # noqa: B008 # constants
     """Yield all documents in the order of their ids, from the id `first` up to `end`, which is excluded.
 

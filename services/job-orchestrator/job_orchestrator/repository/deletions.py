@@ -14,7 +14,7 @@ from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import NO_RECEIPT, RECEIPT
 from job_orchestrator.repository.jobs import age, date, from_now
-from scanfleet.runtime.mongo import Cursor, Database, Document, dependency_errors
+from scanfleet.runtime.mongo import Cursor, Database, Document, count, dependency_errors
 
 _NEWEST: Final = [("deletion.requested_at", -1), ("_id", -1)]
 
@@ -87,7 +87,7 @@ class MongoDeletions:
             wanted["deletion.user_id"] = user_id
         page = self._jobs.find(wanted).sort(_NEWEST).skip(skip).limit(limit)
         receipts = await documents.read_all(documents.read_deletion, page, "deletions")
-        return receipts, await self._jobs.count_documents(wanted)
+        return receipts, await count(self._jobs, wanted)
 
     @dependency_errors()
     async def census(self) -> DeletionCensus:

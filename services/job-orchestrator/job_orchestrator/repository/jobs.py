@@ -19,7 +19,7 @@ from job_orchestrator.repository.compare_and_set import NO_RECEIPT, save
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import Job, JobStatus
 from scanfleet.contracts.messages.topics import SCAN_PROGRESS
-from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Database, Document, Ids, count, dependency_errors, insert_missing
 
 _ENDED: Final = [("end_time", 1), ("_id", 1)]
 _ENDED_OF_USER: Final = [("user_id", 1), *_ENDED]
@@ -142,7 +142,7 @@ class MongoJobs:
         newest = self._jobs.find(wanted, documents.VIEW_FIELDS)
         page = newest.sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
         jobs, total = await asyncio.gather(
-            documents.read_all(documents.read_view, page, "jobs"), self._jobs.count_documents(wanted)
+            documents.read_all(documents.read_view, page, "jobs"), count(self._jobs, wanted)
         )
         return jobs, total
 

@@ -13,7 +13,7 @@ from pymongo import IndexModel, UpdateOne
 from job_orchestrator.domain.resources import Content, Owned, ScanTarget, Subnet
 from job_orchestrator.repository import documents
 from scanfleet.contracts import rest
-from scanfleet.runtime.mongo import Database, Document, Ids, dependency_errors, insert_missing
+from scanfleet.runtime.mongo import Database, Document, Ids, count, dependency_errors, insert_missing
 
 _KEYS: Final = 1_000  # per query
 _LINES: Final = 100  # per query
@@ -83,7 +83,7 @@ class MongoResources(Generic[Content]):
     async def page(self, user_id: int, skip: int, limit: int) -> tuple[list[Owned[Content]], int]:
         wanted = {"user_id": user_id}
         newest = self._collection.find(wanted).sort("_id", -1).skip(skip).limit(limit)
-        page, total = await asyncio.gather(self._readable(newest), self._collection.count_documents(wanted))
+        page, total = await asyncio.gather(self._readable(newest), count(self._collection, wanted))
         return page, total
 
     @dependency_errors()

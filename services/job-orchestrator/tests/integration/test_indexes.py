@@ -212,6 +212,16 @@ async def test_newest_completed_jobs_are_found_without_reading_the_others(
     assert [each["docsExamined"] + each["keysExamined"] <= 10 async for each in found] == [True]
 
 
+async def test_total_of_a_list_is_counted_by_keys_alone(filled: MongoStore, database: Database) -> None:
+    """The total of a user with many jobs is most of a list's cost: it takes the cheapest command and plan."""
+    await database.command("profile", 2)
+    jobs, total = await filled.jobs.page(USERS + 1, set(), 0, 10)
+    await database.command("profile", 0)
+    assert (len(jobs), total) == (10, ENDED)
+    counts = await database["system.profile"].find({"command.count": "jobs"}).to_list(None)
+    assert [each["planSummary"].split()[0] for each in counts] == ["COUNT_SCAN"]
+
+
 async def test_queries_use_indexes(filled: MongoStore, database: Database) -> None:
     """No query scans a collection, and each reads about as much as it returns, whatever else is stored."""
     wasteful: list[str] = []
