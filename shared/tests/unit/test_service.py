@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from ipaddress import ip_network
 from typing import Annotated
 from urllib.parse import quote
@@ -22,6 +23,7 @@ from scanfleet.contracts import queries
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
 from scanfleet.runtime import logging, tracing
 from scanfleet.runtime.http.requests import PathId, parsed
+from scanfleet.runtime.http.responses import AsciiJSON, ModelJSON
 from scanfleet.runtime.service import create_app, create_probes
 from scanfleet.runtime.settings import CommonSettings, ConnectionSettings
 from scanfleet.scanning.targets import Network
@@ -330,6 +332,18 @@ async def test_json_is_printable_ascii(client: httpx2.AsyncClient) -> None:
     ):
         assert re.fullmatch(rb"[\x20-\x7e]+", answer.content), answer.content
     assert (await client.get(f"/thing/text/{quote(hostile)}")).json() == {"text": hostile}
+
+
+@pytest.mark.proves("A29")
+def test_model_is_encoded_as_any_other_answer() -> None:
+    """A list that is encoded in one pass has the same bytes, escapes included."""
+
+    class Thing(BaseModel):
+        text: str
+        at: datetime
+
+    thing = Thing(text="\x00\x1b[31m\x7f\x9b31m\u202e\u2066\u2028\U0001f600", at=datetime(2026, 1, 2, 3, 4, 5, 6, UTC))
+    assert ModelJSON(thing).body == AsciiJSON(thing.model_dump(mode="json")).body
 
 
 @pytest.mark.proves("A16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from job_orchestrator.api.state import Recorded, Recorder, State, StateDep
 from job_orchestrator.domain import ledger
@@ -24,6 +24,7 @@ from scanfleet.errors import (
     UnavailableError,
 )
 from scanfleet.runtime.http.requests import PathId, parsed
+from scanfleet.runtime.http.responses import ModelJSON
 from scanfleet.security.auth import AuthenticatedRoute, Caller, Principal
 
 router = APIRouter(prefix="/api/v1/task", route_class=AuthenticatedRoute)
@@ -32,7 +33,7 @@ router = APIRouter(prefix="/api/v1/task", route_class=AuthenticatedRoute)
 @router.get("")
 async def list_tasks(
     caller: Caller, state: StateDep, record: Recorded, query: Annotated[queries.Tasks, parsed(queries.Tasks)]
-) -> rest.JobList:
+) -> Response:
     whose = await readable_user(caller, query.user_id, record, target="/api/v1/task")
     found, total = await state.store.jobs.page(
         whose,
@@ -43,7 +44,7 @@ async def list_tasks(
         policy_id=query.policy_id,
         since=query.since,
     )
-    return rest.JobList(jobs=found, total=total, page=query.page, page_size=query.page_size)
+    return ModelJSON(rest.JobList(jobs=found, total=total, page=query.page, page_size=query.page_size))
 
 
 @router.get("/{job_id}")

@@ -151,7 +151,7 @@ VIEW_FIELDS: Final = {name: 1 for name in Job.model_fields if name != "id"}
 
 def read_view(document: Document) -> Job:
     """Read the fields of a job that a list shows, from a document with `VIEW_FIELDS` only: a tenth of the cost."""
-    return Job(**({name: document[name] for name in VIEW_FIELDS if name in document} | {"id": document["_id"]}))
+    return Job.model_validate(document | {"id": document["_id"]})
 
 
 _STATE: Final = {"progress": 0, "machines_found": 0, "error": ""}

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 
 class AsciiJSON(JSONResponse):
@@ -16,9 +17,21 @@ class AsciiJSON(JSONResponse):
         return ascii_json(content).encode()
 
 
+class ModelJSON(Response):
+    """A model in the same form, encoded in one pass: for lists, whose encoding is a large part of their cost."""
+
+    media_type = "application/json"
+
+    def render(self, content: BaseModel) -> bytes:
+        return _without_del(content.model_dump_json(ensure_ascii=True)).encode()
+
+
 def ascii_json(content: Any) -> str:
     """Encode `content` as printable ASCII JSON."""
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+    return _without_del(json.dumps(content, allow_nan=False, separators=(",", ":")))
+
+
+def _without_del(text: str) -> str:
     return text.replace("\x7f", "\\u007f")  # the only control character that JSON does not escape
 
 
