@@ -69,7 +69,7 @@ class MongoChunks:
         return {chunk.id: chunk for chunk in await self._find({"_id": {"$in": list(ids)}})}
 
     async def save(self, chunks: Sequence[Chunk]) -> set[str]:
-        return await save(self._chunks, chunks, documents.write_chunk, documents.read_chunk, documents.CHUNK_CONSTANTS)
+        return await save(self._chunks, chunks, documents.update_chunk, documents.read_chunk)
 
     async def of_job(self, job_id: int, first: int = 0, end: int | None = None) -> AsyncIterator[Chunk]:
         async for document in self._of_job(job_id, first, end, _WHOLE):

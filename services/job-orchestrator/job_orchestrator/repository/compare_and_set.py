@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
@@ -24,30 +23,19 @@ RECEIPT: Final = {"deletion.stage": {"$exists": True}}  # the partial indexes of
 async def save(
     collection: Collection,
     changed: Sequence[_Revised],
-    write: Callable[[_Revised], Document],
+    update: Callable[[_Revised], Document],
     read: Callable[[Document], _Revised],
-    constants: AbstractSet[str],
 ) -> set[Any]:
     if not changed:
         return set()
-    new = [replace(each, rev=each.rev + 1) for each in changed]
     result = await collection.bulk_write(
-        [UpdateOne({"_id": each.id, "rev": each.rev - 1}, _update(write(each), constants)) for each in new],
+        [UpdateOne({"_id": each.id, "rev": each.rev}, update(each)) for each in changed],
         ordered=False,
     )
     if result.matched_count == len(changed):
         return set()
+    new = [replace(each, rev=each.rev + 1) for each in changed]
     # The response does not list the losers. A retried write can find its own first attempt, which is a success.
     found = collection.find({"_id": {"$in": [each.id for each in new]}} | NO_RECEIPT)
     stored = {each.id: each for each in await read_all(read, found, collection.name)}
     return {each.id for each in new if stored.get(each.id) != each}
-
-
-def _update(document: Document, constants: AbstractSet[str]) -> Document:
-    """Return an update of the fields that can change, so that fields of a newer release are kept."""
-    fields = {name: value for name, value in document.items() if name not in constants}
-    fields |= {f"totals.{name}": value for name, value in fields.pop("totals", {}).items()}
-    update: Document = {"$set": fields}
-    if "rev" in document and "outbox" not in document and "seq" in document:
-        update["$unset"] = {"outbox": ""}
-    return update

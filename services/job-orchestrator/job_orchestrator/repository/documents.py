@@ -104,22 +104,32 @@ def read_policy(document: Document) -> Policy:
 
 
 def write_job(job: ScanJob) -> Document:
-    document = _shallow(job) | {
-        "policy": job.policy.model_dump(mode="json"),
-        **_fields(job.plan),
+    document = _shallow(job)
+    del document["plan"]  # its fields are the document's
+    del document["outbox"]
+    return document | {"policy": job.policy.model_dump(mode="json"), **_fields(job.plan)} | _job_state(job)
+
+
+def update_job(job: ScanJob) -> Document:
+    """Return the update that stores the job as its next revision; fields of a newer release are kept."""
+    fields = {name: getattr(job, name) for name in _JOB_VARIABLES} | _job_state(job) | {"rev": job.rev + 1}
+    fields |= {f"totals.{name}": value for name, value in fields.pop("totals").items()}
+    return {"$set": fields} | ({} if job.outbox else {"$unset": {"outbox": ""}})
+
+
+def _job_state(job: ScanJob) -> Document:
+    state: Document = {
         "totals": _fields(job.totals) | {"tcp": _fields(job.totals.tcp), "udp": _fields(job.totals.udp)},
         "status": job.status.value,
         "sort_time": job.start_time or job.end_time or _FAR_FUTURE,
     }
-    del document["plan"]  # its fields are the document's
     # An empty outbox is omitted, so that the sparse index contains only jobs with unpublished events.
-    del document["outbox"]
     if job.outbox:
-        document["outbox"] = [
+        state["outbox"] = [
             {"type": type(out.event).__name__, "at": out.at, "event": out.event.model_dump(mode="python") | _plain(out)}
             for out in job.outbox
         ]
-    return document
+    return state
 
 
 def _plain(out: Outgoing) -> Document:
@@ -195,9 +205,18 @@ def read_deletion(document: Document) -> Deletion:
 
 
 def write_chunk(chunk: Chunk) -> Document:
+    return _shallow(chunk) | {"key": address_key(chunk.first_address)} | _chunk_state(chunk)
+
+
+def update_chunk(chunk: Chunk) -> Document:
+    """Return the update that stores the chunk as its next revision; fields of a newer release are kept."""
+    fields = {name: getattr(chunk, name) for name in _CHUNK_VARIABLES}
+    return {"$set": fields | _chunk_state(chunk) | {"rev": chunk.rev + 1}}
+
+
+def _chunk_state(chunk: Chunk) -> Document:
     # `held` marks the few chunks in the partial index for leases and dispatch.
-    return _shallow(chunk) | {
-        "key": address_key(chunk.first_address),
+    return {
         "state": chunk.state.value,
         "held": chunk.state in HELD,
         "attempts": [_fields(each) | {"run": each.run and each.run.model_dump()} for each in chunk.attempts],
@@ -205,16 +224,17 @@ def write_chunk(chunk: Chunk) -> Document:
     }
 
 
-# Fields that never change: a save omits them.
-JOB_CONSTANTS: Final = frozenset(
-    {"_id", "user_id", "policy_id", "subnet_id", "cidr", "exclude", "policy", "addresses", "excluded", "ports"}
-    | {"chunk_addresses", "chunk_ports", "blocks", "chunk_count", "estimate", "partition", "created_at", "command_id"}
-    | {"granted_by", "blockwise", "traceparent", "zone"}
+# Fields that never change are not updated.
+_JOB_CONSTANTS: Final = frozenset(
+    {"id", "user_id", "policy_id", "subnet_id", "cidr", "exclude", "policy", "plan", "partition", "created_at"}
+    | {"command_id", "granted_by", "traceparent", "zone"}
 )
-CHUNK_CONSTANTS: Final = frozenset(
-    {"_id", "job_id", "user_id", "zone", "key", "index", "turn", "partition", "first_address", "ports", "port_count"}
+_CHUNK_CONSTANTS: Final = frozenset(
+    {"id", "job_id", "user_id", "zone", "index", "turn", "partition", "first_address", "ports", "port_count"}
     | {"needs_raw"}
 )
+_JOB_VARIABLES: Final = tuple(name for name in ScanJob.__slots__ if name not in _JOB_CONSTANTS | {"outbox"})
+_CHUNK_VARIABLES: Final = tuple(name for name in Chunk.__slots__ if name not in _CHUNK_CONSTANTS)
 
 
 def read_chunk(document: Document) -> Chunk:

@@ -115,7 +115,7 @@ class MongoJobs:
         return await documents.read_all(documents.read_snapshot, found, "jobs") if ids else []
 
     async def save(self, jobs: Sequence[ScanJob]) -> set[int]:
-        return await save(self._jobs, jobs, documents.write_job, documents.read_job, documents.JOB_CONSTANTS)
+        return await save(self._jobs, jobs, documents.update_job, documents.read_job)
 
     @dependency_errors()
     async def page(

@@ -162,6 +162,14 @@ def test_document_without_a_revision_is_not_read(name: str, rev: Any) -> None:
         READERS[name](document)
 
 
+def test_updates_have_the_fields_that_can_change_only() -> None:
+    """A save converts no field that never changes, and stores the next revision."""
+    of_chunk, of_job = documents.update_chunk(chunk(rev=2))["$set"], documents.update_job(scan_job(rev=3))["$set"]
+    assert (of_chunk["rev"], of_job["rev"]) == (3, 4)
+    assert not {"_id", "job_id", "key", "first_address", "ports", "turn", "needs_raw"} & of_chunk.keys()
+    assert not {"_id", "user_id", "policy", "cidr", "plan", "chunk_count", "estimate", "totals"} & of_job.keys()
+
+
 @pytest.mark.parametrize(
     ("name", "field"), [("chunk", "dispatched_at"), ("chunk", "not_before"), ("chunk", "ask_at"), ("job", "created_at")]
 )
