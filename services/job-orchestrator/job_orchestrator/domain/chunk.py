@@ -464,8 +464,7 @@ def store(chunk: Chunk, outcomes: str, now: datetime) -> Chunk:
         return replace(chunk, outcomes=outcomes)
     if chunk.state not in OPEN:
         return chunk
-    lost = _lost(_timed(chunk, now), "stored")
-    return _move(replace(lost, outcomes=outcomes), ChunkTrigger.STORE, ChunkState.STORED)
+    return _move(_lost(_timed(chunk, now), "stored"), ChunkTrigger.STORE, ChunkState.STORED, outcomes=outcomes)
 
 
 def request_check(chunk: Chunk, now: datetime, patience: timedelta) -> Chunk:

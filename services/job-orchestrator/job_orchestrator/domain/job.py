@@ -241,12 +241,13 @@ def wait(job: ScanJob, reason: str, now: datetime) -> tuple[ScanJob, JobProgress
 
 def _progressed(job: ScanJob, now: datetime, **fields: Any) -> tuple[ScanJob, JobProgressed]:
     changed = replace(job, updated_at=max(now, job.updated_at), seq=job.seq + 1, **fields)
-    return changed, _event(changed, JobProgressed)
+    return changed, _event(changed, JobProgressed, changed.seq)
 
 
 def published(job: ScanJob, seq: int) -> ScanJob:
     """Return the job without the events up to `seq`, which the bus has acknowledged."""
-    return replace(job, outbox=tuple(out for out in job.outbox if out.event.seq > seq))
+    left = tuple(out for out in job.outbox if out.event.seq > seq)
+    return job if left == job.outbox else replace(job, outbox=left)
 
 
 def restored_from_backup(job: ScanJob, seq: int) -> ScanJob:
@@ -260,14 +261,14 @@ def restored_from_backup(job: ScanJob, seq: int) -> ScanJob:
 
 
 def _emit(job: ScanJob, kind: type[JobEvent], now: datetime) -> ScanJob:
-    job = replace(job, seq=job.seq + 1)
-    return replace(job, outbox=(*job.outbox, Outgoing(_event(job, kind), now)))
+    event = _event(job, kind, job.seq + 1)
+    return replace(job, seq=event.seq, outbox=(*job.outbox, Outgoing(event, now)))
 
 
-def _event(job: ScanJob, kind: type[_E]) -> _E:
+def _event(job: ScanJob, kind: type[_E], seq: int) -> _E:
     return kind(
         user_id=job.user_id,
-        seq=job.seq,
+        seq=seq,
         job=job.view,
         progress=job.progress,
         machines_found=job.machines_found,

@@ -96,6 +96,7 @@ def test_events_wait_in_the_outbox_in_order() -> None:
     job = change(change(scan_job(), JobTrigger.START, LATER), JobTrigger.CANCEL, LATER)
     assert [out.event.seq for out in job.outbox] == [1, 2, 3]
     assert [out.event.seq for out in published(job, 2).outbox] == [3]
+    assert published(job, 0) is job
 
 
 def test_progress_is_published_once_and_never_decreases() -> None:

@@ -305,9 +305,10 @@ class Reconciler:
         else:
             trigger, progress, error = JobTrigger.FAIL, max(job.progress, tally.progress), tally.error
         ended = change_job(
-            replace(job, settled=True),
+            job,
             trigger,
             self._clock.now(),
+            settled=True,
             progress=progress,
             machines_found=max(job.machines_found, tally.machines_found),
             error=error,
@@ -336,8 +337,9 @@ class Reconciler:
         # A job without progress, as with an unreadable chunk, waits for the next sweep.
         if first < done < ended and (missing or done == end):
             self._continue(job)
-        counted = replace(job, totals=tally.totals, made=max(job.made, done))
-        return replace(counted, seconds_left=0.0 if job.final else Tally(counted).seconds_left)
+        counted = replace(job, totals=tally.totals, made=max(job.made, done), seconds_left=0.0)
+        over = job.final or done == job.plan.chunk_count
+        return counted if over else replace(counted, seconds_left=Tally(counted).seconds_left)
 
     async def _counted(self, job: ScanJob, first: int, end: int, known: Known) -> AsyncIterator[Chunk]:
         ids = [plan.chunk_id(job, index) for index in range(first, end)]
