@@ -204,6 +204,7 @@ class Orchestrator:
             faults=self._faults,
             reconciler=self.reconciler,
             partitions=lambda: self.progress.partitions,
+            assignments=lambda: self.progress.assignments,
             clock=self.clock,
             signer=self.signer,
             stored_seconds=self.stored_seconds,

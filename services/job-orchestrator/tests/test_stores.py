@@ -479,16 +479,19 @@ async def test_unfinished_jobs_are_found_by_filter(store: Store) -> None:
 
 
 async def test_unsettled_jobs_are_found_page_by_page(store: Store) -> None:
-    """Only jobs that are not settled are found, in order of their ids, after the one given."""
-    await store.jobs.insert([scan_job(id_, settled=id_ in {2, 4}) for id_ in range(1, 7)])
-    assert await store.jobs.unsettled(0, 2) == [1, 3]
-    assert await store.jobs.unsettled(3, 2) == [5, 6]
-    assert await store.jobs.unsettled(6, 2) == []
+    """Only jobs that are not settled are found, in order of their ids, after the one given, with their states."""
+    jobs = [scan_job(id_, settled=id_ in {2, 4}) for id_ in range(1, 7)]
+    await store.jobs.insert(
+        [*jobs[:4], replace(jobs[4], waiting="no_worker"), change(jobs[5], JobTrigger.CANCEL, THEN)]
+    )
+    assert list(await store.jobs.unsettled(0, 2)) == [1, 3]
+    assert await store.jobs.unsettled(3, 2) == {5: ("pending", "no_worker"), 6: ("cancelled", "")}
+    assert await store.jobs.unsettled(6, 2) == {}
     mine = scan_job(3).partition
     assert set(await store.jobs.unsettled(0, 10, [mine])) == {
         id_ for id_ in (1, 3, 5, 6) if scan_job(id_).partition == mine
     }
-    assert await store.jobs.unsettled(0, 10, []) == []
+    assert await store.jobs.unsettled(0, 10, []) == {}
 
 
 async def test_missing_jobs_are_neither_stored_nor_deleted(store: Store) -> None:
@@ -1189,9 +1192,9 @@ async def test_documents_of_release_0_1_are_read_and_adopted(mongo_store: MongoS
     old = (await mongo_store.jobs.get([1]))[1]
     assert (old.made, old.plan.blocks, old.plan.chunk_ports, old.plan.blockwise) == (3, 3, 8_192, False)
     assert (old.partition, old.totals, old.waiting, old.eta_seconds) == (job.partition, Totals(), "", None)
-    assert await mongo_store.jobs.unsettled(0, 10, [job.partition]) == []
+    assert await mongo_store.jobs.unsettled(0, 10, [job.partition]) == {}
     await mongo_store.prepare()
-    assert await mongo_store.jobs.unsettled(0, 10, [job.partition]) == [1]
+    assert await mongo_store.jobs.unsettled(0, 10, [job.partition]) == {1: ("pending", "")}
     chunks = await all_chunks(mongo_store, 1)
     assert {each.partition for each in chunks} == {job.partition}
     assert chunks == list(plan.chunks(old, 0, 3))

@@ -198,8 +198,10 @@ class JobRepository(Protocol):
     ) -> list[tuple[datetime, int]]:
         """Return end time and id of the user's (None: all) jobs that ended at or after `since`, in this order, after `after`."""
 
-    async def unsettled(self, after: int, limit: int, partitions: Collection[int] | None = None) -> list[int]:
-        """Return ids above `after`, in order, of jobs in `partitions` that are not settled."""
+    async def unsettled(
+        self, after: int, limit: int, partitions: Collection[int] | None = None
+    ) -> dict[int, tuple[str, str]]:
+        """Return status and reason to wait of jobs in `partitions` that are not settled, by id, in order, above `after`."""
 
     async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
         """Return jobs in `partitions` whose outboxes have events from before `before`, or from `MAX_AHEAD` after it."""

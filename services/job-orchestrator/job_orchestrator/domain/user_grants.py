@@ -6,11 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import IPv6Network
-from typing import Final
+from typing import Final, Protocol
 
 from job_orchestrator.domain.job import ScanJob
 from scanfleet.contracts.user_grants import UserGrants
 from scanfleet.scanning.targets import parse_network
+
+
+class Granted(Protocol):
+    """A job, as far as its hours need it."""
+
+    @property
+    def user_id(self) -> int: ...
+
+    @property
+    def granted_by(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +40,7 @@ class JobGrants:
         """Return how long the grant's hours stay open; zero while closed, None without a limit."""
         return self.grants.open_for(job.granted_by, job.user_id, now) if self.grants else None
 
-    def closed(self, job: ScanJob, now: datetime) -> str | None:
+    def closed(self, job: Granted, now: datetime) -> str | None:
         """Return an error message while the grant's hours are closed, else None."""
         return self.grants.closed(job.granted_by, job.user_id, now) if self.grants else None
 

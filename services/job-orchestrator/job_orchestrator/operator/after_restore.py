@@ -108,7 +108,7 @@ async def _resume(store: MongoStore, ended: set[int], above: int, now: datetime)
             raise DependencyError(f"another process changes jobs {sorted(lost)}: stop every orchestrator")
         cancelled += sum(job.final for job in updated)
         continued += sum(not job.final for job in updated)
-        after = ids[-1]
+        after = max(ids)
     return continued, cancelled
 
 

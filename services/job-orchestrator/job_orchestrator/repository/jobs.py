@@ -47,7 +47,7 @@ INDEXES: Final = {
         _listed("subnet_id", also=["user_id", "policy_id", "status", "created_at"]),
         _listed("policy_id", also=["user_id", "subnet_id", "status", "created_at"]),
         _listed("status", also=["created_at"]),  # for administrators, who list all users' jobs
-        # With status and age, unfinished jobs are counted from the index alone.
+        # With status and age, unfinished jobs are counted from the index alone, and the sweep finds those that have changed.
         IndexModel(
             [
                 ("settled", 1),
@@ -183,12 +183,12 @@ class MongoJobs:
         after: int,
         limit: int,
         partitions: Collection[int] | None = None,
-    ) -> list[int]:
+    ) -> dict[int, tuple[str, str]]:
         wanted: Document = {"settled": False, "_id": {"$gt": after}}
         if partitions is not None:
             wanted["partition"] = {"$in": list(partitions)}
-        found = self._jobs.find(wanted, {"_id": 1}).sort("_id", 1).limit(limit)
-        return [each["_id"] async for each in found]
+        found = self._jobs.find(wanted, {"status": 1, "waiting": 1}).sort("_id", 1).limit(limit)
+        return {each["_id"]: (each.get("status", ""), each.get("waiting") or "") for each in await found.to_list(limit)}
 
     @dependency_errors()
     async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:

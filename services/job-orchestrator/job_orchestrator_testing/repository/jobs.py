@@ -88,9 +88,10 @@ class MemoryJobs(MemoryRepository):
         after: int,
         limit: int,
         partitions: Collection[int] | None = None,
-    ) -> list[int]:
-        unsettled = (job for job in self._data.jobs.values() if job.id > after and not job.settled)
-        return sorted(job.id for job in unsettled if partitions is None or job.partition in partitions)[:limit]
+    ) -> dict[int, tuple[str, str]]:
+        unsettled = (job for _, job in sorted(self._data.jobs.items()) if job.id > after and not job.settled)
+        mine = (job for job in unsettled if partitions is None or job.partition in partitions)
+        return {job.id: (job.status, job.waiting) for job in islice(mine, limit)}
 
     async def with_old_events(self, before: datetime, limit: int, partitions: Collection[int]) -> list[ScanJob]:
         mine = (job for job in self._data.jobs.values() if job.partition in partitions)

@@ -15,15 +15,18 @@ from structlog.testing import capture_logs
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.census import Standing
 from job_orchestrator.domain.chunk import Chunk, ChunkState
-from job_orchestrator.domain.job import JobTrigger, change, restored_from_backup
+from job_orchestrator.domain.fairness import Credit
+from job_orchestrator.domain.job import JobTrigger, ScanJob, change, restored_from_backup
 from job_orchestrator.domain.ledger import Tally
+from job_orchestrator.handlers.jobs import sweeper
 from job_orchestrator.metrics import SKIPPED_JOBS
 from job_orchestrator_testing import MemoryStore, Simulation, chunk, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
-from job_orchestrator_testing.repository import Data, MemoryChunks
+from job_orchestrator_testing.repository import Data, MemoryChunks, MemoryJobs
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     ChunkScanned,
+    ChunkStored,
     JobCancelled,
     JobCompleted,
     JobCreated,
@@ -32,7 +35,7 @@ from scanfleet.contracts.messages import (
     Message,
     Run,
 )
-from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_RESULTS, SCAN_TASKS, Topic
+from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_EVENTS, SCAN_RESULTS, SCAN_STORED, SCAN_TASKS, Topic
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.best_effort import TIMEOUT_SECONDS
 from scanfleet.scanning.policy import Preset, fill_in
@@ -185,6 +188,138 @@ async def test_overdue_scanned_chunk_is_requested_again(simulation: Simulation) 
         slot_seconds=0.0,
         technique="syn",
     )
+
+
+class CountedJobs(MemoryJobs):
+    """Counts how often each job is read."""
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.read: Counter[int] = Counter()
+
+    async def get(self, ids: Collection[int]) -> dict[int, ScanJob]:
+        self.read.update(ids)
+        return await super().get(ids)
+
+
+class WaitingJobs(Simulation):
+    """Jobs of one queued chunk each, which a sweep has checked."""
+
+    def __init__(self, count: int) -> None:
+        store = MemoryStore()
+        self.counted = store.jobs = CountedJobs(store.data)
+        super().__init__(store)
+        self.workers = []
+        self.ids = range(1, count + 1)
+
+    async def begin(self) -> None:
+        await self.start()
+        jobs = [replace(scan_job(id_, made=1), waiting="no_worker", waiting_since=THEN) for id_ in self.ids]
+        await self.store.jobs.insert([replace(job, outbox=()) for job in jobs])
+        await self.store.chunks.insert(
+            [chunk(id=f"{job.id}-0", job_id=job.id, partition=job.partition) for job in jobs]
+        )
+        assert await self.passes(1) == dict.fromkeys(self.ids, 1)
+
+    async def passes(self, number: int) -> Counter[int]:
+        """Sweep so many times; return how often each job was read."""
+        self.counted.read.clear()
+        for _ in range(number):
+            self.now += 11
+            await self.only.sweeper.sweep()
+        return self.counted.read
+
+    async def change(self, id_: str, **fields: Any) -> None:
+        """Change a chunk as another replica does."""
+        [before] = (await self.store.chunks.get([id_])).values()
+        await self.store.chunks.save([replace(before, **fields)])
+
+    async def status(self, job_id: int) -> JobStatus:
+        return (await self.store.jobs.get([job_id]))[job_id].status
+
+
+async def test_sweep_reads_an_unchanged_waiting_job_once_a_minute() -> None:
+    """A job that waits is read in one of six passes, and in this one its chunks are checked too."""
+    waiting = WaitingJobs(12)
+    await waiting.begin()
+    for _ in range(2):
+        assert await waiting.passes(6) == dict.fromkeys(waiting.ids, 1)
+    await waiting.change("9-0", state=ChunkState.STORED, outcomes="asdt")
+    await waiting.passes(6)
+    assert await waiting.status(9) is JobStatus.COMPLETED
+
+
+async def test_sweep_reads_changed_waiting_jobs_in_the_next_pass() -> None:
+    """A job with another state or a held chunk is read in the next pass, and so is one beyond the number that is kept."""
+    waiting = WaitingJobs(12)
+    await waiting.begin()
+    jobs = await waiting.store.jobs.get([4, 5])
+    await waiting.store.jobs.save([replace(jobs[4], waiting="window"), change(jobs[5], JobTrigger.CANCEL, THEN)])
+    await waiting.change("7-0", state=ChunkState.RUNNING, attempt=1, worker_id="w-1")
+    assert (await waiting.passes(1)).keys() >= {4, 5, 7}
+    assert [await waiting.status(id_) for id_ in (5, 7)] == [JobStatus.CANCELLED, JobStatus.RUNNING]
+
+
+async def test_sweep_keeps_a_limited_number_of_waiting_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting jobs beyond the number that is kept are read in each pass."""
+    monkeypatch.setattr(sweeper, "_MAX_WAITING", 6)
+    waiting = WaitingJobs(12)
+    await waiting.begin()
+    read = await waiting.passes(6)
+    assert [read[id_] for id_ in waiting.ids] == [1] * 6 + [6] * 6
+
+
+@pytest.mark.parametrize("failing", ["chunks", "jobs"])
+async def test_sweep_reads_a_job_whose_chunk_was_changed_by_a_failed_step_in_the_next_pass(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that fails after it has stored a change of a chunk, or that of the job after it, is repaired by the next pass."""
+    waiting = WaitingJobs(1)
+    await waiting.begin()
+    repository = getattr(waiting.store, failing)
+    save = repository.save
+
+    async def fail(changed: Sequence[Any]) -> set[int]:
+        if failing == "chunks":
+            await save(changed)
+        raise DependencyError("no answer")
+
+    await waiting.change("1-0", state=ChunkState.SCANNED, outcomes="....", attempt=1, worker_id="w-1")
+    await waiting.bus.publish(SCAN_STORED, [ChunkStored(job_id=1, chunk_id="1-0", outcomes="asdt")])
+    with monkeypatch.context() as patch:
+        patch.setattr(repository, "save", fail)
+        with pytest.raises(DependencyError):
+            await waiting.hand(SCAN_STORED, waiting.take(SCAN_STORED))
+    await waiting.passes(1)
+    assert await waiting.status(1) is JobStatus.COMPLETED
+
+
+async def test_repeated_verdict_ends_a_job_that_its_first_replica_did_not_save() -> None:
+    """A verdict whose replica stopped after the save of the chunk ends the job when another replica reads it, without a sweep."""
+    waiting = WaitingJobs(1)
+    await waiting.begin()
+    await waiting.change("1-0", state=ChunkState.STORED, outcomes="asdt")
+    await waiting.bus.publish(SCAN_STORED, [ChunkStored(job_id=1, chunk_id="1-0", outcomes="asdt")])
+    await waiting.deliver()
+    assert await waiting.status(1) is JobStatus.COMPLETED
+
+
+async def test_sweep_reads_all_jobs_of_newly_assigned_partitions() -> None:
+    """After a rebalance a replica checks all jobs: another one may have changed them meanwhile."""
+    waiting = WaitingJobs(12)
+    await waiting.begin()
+    await waiting.start()
+    assert await waiting.passes(1) == dict.fromkeys(waiting.ids, 1)
+
+
+async def test_sweep_publishes_why_an_unread_job_waits() -> None:
+    """A job that has been saved since it was read, without a change of its state, gets its new reason in the next pass."""
+    waiting = WaitingJobs(6)
+    await waiting.begin()
+    await waiting.store.jobs.save(list((await waiting.store.jobs.get(waiting.ids)).values()))
+    await waiting.store.dispatch.seen_workers([Credit("w-1", "w", 4, raw=True, partition=0)])
+    await waiting.passes(1)
+    assert {job.waiting for job in (await waiting.store.jobs.get(waiting.ids)).values()} == {""}
 
 
 async def test_lost_request_to_result_store_is_repeated(simulation: Simulation) -> None:

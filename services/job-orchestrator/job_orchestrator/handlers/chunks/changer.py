@@ -80,6 +80,7 @@ class ChunkChanger:
         self._partitions = partitions
         self._clock = clock
         self._cached: dict[str, Chunk] = {}
+        self._touched: set[int] = set()
 
     async def change(
         self,
@@ -120,7 +121,11 @@ class ChunkChanger:
                 await prepare(changes)
             for each in changes:
                 self._cached.pop(each.before.id, None)
-            left = await self._chunks.save([each.after for each in changes if each.after != each.before])
+            try:
+                left = await self._chunks.save([each.after for each in changes if each.after != each.before])
+            finally:  # after the save, whether it fails or not: whoever reads the chunks from now on finds what it has stored
+                mine = self._partitions()
+                self._touched.update(each.after.job_id for each in changes if each.after.partition in mine)
             stored = [each for each in changes if each.before.id not in left]
             for each in stored:
                 if each.moved:
@@ -148,6 +153,11 @@ class ChunkChanger:
         if unknown := set(ids) - known.keys():
             known |= await self._chunks.get(unknown)
         return known
+
+    def take_touched(self) -> set[int]:
+        """Return the jobs in partitions of this replica whose chunks it may have changed since the last call."""
+        touched, self._touched = self._touched, set()
+        return touched
 
     def verify(self, partitions: Collection[int], held: Collection[FencingToken]) -> None:
         """Keep only those of the cached chunks of jobs in these partitions whose attempts are among those that workers hold."""

@@ -108,14 +108,7 @@ class Reconciler:
         Raises:
             DependencyError: some steps may be missing; a retry performs them.
         """
-        return await self.update(await self._jobs.get(job_ids), known) if job_ids else {}
-
-    async def update(self, jobs: Mapping[int, ScanJob], known: Known = _NOTHING) -> dict[int, ScanJob]:
-        """Do the same for jobs that were just read; return them as they are stored then.
-
-        Raises:
-            DependencyError: some steps may be missing; a retry performs them.
-        """
+        jobs = await self._jobs.get(job_ids) if job_ids else {}
         updated: dict[int, ScanJob] = {}
         for _ in range(_ROUNDS):
             if not jobs:
@@ -234,9 +227,10 @@ class Reconciler:
         """Return whether the change may start, continue or end the job.
 
         A scanned chunk starts its job with the verdict of result-store, which follows within milliseconds, or with the next sweep.
+        A report that changes nothing of an ended chunk may be a repeated one, whose replica stopped before it had saved the job.
         """
         before, after = changed.before.state, changed.after.state
-        if after in _DONE and before not in _DONE:
+        if after in _DONE and (before not in _DONE or changed.after == changed.before):
             return True
         return after is ChunkState.RUNNING is not before and changed.after.job_id not in self._started
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import chain
-from typing import Final, TypeVar
+from itertools import chain, islice
+from typing import Final, Self, TypeVar
 
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import request_check
@@ -21,6 +22,7 @@ from job_orchestrator.handlers.jobs.outbox import Outbox
 from job_orchestrator.handlers.jobs.reconciler import Reconciler
 from job_orchestrator.handlers.jobs.reporter import Reporter
 from job_orchestrator.metrics import CHUNK_CENSUS, DELETION_CENSUS, JOB_CENSUS, OUTBOX_AGE, CensusGauges
+from scanfleet.contracts.messages import JobStatus
 from scanfleet.contracts.messages.topics import SCAN_RESULTS
 from scanfleet.errors import DependencyError
 from scanfleet.runtime.best_effort import try_publish
@@ -34,8 +36,26 @@ _RELAY_SECONDS: Final = 10.0
 _RECONCILE_SECONDS: Final = 10.0
 _CENSUS_SECONDS: Final = 10.0  # interval: a census reads an index of all unfinished jobs
 _PAGE: Final = 500
+_PARTS: Final = 6  # a waiting job is checked in every sixth pass, once a minute, although no change of it is known
+_MAX_WAITING: Final = 50_000  # waiting jobs that are not read in each pass: 15 MB
 
 _Part = TypeVar("_Part")
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfinished:
+    """A job, as far as the reasons why it waits need it."""
+
+    user_id: int
+    granted_by: str
+    status: JobStatus
+    waiting: str
+    waiting_since: datetime | None
+    needs_raw: bool
+
+    @classmethod
+    def of(cls, job: ScanJob) -> Self:
+        return cls(job.user_id, job.granted_by, job.status, job.waiting, job.waiting_since, plan.needs_raw(job))
 
 
 class Sweeper:
@@ -44,6 +64,7 @@ class Sweeper:
     Args:
         publisher: publishes repeated requests to result-store.
         partitions: returns the partitions of scan-progress that this replica owns.
+        assignments: returns a number that has changed if another replica may have owned some of them meanwhile.
         signer: signs the repeated requests.
         stored_seconds: timeout for result-store to check a scanned chunk before it is asked again.
         raw_worker_seconds: timeout of a job that waits for a worker with raw packets; then it fails.
@@ -64,6 +85,7 @@ class Sweeper:
         faults: Faults,
         reconciler: Reconciler,
         partitions: Callable[[], Collection[int]],
+        assignments: Callable[[], int],
         clock: PlatformTime,
         signer: Signer,
         stored_seconds: float,
@@ -82,12 +104,17 @@ class Sweeper:
         self._faults = faults
         self._reconciler = reconciler
         self._partitions = partitions
+        self._assignments = assignments
         self._clock = clock
         self._patience = timedelta(seconds=stored_seconds)
         self._raw_patience = timedelta(seconds=raw_worker_seconds)
         self._grants = grants
         self._began: datetime | None = None
         self._reconciled = float("-inf")
+        self._passes = 0
+        self._assigned = 0
+        self._waiting: dict[int, _Unfinished] = {}
+        """Jobs that waited at their last check, of whose chunks no change is known since then."""
         self._counted = float("-inf")
 
     async def sweep(self) -> None:
@@ -146,37 +173,55 @@ class Sweeper:
         self._began = self._began or self._clock.now()
         live = await self._dispatch.live_workers(LIVE)
         held = {each.token.job_id for each in await self._dispatch.held()}
-        after = 0
+        self._forget(held | self._changer.take_touched())
+        after, waiting = 0, dict[int, _Unfinished]()
         while page := await self._jobs.unsettled(after, _PAGE, self._partitions()):
-            jobs = await self._reconciler.update(await self._jobs.get(page))
-            await self._look_for_workers(jobs.values(), live, held)
-            after = page[-1]
-        self._reconciled = now
+            known = ((id_, self._waiting.get(id_), state) for id_, state in page.items())
+            jobs = {id_: job for id_, job, state in known if job and (job.status, job.waiting) == state}
+            read = await self._reconciler.reconcile([id_ for id_ in page if id_ not in jobs])
+            jobs |= self._unfinished(read.values())
+            await self._look_for_workers(jobs, live, held)
+            waits = ((id_, job) for id_, job in jobs.items() if job.status is JobStatus.PENDING)
+            waiting |= islice(waits, _MAX_WAITING - len(waiting))
+            after = max(page)
+        self._reconciled, self._waiting = now, waiting
+
+    def _forget(self, touched: Collection[int]) -> None:
+        """Remove from the waiting jobs those that the next pass must check: `touched` ones, and a part of the others in turn."""
+        self._passes += 1
+        if self._assigned != (assigned := self._assignments()):
+            self._assigned, self._waiting = assigned, {}
+        self._waiting = {
+            id_: job for id_, job in self._waiting.items() if id_ not in touched and (id_ + self._passes) % _PARTS
+        }
+
+    def _unfinished(self, jobs: Iterable[ScanJob]) -> dict[int, _Unfinished]:
+        found: dict[int, _Unfinished] = {}
+        for job in jobs:
+            if not job.final and not self._faults.has(job):
+                with self._faults.isolated(job):
+                    found[job.id] = _Unfinished.of(job)
+        return found
 
     async def _look_for_workers(
-        self, found: Iterable[ScanJob], live: Collection[Credit], held: Collection[int]
+        self, jobs: Mapping[int, _Unfinished], live: Collection[Credit], held: Collection[int]
     ) -> None:
         """Report why jobs without a held chunk are waiting, and fail those that have waited too long."""
-        jobs = {job.id: job for job in found if not job.final and not self._faults.has(job)}
         raw = any(worker.raw for worker in live)
         now = self._clock.now()
 
-        def reason(job: ScanJob) -> str:
-            if job.id in held:
+        def reason(id_: int, job: _Unfinished) -> str:
+            if id_ in held:
                 return ""
             if self._grants.closed(job, now):
                 return "window"
             if not live:
                 return "no_worker"
-            return "no_raw_worker" if not raw and plan.needs_raw(job) else ""
+            return "no_raw_worker" if not raw and job.needs_raw else ""
 
-        reasons: dict[int, str] = {}
-        for job in jobs.values():
-            with self._faults.isolated(job):
-                reasons[job.id] = reason(job)
-        await self._reporter.publish_waiting(
-            (jobs[id_], why) for id_, why in reasons.items() if why != jobs[id_].waiting
-        )
+        reasons = {id_: reason(id_, job) for id_, job in jobs.items()}
+        changed = await self._jobs.get([id_ for id_, why in reasons.items() if why != jobs[id_].waiting])
+        await self._reporter.publish_waiting((job, reasons[job.id]) for job in changed.values())
         late = [
             id_
             for id_, why in reasons.items()
@@ -192,7 +237,7 @@ class Sweeper:
                 "start one, or use a policy without SYN scans, UDP ports and OS detection",
             )
 
-    def _waited(self, job: ScanJob, now: datetime) -> timedelta:
+    def _waited(self, job: _Unfinished, now: datetime) -> timedelta:
         """Return for how long the job has been waiting since this process began and since a step of the clock.
 
         Workers may have come, and the clock may have been changed, while no process was running.

@@ -52,6 +52,9 @@ class Progress(PartitionListener):
         wake: called when a chunk is requeued or a slot is free.
         lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
         stored_seconds: timeout for result-store to check a scanned chunk before it is asked again.
+
+    Attributes:
+        assignments: number of changes of `partitions` so far.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Progress(PartitionListener):
         self._leases: dict[int, LeaseTimers] = {}
         self._revoked: dict[int, LeaseTimers] = {}
         """Kept until the next assignment: a partition that is reassigned to this replica keeps its leases."""
+        self.assignments = 0
 
     @property
     def partitions(self) -> Collection[int]:
@@ -120,6 +124,7 @@ class Progress(PartitionListener):
         await try_publish(self._publisher, SCAN_TASKS, stale, STOPPED_LATER)
 
     async def assigned(self, partitions: Collection[int]) -> None:
+        self.assignments += 1
         for partition in partitions:
             if partition not in self._leases:
                 self._leases[partition] = self._revoked.get(partition) or LeaseTimers(self._lease_seconds)
