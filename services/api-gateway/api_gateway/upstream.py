@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Final, Literal, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -47,16 +48,19 @@ _OWN: Final = {
     "user-agent": "scanfleet-api-gateway",
 }
 _FORWARDED: Final = ("accept", "content-type", "idempotency-key", "if-match", "if-none-match")
-_RETURNED: Final = (
-    "content-type",
-    "content-length",
-    "content-disposition",
-    "etag",
-    "retry-after",
-    "www-authenticate",
-    "vary",
-    "x-content-type-options",
+_RETURNED: Final = frozenset(
+    {
+        "content-type",
+        "content-length",
+        "content-disposition",
+        "etag",
+        "retry-after",
+        "www-authenticate",
+        "vary",
+        "x-content-type-options",
+    }
 )
+_URL: Final = lru_cache(maxsize=256)(httpx2.URL)  # clients repeat their requests
 _QUERY_SAFE: Final = "!$&'()*+,;=:@/?%-._~"  # characters that RFC 3986 allows in a query, and `%` for existing escapes
 
 
@@ -163,7 +167,7 @@ class Upstream:
         try:
             # Starlette decodes headers as Latin-1.
             encoded = {name.encode(): value.encode("latin-1") for name, value in {**_OWN, **headers}.items()}
-            request = httpx2.Request(method, self._url + target, headers=encoded, content=body or None)
+            request = httpx2.Request(method, _URL(self._url + target), headers=encoded, content=body or None)
             answer = await self._connections.handle_async_request(request)
         except httpx2.InvalidURL as error:
             raise BadRequestError("the address is too long") from error
@@ -400,4 +404,4 @@ def _error(answer: httpx2.Response) -> Response:
 
 
 def _returned(answer: httpx2.Response) -> dict[str, str]:
-    return {name: answer.headers[name] for name in _RETURNED if name in answer.headers}
+    return {name: value for name, value in answer.headers.items() if name in _RETURNED}

@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from api_gateway.settings import Settings
 from scanfleet.contracts import rest
 from scanfleet.errors import BadRequestError, Rule, TooManyRequestsError, UnavailableError
+from scanfleet.runtime.http.requests import is_id
 from scanfleet.security.auth import AuthenticatedRoute, Principal
 
 _WITH_BODY: Final = frozenset({"POST", "PUT"})
@@ -165,10 +166,10 @@ class Route(AuthenticatedRoute):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, child = super().matches(scope)
-        # Ids are digits; any other word in their place can only be part of the path of another route.
+        # Any other word in place of an id is part of the path of another route, or of none.
         ids = child.get("path_params", {}).values()
         # The pattern of a path also matches a path that ends with a newline.
-        if scope["path"].endswith("\n") or not all(id_.isascii() and id_.isdigit() for id_ in ids):
+        if scope["path"].endswith("\n") or not all(map(is_id, ids)):
             return Match.NONE, {}
         return match, child
 

@@ -58,6 +58,20 @@ async def test_forward_uses_the_same_path_and_verb(gateway: Running, method: str
     assert asked.content == sent
 
 
+async def test_query_is_forwarded_without_the_frameworks_handler(
+    gateway: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Solving dependencies and waiting for a body that no query has would be a quarter of its cost."""
+
+    async def unexpected(**_arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("fastapi.routing.solve_dependencies", unexpected)
+    monkeypatch.setattr("scanfleet.runtime.http.middleware.asyncio.timeout_at", unexpected)
+    gateway.services.on("GET", "http://orchestrator/api/v1/task/41", httpx2.Response(200, json={"job_id": "41"}))
+    assert (await gateway.client.get("/api/v1/task/41")).json() == {"job_id": "41"}
+
+
 async def test_estimate_is_forwarded_with_the_roles_that_grants_name(tmp_path: Path) -> None:
     """The orchestrator gets the unchanged body in the name of the caller with the roles of grants; other queries have no roles."""
     file = tmp_path / "grants.toml"

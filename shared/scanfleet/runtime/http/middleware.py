@@ -25,6 +25,7 @@ from scanfleet.runtime.startup import Startup
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Probed every few seconds, so their access lines are omitted.
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics", "/internal/ready", "/internal/revocations"})
+_OF_BODIES: Final = frozenset({b"content-length", b"transfer-encoding"})  # a request without them has no body
 _DISCONNECTED: Final = 499  # in logs and metrics, as proxies record it: the client has disconnected
 
 _REQUESTS: Final = Counter("scanfleet_http_requests_total", "HTTP requests answered.", ["method", "route", "status"])
@@ -120,6 +121,8 @@ class Outermost:
         return {"request_id": uuid4().hex} | ({"client_request_id": named} if known else {})
 
     def _limited(self, receive: Receive, headers: Mapping[bytes, bytes], most: int) -> Receive:
+        if headers.keys().isdisjoint(_OF_BODIES):
+            return receive
         # The framework's own limit responds in plain text and bypasses the error handlers.
         announced = int(headers.get(b"content-length", b"0"))
         left = most

@@ -17,8 +17,13 @@ METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OP
 _DECIMAL: Final = re.compile(r"[1-9][0-9]{0,15}")
 
 
+def is_id(text: str) -> bool:
+    """Return whether the text is an id in canonical form."""
+    return _DECIMAL.fullmatch(text) is not None and int(text) <= MAX_ID
+
+
 def _decimal(text: str) -> str:
-    if _DECIMAL.fullmatch(text) is None:
+    if not is_id(text):
         raise ValueError("not an id")
     return text
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,7 +93,7 @@ class InternalTokens:
     def learn(self, date: str | None) -> None:
         """Derive the service's clock from the Date header of a response."""
         try:
-            offset = parsedate_to_datetime(date or "").timestamp() - self._clock()
+            offset = _unix_time(date or "") - self._clock()
         except ValueError:
             return  # missing or invalid
         if abs(offset - self._offset) > 1 and abs(offset) <= MAX_OFFSET_SECONDS:  # the header has whole seconds
@@ -121,6 +122,11 @@ class InternalTokens:
             "EdDSA",
             headers={"typ": TYPE},
         )
+
+
+@lru_cache(maxsize=2)  # the header of each service changes once a second
+def _unix_time(date: str) -> float:
+    return parsedate_to_datetime(date).timestamp()
 
 
 class InternalVerifier:
