@@ -30,7 +30,6 @@ from scanfleet.contracts.messages import AuditEntry
 from scanfleet.errors import BadRequestError, NotFoundError, PreconditionFailedError, Rule
 from scanfleet.runtime.http.audit import audit_entry
 from scanfleet.runtime.turns import Turns
-from scanfleet.security.auth import Caller
 
 _View = TypeVar("_View", bound=BaseModel)
 
@@ -63,8 +62,9 @@ async def _state(request: Request) -> State:  # without async the framework woul
 StateDep = Annotated[State, Depends(_state)]
 
 
-async def _turn(caller: Caller, state: StateDep) -> AsyncIterator[None]:
-    async with state.turns.turn(caller.user_id):
+# Dependencies of dependencies would be solved again for each of them.
+async def _turn(request: Request) -> AsyncIterator[None]:
+    async with (await _state(request)).turns.turn(request.scope["caller"].user_id):
         yield
 
 
@@ -101,8 +101,8 @@ class Recorder:
         await record(self.audit, entries)
 
 
-async def _recorder(request: Request, _caller: Caller, state: StateDep) -> Recorder:
-    return Recorder(request, state.store.audit)
+async def _recorder(request: Request) -> Recorder:
+    return Recorder(request, (await _state(request)).store.audit)
 
 
 Recorded = Annotated[Recorder, Depends(_recorder)]
