@@ -54,17 +54,17 @@ class State:
     """By user: held while a request creates objects."""
 
 
-async def _state(request: Request) -> State:  # without async the framework would use a thread
+async def state_of(request: Request) -> State:  # without async the framework would use a thread
     state: State = request.app.state.orchestrator
     return state
 
 
-StateDep = Annotated[State, Depends(_state)]
+StateDep = Annotated[State, Depends(state_of)]
 
 
 # Dependencies of dependencies would be solved again for each of them.
 async def _turn(request: Request) -> AsyncIterator[None]:
-    async with (await _state(request)).turns.turn(request.scope["caller"].user_id):
+    async with (await state_of(request)).turns.turn(request.scope["caller"].user_id):
         yield
 
 
@@ -101,11 +101,11 @@ class Recorder:
         await record(self.audit, entries)
 
 
-async def _recorder(request: Request) -> Recorder:
-    return Recorder(request, (await _state(request)).store.audit)
+async def recorder_of(request: Request) -> Recorder:
+    return Recorder(request, (await state_of(request)).store.audit)
 
 
-Recorded = Annotated[Recorder, Depends(_recorder)]
+Recorded = Annotated[Recorder, Depends(recorder_of)]
 
 
 def tags(request: Request, header: str, *, weak: bool = True) -> set[str]:

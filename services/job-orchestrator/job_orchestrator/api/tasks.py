@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
-from job_orchestrator.api.state import Recorded, Recorder, State, StateDep
+from job_orchestrator.api.state import Recorded, Recorder, State, StateDep, recorder_of, state_of
 from job_orchestrator.domain import ledger
 from job_orchestrator.domain.census import OpenChunks
 from job_orchestrator.domain.fairness import LIVE
@@ -23,7 +23,7 @@ from scanfleet.errors import (
     TooLargeError,
     UnavailableError,
 )
-from scanfleet.runtime.http.requests import PathId, parsed
+from scanfleet.runtime.http.requests import PathId, parse_query, parsed
 from scanfleet.runtime.http.responses import ModelJSON
 from scanfleet.security.auth import AuthenticatedRoute, Caller, Principal
 
@@ -31,9 +31,12 @@ router = APIRouter(prefix="/api/v1/task", route_class=AuthenticatedRoute)
 
 
 @router.get("")
-async def list_tasks(
-    caller: Caller, state: StateDep, record: Recorded, query: Annotated[queries.Tasks, parsed(queries.Tasks)]
-) -> Response:
+async def list_tasks(request: Request) -> Response:
+    # As dependencies, these would take the application a tenth of the CPU time of a list.
+    caller: Principal = request.scope["caller"]
+    state = await state_of(request)
+    record = await recorder_of(request)
+    query = parse_query(request, queries.Tasks)
     whose = await readable_user(caller, query.user_id, record, target="/api/v1/task")
     found, total = await state.store.jobs.page(
         whose,
