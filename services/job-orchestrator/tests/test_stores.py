@@ -888,6 +888,33 @@ async def test_held_chunks_are_found_by_partition(store: Store) -> None:
     assert await store.dispatch.held([]) == []
 
 
+async def test_known_held_chunks_are_the_same_as_read_ones(store: Store) -> None:
+    """With known attempts the held chunks are the same as without: an ended one is gone, and another attempt is read."""
+    dispatched = [
+        replace(
+            chunk(id=f"1-{n}", index=n, state=ChunkState.DISPATCHED, attempt=1, worker_id="w-1"), dispatched_at=THEN
+        )
+        for n in range(4)
+    ]
+    known = {each.id: Held.of(each) for each in dispatched}
+    await store.chunks.insert(
+        [
+            dispatched[0],
+            replace(dispatched[1], attempt=2, worker_id="w-2"),
+            replace(dispatched[2], state=ChunkState.QUEUED),
+            replace(dispatched[3], id="1-4", index=4),
+        ]
+    )
+    held = await store.dispatch.held(known=known)
+    assert sorted(each.token for each in held) == [
+        FencingToken(1, "1-0", 1, "w-1"),
+        FencingToken(1, "1-1", 2, "w-2"),
+        FencingToken(1, "1-4", 1, "w-1"),
+    ]
+    assert sorted(held, key=lambda each: each.token) == sorted(await store.dispatch.held(), key=lambda each: each.token)
+    assert await store.dispatch.held(known={each.token.chunk_id: each for each in held}) == held
+
+
 async def test_overdue_returns_scanned_chunks_whose_check_is_due(store: Store) -> None:
     """Overdue are the scanned chunks of the partitions whose check was due before, or is due after a longer time than any pause."""
     scanned = ChunkState.SCANNED

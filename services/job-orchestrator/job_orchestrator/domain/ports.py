@@ -374,8 +374,13 @@ class DispatchRepository(Protocol):
         long may be far behind the others of its job.
         """
 
-    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
-        """Return the chunks that workers hold; with `partitions` only those of jobs in these partitions."""
+    async def held(
+        self, partitions: Collection[int] | None = None, known: Mapping[str, Held] | None = None
+    ) -> list[Held]:
+        """Return the chunks that workers hold; with `partitions` only those of jobs in these partitions.
+
+        Attempts that are `known`, by chunk, need not be read again: their fields do not change.
+        """
 
     async def accounts(self, users: Collection[int]) -> Accounts:
         """Return the existing accounts of these users and all active accounts."""

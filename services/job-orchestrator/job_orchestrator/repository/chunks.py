@@ -33,7 +33,12 @@ INDEXES: Final = {
             [("state", 1), ("user_id", 1), ("needs_raw", 1), ("turn", 1), ("job_id", 1), ("not_before", 1)],
             name="state_1_user_id_1_needs_raw_1_turn_1_v2",
         ),
-        IndexModel([("held", 1), ("partition", 1)], partialFilterExpression={"held": True}),
+        # With id and attempt, held chunks that are known are found without reading them.
+        IndexModel(
+            [("held", 1), ("partition", 1), ("_id", 1), ("attempt", 1)],
+            partialFilterExpression={"held": True},
+            name="held_1_partition_1_v2",
+        ),
         IndexModel([("partition", 1), ("ask_at", 1)], partialFilterExpression={"state": ChunkState.SCANNED.value}),
     ],
     "attempts": [IndexModel([("forget_at", 1)], expireAfterSeconds=0)],

@@ -72,12 +72,22 @@ class MongoDispatch:
         return turns
 
     @dependency_errors()
-    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
+    async def held(
+        self, partitions: Collection[int] | None = None, known: Mapping[str, Held] | None = None
+    ) -> list[Held]:
         wanted: Document = {"held": True}
         if partitions is not None:
             wanted["partition"] = {"$in": list(partitions)}
+        same: list[Held] = []
+        if known:
+            held = await self._chunks.find(wanted, {"attempt": 1}).to_list(None)  # from the index alone
+            attempts = {each["_id"]: each.get("attempt") for each in held}
+            same = [each for id_, each in known.items() if attempts.get(id_) == each.token.attempt]
+            wanted["_id"] = {"$in": list(attempts.keys() - {each.token.chunk_id for each in same})}
+            if not wanted["_id"]["$in"]:
+                return same
         found = self._chunks.find(wanted, documents.HELD_FIELDS)
-        return await documents.read_all(documents.read_held, found, "chunks")
+        return same + await documents.read_all(documents.read_held, found, "chunks")
 
     @dependency_errors()
     async def accounts(self, users: Collection[int]) -> Accounts:

@@ -51,12 +51,13 @@ class MemoryDispatch(MemoryRepository):
 
         return lowest(OPEN - {ChunkState.QUEUED}) | lowest({ChunkState.QUEUED})
 
-    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
-        return [
-            Held.of(chunk)
-            for chunk in self._data.chunks.values()
-            if chunk.state in HELD and (partitions is None or chunk.partition in partitions)
-        ]
+    async def held(
+        self, partitions: Collection[int] | None = None, known: Mapping[str, Held] | None = None
+    ) -> list[Held]:
+        held = (chunk for chunk in self._data.chunks.values() if chunk.state in HELD)
+        mine = (chunk for chunk in held if partitions is None or chunk.partition in partitions)
+        attempts = {id_: each.token.attempt for id_, each in (known or {}).items()}
+        return [known[each.id] if known and attempts.get(each.id) == each.attempt else Held.of(each) for each in mine]
 
     async def accounts(self, users: Collection[int]) -> Accounts:
         known = {user: account for user, account in self._data.accounts.items() if account.active or user in users}

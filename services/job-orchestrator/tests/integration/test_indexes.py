@@ -630,3 +630,21 @@ async def test_sweep_of_many_large_waiting_jobs_has_bounded_cost(mongo_store: Mo
         assert len(reads) <= 50
         simulation.now += 11
     assert max(blocked) < 0.1
+
+
+@pytest.mark.proves("F34", "G20")
+async def test_held_chunks_are_read_once(mongo_store: MongoStore, database: Database) -> None:
+    """Of 400 held chunks the checks of workers and of leases each read those that were dispatched since the last one."""
+    first = chunk(id="1-0", state=ChunkState.RUNNING, attempt=1, worker_id="w-1", dispatched_at=THEN)
+    simulation = Simulation(mongo_store)
+    await simulation.start()
+    for job_id, new in ((1, 400), (2, 0), (3, 3)):
+        dispatched = [replace(first, id=f"{job_id}-{n}", job_id=job_id, index=n) for n in range(new)]
+        await mongo_store.chunks.insert(dispatched)
+        await database.command("profile", 2)
+        await simulation.catch_up()
+        await database.command("profile", 0)
+        reads = await database["system.profile"].find({"ns": f"{database.name}.chunks"}).to_list(None)
+        await database["system.profile"].drop()
+        assert sum(each["docsExamined"] for each in reads) == 2 * new
+        assert sum(each["keysExamined"] for each in reads) <= 2 * 430

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -806,8 +806,10 @@ class Noting(MemoryDispatch):
         self.rounds.append(asyncio.get_running_loop().time())
         return await super().waiting_users(raw=raw)
 
-    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
-        held = await super().held(partitions)
+    async def held(
+        self, partitions: Collection[int] | None = None, known: Mapping[str, Held] | None = None
+    ) -> list[Held]:
+        held = await super().held(partitions, known)
         self.read += len(held)
         self.looks += 1
         return held

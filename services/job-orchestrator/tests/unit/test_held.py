@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from datetime import timedelta
 
@@ -30,9 +30,11 @@ class Slow(MemoryDispatch):
     error: Exception | None = None
     allowed: asyncio.Event
 
-    async def held(self, partitions: Collection[int] | None = None) -> list[Held]:
+    async def held(
+        self, partitions: Collection[int] | None = None, known: Mapping[str, Held] | None = None
+    ) -> list[Held]:
         self.reads += 1
-        held = await super().held(partitions)
+        held = await super().held(partitions, known)
         await self.allowed.wait()
         if self.error:
             raise self.error

@@ -16,7 +16,9 @@ from job_orchestrator.domain.time import PlatformTime
 # for a request; their slots are filled at the worker's next announcement.
 _ALONE_SECONDS: Final = 2.0
 _SHARED_SECONDS: Final = 0.1  # maximum age beside other replicas, which may have ended chunks and so freed slots
-_READ_SECONDS: Final = 0.000_1  # per chunk: reading one takes 10 µs, so that reads take at most a tenth of the time
+_READ_SECONDS: Final = (
+    0.000_1  # per chunk: reading one takes up to 10 µs, so that reads take at most a tenth of the time
+)
 
 
 class HeldChunks:
@@ -135,7 +137,7 @@ class HeldChunks:
         self._meanwhile = meanwhile
         self.read_at = self._clock.monotonic()  # before the query, so that `expire` counts during it
         try:
-            read = await self._dispatch.held()
+            read = await self._dispatch.held(known=self._held)
         except BaseException:
             self.expire()
             raise

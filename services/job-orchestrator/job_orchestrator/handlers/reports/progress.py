@@ -80,6 +80,8 @@ class Progress(PartitionListener):
         self._leases: dict[int, LeaseTimers] = {}
         self._revoked: dict[int, LeaseTimers] = {}
         """Kept until the next assignment: a partition that is reassigned to this replica keeps its leases."""
+        self._held: dict[str, Held] = {}
+        """The chunks that workers held at the last check of leases, which need not be read again."""
         self.assignments = 0
 
     @property
@@ -139,8 +141,10 @@ class Progress(PartitionListener):
     async def caught_up(self, partitions: Collection[int]) -> None:
         """Check the leases: all reports have been read, so a missing report is the worker's."""
         now = self._clock.monotonic()
+        found = await self._dispatch.held(partitions, self._held)
+        self._held = {each.token.chunk_id: each for each in found}
         held: dict[int, list[Held]] = defaultdict(list)
-        for each in await self._dispatch.held(partitions):
+        for each in found:
             held[each.partition].append(each)
         self._changer.verify(partitions, {each.token for chunks in held.values() for each in chunks})
         late = {
