@@ -76,7 +76,7 @@ POLICY_FIELD: Final[list[Edit]] = [
     ),
     (
         "shared/scanfleet/scanning/nmap_options.py",
-        '        *_number("--max-retries", policy.max_retries),\n',
+        '        *_number("--host-timeout", policy.host_timeout, "s"),\n',
         '        *_number("--recipes", policy.recipes),\n',
     ),
 ]

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.e2e
 
 QUICK: Final[dict[str, Any]] = {"preset": "quick", "discovery": "none"}
 SERVICES: Final = (22, 80, 443)
+MANY_SERVICES: Final = (*SERVICES, 21, 23, 25, 53, 110, 139, 445, 3306, 8080)  # all of them among nmap's hundred
 LIMIT_SECONDS: Final = 240.0  # for scans that take up to a minute on an idle machine
 PLAIN: Final = ("nmap", "-n", "-Pn", "-T4", "--top-ports", "100")
 FASTER: Final = 10  # minimum speed-up over plain nmap
@@ -107,6 +108,34 @@ def test_scan_finds_all_open_ports_where_answers_are_limited(user: Client, netwo
     job_id = user.scan(f"{net}.0/27", **QUICK)
     assert completed(user, job_id)["answered"] == 31 * 100
     assert len(found(user, job_id) & servers) >= RECALL * len(servers)
+
+
+@pytest.mark.long
+@pytest.mark.proves("F31")
+@pytest.mark.parametrize("network_of", ["drop", "loss", "limit"])
+@pytest.mark.parametrize("technique", ["syn", "connect"])
+@pytest.mark.parametrize("timing", [3, 4, 5])
+def test_scan_finds_all_open_ports_at_each_timing(
+    user: Client, network: Network, timing: int, technique: str, network_of: str
+) -> None:
+    """Three quarters of hosts are silent, 2 % of packets are lost, or each host sends 100 answers a second at most."""
+    net = f"10.77.{40 + 6 * timing + 3 * (technique == 'syn') + ['drop', 'loss', 'limit'].index(network_of)}"
+    hosts = range(8 if network_of == "drop" else 31)
+    if network_of == "drop":
+        network.filter_input(f"ip daddr {net}.8-{net}.31 drop")
+    elif network_of == "loss":
+        network.filter_input(f"ip daddr {net}.0/27 numgen random mod 100 < 2 drop")
+        network.filter_output(f"ip saddr {net}.0/27 numgen random mod 100 < 2 drop")
+    else:
+        for host in hosts:
+            network.filter_output(f"ip saddr {net}.{host} limit rate over 100/second burst 5 packets drop")
+    servers = network.serve({(f"{net}.{host}", port) for host in hosts for port in MANY_SERVICES})
+    job_id = user.scan(f"{net}.0/27", **QUICK, timing=timing, technique=technique)
+    counts = completed(user, job_id)
+    assert counts["answered"] == len(hosts) * 100
+    # Connections also need answers to end, so that fewer of them are left for probes.
+    recall = 0.95 if (technique, network_of) == ("connect", "limit") else RECALL
+    assert len(found(user, job_id) & servers) >= recall * len(servers)
 
 
 @pytest.mark.long  # beside the other tests nmap's timing decides, and one port of thirty may be missed

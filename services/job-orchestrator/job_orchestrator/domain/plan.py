@@ -26,8 +26,9 @@ WINDOW: Final = 256  # maximum number of open chunks per job: enough for every s
 AHEAD: Final = 4_096  # maximum distance between the first open chunk and the last created one: bounds progress queries
 
 # Measured with nmap 7.93 in network namespaces. `FLOORS` are minimum probe rates per second by timing, which nmap keeps
-# although hosts do not answer: all open ports are found if 75 % of hosts drop, 2 % of packets are lost or answers are
-# rate-limited. UDP has none, since hosts rate-limit the answers of closed ports, which would be found open|filtered.
+# although hosts do not answer: 99 % of open ports are found if 75 % of hosts drop, 2 % of packets are lost or hosts limit
+# resets or ICMP errors (ADR 41). UDP has none, since hosts rate-limit the answers of closed ports, which would be found
+# open|filtered.
 FLOORS: Final = (None, None, None, 500, 2_000, 2_500)
 _TRIES: Final = 2  # probes to a port that does not answer
 _DISCOVERY_TRIES: Final = 8  # probes of raw host discovery to an address that does not answer; 4 without raw packets

@@ -384,7 +384,9 @@ def test_round_leaves_no_slot_idle_that_a_chunk_could_use(
 
 # A fleet over time
 
-_NOT_AHEAD_SECONDS = AHEAD_SECONDS + 0.1  # that a chunk is expected to take, so that it waits for a slot
+_NOT_AHEAD_SECONDS = (
+    AHEAD_SECONDS + plan.START_SECONDS + 0.1
+)  # that a chunk is expected to take, so that it waits for a slot
 
 
 @dataclass
