@@ -19,7 +19,7 @@ from bson import MaxKey, MinKey
 from bson.codec_options import DatetimeConversion
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorCollection, AsyncIOMotorCursor, AsyncIOMotorDatabase
 from pymongo import IndexModel, ReadPreference, ReturnDocument
-from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
+from pymongo.errors import AutoReconnect, BulkWriteError, OperationFailure, PyMongoError
 
 from scanfleet.errors import DependencyError
 
@@ -141,17 +141,25 @@ async def count(collection: Collection, wanted: Document) -> int:
     """Return the number of documents that match.
 
     The command `count` costs MongoDB three quarters of the aggregation that the driver's `count_documents` sends. It is as exact:
-    it differs only in sharded clusters, and for a whole collection after a crash.
+    it differs only in sharded clusters, and for a whole collection after a crash. The driver does not retry commands, so this does.
 
     Raises:
         DependencyError: MongoDB is unavailable.
     """
-    async with dependency_errors():
+
+    async def counted() -> int:
         answer = await collection.database.command(
             "count", collection.name, query=wanted, readConcern=collection.read_concern.document
         )
-    counted: int = answer["n"]
-    return counted
+        number: int = answer["n"]
+        return number
+
+    async with dependency_errors():
+        with pymongo.timeout(TIMEOUT_MS / 1_000):
+            try:
+                return await counted()
+            except AutoReconnect:
+                return await counted()
 
 
 async def scan_by_id(collection: Collection, first: Any = MinKey(), end: Any = MaxKey()) -> AsyncIterator[Document]:  # noqa: B008 # constants

@@ -318,3 +318,13 @@ async def test_write_on_a_cut_connection_is_applied_once(mongodb: str, database:
         for expected in range(1, 6):
             assert await ids.take() == range(expected, expected + 1)
             await between.cut()
+
+
+@pytest.mark.proves("F7")
+async def test_count_on_a_cut_connection_is_repeated(mongodb: str, database: Database) -> None:
+    """A count whose connection was cut is sent again, as the driver does it for other reads."""
+    await database["jobs"].insert_many([{"_id": number} for number in range(3)])
+    async with through_proxy(mongodb, database) as (between, detour):
+        for _ in range(5):
+            assert await mongo.count(detour["jobs"], {"_id": {"$gt": 0}}) == 2
+            await between.cut()

@@ -436,10 +436,11 @@ async def test_cancel_tasks_without_the_orchestrator_is_503(gateway: Running, an
     ],
 )
 async def test_malformed_id_in_a_path_is_404(gateway: Running, id_: str) -> None:
-    """A path whose id is not an integer in canonical form is a 404, and nothing is forwarded."""
+    """A path whose id is not an integer in canonical form is that of no route: 404 with any token, and nothing is forwarded."""
     for method, path in (("POST", f"/api/v1/task/{id_}/cancel"), ("GET", f"/api/v1/task/{id_}")):
-        answer = await gateway.client.request(method, path)
-        assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
+        for headers in ({}, {"Authorization": "Bearer forged"}):
+            answer = await gateway.client.request(method, path, headers=headers)
+            assert (answer.status_code, answer.json()) == (404, {"error": "Not Found"})
     assert not gateway.broker.records("scan-commands")
     assert not gateway.services.requests
 
