@@ -48,7 +48,7 @@ INJECTED = Path("/tmp/scanfleet-injected")  # noqa: S108 # the file that the inj
 
 _OPTION = re.compile(
     r"-(v|n|oX|6|Pn|sT|sS|sU|p|sV|O|T[0-5])|--(datadir|stats-every|privileged|unprivileged|top-ports|version-intensity|script"
-    r"|min-rate|max-rate|min-rtt-timeout|max-rtt-timeout|max-retries|host-timeout|min-hostgroup|max-hostgroup)",
+    r"|min-rate|max-rate|max-rtt-timeout|max-retries|host-timeout|min-hostgroup|max-hostgroup)",
 )
 """Every option that may be passed to nmap."""
 

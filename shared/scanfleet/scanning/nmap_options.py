@@ -10,12 +10,10 @@ from scanfleet.scanning.ports import PortSet
 _GROUP_PROBES: Final = 1024  # minimum number of probes in a host group, as in nmap itself
 _SILENT_GROUP_HOSTS: Final = 16  # size of a host group whose addresses may all be silent
 _TECHNIQUES: Final = {"connect": "-sT", "syn": "-sS"}
-# TCP at timings 4 and 5. By itself nmap repeats a probe after 100 or 50 ms, 6 or 2 times, while a host that limits its answers
-# drops them still: it missed up to two thirds of the open ports. With these it finds them, and is as fast where hosts are silent.
-_FAST: Final = 4
-_MIN_RTT_TIMEOUT_MS: Final = 500
-_MAX_RTT_TIMEOUT_MS: Final = 1_250  # nmap's own at timing 4
-_MAX_RETRIES: Final = 10
+_FAST: Final = (
+    4  # timings 4 and 5, by themselves with 6 and 2 retries, miss open ports of hosts that limit their answers (ADR 41)
+)
+_FAST_TCP_RETRIES: Final = 10  # made only where earlier ones had an answer: a silent port still takes two probes
 
 
 def technique(policy: ScanPolicy, *, raw: bool) -> Literal["connect", "syn"]:
@@ -47,6 +45,7 @@ def nmap_options(
     min_rate = min_rate and min(min_rate, max_rate or min_rate)
     if min_rate and policy.min_rate is None:  # the floor of the timing
         min_rate = min(min_rate, FLOOR_OF_ADDRESS * addresses)
+    fast_tcp = policy.timing >= _FAST and ports.tcp_count > 0
     group = str(_group(policy, ports.count))
     return [
         *("-v", "-n", "-oX", "-", "--stats-every", "1s"),
@@ -63,25 +62,11 @@ def nmap_options(
         f"-T{policy.timing}",
         *_number("--min-rate", min_rate),
         *_number("--max-rate", max_rate),
-        *_retries(policy, fast_tcp=policy.timing >= _FAST and ports.tcp_count > 0),
+        # nmap lowers its initial timeout to this by itself.
+        *_number("--max-rtt-timeout", policy.max_rtt_timeout, "ms"),
+        *_number("--max-retries", _FAST_TCP_RETRIES if fast_tcp and policy.max_retries is None else policy.max_retries),
         *_number("--host-timeout", policy.host_timeout, "s"),
         *("--min-hostgroup", group, "--max-hostgroup", group),
-    ]
-
-
-def _retries(policy: ScanPolicy, *, fast_tcp: bool) -> list[str]:
-    """Return when and how often nmap repeats a probe without an answer."""
-    longest, retries = policy.max_rtt_timeout, policy.max_retries
-    if fast_tcp:
-        longest = longest or _MAX_RTT_TIMEOUT_MS
-        retries = _MAX_RETRIES if retries is None else retries
-    shortest = min(_MIN_RTT_TIMEOUT_MS, longest) if fast_tcp and longest else None
-    return [
-        *_number(
-            "--min-rtt-timeout", shortest, "ms"
-        ),  # nmap raises its initial timeout to this, and lowers it to the maximum
-        *_number("--max-rtt-timeout", longest, "ms"),
-        *_number("--max-retries", retries),
     ]
 
 

@@ -105,8 +105,8 @@ async def test_estimate_has_the_options_of_the_first_nmap() -> None:
     body = {"cidr": "10.9.8.0/30", "policy": {"preset": "quick", "ports": "T:1-9000,U:53", "scripts": ["banner"]}}
     options = " ".join((await estimate(simulation_with(), body))["nmap_options"])
     assert options == (
-        "-v -n -oX - --stats-every 1s --unprivileged -sT -p 1-8192 --script banner -T4 --min-rate 512 --min-rtt-timeout 500ms "
-        "--max-rtt-timeout 1250ms --max-retries 10 --host-timeout 900s --min-hostgroup 64 --max-hostgroup 64"
+        "-v -n -oX - --stats-every 1s --unprivileged -sT -p 1-8192 --script banner -T4 --min-rate 512 --max-retries 10 "
+        "--host-timeout 900s --min-hostgroup 64 --max-hostgroup 64"
     )
     answer = await estimate(simulation_with(), {"cidr": "10.9.8.0/30", "policy": POLICY | {"ports": "U:53"}})
     assert answer["nmap_options"][6:10] == ["--privileged", "-sU", "-p", "U:53"]

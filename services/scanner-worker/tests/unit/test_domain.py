@@ -37,7 +37,7 @@ LOOPBACK = TargetRules(allowed=(ip_network("127.0.0.0/8"), ip_network("::1/128")
 # The permitted patterns of arguments before the targets.
 SHAPES = re.compile(
     r"-v|-n|-oX|-|--stats-every|1s|--privileged|--unprivileged|-6|-Pn|-sS|-sT|-sU|-sV|-O|-p|--top-ports|-T[0-5]|--script"
-    r"|--version-intensity|--min-rate|--max-rate|--min-rtt-timeout|--max-rtt-timeout|--max-retries|--host-timeout|--min-hostgroup"
+    r"|--version-intensity|--min-rate|--max-rate|--max-rtt-timeout|--max-retries|--host-timeout|--min-hostgroup"
     r"|--max-hostgroup"
     r"|[0-9]{1,8}m?s?|(T:|U:)?[0-9]+(-[0-9]+)?(,(U:)?[0-9]+(-[0-9]+)?)*"
     r"|(\([a-z]+ and not \([a-z ]+\)\)|[a-z-]+)(,(\([a-z]+ and not \([a-z ]+\)\)|[a-z-]+))*",
@@ -143,19 +143,18 @@ def test_arguments_have_an_option_for_each_field(make_chunk: MakeChunk) -> None:
 @pytest.mark.parametrize(
     ("changed", "options"),
     [
-        ({"timing": 4}, "--min-rtt-timeout 500ms --max-rtt-timeout 1250ms --max-retries 10"),
-        ({"timing": 5}, "--min-rtt-timeout 500ms --max-rtt-timeout 1250ms --max-retries 10"),
-        ({"timing": 5, "max_rtt_timeout": 100}, "--min-rtt-timeout 100ms --max-rtt-timeout 100ms --max-retries 10"),
-        ({"timing": 4, "max_retries": 0}, "--min-rtt-timeout 500ms --max-rtt-timeout 1250ms --max-retries 0"),
+        ({"timing": 4}, "--max-retries 10"),
+        ({"timing": 5, "max_rtt_timeout": 100}, "--max-rtt-timeout 100ms --max-retries 10"),
+        ({"timing": 4, "max_retries": 0}, "--max-retries 0"),
         ({"timing": 3}, ""),
         ({"timing": 3, "max_retries": 1}, "--max-retries 1"),
         ({"timing": 4, "ports": "U:53"}, ""),
     ],
 )
-def test_arguments_of_fast_timings_repeat_probes_later_and_more_often(
+def test_arguments_of_fast_timings_repeat_probes_up_to_ten_times(
     make_chunk: MakeChunk, changed: dict[str, Any], options: str
 ) -> None:
-    """TCP probes at timings 4 and 5 are repeated after half a second and up to ten times, unless the policy says otherwise."""
+    """TCP probes at timings 4 and 5 are repeated up to ten times, unless the policy says otherwise."""
     line = " ".join(line_of(make_chunk({"ports": "22"} | changed), [ip_network("127.9.1.0/28")], raw=True))
     assert re.sub(r".* -T\d( --min-rate \d+)? ?(.*?) ?--host-timeout .*", r"\2", line) == options
 
@@ -194,7 +193,7 @@ def test_arguments_rates_are_the_chunks(
 ) -> None:
     """The chunk's rate limit replaces the policy's, and the floor never exceeds it."""
     argv = line_of(make_chunk({"max_rate": of_policy}, **of_chunk), [ip_network("127.9.1.0/30")], raw=True)
-    assert f"-T4 {line} --min-rtt-timeout" in " ".join(argv)
+    assert f"-T4 {line} --max-retries 10 --host-timeout" in " ".join(argv)
 
 
 @pytest.mark.parametrize(
