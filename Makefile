@@ -8,6 +8,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 
 # Makes the virtual environment; 3.11 or newer. A distribution's own is preferred if it can: it is compiled with profile-guided
 # optimization, which Python built from source with default options is not, so that the services need a fifth less CPU time.
+# `make PYTHON=...` uses another one.
 PYTHON ?= $(firstword $(shell for each in /usr/bin/python3 python3; do \
 	"$$each" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$each" && break; done) python3)
 BIN := .venv/bin
