@@ -34,6 +34,7 @@ HOST_TIMEOUT_SECONDS: Final = 900  # default of a policy without one: the limit 
 _MAX_PROBLEMS: Final = 5  # reported per error; enough to correct a policy in a few requests
 
 GROUP_HOSTS: Final = 64  # minimum number of addresses that one nmap probes in parallel, as by its own default
+BATCH_SECONDS: Final = 5.0  # estimated seconds of the chunks that share an nmap: with less, the start of nmap dominates
 
 FLOOR_OF_ADDRESS: Final = 256
 """Highest rate floor, in probes per second, for each address that one nmap scans.

@@ -21,11 +21,11 @@ from pydantic import AwareDatetime
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk
 from scanfleet.contracts.messages import FencingToken, instance_of
+from scanfleet.scanning.policy import BATCH_SECONDS
 
 LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
 KEEP_IDLE: Final = timedelta(minutes=1)  # of accounts of idle users: time spent until then is charged within seconds
 AHEAD_SECONDS: Final = 2.0  # work prefetched beyond a worker's slots, so that tiny chunks do not wait for a round trip
-_JOINED_SECONDS: Final = 0.02  # least work of a chunk that shares an nmap: a worker gets at most 100 of them in a round
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,7 @@ class Candidate:
     needs_raw: bool
     failed_by: tuple[str, ...] = ()
     no_route: tuple[str, ...] = ()
+    first_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,6 @@ class Credit:
     """Estimated work beyond one chunk for each slot."""
     free_in: float = 0.0
     """Expected seconds until one of its taken slots is free."""
-    starting: frozenset[tuple[int, float]] = frozenset()
-    """User and estimate of the chunks that start in free slots in this round."""
 
 
 def wake(accounts: Accounts, waiting: Iterable[int]) -> dict[int, Account]:
@@ -172,6 +171,10 @@ class Round:
         users = len(self._times.keys() | {user for user, share in occupied.items() if share})
         # While others wait, no user holds more than their share of the slots plus one.
         self._most = slots / users + 1 if users > 1 else float("inf")
+        self._joins: defaultdict[tuple[str, int, float], float] = defaultdict(float)
+        """By worker, user and estimate: estimated seconds of chunks that can still share the nmaps that start in this round."""
+        self._targets: set[tuple[str, str]] = set()
+        """Workers and the addresses that they got in this round: an nmap scans no address for two chunks."""
         self.virtual = 0.0
         """The highest virtual time of a user served in this round."""
 
@@ -217,7 +220,7 @@ class Round:
         """Remove and return the first worker that may get the chunk now."""
         passed: list[_Free] = []
         found = None
-        while not found and self._free and _in_time(self._free[0][-1], candidate):
+        while not found and self._free and self._in_time(self._free[0][-1], candidate):
             entry = heapq.heappop(self._free)
             if entry[-1].instance in refused:
                 passed.append(entry)
@@ -226,6 +229,27 @@ class Round:
         for entry in passed:
             heapq.heappush(self._free, entry)
         return found
+
+    def _in_time(self, worker: Credit, candidate: Candidate) -> bool:
+        """Whether the worker has a free slot, or the chunk is short enough to be prefetched."""
+        return (
+            worker.held < worker.slots or worker.ahead_seconds + self._ahead_seconds(worker, candidate) <= AHEAD_SECONDS
+        )
+
+    def _ahead_seconds(self, worker: Credit, candidate: Candidate) -> float:
+        """Return the work that the chunk adds to what waits for a slot of the worker."""
+        if self._can_join(worker, candidate):
+            return max(0.0, candidate.estimate - plan.START_SECONDS)
+        return candidate.estimate
+
+    def _can_join(self, worker: Credit, candidate: Candidate) -> bool:
+        """Whether the worker can scan the chunk with an nmap that starts in this round, as far as the candidate shows.
+
+        Chunks of one user with equal estimates rarely differ in ports and policy.
+        """
+        room = self._joins.get((worker.worker_id, candidate.user_id, candidate.estimate), 0.0)
+        again = (worker.worker_id, candidate.first_address) in self._targets
+        return room >= candidate.estimate and not candidate.failed_by and not again
 
     def _refused(self, candidate: Candidate) -> AbstractSet[str]:
         """Return the workers that must not get the chunk: those that failed it, while another live worker can run it.
@@ -242,14 +266,17 @@ class Round:
     def _give(self, free: _Free, candidate: Candidate) -> tuple[Credit, float]:
         *_, place, worker = free
         share = min(1.0, worker.slots / (worker.held + 1))
+        joins = worker.worker_id, candidate.user_id, candidate.estimate
         if worker.held >= worker.slots:
-            taken = replace(worker, ahead_seconds=worker.ahead_seconds + _ahead_seconds(worker, candidate))
+            taken = replace(worker, ahead_seconds=worker.ahead_seconds + self._ahead_seconds(worker, candidate))
+            self._joins[joins] -= candidate.estimate * self._can_join(worker, candidate)
         else:
             taken = replace(
-                worker,
-                free_in=min(worker.free_in, candidate.estimate) if worker.held else candidate.estimate,
-                starting=worker.starting | {_kind(candidate)},
+                worker, free_in=min(worker.free_in, candidate.estimate) if worker.held else candidate.estimate
             )
+            if not candidate.failed_by:
+                self._joins[joins] += BATCH_SECONDS - candidate.estimate
+        self._targets.add((worker.worker_id, candidate.first_address))
         taken = replace(taken, held=worker.held + 1)
         if has_room(taken):
             heapq.heappush(self._free, (*_load(taken), place, taken))
@@ -258,29 +285,12 @@ class Round:
 
 
 def _load(worker: Credit) -> tuple[bool, float]:
-    """Return the order in which workers get chunks; if one of the full workers is not in time for a chunk, none after it is."""
+    """Return the order in which workers get chunks.
+
+    If one of the full workers is not in time for a chunk, none after it is, unless the chunk can share an nmap there.
+    """
     full = worker.held >= worker.slots
     return full, worker.ahead_seconds if full else worker.held / worker.slots
-
-
-def _in_time(worker: Credit, candidate: Candidate) -> bool:
-    """Whether the worker has a free slot, or the chunk is short enough to be prefetched."""
-    return worker.held < worker.slots or worker.ahead_seconds + _ahead_seconds(worker, candidate) <= AHEAD_SECONDS
-
-
-def _ahead_seconds(worker: Credit, candidate: Candidate) -> float:
-    """Return the work that the chunk adds to what waits for a slot of the worker.
-
-    One like a chunk that starts in this round shares its nmap: it waits for no slot, and needs no start of nmap.
-    """
-    if candidate.failed_by or _kind(candidate) not in worker.starting:
-        return candidate.estimate
-    return max(_JOINED_SECONDS, candidate.estimate - plan.START_SECONDS)
-
-
-def _kind(candidate: Candidate) -> tuple[int, float]:
-    """Return what chunks that share an nmap have in common; others of a user rarely have the same estimate."""
-    return candidate.user_id, candidate.estimate
 
 
 def occupied(held: Iterable[Held]) -> Mapping[int, float]:

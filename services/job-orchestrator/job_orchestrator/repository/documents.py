@@ -257,7 +257,9 @@ def read_candidate(document: Document) -> Candidate:
     return _CANDIDATE.validate_python(document | {"chunk_id": document["_id"]})
 
 
-CANDIDATE: Final = dict.fromkeys(("user_id", "job_id", "estimate", "needs_raw", "failed_by", "no_route"), 1)
+CANDIDATE: Final = dict.fromkeys(
+    ("user_id", "job_id", "estimate", "needs_raw", "failed_by", "no_route", "first_address"), 1
+)
 
 
 def read_held(document: Document) -> Held:

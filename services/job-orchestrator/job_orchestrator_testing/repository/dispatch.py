@@ -37,7 +37,16 @@ class MemoryDispatch(MemoryRepository):
             and not (chunk.not_before and now < chunk.not_before <= now + MAX_DELAY)
         )
         return [
-            Candidate(chunk.id, user_id, chunk.job_id, chunk.estimate, chunk.needs_raw, chunk.failed_by, chunk.no_route)
+            Candidate(
+                chunk.id,
+                user_id,
+                chunk.job_id,
+                chunk.estimate,
+                chunk.needs_raw,
+                chunk.failed_by,
+                chunk.no_route,
+                chunk.first_address,
+            )
             for chunk in sorted(mine, key=lambda chunk: chunk.turn)[:limit]
         ]
 

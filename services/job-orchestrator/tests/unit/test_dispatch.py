@@ -54,6 +54,7 @@ async def queue(
                 partition=SCAN_PROGRESS.partition_of(str(user)),
                 index=n,
                 turn=n,
+                first_address=f"127.9.{8 + n // 64}.{4 * (n % 64)}",
                 estimate=estimate,
                 needs_raw=needs_raw,
             )

@@ -32,10 +32,11 @@ from job_orchestrator.domain.fairness import (
 from job_orchestrator_testing import scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
 from scanfleet.contracts.messages import FencingToken
+from scanfleet.scanning.policy import BATCH_SECONDS
 
 
 def candidate(id_: str = "1-0", user: int = 1, estimate: float = 5.0, **changed: Any) -> Candidate:
-    fields: dict[str, Any] = {"job_id": user, "needs_raw": False}
+    fields: dict[str, Any] = {"job_id": user, "needs_raw": False, "first_address": id_}
     return Candidate(id_, user, estimate=estimate, **(fields | changed))
 
 
@@ -217,23 +218,26 @@ def test_tiny_chunks_are_given_ahead() -> None:
     assert [share for _, _, share in given_[:2]] == [0.5, pytest.approx(1 / 3)]
 
 
-def test_chunks_like_a_starting_one_count_without_the_start_of_nmap() -> None:
-    """They share its nmap: up to two seconds of further work, and 100 chunks at most, for each worker with a free slot."""
-    host, few = plan.START_SECONDS + 0.00025, plan.START_SECONDS + 0.4
+def test_chunks_that_share_a_starting_nmap_count_without_its_start() -> None:
+    """Each free slot gets chunks of five estimated seconds, with two seconds of work beyond their starts, and then work ahead."""
+    host, longer = plan.START_SECONDS + 0.00025, plan.START_SECONDS + 0.4
+    joined, ahead = int(2 * BATCH_SECONDS / host), int(AHEAD_SECONDS / host)
     found = Counter(
         worker for _, worker in picks([credit("w-1"), credit("w-2")], {1: 0.0}, {1: queue(1, *[host] * 300)})
     )
-    assert found.keys() == {"w-1", "w-2"}
-    assert all(100 <= number <= 102 for number in found.values())
-    assert len(picks([credit(slots=1)], {1: 0.0}, {1: queue(1, *[few] * 300)})) == 1 + AHEAD_SECONDS / 0.4
+    assert (joined, found) == (99, {"w-1": joined + ahead, "w-2": joined + ahead})
+    assert len(picks([credit(slots=4, held=3)], {1: 0.0}, {1: queue(1, *[host] * 300)})) == joined // 2 + ahead
+    assert len(picks([credit(slots=1)], {1: 0.0}, {1: queue(1, *[longer] * 300)})) == 1 + AHEAD_SECONDS / 0.4
 
 
 def test_chunks_unlike_a_starting_one_count_with_the_start_of_nmap() -> None:
-    """Those of other users, with another estimate or with a failure need an nmap of their own, and wait for a slot."""
+    """Those of other users, with another estimate, a failure or the same address need an nmap of their own, and wait for a slot."""
     assert len(picks([credit(slots=1)], {1: 0.0}, {1: queue(1, 0.3, *[0.5] * 300)})) == 1 + AHEAD_SECONDS / 0.5
     assert len(picks([credit(slots=1)], {1: 0.0, 2: 9.0}, {1: queue(1, 0.5), 2: queue(2, *[0.5] * 300)})) == 5
     failed = [candidate(f"1-{turn}", estimate=0.5, failed_by=("w-9",)) for turn in range(1, 300)]
     assert len(picks([credit(slots=1)], {1: 0.0}, {1: [candidate(estimate=0.5), *failed]})) == 5
+    same = [candidate(f"{job}-0", job_id=job, estimate=0.5, first_address="127.9.8.1") for job in range(300)]
+    assert len(picks([credit(slots=1)], {1: 0.0}, {1: same})) == 5
 
 
 def test_short_chunks_do_not_take_a_slot_due_to_a_longer_one() -> None:

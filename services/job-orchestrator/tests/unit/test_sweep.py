@@ -250,7 +250,7 @@ async def test_sweep_reads_an_unchanged_waiting_job_once_a_minute() -> None:
 
 
 async def test_sweep_reads_changed_waiting_jobs_in_the_next_pass() -> None:
-    """A job with another state or a held chunk is read in the next pass, and so is one beyond the number that is kept."""
+    """A job with another state or a held chunk is read in the next pass."""
     waiting = WaitingJobs(12)
     await waiting.begin()
     jobs = await waiting.store.jobs.get([4, 5])

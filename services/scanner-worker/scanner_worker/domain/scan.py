@@ -19,6 +19,7 @@ from scanfleet.scanning.nmap_options import nmap_options
 from scanfleet.scanning.outcomes import MAX_ADDRESSES, Outcome, index_of, networks
 from scanfleet.scanning.policy import (
     ADMITTED_SCRIPTS,
+    BATCH_SECONDS,
     VERSION_SCRIPTS,
     ExecutablePolicy,
     PolicyError,
@@ -29,8 +30,6 @@ from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Network, TargetRules
 
 REASON_CHARS: Final = 500  # maximum length of a failure reason, which becomes part of the job's `error`
-
-BATCH_SECONDS: Final = 5.0  # estimated seconds per shared nmap: with less, the start of nmap dominates
 
 FROM_HOST: Final = frozenset(
     {

@@ -25,15 +25,16 @@ _LOOK_SECONDS: Final = 0.1  # maximum wait of an idle worker for a chunk that an
 _LEAST_SECONDS: Final = 0.025
 # Time for a round that has stored its dispatches to publish their assignments before the process stops.
 _STOP_SECONDS: Final = 3.0
-# Chunks that a worker can get beyond one for each free slot; more are picked in the next round.
-_EXTRA: Final = 100
-_USERS: Final = 32  # users whose chunks are queried at once, those with the lowest virtual time first
-_PAGES: Final = 8  # maximum number of pages of users per round
+_EXTRA: Final = 20  # approximate number of prefetched chunks for 2 seconds; more are picked in the next round
+_JOINED: Final = 50  # approximate number of one-host chunks that share the nmap of a free slot
+_USERS: Final = 64  # users whose chunks are queried at once, those with the lowest virtual time first
+_PAGES: Final = 4  # maximum number of pages of users per round
 _LATER_SECONDS: Final = 1.0  # interval of queries for users whose chunks cannot start yet
 _LATER_PER_SECOND: Final = 1_000  # with more such users the interval is longer, so that rounds reach all of them
 _REST_SECONDS: Final = 1.0  # interval of checks for idle users and live workers
 _AHEAD_SECONDS: Final = 1.0  # interval of checks for small chunks while every slot is taken, unless chunks were created
-_PICKS: Final = 256  # maximum chunks per round, so that a round reads some thousands at most
+_PICKS: Final = 256  # maximum chunks per round
+_QUEUED: Final = 128  # maximum chunks read of each of many users, so that a round reads some thousands at most
 
 
 class Dispatcher:
@@ -142,12 +143,14 @@ class Dispatcher:
         users = [user for user in await self._dispatch.waiting_users(raw=raw) if not self._skips.rests(user, raw=raw)]
         if not users:
             return False
-        room = min(_PICKS, sum(max(0, credit.slots - credit.held) + _EXTRA for credit in workers))
+        free = sum(max(0, credit.slots - credit.held) for credit in workers)
+        room = min(_PICKS, free * _JOINED + len(workers) * _EXTRA)
+        least = min(_QUEUED, free + len(workers) * _EXTRA)
         held = await self._held.known()  # with the chunks that the workers with raw packets just got
         known = await self._accounts.known(users, self._held.read_at)
         accounts = fairness.wake(known, users)
         times = fairness.tags(accounts, held, now)
-        waiting = await self._queues(sorted(times, key=times.__getitem__), room, now, raw=raw)
+        waiting = await self._queues(sorted(times, key=times.__getitem__), room, least, now, raw=raw)
         fleet = self._live | {credit.instance: credit for credit in workers}
         of_waiting = {user: times[user] for user in waiting}
         round_ = fairness.Round(workers, of_waiting, fairness.occupied(held), fleet.values())
@@ -163,15 +166,24 @@ class Dispatcher:
         return await self._sender.send(picks) or len(picks) == room
 
     async def _queues(
-        self, users: Sequence[int], room: int, now: datetime, *, raw: bool
+        self, users: Sequence[int], room: int, least: int, now: datetime, *, raw: bool
     ) -> Mapping[int, Sequence[Candidate]]:
-        """Return the first chunks that may start of the first `users`, which are sorted by virtual time."""
+        """Return the first chunks that may start of the first `users`, which are sorted by virtual time.
+
+        Args:
+            users: ids of the users.
+            room: number of chunks that all workers can get.
+            least: number of chunks that one user can get from this round also beside many others.
+            now: the current time.
+            raw: whether the workers can send raw packets.
+        """
         found: dict[int, Sequence[Candidate]] = {}
         later = self._skips.later
         until = self._clock.monotonic() + max(_LATER_SECONDS, len(users) / _LATER_PER_SECOND)
         for first in range(0, min(len(users), _PAGES * _USERS), _USERS):
             neediest = users[first : first + _USERS]
-            queues = await asyncio.gather(*(self._queue(user, room, now, raw=raw) for user in neediest))
+            limit = max(least, room // len(neediest))
+            queues = await asyncio.gather(*(self._queue(user, limit, now, raw=raw) for user in neediest))
             found |= {user: queue for user, queue in zip(neediest, queues, strict=True) if queue}
             without = [user for user in neediest if user not in found]
             # Otherwise these users would fill the next pages.
@@ -181,9 +193,9 @@ class Dispatcher:
                 break
         return found
 
-    async def _queue(self, user: int, room: int, now: datetime, *, raw: bool) -> Sequence[Candidate]:
+    async def _queue(self, user: int, limit: int, now: datetime, *, raw: bool) -> Sequence[Candidate]:
         jobs, skip = await self._skips.jobs(user)
         if jobs is None or jobs:
-            queue = await self._dispatch.queue(user, room, now, raw=raw, jobs=jobs, skip=skip)
+            queue = await self._dispatch.queue(user, limit, now, raw=raw, jobs=jobs, skip=skip)
             return [self._sender.expect(candidate) for candidate in queue]
         return []

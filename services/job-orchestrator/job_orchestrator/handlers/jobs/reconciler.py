@@ -227,10 +227,12 @@ class Reconciler:
         """Return whether the change may start, continue or end the job.
 
         A scanned chunk starts its job with the verdict of result-store, which follows within milliseconds, or with the next sweep.
-        A report that changes nothing of an ended chunk may be a repeated one, whose replica stopped before it had saved the job.
+        A verdict that changes nothing of a stored chunk may be a repeated one, whose replica stopped before it had saved the job.
         """
         before, after = changed.before.state, changed.after.state
-        if after in _DONE and (before not in _DONE or changed.after == changed.before):
+        if after in _DONE and before not in _DONE:
+            return True
+        if after is ChunkState.STORED and changed.after == changed.before:
             return True
         return after is ChunkState.RUNNING is not before and changed.after.job_id not in self._started
 
