@@ -10,9 +10,8 @@ from scanfleet.scanning.ports import PortSet
 _GROUP_PROBES: Final = 1024  # minimum number of probes in a host group, as in nmap itself
 _SILENT_GROUP_HOSTS: Final = 16  # size of a host group whose addresses may all be silent
 _TECHNIQUES: Final = {"connect": "-sT", "syn": "-sS"}
-_FAST: Final = (
-    4  # timings 4 and 5, by themselves with 6 and 2 retries, miss open ports of hosts that limit their answers (ADR 41)
-)
+# At timings 4 and 5 nmap makes 6 and 2 retries by itself, and misses open ports of hosts that limit their answers (ADR 41).
+_FAST: Final = 4
 _FAST_TCP_RETRIES: Final = 10  # made only where earlier ones had an answer: a silent port still takes two probes
 
 

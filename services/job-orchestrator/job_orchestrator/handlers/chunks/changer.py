@@ -123,7 +123,7 @@ class ChunkChanger:
                 self._cached.pop(each.before.id, None)
             try:
                 left = await self._chunks.save([each.after for each in changes if each.after != each.before])
-            finally:  # after the save, whether it fails or not: whoever reads the chunks from now on finds what it has stored
+            finally:  # not before the save: a sweep that reads the chunks now would not find what it stores
                 mine = self._partitions()
                 self._touched.update(each.after.job_id for each in changes if each.after.partition in mine)
             stored = [each for each in changes if each.before.id not in left]

@@ -16,9 +16,8 @@ from job_orchestrator.domain.time import PlatformTime
 # for a request; their slots are filled at the worker's next announcement.
 _ALONE_SECONDS: Final = 2.0
 _SHARED_SECONDS: Final = 0.1  # maximum age beside other replicas, which may have ended chunks and so freed slots
-_READ_SECONDS: Final = (
-    0.000_1  # per chunk: reading one takes up to 10 µs, so that reads take at most a tenth of the time
-)
+# For each chunk: reading one takes up to 10 µs, so that reads take at most a tenth of the time.
+_READ_SECONDS: Final = 0.000_1
 
 
 class HeldChunks:
