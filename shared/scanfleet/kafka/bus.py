@@ -29,6 +29,7 @@ from scanfleet.contracts.messages import Message
 from scanfleet.contracts.messages.envelope import Outgoing, RawRecord, dead_letter_headers, encode, weight
 from scanfleet.contracts.messages.topics import Topic
 from scanfleet.errors import DependencyError
+from scanfleet.kafka import connections
 from scanfleet.kafka.batches import MOST_HEADERS
 from scanfleet.kafka.broker import BACKOFF_MS, access, connect, connection_error, depending
 from scanfleet.kafka.sources import Member, Replay, Tail
@@ -90,6 +91,7 @@ class KafkaBus:
         Raises:
             DependencyError: no broker answered within `START_SECONDS`.
         """
+        connections.install()
         self._producer = AIOKafkaProducer(
             **self._access,
             client_id=self._instance,
