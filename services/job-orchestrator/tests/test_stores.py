@@ -969,7 +969,7 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
     assert await ids(7, raw=False, jobs=[1, 2]) == ["1-2", "1-0", "1-5"]
     assert await ids(8, raw=False) == []
     assert (await store.dispatch.queue(7, 10, THEN, raw=False))[1] == Candidate(
-        "1-0", 7, 1, 0.5, needs_raw=False, failed_by=("w-1",), no_route=("w-1",), first_address="127.9.8.0"
+        "1-0", 7, 1, 0.5, needs_raw=False, failed_by=("w-1",), no_route=("w-1",), first_address="127.9.8.0", addresses=4
     )
 
 
@@ -1353,6 +1353,16 @@ async def test_unreadable_queued_chunks_do_not_delay_the_other_jobs_of_their_use
     for of in (None, range(100)):
         found = await mongo_store.dispatch.queue(7, 10, LATER, raw=True, jobs=of)
         assert [each.chunk_id for each in found] == ["99-0"]
+
+
+@pytest.mark.integration
+@pytest.mark.proves("G17")
+async def test_queue_chunk_with_a_damaged_map_hides_no_other(mongo_store: MongoStore, database: Database) -> None:
+    """The length of a map that is no text does not fail the query of the user's other chunks."""
+    await mongo_store.chunks.insert([chunk(), chunk(id="1-1", index=1, turn=1)])
+    await database["chunks"].update_one({"_id": "1-0"}, {"$set": {"outcomes": 7}})
+    found = await mongo_store.dispatch.queue(7, 10, LATER, raw=True)
+    assert {each.chunk_id: each.addresses for each in found} == {"1-0": 1, "1-1": 4}
 
 
 @pytest.mark.integration

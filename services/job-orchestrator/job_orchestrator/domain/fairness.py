@@ -57,6 +57,7 @@ class Candidate:
     failed_by: tuple[str, ...] = ()
     no_route: tuple[str, ...] = ()
     first_address: str = ""
+    addresses: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +246,11 @@ class Round:
     def _can_join(self, worker: Credit, candidate: Candidate) -> bool:
         """Whether the worker can scan the chunk with an nmap that starts in this round, as far as the candidate shows.
 
-        Chunks of one user with equal estimates rarely differ in ports and policy.
+        Chunks of one user with equal estimates rarely differ in ports and policy. Only a host's chunk is short because of the
+        start of nmap; more of a network's chunks than a free slot needs would wait there while other workers have room.
         """
+        if candidate.addresses > 1:
+            return False
         room = self._joins.get((worker.worker_id, candidate.user_id, candidate.estimate), 0.0)
         again = (worker.worker_id, candidate.first_address) in self._targets
         return room >= candidate.estimate and not candidate.failed_by and not again
@@ -274,7 +278,7 @@ class Round:
             taken = replace(
                 worker, free_in=min(worker.free_in, candidate.estimate) if worker.held else candidate.estimate
             )
-            if not candidate.failed_by:
+            if candidate.addresses == 1 and not candidate.failed_by:
                 self._joins[joins] += BATCH_SECONDS - candidate.estimate
         self._targets.add((worker.worker_id, candidate.first_address))
         taken = replace(taken, held=worker.held + 1)

@@ -257,9 +257,12 @@ def read_candidate(document: Document) -> Candidate:
     return _CANDIDATE.validate_python(document | {"chunk_id": document["_id"]})
 
 
-CANDIDATE: Final = dict.fromkeys(
+CANDIDATE: Final[Document] = dict.fromkeys(
     ("user_id", "job_id", "estimate", "needs_raw", "failed_by", "no_route", "first_address"), 1
-)
+) | {
+    # The length of a damaged map would fail the query of all chunks.
+    "addresses": {"$cond": [{"$eq": [{"$type": "$outcomes"}, "string"]}, {"$strLenBytes": "$outcomes"}, 1]}
+}
 
 
 def read_held(document: Document) -> Held:

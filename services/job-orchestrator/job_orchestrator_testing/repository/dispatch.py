@@ -46,6 +46,7 @@ class MemoryDispatch(MemoryRepository):
                 chunk.failed_by,
                 chunk.no_route,
                 chunk.first_address,
+                len(chunk.outcomes),
             )
             for chunk in sorted(mine, key=lambda chunk: chunk.turn)[:limit]
         ]

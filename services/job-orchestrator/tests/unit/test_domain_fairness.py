@@ -230,6 +230,12 @@ def test_chunks_that_share_a_starting_nmap_count_without_its_start() -> None:
     assert len(picks([credit(slots=1)], {1: 0.0}, {1: queue(1, *[longer] * 300)})) == 1 + AHEAD_SECONDS / 0.4
 
 
+def test_network_chunks_do_not_join_a_starting_nmap() -> None:
+    """A free slot gets one chunk of several addresses, and two seconds of them ahead, so that the others start elsewhere."""
+    networks = [candidate(f"1-{turn}", 1, 0.4, addresses=16) for turn in range(300)]
+    assert len(picks([credit(slots=1)], {1: 0.0}, {1: networks})) == 1 + AHEAD_SECONDS / 0.4
+
+
 def test_chunks_unlike_a_starting_one_count_with_the_start_of_nmap() -> None:
     """Those of other users, with another estimate, a failure or the same address need an nmap of their own, and wait for a slot."""
     assert len(picks([credit(slots=1)], {1: 0.0}, {1: queue(1, 0.3, *[0.5] * 300)})) == 1 + AHEAD_SECONDS / 0.5
