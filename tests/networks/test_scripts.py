@@ -20,7 +20,7 @@ import pytest
 from local.networks import Network, Packet
 from scanfleet.contracts.messages import ScanChunk
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS, Preset, fill_in
-from scanner_worker.domain.scan import Host, arguments, services
+from scanner_worker.domain.scan import Host, arguments
 from scanner_worker.scanner.process import Limits, Nmap
 from tests.networks import hostile
 
@@ -74,7 +74,7 @@ async def scan(network: Network, program: str, tmp_path: Path) -> AsyncIterator[
         line = arguments(chunk, policy.port_set, [ip_network(TARGET)], raw=True, scripts=scripts)
         async with started(Nmap(program, Limits(16 << 20, 4 << 20, 60), scripts)) as nmap:
             with network.capture() as packets:
-                found = [host async for hosts in nmap.scan(line, services(policy.port_set)) for host, _ in hosts]
+                found = [host async for hosts in nmap.scan(line, policy.port_set) for host, _ in hosts]
         (host,) = found
         assert packets
         return host, packets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from scanfleet.contracts.messages import PortFound
@@ -13,7 +13,7 @@ Found = list[tuple[Host, tuple[PortFound, ...]]]
 
 
 class Scanner(Protocol):
-    def scan(self, arguments: Sequence[str], services: Mapping[str, int]) -> AsyncGenerator[Found]:
+    def scan(self, arguments: Sequence[str], ports: PortSet) -> AsyncGenerator[Found]:
         """Yield finished hosts with their open ports. After the generator is closed, no process is left.
 
         Raises:

@@ -28,7 +28,6 @@ from scanner_worker.domain.scan import (
     arguments,
     digest,
     outcome,
-    services,
 )
 
 SLACK_SECONDS: Final = 15.0  # extra time in which nmap applies its host timeout to a single address itself
@@ -209,7 +208,7 @@ class Batch:
         due = asyncio.get_running_loop().time() + self._chunk.policy.host_timeout
         faults: list[Exception] = []
         try:
-            async with aclosing(self._scanner.scan(line, services(ports))) as found:
+            async with aclosing(self._scanner.scan(line, ports)) as found:
                 async for hosts in found:
                     judged = [self._fault(host, ports.count, due) for host, _ in hosts]
                     faults += [fault for fault in judged if fault]

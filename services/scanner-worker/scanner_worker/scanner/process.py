@@ -25,7 +25,14 @@ import structlog
 from scanfleet.scanning.policy import ADMITTED_SCRIPTS
 from scanfleet.scanning.ports import PortSet, parse_ranges
 from scanner_worker.domain.ports import Found
-from scanner_worker.domain.scan import CannotStartError, KilledByGuardError, NoRouteError, ScanError, printable
+from scanner_worker.domain.scan import (
+    CannotStartError,
+    KilledByGuardError,
+    NoRouteError,
+    ScanError,
+    printable,
+    services,
+)
 from scanner_worker.metrics import NMAP_RUNNING, NMAP_STARTS
 from scanner_worker.scanner import datadir, guard, python_nmap
 from scanner_worker.scanner.xml import BadXmlError, Reader
@@ -49,6 +56,8 @@ _TRIAL: Final = ("-n", "-sL", "-oX", "-", "127.0.0.1")
 # A run that lists scripts: its output has an element for each installed script.
 _HELP: Final = ("-oX", "-", "--script-help")
 _SCRIPT: Final = re.compile(rb'<script filename="[^"]*?([a-z0-9-]+)\.nse"')
+# nmap's folder of script libraries, which is in that of its tables; the order of the attributes varies.
+_LIBRARIES: Final = re.compile(rb'<directory (?=[^>]*name="nselib")[^>]*path="([^"]+)"')
 
 # A run without targets, in which nmap lists the ports that it would probe.
 _NO_TARGETS: Final = ("-n", "-Pn", "-sT", "-oX", "-", "-iL", os.devnull)
@@ -98,6 +107,7 @@ class Nmap:
         self._limit = 0.0
         self._beating: asyncio.Task[None] | None = None
         self._most_common: dict[int, PortSet] = {0: PortSet()}
+        self._table: datadir.ServiceTable | None = None
         self._kills = -1  # file descriptor to which the guard writes when it kills
         self._killed_at = 0.0
 
@@ -205,15 +215,20 @@ class Nmap:
                 "and later have it), and set SCANFLEET_NMAP if it is not the first in PATH"
             )
         self.version = reader.version
-        await self._check_scripts()
+        await self._check_installation()
 
-    async def _check_scripts(self) -> None:
+    async def _check_installation(self) -> None:
         output = await self._list("scripts", (*_HELP, ",".join(sorted(self._scripts))))
         if missing := self._scripts - {name.decode() for name in _SCRIPT.findall(output)}:
             raise CannotStartError(
                 f"{self._program} does not have the scripts {', '.join(sorted(missing))}: install nmap's scripts, or remove "
                 "these names from SCANFLEET_SCRIPTS"
             )
+        folder = _LIBRARIES.search(output)
+        try:
+            self._table = datadir.ServiceTable.read(Path(os.fsdecode(folder[1])).parent) if folder else None
+        except OSError as error:
+            raise CannotStartError(f"cannot read the table of services of {self._program}: {error}") from error
 
     def source(self, address: str) -> str | None:
         """Return the address from which packets to `address` are sent; None without a route. Sends nothing."""
@@ -266,14 +281,14 @@ class Nmap:
             raise CannotStartError(f"{self._program} did not list its {what}{cause}")
         return output
 
-    async def scan(self, arguments: Sequence[str], services: Mapping[str, int]) -> AsyncGenerator[Found]:
+    async def scan(self, arguments: Sequence[str], ports: PortSet) -> AsyncGenerator[Found]:
         """Run nmap and yield finished hosts with their open ports, in lists of those that are ready.
 
         After the generator is closed, no process that it started is left.
 
         Args:
             arguments: the command line without the program.
-            services: the number of ports that nmap must announce, by protocol.
+            ports: the ports of these arguments; nmap must announce as many.
 
         Raises:
             CannotStartError: nmap did not start to scan, because of this worker.
@@ -281,12 +296,16 @@ class Nmap:
             NoRouteError: the same, for lack of a route to the other targets.
             KilledByGuardError: the guard killed nmap because this process was blocked.
         """
-        async with self._started(arguments) as run, aclosing(self._read(run, arguments, services)) as found:
+        table = None if self._table is None else self._table.of(await self.ranked(ports) if ports.top else ports)
+        async with (
+            self._started(arguments, table) as run,
+            aclosing(self._read(run, arguments, services(ports))) as found,
+        ):
             async for hosts in found:
                 yield hosts
 
     @asynccontextmanager
-    async def _started(self, arguments: Sequence[str]) -> AsyncIterator[_Run]:
+    async def _started(self, arguments: Sequence[str], table: str | None = None) -> AsyncIterator[_Run]:
         """Run nmap in a temporary folder, and remove both on exit."""
         self._runs += 1
         NMAP_STARTS.inc()
@@ -298,7 +317,7 @@ class Nmap:
         with folder:
             data = Path(folder.name, "data")  # one folder per run, so that no other run can change or remove it
             try:
-                datadir.write(data, self._scripts)
+                datadir.write(data, self._scripts, table)
             except OSError as error:
                 raise CannotStartError(f"cannot write nmap's data folder: {error}") from error
             arguments = ("--datadir", str(data), *arguments)
@@ -335,7 +354,7 @@ class Nmap:
         self,
         run: _Run,
         arguments: Sequence[str],
-        services: Mapping[str, int],
+        expected: Mapping[str, int],
     ) -> AsyncGenerator[Found]:
         reader = Reader(max_host_bytes=self._limits.host)
         size = moves = 0
@@ -348,8 +367,8 @@ class Nmap:
             if reader.moves != moves:
                 moves = reader.moves
                 run.moved()
-            if hosts and reader.services != services:
-                raise ScanError(f"nmap probes {reader.services} ports instead of the requested {dict(services)}")
+            if hosts and reader.services != expected:
+                raise ScanError(f"nmap probes {reader.services} ports instead of the requested {dict(expected)}")
             if hosts:
                 yield hosts
             if fault:

@@ -151,6 +151,7 @@ async def test_worker_without_descriptors_releases_its_chunks(make_chunk: MakeCh
 
 FORKLESS = """
 import asyncio, os, resource, sys
+from scanfleet.scanning.ports import PortSet
 from scanner_worker.domain.scan import CannotStartError
 from scanner_worker.scanner.process import Limits, Nmap
 
@@ -160,7 +161,7 @@ async def main():
     os.setuid(65534)  # process limits do not apply to root
     await nmap.check()
     resource.setrlimit(resource.RLIMIT_NPROC, (1, resource.getrlimit(resource.RLIMIT_NPROC)[1]))
-    for how in (nmap.check, lambda: anext(nmap.scan(["-V"], {}))):
+    for how in (nmap.check, lambda: anext(nmap.scan(["-V"], PortSet()))):
         try:
             await how()
         except CannotStartError as error:

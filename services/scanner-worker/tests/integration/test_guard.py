@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import pytest
 
+from scanfleet.scanning.ports import PortSet
 from scanfleet_testing.waiting import until
 from scanner_worker.domain.scan import CannotStartError, KilledByGuardError, ScanError
 from scanner_worker.scanner import guard
@@ -125,7 +126,7 @@ async def test_guard_applies_the_last_limit_written(guarding: Guard) -> None:
 
 
 async def scan(nmap: Nmap, *arguments: str) -> None:
-    async with contextlib.aclosing(nmap.scan(arguments, {"tcp": 9})) as found:
+    async with contextlib.aclosing(nmap.scan(arguments, PortSet.parse("1-9"))) as found:
         async for _ in found:
             pass
 

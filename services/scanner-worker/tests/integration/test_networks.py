@@ -30,7 +30,7 @@ from cryptography.x509.oid import NameOID
 
 from scanfleet.contracts.messages import ChunkFailed, HostScanned, PortFound, ScanChunk
 from scanfleet.scanning.outcomes import Outcome
-from scanner_worker.domain.scan import Host, NoRouteError, arguments, fit, outcome, services
+from scanner_worker.domain.scan import Host, NoRouteError, arguments, fit, outcome
 from scanner_worker.scanner.process import Limits, Nmap
 from scanner_worker.scanner.raw import may_send_raw, privileges
 
@@ -95,7 +95,7 @@ async def scan(networks: tuple[Path, Router]) -> AsyncIterator[Scan]:
         found: dict[str, tuple[Outcome, Host, tuple[PortFound, ...]]] = {}
         ports = chunk.policy.port_set
         targets = [ip_network(f"{chunk.first_address}/{32 - (len(chunk.outcomes) - 1).bit_length()}")]
-        async for hosts in nmap.scan(arguments(chunk, ports, targets, raw=True), services(ports)):
+        async for hosts in nmap.scan(arguments(chunk, ports, targets, raw=True), ports):
             found |= {host.address: (outcome(host, ports.count), host, open_) for host, open_ in hosts}
         return found
 
@@ -139,7 +139,7 @@ async def test_scan_without_a_route_raises_no_route(
     with pytest.raises(
         NoRouteError, match=r"^nmap skipped the targets 10\.88\..*: failed to determine route to 10\.88\.0\."
     ):
-        assert [hosts async for hosts in nmap.scan(line, services(chunk.policy.port_set))] == []
+        assert [hosts async for hosts in nmap.scan(line, chunk.policy.port_set)] == []
     await nmap.stop()
 
 
@@ -329,7 +329,7 @@ async def test_scan_service_inside_tls_has_ssl_prefix(make_chunk: MakeChunk, tmp
     await nmap.start()
     async with web(tmp_path, address):
         line = arguments(chunk, chunk.policy.port_set, [ip_network(f"{address}/32")], raw=raw)
-        found = [each async for hosts in nmap.scan(line, services(chunk.policy.port_set)) for each in hosts]
+        found = [each async for hosts in nmap.scan(line, chunk.policy.port_set) for each in hosts]
     await nmap.stop()
     [(_, ports)] = found
     assert [(each.service, each.version) for each in ports] == [("http", "nginx 1.26.2"), ("ssl/http", "nginx 1.26.2")]

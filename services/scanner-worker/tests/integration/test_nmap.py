@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -34,7 +35,7 @@ from scanfleet.scanning.targets import TargetRules
 from scanfleet.security.audit import Refusals
 from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.waiting import until
-from scanner_worker.domain.scan import CannotStartError, ScanError, scripts_of
+from scanner_worker.domain.scan import CannotStartError, ScanError, arguments, scripts_of
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner import guard, process
@@ -76,6 +77,41 @@ async def test_ranked_parts_add_up_to_the_top_ports(make_nmap: MakeNmap) -> None
 
 def _ports(ports: PortSet) -> list[int]:
     return [port for low, high in ports.tcp for port in range(low, high + 1)]
+
+
+@pytest.mark.parametrize("ports", ["22,80,443,8080,47808,60999", "top:9", *(["T:53,80,U:53,161"] if RAW else [])])
+async def test_scan_restricted_table_gives_the_same_names(
+    make_chunk: MakeChunk, make_nmap: MakeNmap, ports: str
+) -> None:
+    """With the lines of its own ports, nmap probes the same ports and gives them the same names as with its whole table."""
+    nmap = await make_nmap()
+    chunk = make_chunk({"ports": ports, "technique": "auto"}, outcomes=".", first_address="127.9.41.1")
+    line = arguments(chunk, chunk.policy.port_set, [ip_network("127.9.41.1")], raw=RAW)
+
+    async def named() -> list[tuple[bytes, ...]]:
+        hosts = [host async for hosts in nmap.scan(line, chunk.policy.port_set) for host, _ in hosts]
+        return re.findall(rb'protocol="(\w+)" portid="(\d+)".*?service name="([^"]*)"', hosts[0].element)
+
+    whole = await named()
+    await nmap.check()
+    assert await named() == whole
+    assert (len(whole), len({name for _, _, name in whole})) >= (4, 3)
+
+
+async def test_scan_restricted_table_needs_half_of_the_cpu_time(make_nmap: MakeNmap) -> None:
+    """A scan of one port does not pay for all lines of nmap's table."""
+    nmap = await make_nmap()
+
+    async def cpu_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        for _ in range(10):
+            async for _ in nmap.scan(["-n", "-sT", "-Pn", "-p", "8", "-oX", "-", "127.9.41.1"], PortSet.parse("8")):
+                pass
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+    whole = min([await cpu_seconds() for _ in range(3)])
+    await nmap.check()
+    assert min([await cpu_seconds() for _ in range(3)]) < whole / 2
 
 
 def marked(nmap: Nmap) -> list[int]:
@@ -334,26 +370,28 @@ async def test_batch_cancel_stops_only_its_own_targets(
     """Two seconds after one chunk is cancelled no nmap has its targets; the others are finished, no address twice."""
     port = listeners("127.9.47.70", "127.9.48.5", "127.9.49.9")
     program, starts = recorded
-    # A host group of 64 addresses takes two seconds.
-    policy = {"ports": f"{port},1-19", "max_rate": 640}
+    policy = {"ports": f"{port},1-19", "max_rate": 320}  # 960 probes in three seconds
     chunks = [
-        make_chunk(policy, chunk_id=f"1-{net}", first_address=f"127.9.{net}.64", outcomes="." * 64)
+        make_chunk(policy, chunk_id=f"1-{net}", first_address=f"127.9.{net}.64", outcomes="." * 16)
         for net in (47, 48, 49)
     ]
     async with rigged(await make_nmap(program), slots=1) as rig:
         async with busy(rig, make_chunk):
             await rig.send(*chunks)
-        await until(lambda: len(rig.hosts()) == 64, 60)
+        await until(lambda: any(b"127.9.48.64/28" in line(pid) for pid in marked(rig.nmap)), 60)
         await rig.send(StopChunk(job_id=1, chunk_id="1-48", attempt=1, worker_id="worker", reason="cancelled"))
-        await until(lambda: not any(b"127.9.48.64/26" in line(pid) for pid in marked(rig.nmap)), 2)
+        await until(lambda: not any(b"127.9.48.64/28" in line(pid) for pid in marked(rig.nmap)), 2)
         await until(lambda: len(rig.scanned()) == 2, 60)
-        assert rig.scanned() == {"1-47": "a" * 64, "1-49": "a" * 64}
+        assert rig.scanned() == {"1-47": "a" * 16, "1-49": "a" * 16}
         released = [m for m in rig.bus.messages(SCAN_PROGRESS) if isinstance(m, ChunkReleased) and m.chunk_id == "1-48"]
-        assert [m.outcomes for m in released] == ["." * 64]
+        assert [m.outcomes for m in released] == ["." * 16]
         reported = [m.address for m in rig.bus.messages(SCAN_RESULTS) if isinstance(m, HostScanned)]
-        assert len(set(reported)) == len(reported) == 128
+        assert len(set(reported)) == len(reported) == 32
         assert {a: [p.port for p in h.ports] for a, h in rig.hosts().items() if h.ports} == {"127.9.47.70": [port]}
-    assert starts()[1:] == [["127.9.47.64/26", "127.9.48.64/26", "127.9.49.64/26"], ["127.9.49.64/26"]]
+    assert starts()[1:] == [
+        ["127.9.47.64/28", "127.9.48.64/28", "127.9.49.64/28"],
+        ["127.9.47.64/28", "127.9.49.64/28"],
+    ]
 
 
 def line(pid: int) -> bytes:
@@ -494,7 +532,7 @@ async def test_scan_with_progress_is_not_stopped(
 ) -> None:
     """An nmap whose percentage grows may run for longer than the stall timeout."""
     nmap = await make_nmap(stand_in(PROGRESS), replace(LIMITS, stall_seconds=2))
-    assert len([host async for hosts in nmap.scan(["--"], {"tcp": 2}) for host in hosts]) == 4
+    assert len([host async for hosts in nmap.scan(["--"], PortSet.parse("1-2")) for host in hosts]) == 4
 
 
 @pytest.mark.parametrize(
@@ -518,7 +556,7 @@ async def test_scan_expected_pauses_extend_the_stall_timeout(
     body = f'write(HEAD, \'<taskbegin task="{task}" time="1"/>\'); time.sleep(4); write(*map(host, range(4)), TAIL)'
     nmap = await make_nmap(stand_in(body), replace(LIMITS, stall_seconds=2))
     with pytest.raises(ScanError, match="no progress for 2 seconds") if stopped else contextlib.nullcontext():
-        hosts = [host async for hosts in nmap.scan([*arguments, "--"], {"tcp": 2}) for host in hosts]
+        hosts = [host async for hosts in nmap.scan([*arguments, "--"], PortSet.parse("1-2")) for host in hosts]
         assert len(hosts) == 4
 
 
@@ -529,7 +567,7 @@ async def test_scan_stopped_nmap_is_killed(make_nmap: MakeNmap) -> None:
     line = ["-n", "-sT", "-Pn", "-p", "1-900", "--scan-delay", "100ms", "-oX", "-", "--stats-every", "1s", "127.9.40.1"]
 
     async def scan() -> None:
-        async for _ in nmap.scan(line, {"tcp": 900}):
+        async for _ in nmap.scan(line, PortSet.parse("1-900")):
             pass
 
     scanning = asyncio.create_task(scan())
@@ -557,7 +595,7 @@ async def test_scan_nmap_ends_before_scanning_raises_cannot_start(
     """An nmap that ends before it has announced its ports has sent no packet, so the chunk cannot be the cause."""
     nmap = await make_nmap(stand_in(body))
     with pytest.raises(CannotStartError, match=reason):
-        await anext(nmap.scan(["--"], {"tcp": 2}))
+        await anext(nmap.scan(["--"], PortSet.parse("1-2")))
 
 
 def trial(version: str, end: str = '<runstats><finished time="1" exit="success"/></runstats></nmaprun>') -> str:
@@ -698,6 +736,7 @@ async def test_scan_nmap_inherits_nothing(  # pytest passes fixtures by name
 WORKER = """
 import asyncio, sys
 import uvloop
+from scanfleet.scanning.ports import PortSet
 from scanner_worker.domain.scan import CannotStartError, ScanError
 from scanner_worker.scanner import guard, process
 from scanner_worker.scanner.process import Limits, Nmap
@@ -706,7 +745,7 @@ async def main():
     nmap = Nmap(sys.argv[1], Limits(1 << 20, 1 << 20, 60))
     await nmap.start()
     print(nmap._mark, flush=True)
-    async for _ in nmap.scan(sys.argv[2:], {"tcp": 9}):
+    async for _ in nmap.scan(sys.argv[2:], PortSet.parse("1-9")):
         pass
 
 uvloop.run(main())  # as uvicorn does; it resets the child's signals, which asyncio does not

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from hashlib import sha256
@@ -96,7 +96,7 @@ class Stepping:
     async def scan(
         self,
         arguments: Sequence[str],
-        services: Mapping[str, int],  # noqa: ARG002 # the port's signature
+        ports: PortSet,  # noqa: ARG002 # the port's signature
     ) -> AsyncGenerator[Found]:
         self.argvs.append(arguments)
         self.runs.append(yielded := [])

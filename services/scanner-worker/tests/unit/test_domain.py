@@ -317,7 +317,7 @@ def test_together_leaves_a_slot_for_another_kind(make_chunk: MakeChunk) -> None:
         ({}, {"max_rate": 100}),
         ({}, {"min_rate": 500}),
         ({}, {"estimate_seconds": 4.1}),
-        ({}, {"outcomes": "." * 1021}),
+        ({}, {"outcomes": "." * 509}),
     ],
     ids=[
         "another user",
@@ -360,6 +360,16 @@ def test_together_size_is_bounded(make_chunk: MakeChunk) -> None:
         for number, seconds in enumerate([2.0, 2.0, 2.0, 1.0, 0.5])
     ]
     assert together(chunks, 1) == [chunks[0], chunks[1], chunks[3]]
+
+
+@pytest.mark.parametrize(("ports", "joined"), [("1-1000", 2), ("1-51", 2), ("1-10", 10), ("1-2", 51)])
+def test_together_addresses_are_bounded(make_chunk: MakeChunk, ports: str, joined: int) -> None:
+    """With 20 addresses nmap still captures only their packets; more share an nmap only up to 1,024 probes."""
+    chunks = [
+        make_chunk({"ports": ports}, first_address=f"127.{net}.1.0", outcomes="." * 10, estimate_seconds=0.01)
+        for net in range(100)
+    ]
+    assert len(together(chunks, 1)) == joined
 
 
 def host(*, ports: int = 2, reasons: set[bytes] = frozenset({b"reset"}), up: bool = True, late: bool = False) -> Host:  # type: ignore[assignment] # a set as default would be shared

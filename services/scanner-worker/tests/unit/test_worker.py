@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from ipaddress import ip_network
 
@@ -76,7 +76,7 @@ class ScriptedScanner:
     async def scan(
         self,
         arguments: Sequence[str],
-        services: Mapping[str, int],  # noqa: ARG002 # the port's signature
+        ports: PortSet,  # noqa: ARG002 # the port's signature
     ) -> AsyncGenerator[Found]:
         self.asked.append(arguments)
         self.running += 1
