@@ -39,8 +39,8 @@ def test_service_table_has_the_lines_of_the_ports(table: ServiceTable, ports: st
 
 
 @pytest.mark.parametrize("lines", ["", "ssh\t22/tcp\t0.182286\n", None])
-def test_write_without_a_table_leaves_nmap_its_own(tmp_path: Path, lines: str | None) -> None:
-    """An empty table is one: no port of the run has a name. Without a table nmap reads that of its installation."""
+def test_write_table_is_the_given_one_or_none(tmp_path: Path, lines: str | None) -> None:
+    """An empty table names no port, and without one nmap reads that of its installation."""
     write(tmp_path / "data", set(), lines)
     file = tmp_path / "data/nmap-services"
     assert (file.read_text() if file.exists() else None) == lines
