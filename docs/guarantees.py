@@ -148,7 +148,7 @@ FAULTS: Final[Mapping[str, Trial]] = {
     ),
     "F30": Trial(
         "`max_rate` and timings 0 to 2 with many free slots",
-        "packets counted in a namespace: the rate limit and one chunk per address hold",
+        "packets counted in a namespace, and nmaps in the process table: the rate limit and one chunk per address hold",
     ),
     "F31": Trial(
         "networks that drop 75 % of packets, all packets, or a random 2 %; hosts that answer ping only; rate-limited ICMP",
