@@ -42,7 +42,13 @@ _POLICY_OPTIONS: Final[tuple[tuple[tuple[str, ...], dict[str, Any]], ...]] = (
         {"default": None, "help": "Detect operating systems; needs a worker with raw packets."},
     ),
     (("--scripts",), {"metavar": "NAME,…", "help": "NSE scripts that the platform allows, separated by commas."}),
-    (("--timing",), {"type": int, "help": "Timing template of nmap, 0 to 5."}),
+    (
+        ("--timing",),
+        {
+            "type": int,
+            "help": "Timing template of nmap, 0 to 5; 4 and 5 can miss open ports of hosts and networks that limit their packets.",
+        },
+    ),
     (("--max-rate",), {"type": int, "help": "Maximum probes per second of the whole job."}),
     (("--min-rate",), {"type": int, "help": "Minimum probes per second, also while hosts do not respond."}),
     (("--max-rtt-timeout",), {"type": int, "help": "Maximum timeout of a probe in milliseconds."}),

@@ -109,7 +109,14 @@ Scripts = Annotated[
         f"allows; no categories.",
     ),
 ]
-Timing = Annotated[StrictInt, Field(ge=0, le=5, description="nmap's timing template.")]
+Timing = Annotated[
+    StrictInt,
+    Field(
+        ge=0,
+        le=5,
+        description="nmap's timing template; 4 and 5 can miss open ports of hosts and networks that limit their packets.",
+    ),
+]
 _Rate = Annotated[StrictInt, Field(ge=1, le=10_000_000)]  # about the capacity of a 10 Gbit/s link
 MaxRate = Annotated[
     _Rate | None,
