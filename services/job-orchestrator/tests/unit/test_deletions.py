@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from job_orchestrator.domain.chunk import OPEN, ChunkState
 from job_orchestrator.domain.deletion import Deletion, Stage, request
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change
+from job_orchestrator.handlers.jobs import deletions as deletions_handler
 from job_orchestrator_testing import KEYS, MemoryStore, ResultStore, Simulation, chunk, scan_job
 from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
@@ -520,6 +521,46 @@ async def test_deletion_steps_woken_often_keep_their_interval(simulation: Simula
     await asyncio.sleep(0.2)
     await simulation.only.deletions.loop.stop()
     assert steps == 1
+
+
+class CountedDeletions(MemoryDeletions):
+    """Counts its reads of due deletions."""
+
+    reads = 0
+
+    async def due(self, *arguments: Any, **named: Any) -> list[Deletion]:
+        self.reads += 1
+        return await super().due(*arguments, **named)
+
+
+async def test_deletions_without_any_that_is_due_are_not_read_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred times the interval of steps after the start, the idle loop has made only its first step."""
+    monkeypatch.setattr(deletions_handler, "_STEP_SECONDS", 0.002)
+    store = MemoryStore()
+    store.deletions = counted = CountedDeletions(store.data)
+    simulation = Simulation(store)
+    await simulation.only.deletions.loop.start()
+    await asyncio.sleep(0.2)
+    await simulation.only.deletions.loop.stop()
+    assert counted.reads == 2
+
+
+@pytest.mark.parametrize("settled", [True, False])
+async def test_begun_deletion_continues_in_every_step(monkeypatch: pytest.MonkeyPatch, *, settled: bool) -> None:
+    """A job whose chunks take a hundred steps, stopped before or not, is deleted long before the next look."""
+    monkeypatch.setattr(deletions_handler, "_STEP_SECONDS", 0.002)
+    simulation = Simulation(MemoryStore(), deletes_per_second=1_000)
+    await simulation.store.jobs.insert([change(scan_job(1), JobTrigger.CANCEL, THEN, settled=settled)])
+    await simulation.store.chunks.insert([chunk(id=f"1-{n}", job_id=1, index=n) for n in range(200)])
+    await simulation.only.deletions.delete([1], "request")
+    await simulation.only.deletions.loop.start()
+    try:
+        async with asyncio.timeout(5):
+            while await chunks_of(simulation, 1):
+                await simulation.settle()
+                await asyncio.sleep(0.01)
+    finally:
+        await simulation.only.deletions.loop.stop()
 
 
 async def test_chunks_are_deleted_at_the_set_rate() -> None:

@@ -32,7 +32,8 @@ from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.runtime.loop import Loop
 
-_STEP_SECONDS: Final = 1.0
+_STEP_SECONDS: Final = 1.0  # interval of steps while deletions are due
+_LOOK_SECONDS: Final = 10.0  # interval of looks for deletions that another replica accepted and left, when it stopped
 _AT_ONCE: Final = 100  # maximum number of deletions per step
 _ASK_AGAIN: Final = timedelta(seconds=60)  # interval of repeated requests: deleting a large job may take this long
 _EXPIRE_SECONDS: Final = 600.0  # interval of walks over the ended jobs
@@ -87,7 +88,7 @@ class Deletions:
         self._expired = float("-inf")
         self._after: tuple[datetime, int] | None = None
         """End time and id of the last job that the previous step looked at, if there may be more."""
-        self.loop = Loop("deletions", _STEP_SECONDS, self.step, least=_STEP_SECONDS, vital=False)
+        self.loop = Loop("deletions", _LOOK_SECONDS, self.step, least=_STEP_SECONDS, vital=False)
 
     async def delete(self, job_ids: Collection[int], reason: Reason, *, requested_by: int | None = None) -> set[int]:
         """Accept the deletion of those of these jobs that have ended; return their ids.
@@ -148,22 +149,24 @@ class Deletions:
         await self._expire()
         now = self._clock.now()
         due = await self._deletions.due(now, _AT_ONCE, chunks=False)
+        without_results = await self._deletions.due(now, _AT_ONCE, chunks=True)
+        if due or without_results or self._after is not None:
+            self.loop.wake()  # the next step may find more
         waiting = [each.job_id for each in due if each.stage is Stage.WAITING]
         stopped = [id_ for id_ in waiting if not await self._cancel_chunks(id_, "job deleted")]
-        if await self._deletions.advance(stopped, Stage.WAITING, Stage.RESULTS, now):
-            self.loop.wake()
+        await self._deletions.advance(stopped, Stage.WAITING, Stage.RESULTS, now)
         asked = [each for each in due if each.stage is Stage.RESULTS]
         requests = [request(each, self._keys) for each in asked]
         await try_publish(self._publisher, SCAN_DELETIONS, requests, "result-store is asked again after a minute")
         asked_ids = [each.job_id for each in asked]
         await self._deletions.advance(asked_ids, Stage.RESULTS, Stage.RESULTS, now + _ASK_AGAIN)
-        await self._delete_some(now)
+        await self._delete_some(without_results, now)
 
-    async def _delete_some(self, now: datetime) -> None:
+    async def _delete_some(self, due: Collection[Deletion], now: datetime) -> None:
         """Delete up to a step's number of chunks; a job with more continues after the other jobs."""
         left = self._per_step
         done: list[Deletion] = []
-        for each in await self._deletions.due(now, _AT_ONCE, chunks=True):
+        for each in due:
             if not left:
                 break
             deleted = await self._chunks.delete(each.job_id, left)
@@ -172,7 +175,6 @@ class Deletions:
                 done.append(each)
             else:
                 await self._deletions.advance([each.job_id], Stage.CHUNKS, Stage.CHUNKS, now)
-                self.loop.wake()
             left -= deleted
         for reason in REASONS:
             ended = [each.job_id for each in done if each.reason == reason]
