@@ -271,7 +271,7 @@ class Orchestrator:
             max_workers=self.max_workers,
             clock=self.clock,
             requeue_lost=self.progress.requeue_lost,
-            wake=self._wake,
+            wake=self._wake_if_full,
         )
         skips = Skips(self.store.jobs, self.clock)
         sender = AttemptSender(
@@ -307,6 +307,9 @@ class Orchestrator:
     def _wake(self, users: Collection[int] = ()) -> None:
         """Run a round of dispatch; these users have new chunks."""
         self.dispatcher.wake(made=users)
+
+    def _wake_if_full(self) -> None:
+        self.dispatcher.wake_if_full()
 
 
 def _handled(topic: Topic[M], handler: Handler[M]) -> tuple[Topic, Handler[Any]]:

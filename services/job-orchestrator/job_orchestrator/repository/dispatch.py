@@ -108,6 +108,8 @@ class MongoDispatch:
     @dependency_errors()
     async def deactivate_accounts(self, left_out: Collection[int] = ()) -> None:
         active = [each["_id"] async for each in self._accounts.find({"active": True}, {"_id": 1})]
+        if not active:
+            return
         # In this order: a chunk that is dispatched meanwhile counts in one of them.
         waiting = await self._users({"state": ChunkState.QUEUED.value})
         busy = await self._users({"state": {"$in": [state.value for state in HELD]}})

@@ -648,3 +648,13 @@ async def test_held_chunks_are_read_once(mongo_store: MongoStore, database: Data
         await database["system.profile"].drop()
         assert sum(each["docsExamined"] for each in reads) == 2 * new
         assert sum(each["keysExamined"] for each in reads) <= 2 * 430
+
+
+async def test_idle_accounts_cost_one_query_while_none_is_active(mongo_store: MongoStore, database: Database) -> None:
+    """Without an active account there is none to deactivate, so no chunk is queried."""
+    await mongo_store.dispatch.charge({7: 1.0})
+    await database.command("profile", 2)
+    await mongo_store.dispatch.deactivate_accounts()
+    await database.command("profile", 0)
+    reads = database["system.profile"].find({"keysExamined": {"$exists": True}})
+    assert [each["ns"].rpartition(".")[2] async for each in reads] == ["clocks"]

@@ -816,6 +816,45 @@ class Noting(MemoryDispatch):
         return held
 
 
+class Recording(MemoryDispatch):
+    """Records the names of its reads."""
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.reads: list[str] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in {"waiting_users", "queue", "held", "accounts", "deactivate_accounts", "live_workers"}:
+            self.reads.append(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+async def test_idle_workers_cost_one_query_for_each_look(replicas: int) -> None:
+    """Beside announcements of a hundred idle workers too; a chunk that another replica queues goes out with the next look."""
+    store = MemoryStore()
+    store.dispatch = recording = Recording(store.data)
+    simulation = Simulation(store, replicas=replicas)
+    simulation.worker.hold = True
+    simulation.workers += [Worker(simulation.bus, f"w-{n}", raw=True) for n in range(2, 101)]
+    await simulation.start()
+    await simulation.wait(2)
+    recording.reads.clear()
+    for _ in range(10):
+        simulation.now += 0.2
+        for worker in simulation.workers:
+            await worker.announce()
+            await simulation.deliver()
+        for replica in simulation.replicas:
+            await replica.dispatcher.fill()
+    each_second = 2 * replicas * ["deactivate_accounts"]
+    assert sorted(recording.reads) == sorted([*each_second, *(10 * replicas * ["waiting_users"])])
+    await queue(simulation, 7, 1)
+    for replica in simulation.replicas:
+        await replica.dispatcher.fill()
+    assert len(tasks(simulation)) == 1
+
+
 async def test_announcement_is_stored_every_five_seconds_or_when_changed() -> None:
     """Unchanged announcements of a worker are stored every five seconds, changed ones at once."""
     store = MemoryStore()
@@ -918,7 +957,7 @@ async def test_held_chunks_are_read_again_after_a_dispatch_was_not_stored(error:
 
 
 async def test_slot_freed_by_another_replica_is_filled_soon() -> None:
-    """A worker whose chunk ended on another replica gets the next one with the second look, a tenth of a second later."""
+    """A worker whose chunk ended on another replica gets the next one with the first look after a tenth of a second."""
     simulation = Simulation(MemoryStore(), replicas=2)
     simulation.worker.hold, simulation.worker.slots = True, 1
     await simulation.start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from datetime import datetime
 from typing import Final
 
@@ -20,7 +19,7 @@ from job_orchestrator.handlers.dispatch.fleet import Fleet
 from job_orchestrator.handlers.dispatch.skips import Skips
 from scanfleet.runtime.loop import Loop
 
-_LOOK_SECONDS: Final = 0.1  # maximum wait of an idle worker for a chunk that another replica queued
+_LOOK_SECONDS: Final = 0.2  # maximum wait of an idle worker for a chunk that another replica queued
 # Minimum interval of rounds: workers have prefetched work, and finished chunks are batched.
 _LEAST_SECONDS: Final = 0.025
 # Time for a round that has stored its dispatches to publish their assignments before the process stops.
@@ -80,20 +79,33 @@ class Dispatcher:
             self._skips.wake(made)
         self.loop.wake()
 
+    def wake_if_full(self) -> None:
+        """Run a round immediately, unless a worker is idle: then the next look finds what can be dispatched."""
+        if not self._idle:
+            self.wake()
+
     async def fill(self) -> None:
         """Dispatch queued chunks until there is no chunk or no capacity.
 
-        Unless woken, consider only idle workers, and those that may be: a full one announces itself when it has capacity again.
+        Unless woken, look only for chunks of other replicas, and only while a worker is or may be idle: a full one announces
+        itself when it has capacity again.
 
         Raises:
             DependencyError: chunks may be dispatched whose assignment was not sent; their leases expire and they are requeued.
         """
         self._held.watch()
-        if not (self._woken or self._idle):
+        if not self._woken and not (self._idle and await self._is_work_waiting()):
             return
         self._woken = False
         while await self._round() and not self.loop.stopping:
             pass
+
+    async def _is_work_waiting(self) -> bool:
+        raw = any(credit.raw for credit in self._fleet.credits())
+        if await self._dispatch.waiting_users(raw=raw):
+            return True
+        await self._deactivate(self._clock.monotonic())
+        return False
 
     async def _round(self) -> bool:
         """Dispatch one round of chunks; return whether another round may dispatch more."""
@@ -121,7 +133,8 @@ class Dispatcher:
             # Again, since the first kind's assignments may not be acknowledged yet.
             if workers := [each for each in free if each.raw is raw and self._sender.can_reach(each.worker_id)]:
                 more = await self._give(workers, raw=raw) or more
-        await self._deactivate(now, {credit.raw for credit in (*mine, *self._live.values())})
+        kinds = {credit.raw for credit in (*mine, *self._live.values())}
+        await self._deactivate(now, self._skips.resting(kinds))
         self._ahead_due = float("-inf") if more else now + _AHEAD_SECONDS
         return more
 
@@ -132,10 +145,10 @@ class Dispatcher:
             self._live = {credit.instance: credit for credit in live}
             self._live_due = now + _REST_SECONDS
 
-    async def _deactivate(self, now: float, looks: AbstractSet[bool]) -> None:
-        """Deactivate the accounts of idle users once a second, after a round, which finds those whose chunks start later."""
+    async def _deactivate(self, now: float, resting: Collection[int] = ()) -> None:
+        """Deactivate the accounts of idle users once a second, after a look, which finds those whose chunks start later."""
         if now >= self._rest_due:
-            await self._dispatch.deactivate_accounts(self._skips.resting(looks))
+            await self._dispatch.deactivate_accounts(resting)
             self._rest_due = now + _REST_SECONDS
 
     async def _give(self, workers: Sequence[Credit], *, raw: bool) -> bool:

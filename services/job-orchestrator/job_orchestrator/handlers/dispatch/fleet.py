@@ -43,7 +43,7 @@ class Fleet(PartitionListener):
         lease_seconds: lease timeout: the maximum time without a report of the chunk's worker.
         max_workers: maximum number of instances; announcements of others are ignored until one of them is silent.
         requeue_lost: requeues these attempts of dead workers, with the reason.
-        wake: starts a round of dispatch, since a worker may have a free slot.
+        wake: called after announcements: a worker may have a free slot.
     """
 
     def __init__(
