@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import httpx2
 
@@ -29,7 +29,7 @@ from local.supervisor import Supervisor
 from local.wait import until
 from scanfleet.contracts.messages import HostScanned
 from scanfleet.contracts.messages.topics import SCAN_RESULTS
-from scanfleet.services import SERVICES
+from scanfleet.services import SERVICES, WORKER
 from scanfleet_testing.tokens import Issuer
 from tests.client import Client
 from tests.faults.documents import Document, Documents
@@ -140,7 +140,8 @@ class Platform:
     service is of a later release, which adds a field to documents and messages: without effect on any test.
 
     Attributes:
-        stack: the eight services.
+        replicas: number of processes per service.
+        stack: the services.
         servers: Kafka and mongod.
         topics: what the services publish.
         documents: what they store.
@@ -150,6 +151,8 @@ class Platform:
         keys: the accepted issuer of tokens.
         temporary: the second worker's temporary folder.
     """
+
+    replicas: ClassVar[Mapping[str, int]] = REPLICAS
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -165,7 +168,8 @@ class Platform:
         self.keys = Keys()
         self.temporary = folder / "temporary"
         self.temporary.mkdir(parents=True)
-        self._nmaps = {name: folder / f"nmap-of-{name}" for name in ("scanner-worker-1", "scanner-worker-2")}
+        workers = [f"{WORKER}-{number}" for number in range(1, self.replicas[WORKER] + 1)]
+        self._nmaps = {name: folder / f"nmap-of-{name}" for name in workers}
         for path in self._nmaps.values():
             path.write_text(NMAP.format(other=path.with_suffix(".other")))
             path.chmod(0o755)
@@ -173,7 +177,7 @@ class Platform:
         write_next_release(self._releases / "next")
         self.stack = Stack(
             folder / "stack",
-            replicas=REPLICAS,
+            replicas=self.replicas,
             kafka_at=self.servers.kafka,
             mongodb_at=self.servers.mongodb,
             settings={
@@ -327,6 +331,11 @@ class Platform:
         log = (self.stack.folder / "logs" / "supervisord.log").read_text()
         return [int(code) for code in re.findall(rf"exited: {name} \(exit status (\d+);", log)]
 
+    def log(self, name: str, event: str) -> list[dict[str, Any]]:
+        """Return these events in the log of a process of the stack."""
+        lines = (self.stack.folder / "logs" / f"{name}.log").read_text().splitlines()
+        return [found for line in lines if line.startswith("{") and (found := json.loads(line))["event"] == event]
+
     def nmaps_of(self, name: str) -> list[int]:
         return nmap.running_under([self.running(name)])
 
@@ -359,12 +368,10 @@ class Platform:
         found: dict[str, dict[str, str | None]] = {
             "scanner-worker-1": {
                 **shifted(CLOCK_ERROR_SECONDS),
-                "SCANFLEET_NMAP": str(self._nmaps["scanner-worker-1"]),
                 "SCANFLEET_STOP_GRACE_SECONDS": "20",
             },
             "scanner-worker-2": {
                 "TMPDIR": str(self.temporary),
-                "SCANFLEET_NMAP": str(self._nmaps["scanner-worker-2"]),
                 "SCANFLEET_STOP_GRACE_SECONDS": "0",
             },
             "api-gateway-2": {
@@ -373,6 +380,8 @@ class Platform:
                 "SCANFLEET_JWT_JWKS_MAX_STALE_SECONDS": str(MAX_STALE_SECONDS),
             },
         }
+        for name, path in self._nmaps.items():
+            found.setdefault(name, {})["SCANFLEET_NMAP"] = str(path)
         for service in SERVICES:
             found.setdefault(f"{service}-2", {})["PYTHONPATH"] = str(self._releases / "next")
             found[service] = {
