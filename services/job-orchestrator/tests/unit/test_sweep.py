@@ -467,6 +467,25 @@ async def test_sweep_skips_a_job_without_a_known_waiting_reason(simulation: Simu
 
 
 @pytest.mark.proves("F27", "G17")
+async def test_job_whose_waiting_event_is_invalid_is_logged_once_until_it_changes() -> None:
+    """Two minutes of passes log and count it once, and once more after a change of the job."""
+    waiting = WaitingJobs(2)
+    await waiting.begin()
+    await waiting.store.dispatch.seen_workers([Credit("w-1", "w-1", 4, raw=True, partition=1)])
+    job = (await waiting.store.jobs.get([1]))[1]
+    await waiting.store.jobs.save([replace(job, machines_found=-1)])
+    before = SKIPPED_JOBS._value.get()
+    for times in (1, 2):
+        with capture_logs() as logs:
+            await waiting.passes(12)
+        assert [entry["job_id"] for entry in logs if entry["event"] == "job_skipped"] == [1]
+        assert SKIPPED_JOBS._value.get() - before == times
+        job = (await waiting.store.jobs.get([1]))[1]
+        await waiting.store.jobs.save([replace(job, machines_found=-2)])
+    assert (await waiting.store.jobs.get([2]))[2].waiting == ""
+
+
+@pytest.mark.proves("F27", "G17")
 async def test_job_whose_events_are_invalid_is_skipped(simulation: Simulation) -> None:
     """A damaged count of machines stops neither the sweep nor the events of other jobs, nor a give-up of the dispatcher."""
     simulation.workers = []

@@ -109,6 +109,8 @@ class Reporter:
         now = self._clock.now()
         news: dict[int, tuple[ScanJob, JobProgressed]] = {}
         for job, reason in jobs:
+            if self._faults.has(job):
+                continue
             with self._faults.isolated(job):
                 if each := wait(self._outbox.unsent(job), reason, now):
                     news[job.id] = each
