@@ -196,6 +196,7 @@ class Orchestrator:
             jobs=self.store.jobs,
             chunks=self.store.chunks,
             dispatch=self.store.dispatch,
+            held=self._held,
             deletions=self.store.deletions,
             changer=self._changer,
             publisher=self.publisher,

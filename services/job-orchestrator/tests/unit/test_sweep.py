@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -15,14 +15,14 @@ from structlog.testing import capture_logs
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.census import Standing
 from job_orchestrator.domain.chunk import Chunk, ChunkState
-from job_orchestrator.domain.fairness import Credit
+from job_orchestrator.domain.fairness import Credit, Held
 from job_orchestrator.domain.job import JobTrigger, ScanJob, change, restored_from_backup
 from job_orchestrator.domain.ledger import Tally
 from job_orchestrator.handlers.jobs import sweeper
 from job_orchestrator.metrics import SKIPPED_JOBS
 from job_orchestrator_testing import MemoryStore, Simulation, chunk, scan_job, scan_policy
 from job_orchestrator_testing.builders import THEN
-from job_orchestrator_testing.repository import Data, MemoryChunks, MemoryJobs
+from job_orchestrator_testing.repository import Data, MemoryChunks, MemoryDispatch, MemoryJobs
 from scanfleet.clock import utc_now
 from scanfleet.contracts.messages import (
     ChunkScanned,
@@ -202,12 +202,29 @@ class CountedJobs(MemoryJobs):
         return await super().get(ids)
 
 
+class CountedHeld(MemoryDispatch):
+    """Counts the held chunks that it reads again."""
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.read: Counter[str] = Counter()
+
+    async def held(
+        self, partitions: Collection[int] | None = None, known: Mapping[str, Held] | None = None
+    ) -> list[Held]:
+        held = await super().held(partitions, known)
+        same = {each.token for each in (known or {}).values()}
+        self.read.update(each.token.chunk_id for each in held if each.token not in same)
+        return held
+
+
 class WaitingJobs(Simulation):
     """Jobs of one queued chunk each, which a sweep has checked."""
 
     def __init__(self, count: int) -> None:
         store = MemoryStore()
         self.counted = store.jobs = CountedJobs(store.data)
+        self.held = store.dispatch = CountedHeld(store.data)
         super().__init__(store)
         self.workers = []
         self.ids = range(1, count + 1)
@@ -483,6 +500,23 @@ async def test_job_whose_waiting_event_is_invalid_is_logged_once_until_it_change
         job = (await waiting.store.jobs.get([1]))[1]
         await waiting.store.jobs.save([replace(job, machines_found=-2)])
     assert (await waiting.store.jobs.get([2]))[2].waiting == ""
+
+
+async def test_sweep_reads_changed_held_chunks_only() -> None:
+    """A pass reads those of other attempts than the last one, and reports why the job of one that was requeued waits."""
+    waiting = WaitingJobs(4)
+    await waiting.begin()
+    for id_ in (1, 2, 3):
+        await waiting.change(f"{id_}-0", state=ChunkState.RUNNING, attempt=1, worker_id="w-1")
+    await waiting.passes(1)
+    assert waiting.held.read == {"1-0": 1, "2-0": 1, "3-0": 1}
+    waiting.held.read.clear()
+    await waiting.change("2-0", attempt=2, worker_id="w-2")
+    await waiting.change("3-0", state=ChunkState.QUEUED)
+    await waiting.passes(1)
+    assert waiting.held.read == {"2-0": 1}
+    jobs = await waiting.store.jobs.get([2, 3])
+    assert [jobs[id_].waiting for id_ in (2, 3)] == ["", "no_worker"]
 
 
 @pytest.mark.proves("F27", "G17")

@@ -17,6 +17,7 @@ from job_orchestrator.domain.ports import ChunkRepository, DeletionRepository, D
 from job_orchestrator.domain.time import PlatformTime
 from job_orchestrator.domain.user_grants import JobGrants
 from job_orchestrator.handlers.chunks.changer import ChunkChanger, scanned_again
+from job_orchestrator.handlers.chunks.held import HeldChunks
 from job_orchestrator.handlers.jobs.faults import Faults
 from job_orchestrator.handlers.jobs.outbox import Outbox
 from job_orchestrator.handlers.jobs.reconciler import Reconciler
@@ -77,6 +78,7 @@ class Sweeper:
         jobs: JobRepository,
         chunks: ChunkRepository,
         dispatch: DispatchRepository,
+        held: HeldChunks,
         deletions: DeletionRepository,
         changer: ChunkChanger,
         publisher: Publisher,
@@ -95,6 +97,7 @@ class Sweeper:
         self._jobs = jobs
         self._chunks = chunks
         self._dispatch = dispatch
+        self._held = held
         self._deletions = deletions
         self._changer = changer
         self._publisher = publisher
@@ -172,7 +175,7 @@ class Sweeper:
             return
         self._began = self._began or self._clock.now()
         live = await self._dispatch.live_workers(LIVE)
-        held = {each.token.job_id for each in await self._dispatch.held()}
+        held = {each.token.job_id for each in await self._held.read()}
         self._forget(held | self._changer.take_touched())
         after, waiting = 0, dict[int, _Unfinished]()
         while page := await self._jobs.unsettled(after, _PAGE, self._partitions()):
