@@ -855,6 +855,19 @@ async def test_idle_workers_cost_one_query_for_each_look(replicas: int) -> None:
     assert len(tasks(simulation)) == 1
 
 
+async def test_silent_workers_cost_no_query() -> None:
+    """Once the only worker, which was idle, no longer announces itself, looks read nothing."""
+    store = MemoryStore()
+    store.dispatch = recording = Recording(store.data)
+    simulation = Simulation(store)
+    await simulation.start()
+    await simulation.wait(2)
+    simulation.now += 8.0
+    recording.reads.clear()
+    await simulation.only.dispatcher.fill()
+    assert recording.reads == []
+
+
 async def test_announcement_is_stored_every_five_seconds_or_when_changed() -> None:
     """Unchanged announcements of a worker are stored every five seconds, changed ones at once."""
     store = MemoryStore()

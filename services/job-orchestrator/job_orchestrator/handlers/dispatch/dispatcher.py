@@ -94,15 +94,19 @@ class Dispatcher:
             DependencyError: chunks may be dispatched whose assignment was not sent; their leases expire and they are requeued.
         """
         self._held.watch()
-        if not self._woken and not (self._idle and await self._is_work_waiting()):
+        if not self._woken and not await self._is_work_waiting():
             return
         self._woken = False
         while await self._round() and not self.loop.stopping:
             pass
 
     async def _is_work_waiting(self) -> bool:
-        raw = any(credit.raw for credit in self._fleet.credits())
-        if await self._dispatch.waiting_users(raw=raw):
+        """Return whether chunks wait while a worker is or may be idle."""
+        mine = self._fleet.credits()
+        self._idle = self._idle and any(credit.slots for credit in mine)
+        if not self._idle:
+            return False
+        if await self._dispatch.waiting_users(raw=any(credit.raw for credit in mine)):
             return True
         await self._deactivate(self._clock.monotonic())
         return False
