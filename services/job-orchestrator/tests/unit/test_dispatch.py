@@ -41,7 +41,13 @@ def tasks(simulation: Simulation) -> list[ScanChunk]:
 
 
 async def queue(
-    simulation: Simulation, user: int, count: int, *, estimate: float = 5.0, needs_raw: bool = False
+    simulation: Simulation,
+    user: int,
+    count: int,
+    *,
+    estimate: float = 5.0,
+    needs_raw: bool = False,
+    outcomes: str = "....",
 ) -> None:
     """A job of a user with so many chunks."""
     await simulation.store.jobs.insert([scan_job(user, user_id=user, chunk_count=count, made=count)])
@@ -57,6 +63,7 @@ async def queue(
                 first_address=f"127.9.{8 + n // 64}.{4 * (n % 64)}",
                 estimate=estimate,
                 needs_raw=needs_raw,
+                outcomes=outcomes,
             )
             for n in range(count)
         ],
@@ -143,11 +150,11 @@ async def test_tiny_chunks_are_prefetched(simulation: Simulation) -> None:
 async def test_tiny_chunks_that_share_an_nmap_are_dispatched_at_once(simulation: Simulation) -> None:
     """A worker with free slots gets all of 90 chunks of one host in one round, and no more while it holds them."""
     await simulation.start()
-    await queue(simulation, 7, 90, estimate=0.10025)
+    await queue(simulation, 7, 90, estimate=0.10025, outcomes=".")
     await simulation.worker.announce()
     await simulation.settle()
     assert len(tasks(simulation)) == 90
-    await queue(simulation, 8, 90, estimate=0.10025)
+    await queue(simulation, 8, 90, estimate=0.10025, outcomes=".")
     simulation.now += 1.5
     await simulation.worker.announce()
     await simulation.settle()
