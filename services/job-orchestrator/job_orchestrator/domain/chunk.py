@@ -145,9 +145,9 @@ class Chunk:
     """Number since the last progress, of attempts that could not be narrowed further."""
     failed_by: tuple[str, ...] = ()
     """Worker instances that failed or lost the chunk, finished none of its addresses in time, or repeatedly were not acknowledged,
-    since the last progress."""
+    and have made no progress since."""
     no_route: tuple[str, ...] = ()
-    """Instances in `failed_by` without a route to some of its addresses."""
+    """Instances in `failed_by` without a route to some of its addresses, since the last progress."""
     fruitless: int = 0
     """Number of dispatches since the last progress."""
     unstored: int = 0
@@ -539,13 +539,17 @@ def _with_probes(chunk: Chunk, report: ChunkClaimed | Ended) -> Chunk:
 
 
 def _with_report(chunk: Chunk, news: str) -> Chunk:
-    """Return the chunk with the outcomes of a report; new ones are progress, which resets the failure counts."""
+    """Return the chunk with the outcomes of a report; new ones are progress, which resets the failure counts.
+
+    Other instances that failed the chunk still get it last: one whose nmap always fails would fail the remaining addresses too.
+    """
     if news == chunk.outcomes:
         return chunk
     merged = _merged(chunk, news)
     if merged == chunk.outcomes:
         return chunk
-    return replace(chunk, outcomes=merged, failures=0, failed_by=(), no_route=(), fruitless=0)
+    failed_by = tuple(name for name in chunk.failed_by if name != instance_of(chunk.worker_id))
+    return replace(chunk, outcomes=merged, failures=0, failed_by=failed_by, no_route=(), fruitless=0)
 
 
 def _failed_by(chunk: Chunk) -> tuple[str, ...]:

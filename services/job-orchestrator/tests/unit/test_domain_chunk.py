@@ -387,12 +387,32 @@ def test_release_before_the_limit_was_reached_keeps_it() -> None:
 
 
 def test_new_codes_reset_failures() -> None:
-    """Failures, failing instances and dispatches without progress count since the last progress."""
-    held = in_state(ChunkState.RUNNING, failures=2, failed_by=("w-2", "w-3"), no_route=("w-3",), fruitless=9)
+    """Failures and dispatches without progress count since the last progress, and failing instances since their own."""
+    failed = {"failed_by": ("w-2", "w-1", "w-3"), "no_route": ("w-3",)}
+    held = in_state(ChunkState.RUNNING, failures=2, fruitless=9, **failed)
     same = after(held, report(ChunkProgressed, "...."))
-    assert (same.failures, same.failed_by, same.no_route, same.fruitless) == (2, ("w-2", "w-3"), ("w-3",), 9)
+    assert (same.failures, same.failed_by, same.no_route, same.fruitless) == (2, ("w-2", "w-1", "w-3"), ("w-3",), 9)
     more = after(held, report(ChunkProgressed, "a..."))
-    assert (more.failures, more.failed_by, more.no_route, more.fruitless) == (0, (), (), 0)
+    assert (more.failures, more.failed_by, more.no_route, more.fruitless) == (0, ("w-2", "w-3"), (), 0)
+
+
+def test_chunk_visits_each_instance_whose_nmap_always_fails_once() -> None:
+    """Instances that fail every attempt, always free and first in line, get a chunk once while a healthy one finishes it."""
+    fleet = [Credit(f"w-{number}-00000001", f"w-{number}", slots=1, raw=True, partition=0) for number in (1, 2, 3)]
+    left, takers = chunk(outcomes="." * 16), []
+    while left.state is ChunkState.QUEUED:
+        candidate = Candidate(left.id, 1, left.job_id, 1.5, needs_raw=False, failed_by=left.failed_by)
+        [(_, worker, _)] = Round(fleet, {1: 0.0}, {}, fleet).picks({1: [candidate]})
+        takers.append(worker.instance)
+        held = dispatch(left, worker.worker_id, NOW, size=left.limit or 16, share=1.0, estimate=1.5)
+        token = {"attempt": held.attempt, "worker_id": held.worker_id}
+        if worker.instance != "w-3":
+            left = after(held, report(ChunkFailed, held.outcomes, **token))
+            continue
+        done = "s" * held.reach + held.outcomes[held.reach :]
+        left = after(held, report(ChunkReleased if "." in done else ChunkScanned, done, **token))
+    assert takers == ["w-1", "w-2", "w-3", "w-3", "w-3"]
+    assert left.outcomes == "s" * 16
 
 
 def claimed(left: Chunk, worker: str) -> Chunk:
