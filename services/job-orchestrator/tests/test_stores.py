@@ -969,7 +969,16 @@ async def test_queue_is_ordered_by_user_and_turn(store: Store) -> None:
     assert await ids(7, raw=False, jobs=[1, 2]) == ["1-2", "1-0", "1-5"]
     assert await ids(8, raw=False) == []
     assert (await store.dispatch.queue(7, 10, THEN, raw=False))[1] == Candidate(
-        "1-0", 7, 1, 0.5, needs_raw=False, failed_by=("w-1",), no_route=("w-1",), first_address="127.9.8.0", addresses=4
+        "1-0",
+        7,
+        1,
+        0.5,
+        needs_raw=False,
+        failed_by=("w-1",),
+        no_route=("w-1",),
+        first_address="127.9.8.0",
+        addresses=4,
+        port_count=chunk().port_count,
     )
 
 

@@ -21,7 +21,7 @@ from pydantic import AwareDatetime
 from job_orchestrator.domain import plan
 from job_orchestrator.domain.chunk import Chunk
 from scanfleet.contracts.messages import FencingToken, instance_of
-from scanfleet.scanning.policy import BATCH_SECONDS
+from scanfleet.scanning.policy import BATCH_SECONDS, max_joined_addresses
 
 LIVE: Final = timedelta(seconds=12)  # announcements are stored every 5 seconds: after this time a worker is not live
 KEEP_IDLE: Final = timedelta(minutes=1)  # of accounts of idle users: time spent until then is charged within seconds
@@ -58,6 +58,7 @@ class Candidate:
     no_route: tuple[str, ...] = ()
     first_address: str = ""
     addresses: int = 1
+    port_count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +173,8 @@ class Round:
         users = len(self._times.keys() | {user for user, share in occupied.items() if share})
         # While others wait, no user holds more than their share of the slots plus one.
         self._most = slots / users + 1 if users > 1 else float("inf")
-        self._joins: defaultdict[tuple[str, int, float], float] = defaultdict(float)
-        """By worker, user and estimate: estimated seconds of chunks that can still share the nmaps that start in this round."""
+        self._joins: defaultdict[tuple[object, ...], _Room] = defaultdict(_Room)
+        """By worker and what chunks must have in common: what the nmaps that start in this round can still take."""
         self._targets: set[tuple[str, str]] = set()
         """Workers and the addresses that they got in this round: an nmap scans no address for two chunks."""
         self.virtual = 0.0
@@ -246,14 +247,12 @@ class Round:
     def _can_join(self, worker: Credit, candidate: Candidate) -> bool:
         """Whether the worker can scan the chunk with an nmap that starts in this round, as far as the candidate shows.
 
-        Chunks of one user with equal estimates rarely differ in ports and policy. Only a host's chunk is short because of the
-        start of nmap; more of a network's chunks than a free slot needs would wait there while other workers have room.
+        Chunks of one user with equal estimates and as many ports rarely differ in ports and policy.
         """
-        if candidate.addresses > 1:
-            return False
-        room = self._joins.get((worker.worker_id, candidate.user_id, candidate.estimate), 0.0)
+        room = self._joins.get(_kind(worker, candidate), _Room())
         again = (worker.worker_id, candidate.first_address) in self._targets
-        return room >= candidate.estimate and not candidate.failed_by and not again
+        fits = room.seconds >= candidate.estimate and room.addresses >= candidate.addresses
+        return fits and not candidate.failed_by and not again
 
     def _refused(self, candidate: Candidate) -> AbstractSet[str]:
         """Return the workers that must not get the chunk: those that failed it, while another live worker can run it.
@@ -270,22 +269,37 @@ class Round:
     def _give(self, free: _Free, candidate: Candidate) -> tuple[Credit, float]:
         *_, place, worker = free
         share = min(1.0, worker.slots / (worker.held + 1))
-        joins = worker.worker_id, candidate.user_id, candidate.estimate
+        room = self._joins[_kind(worker, candidate)]
         if worker.held >= worker.slots:
             taken = replace(worker, ahead_seconds=worker.ahead_seconds + self._ahead_seconds(worker, candidate))
-            self._joins[joins] -= candidate.estimate * self._can_join(worker, candidate)
+            if self._can_join(worker, candidate):
+                room.seconds -= candidate.estimate
+                room.addresses -= candidate.addresses
         else:
             taken = replace(
                 worker, free_in=min(worker.free_in, candidate.estimate) if worker.held else candidate.estimate
             )
-            if candidate.addresses == 1 and not candidate.failed_by:
-                self._joins[joins] += BATCH_SECONDS - candidate.estimate
+            if not candidate.failed_by:
+                room.seconds += BATCH_SECONDS - candidate.estimate
+                room.addresses += max(0, max_joined_addresses(candidate.port_count) - candidate.addresses)
         self._targets.add((worker.worker_id, candidate.first_address))
         taken = replace(taken, held=worker.held + 1)
         if has_room(taken):
             heapq.heappush(self._free, (*_load(taken), place, taken))
         self._occupied[candidate.user_id] += share
         return worker, share
+
+
+@dataclass(slots=True)
+class _Room:
+    """What starting nmaps can still take: estimated seconds and addresses."""
+
+    seconds: float = 0.0
+    addresses: int = 0
+
+
+def _kind(worker: Credit, candidate: Candidate) -> tuple[object, ...]:
+    return worker.worker_id, candidate.user_id, candidate.estimate, candidate.port_count
 
 
 def _load(worker: Credit) -> tuple[bool, float]:

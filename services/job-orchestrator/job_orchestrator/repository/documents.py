@@ -258,7 +258,7 @@ def read_candidate(document: Document) -> Candidate:
 
 
 CANDIDATE: Final[Document] = dict.fromkeys(
-    ("user_id", "job_id", "estimate", "needs_raw", "failed_by", "no_route", "first_address"), 1
+    ("user_id", "job_id", "estimate", "needs_raw", "failed_by", "no_route", "first_address", "port_count"), 1
 ) | {
     # The length of a damaged map would fail the query of all chunks.
     "addresses": {"$cond": [{"$eq": [{"$type": "$outcomes"}, "string"]}, {"$strLenBytes": "$outcomes"}, 1]}

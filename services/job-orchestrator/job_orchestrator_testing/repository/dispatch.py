@@ -47,6 +47,7 @@ class MemoryDispatch(MemoryRepository):
                 chunk.no_route,
                 chunk.first_address,
                 len(chunk.outcomes),
+                chunk.port_count,
             )
             for chunk in sorted(mine, key=lambda chunk: chunk.turn)[:limit]
         ]

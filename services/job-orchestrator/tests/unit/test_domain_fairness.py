@@ -230,10 +230,15 @@ def test_chunks_that_share_a_starting_nmap_count_without_its_start() -> None:
     assert len(picks([credit(slots=1)], {1: 0.0}, {1: queue(1, *[longer] * 300)})) == 1 + AHEAD_SECONDS / 0.4
 
 
-def test_network_chunks_do_not_join_a_starting_nmap() -> None:
-    """A free slot gets one chunk of several addresses, and two seconds of them ahead, so that the others start elsewhere."""
-    networks = [candidate(f"1-{turn}", 1, 0.4, addresses=16) for turn in range(300)]
-    assert len(picks([credit(slots=1)], {1: 0.0}, {1: networks})) == 1 + AHEAD_SECONDS / 0.4
+@pytest.mark.parametrize(
+    ("addresses", "ports", "joined"), [(1, 1, 47), (1, 100, 19), (16, 1000, 0), (64, 1000, 0), (2, 10, 47), (10, 10, 9)]
+)
+def test_chunks_join_a_starting_nmap_up_to_its_addresses(addresses: int, ports: int, joined: int) -> None:
+    """A free slot gets as many chunks as the worker scans with one nmap; more would wait there for a slot of their own."""
+    host = plan.START_SECONDS + 0.0025
+    networks = [candidate(f"1-{turn}", 1, host, addresses=addresses, port_count=ports) for turn in range(300)]
+    ahead = (AHEAD_SECONDS - joined * 0.0025) / host
+    assert len(picks([credit(slots=1)], {1: 0.0}, {1: networks})) == 1 + joined + int(ahead)
 
 
 def test_chunks_unlike_a_starting_one_count_with_the_start_of_nmap() -> None:

@@ -25,14 +25,11 @@ from scanfleet.scanning.policy import (
     PolicyError,
     ScanPolicy,
     executable,
+    max_joined_addresses,
 )
 from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Network, TargetRules
 
-# Maximum addresses of chunks that share an nmap. With more targets nmap (begin_sniffer in scan_engine_raw.cc) captures the packets
-# of every other nmap of the machine too: five of 48 addresses with 1,000 ports each, at once, take half more CPU than of 16.
-_JOINED_ADDRESSES: Final = 20
-_JOINED_PROBES: Final = 1_024  # or of addresses × ports, if more: with few packets the start of nmap dominates
 REASON_CHARS: Final = 500  # maximum length of a failure reason, which becomes part of the job's `error`
 
 FROM_HOST: Final = frozenset(
@@ -130,7 +127,7 @@ def together(waiting: Sequence[ScanChunk], free_slots: int) -> Sequence[ScanChun
     alike = [other for other in others if _alike(first, other)]
     slots = max(1, free_slots - (len(others) - len(alike)))
     most = ceil((1 + len(alike)) / slots)
-    most_addresses = max(_JOINED_ADDRESSES, _JOINED_PROBES // PortSet.parse(first.ports).count)
+    most_addresses = max_joined_addresses(PortSet.parse(first.ports).count)
     chosen, seconds, addresses = [first], first.estimate_seconds, len(first.outcomes)
     for other in alike:
         longer, more = seconds + other.estimate_seconds, addresses + len(other.outcomes)

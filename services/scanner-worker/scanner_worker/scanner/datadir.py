@@ -18,7 +18,8 @@ from scanfleet.scanning.ports import PortSet
 
 _ENGINE: Final = Path(__file__).with_name("confined.lua")
 _SERVICES: Final = "nmap-services"
-_SERVICE: Final = re.compile(r"^(\S+\s+([0-9]{1,5})/(tcp|udp)\s+[0-9.]+)", re.MULTILINE)
+# As nmap reads a line: the frequency can be missing, and the first of two lines of a port has its name.
+_SERVICE: Final = re.compile(r"^[ \t]*([^\s#]\S*[ \t]+([0-9]{1,5})/(tcp|udp)\b[^\n#]*)", re.MULTILINE)
 
 
 class ServiceTable:
@@ -39,7 +40,10 @@ class ServiceTable:
             OSError: it cannot be read.
         """
         text = (folder / _SERVICES).read_text(encoding="utf-8", errors="replace")
-        return cls({(protocol, int(number)): line for line, number, protocol in _SERVICE.findall(text)})
+        lines: dict[tuple[str, int], str] = {}
+        for line, number, protocol in _SERVICE.findall(text):
+            lines.setdefault((protocol, int(number)), line.rstrip())
+        return cls(lines)
 
     def _of(self, ports: PortSet) -> str:
         """Return the lines of these ports, which are no `top` set."""

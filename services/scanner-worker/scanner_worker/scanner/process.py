@@ -224,11 +224,8 @@ class Nmap:
                 f"{self._program} does not have the scripts {', '.join(sorted(missing))}: install nmap's scripts, or remove "
                 "these names from SCANFLEET_SCRIPTS"
             )
-        folder = _LIBRARIES.search(output)
-        try:
-            self._table = datadir.ServiceTable.read(Path(os.fsdecode(folder[1])).parent) if folder else None
-        except OSError as error:
-            raise CannotStartError(f"cannot read the table of services of {self._program}: {error}") from error
+        self._most_common = {0: PortSet()}
+        self._table = _services_table(output)
 
     def source(self, address: str) -> str | None:
         """Return the address from which packets to `address` are sent; None without a route. Sends nothing."""
@@ -296,13 +293,21 @@ class Nmap:
             NoRouteError: the same, for lack of a route to the other targets.
             KilledByGuardError: the guard killed nmap because this process was blocked.
         """
-        table = None if self._table is None else self._table.of(await self.ranked(ports) if ports.top else ports)
+        table = await self._services_of(ports)
         async with (
             self._started(arguments, table) as run,
             aclosing(self._read(run, arguments, services(ports))) as found,
         ):
             async for hosts in found:
                 yield hosts
+
+    async def _services_of(self, ports: PortSet) -> str | None:
+        """Return the lines of these ports in nmap's table; None if nmap must read the whole one."""
+        if self._table is None:
+            return None
+        lines = self._table.of(await self.ranked(ports) if ports.top else ports)
+        # nmap chooses the ports of a `top` set from the table, which may have changed since the last trial run.
+        return None if ports.top and lines.count("\n") < ports.count else lines
 
     @asynccontextmanager
     async def _started(self, arguments: Sequence[str], table: str | None = None) -> AsyncIterator[_Run]:
@@ -393,6 +398,18 @@ class Nmap:
             if no_route := _NO_ROUTE.search(run.stderr_tail):
                 raise NoRouteError(f"{skipped}: {no_route[0]}")
             raise ScanError(f"{skipped}: {run.stderr_tail}")
+
+
+def _services_table(help_output: bytes) -> datadir.ServiceTable | None:
+    """Return the table of the nmap that wrote this; None if it is not beside its libraries."""
+    folder = _LIBRARIES.search(help_output)
+    try:
+        return datadir.ServiceTable.read(Path(os.fsdecode(folder[1])).parent) if folder else None
+    except OSError as error:
+        _log.warning(
+            "services_unreadable", cause=str(error), next_step="none: each nmap reads its whole table, in 20 ms"
+        )
+        return None
 
 
 def _pause(arguments: Sequence[str], task: str) -> float:

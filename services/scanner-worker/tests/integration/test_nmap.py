@@ -39,6 +39,7 @@ from scanner_worker.domain.scan import CannotStartError, ScanError, arguments, s
 from scanner_worker.handlers.batch import Abilities
 from scanner_worker.handlers.worker import Worker
 from scanner_worker.scanner import guard, process
+from scanner_worker.scanner.datadir import ServiceTable
 from scanner_worker.scanner.process import Limits, Nmap
 from scanner_worker.scanner.raw import may_send_raw, privileges
 from scanner_worker.settings import Settings
@@ -96,6 +97,20 @@ async def test_scan_restricted_table_gives_the_same_names(
     await nmap.check()
     assert await named() == whole
     assert (len(whole), len({name for _, _, name in whole})) >= (4, 3)
+
+
+async def test_scan_with_a_table_of_another_installation_reads_the_whole_one(
+    make_nmap: MakeNmap,
+) -> None:
+    """A `top` set of which the table lacks a port, and a table that is not where the libraries are, do not change a scan."""
+    nmap = await make_nmap()
+    await nmap.check()
+    nmap._table = ServiceTable({("tcp", 80): "http\t80/tcp\t0.5"})
+    assert await nmap._services_of(PortSet.parse("80-81")) == "http\t80/tcp\t0.5\n"
+    assert await nmap._services_of(PortSet.parse("top:3")) is None
+    assert process._services_table(b'<directory path="/nowhere/nselib/" name="nselib"></directory>') is None
+    await nmap.check()
+    assert (await nmap._services_of(PortSet.parse("top:3")) or "").count("\n") == 3
 
 
 async def test_scan_restricted_table_needs_half_of_the_cpu_time(make_nmap: MakeNmap) -> None:

@@ -16,6 +16,11 @@ http\t80/tcp\t0.484143\t# World Wide Web HTTP
 http\t80/udp\t0.035767
 unknown\t1024/tcp\t0.000227
 damaged
+ours 9999/tcp # without a frequency
+3com 9998/tcp 0.001
+  indented 9997/tcp 0.002
+first 9996/tcp 0.003
+second 9996/tcp 0.004
 """
 
 
@@ -31,6 +36,10 @@ def table(tmp_path: Path) -> ServiceTable:
         ("22-80", ["ssh\t22/tcp\t0.182286", "http\t80/tcp\t0.484143"]),
         ("T:1000-2000,U:80", ["unknown\t1024/tcp\t0.000227", "http\t80/udp\t0.035767"]),
         ("9", []),
+        (
+            "9996-9999",
+            ["first 9996/tcp 0.003", "indented 9997/tcp 0.002", "3com 9998/tcp 0.001", "ours 9999/tcp"],
+        ),
     ],
 )
 def test_service_table_has_the_lines_of_the_ports(table: ServiceTable, ports: str, lines: list[str]) -> None:
