@@ -33,6 +33,8 @@ pytestmark = pytest.mark.k8s
 NAMESPACE: Final = "scanfleet"
 RAW: Final = "scanfleet-raw"
 """The namespace of workers that send raw packets."""
+OTHER: Final = "scanfleet-stranger"
+"""A namespace of others, without policies."""
 K8S: Final = ROOT / "k8s"
 TOOLS: Final = sysconfig.get_path("scripts")
 ENVIRONMENT: Final = os.environ | {"PATH": f"{TOOLS}:{os.environ['PATH']}"}
@@ -379,11 +381,37 @@ def test_network_policies_allow_exactly_the_flows(service: str) -> None:
 
 
 def test_network_policies_isolate_unknown_pods(stranger: Manifest) -> None:
-    """A pod without a service's labels can neither resolve names nor connect to any pod."""
+    """A pod without a service's labels can connect to no pod, neither by name nor by address."""
     kubectl("apply", "--filename", "-", text=json.dumps(stranger))
     kubectl("wait", "pod/stranger", "--for=condition=Ready", "--timeout=2m")
     # A cluster may need a moment to apply its policies to a new pod.
-    until(lambda: not reached_from("stranger"), 30, "the policies to hold for a stranger")
+    until(lambda: not addresses_reached_by_stranger(NAMESPACE), 30, "the policies to hold for a stranger")
+    assert reached_from("stranger") == REACHES["stranger"]
+
+
+def test_network_policies_admit_other_namespaces_to_the_gateway_only(stranger: Manifest) -> None:
+    """A pod of a namespace without policies can connect to the gateway's API and to no other port of the platform's pods."""
+    kubectl("create", "namespace", OTHER)
+    try:
+        kubectl("--namespace", OTHER, "apply", "--filename", "-", text=json.dumps(stranger))
+        kubectl("--namespace", OTHER, "wait", "pod/stranger", "--for=condition=Ready", "--timeout=2m")
+        gateways = sorted(pod["status"]["podIP"] for pod in pods("api-gateway"))
+        assert addresses_reached_by_stranger(OTHER) == gateways
+    finally:
+        kubectl("delete", "namespace", OTHER, "--timeout=2m")
+
+
+def addresses_reached_by_stranger(namespace: str) -> list[str]:
+    """Return the address of each declared port of the platform's pods to which the pod `stranger` can connect."""
+    listening = (
+        f"{pod['status']['podIP']}:{port['containerPort']}"
+        for pod in objects("pods")
+        for container in pod["spec"]["containers"]
+        for port in container.get("ports", ())
+    )
+    return sorted(
+        kubectl("--namespace", namespace, "exec", "stranger", "--", "python", "-c", REACHED, *listening).split()
+    )
 
 
 def reached_from(service: str) -> set[str]:
