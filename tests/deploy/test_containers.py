@@ -22,6 +22,8 @@ from tests.deploy.container_programs import REACHED
 
 pytestmark = pytest.mark.compose
 
+PROJECT: Final = "scanfleet-test"
+"""The project of the tests, which has its own volumes: those of docker-compose.yml's own project are the user's data."""
 BASE: Final = "python:3.13-slim-trixie"
 MB: Final = 1_000_000
 PROMETHEUS: Final = "http://127.0.0.1:9090"
@@ -82,14 +84,16 @@ def containers(service: str) -> list[str]:
 def user() -> Iterator[Client]:
     """Yield a user of the platform in containers, with three workers and servers to find."""
     assert not containers("api-gateway"), "the containers are in use: docker compose down"
-    docker(*compose.COMPOSE[1:], "--profile", "tools", "build")
-    try:
-        docker(*compose.COMPOSE[1:], "up", "--wait", "--scale", "scanner-worker=3")
-        client = Client(compose.URL, compose.token(7))
-        with client.http, compose.servers():
-            yield client
-    finally:
-        docker(*compose.COMPOSE[1:], "--profile", "*", "down", "--volumes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPOSE_PROJECT_NAME", PROJECT)
+        docker(*compose.COMPOSE[1:], "--profile", "tools", "build")
+        try:
+            docker(*compose.COMPOSE[1:], "up", "--wait", "--scale", "scanner-worker=3")
+            client = Client(compose.URL, compose.token(7))
+            with client.http, compose.servers():
+                yield client
+        finally:
+            docker(*compose.COMPOSE[1:], "--profile", "*", "down", "--volumes")
 
 
 @pytest.mark.usefixtures("user")
@@ -157,7 +161,7 @@ def test_container_volumes_are_named() -> None:
     """Every volume of every container is named, so that recreated containers leave no anonymous volumes."""
     everything = docker(*compose.COMPOSE[1:], "ps", "--all", "--quiet").split()
     mounted = {mount["Name"] for each in everything for mount in inspect(each)["Mounts"] if mount["Type"] == "volume"}
-    assert {name for name in mounted if not name.startswith("scanfleet_")} == set()
+    assert {name for name in mounted if not name.startswith(f"{PROJECT}_")} == set()
 
 
 @pytest.mark.usefixtures("user")
