@@ -826,6 +826,7 @@ def test_page_url_has_the_state_of_the_page(page: Page, stack: Stack, finished: 
     for path in ("subnets", "new"):
         page.goto(f"{stack.url}/app/{path}")
         page.get_by_label("Search subnets").fill("net 7")
+        page.wait_for_url(f"**/app/{path}?q=net+7")  # the browser learns of it after the page
         page.reload()
         expect(page.get_by_label("Search subnets")).to_have_value("net 7")
         expect(page.get_by_text("10.0.7.0/24").first).to_be_visible()
@@ -844,5 +845,6 @@ def test_page_url_has_the_state_of_the_page(page: Page, stack: Stack, finished: 
 
     page.goto(f"{stack.url}/app/jobs")
     page.get_by_role("button", name="pause").click()
+    page.wait_for_url("**/app/jobs?paused=1")
     page.reload()
     expect(page.locator(".dot")).to_have_text("paused")
