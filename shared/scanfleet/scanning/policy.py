@@ -69,7 +69,7 @@ def max_joined_addresses(ports: int) -> int:
     With more than 20 targets nmap (begin_sniffer in scan_engine_raw.cc) captures the packets of every other nmap of the machine
     too: five of 48 addresses with 1,000 ports each, at once, take half more CPU time than in groups of 16.
     """
-    return max(_JOINED_ADDRESSES, _JOINED_PROBES // ports)
+    return max(_JOINED_ADDRESSES, _JOINED_PROBES // max(1, ports))  # a damaged document may have none
 
 
 def _ports(text: str) -> str:

@@ -231,7 +231,8 @@ def test_chunks_that_share_a_starting_nmap_count_without_its_start() -> None:
 
 
 @pytest.mark.parametrize(
-    ("addresses", "ports", "joined"), [(1, 1, 47), (1, 100, 19), (16, 1000, 0), (64, 1000, 0), (2, 10, 47), (10, 10, 9)]
+    ("addresses", "ports", "joined"),
+    [(1, 0, 47), (1, 1, 47), (1, 100, 19), (16, 1000, 0), (64, 1000, 0), (2, 10, 47), (10, 10, 9)],
 )
 def test_chunks_join_a_starting_nmap_up_to_its_addresses(addresses: int, ports: int, joined: int) -> None:
     """A free slot gets as many chunks as the worker scans with one nmap; more would wait there for a slot of their own."""
