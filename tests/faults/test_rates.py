@@ -24,7 +24,7 @@ NMAPS: Final = 4  # at most, of a job with this rate
 def listed(platform: Platform) -> list[list[str]]:
     """Return the arguments of this test's nmaps that ran at one moment: those that two lists of the processes have in common."""
     lines = [line.split() for _, line in platform.nmaps().items() & platform.nmaps().items()]
-    return [line for line in lines if "-T2" in line or option(line, "-p") == PORTS]
+    return [line for line in lines if "-T2" in line or PORTS in line]
 
 
 def addresses(nmap: Sequence[str]) -> list[IPv4Address]:
