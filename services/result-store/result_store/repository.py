@@ -22,8 +22,12 @@ from hashlib import sha256
 from types import MappingProxyType
 from typing import Any, Final
 
-from bson import decode_iter
+from bson import decode
+from bson.codec_options import CodecOptions
+from bson.raw_bson import RawBSONDocument
+from motor.motor_asyncio import AsyncIOMotorCollection
 from pymongo import ASCENDING, DESCENDING, IndexModel, UpdateOne
+from pymongo.read_concern import ReadConcern
 
 from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place, Removed, StoredHost
 from scanfleet.contracts.messages import HostScanned
@@ -51,6 +55,7 @@ SEQUENCE: Final = "results"
 
 _ZONE: Final = ""  # zone of every host and chunk: the default one, which has no name
 
+_SNAPSHOT: Final = ReadConcern("snapshot")
 _WITH_RESULTS: Final = {"first_id": {"$exists": True}}
 _WITH_KEY: Final = {"key": {"$exists": True}}
 _INDEXES: Final = {
@@ -84,6 +89,9 @@ class MongoStore:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._hosts = database["hosts"]
+        self._raw_hosts: AsyncIOMotorCollection[Any] = self._hosts.with_options(
+            codec_options=CodecOptions(RawBSONDocument)
+        )
         self._chunks = database["chunks"]
         self._port_sets = database["port_sets"]
         self._deleted = database["deleted"]
@@ -159,7 +167,10 @@ class MongoStore:
             index = _BY_KEY
         rest = {} if after is None else await self._with_results_after(job_id, after)
         # Each page is an operation with its own timeout, and begins in the index where the last one ended.
-        while page := await self._page({"$and": [wanted, rest]}, fields, order, index):
+        count = PAGE
+        while count == PAGE:
+            page = await self._page({"$and": [wanted, rest]}, fields, order, index)
+            count = len(page)
             # Decoded twice, so that at most one host is decoded at a time, and a page needs one query for closed chunks.
             closed = await self._closed_of(job_id, page)
             async for document in self._read(page, fields):
@@ -168,7 +179,6 @@ class MongoStore:
                 # A host that arrived after its chunk was closed is stored too; only the final map distinguishes them.
                 if chunk is None or chunk.counts(document["address"]):
                     yield _host(document).results(document["first_id"])
-        await self._check_kept(job_id)
 
     async def hosts_by_address(
         self,
@@ -184,58 +194,61 @@ class MongoStore:
         if after:
             keys["$gte"] = max(keys["$gte"], _behind_address(after))
         wanted = {"job_id": job_id, **({} if user_id is None else {"user_id": user_id})}
-        while page := await self._page({**wanted, "key": keys}, _WITHOUT[parts], _BY_KEY, _BY_KEY):
+        count = PAGE
+        while count == PAGE:
+            page = await self._page({**wanted, "key": keys}, _WITHOUT[parts], _BY_KEY, _BY_KEY)
+            count = len(page)
             closed = await self._closed_of(job_id, page)
             async for document in self._read(page, _WITHOUT[parts]):
                 keys = {"$gt": document["key"], "$lt": keys["$lt"]}
                 chunk = closed.get(document["chunk_id"])
                 if chunk is None or chunk.counts(document["address"]):
                     yield _host(document)
-        await self._check_kept(job_id)
 
     async def chunks_by_address(self, job_id: int, user_id: int | None) -> AsyncIterator[ClosedChunk]:
         """See `result_store.domain.ports.Hosts`."""
         wanted = {"job_id": job_id, **({} if user_id is None else {"user_id": user_id})}
         above: Document = {"$gte": ""}
-        while page := await self._chunk_page({**wanted, "key": above}):
+        count = PAGE
+        while count == PAGE:
+            page = await self._chunk_page({**wanted, "key": above})
+            count = len(page)
             port_sets = await self._port_sets_of(page)
-            await self._check_kept(job_id)
+            if await self.deleted([job_id]):  # as in _closed_of
+                raise NotFoundError("Job not found")
             for document in page:
                 yield _chunk(document, port_sets)
-            above = {"$gt": page[-1]["key"]}
-        await self._check_kept(job_id)
+                above = {"$gt": document["key"]}
 
-    async def _closed_of(self, job_id: int, page: bytes) -> dict[str, ClosedChunk]:
-        """Return the closed chunks of the hosts of a page.
-
-        Raises:
-            NotFoundError: the job is deleted.
-        """
-        closed = await self.closed({document["chunk_id"] for document in self._decode(page)})
-        await self._check_kept(job_id)
-        return closed
-
-    async def _check_kept(self, job_id: int) -> None:
-        """Check that what was read of a job until now was complete: a deletion marks the job first.
+    @dependency_errors()
+    async def _closed_of(self, job_id: int, page: Iterable[RawBSONDocument]) -> dict[str, ClosedChunk]:
+        """Return the closed chunks of the hosts of a page, and check that the page was complete: a deletion marks the job first.
 
         A reader that stops after some pages must not take a shorter list for all, so each page is checked before it is used.
 
         Raises:
             NotFoundError: the job is deleted.
         """
-        if await self.deleted([job_id]):
+        ids = list({document["chunk_id"] for document in map(self._decode, page)})
+        mark = {"coll": self._deleted.name, "pipeline": [{"$match": {"_id": job_id}}, {"$project": {"_id": True}}]}
+        pipeline: list[Document] = [{"$match": {"_id": {"$in": ids}}}, {"$project": _OF_CLOSED}, {"$unionWith": mark}]
+        # In one snapshot: between two queries, a deletion could begin and delete closed chunks, but the mark would not be seen.
+        found = await self._chunks.with_options(read_concern=_SNAPSHOT).aggregate(pipeline).to_list(None)
+        if any(document["_id"] == job_id for document in found):
             raise NotFoundError("Job not found")
+        return {document["_id"]: _chunk(document) for document in found}
 
     @dependency_errors()
     async def is_unsorted(self, job_id: int) -> bool:
         """See `result_store.domain.ports.Hosts`."""
         # A job's records are in one partition, so the earliest ones are those that an older release has stored.
-        earliest = await self._hosts.find_one(
-            {"job_id": job_id, **_WITH_RESULTS}, {"key": True}, sort=[("job_id", ASCENDING), *_BY_PLACE]
+        earliest, chunk = await asyncio.gather(
+            self._hosts.find_one(
+                {"job_id": job_id, **_WITH_RESULTS}, {"key": True}, sort=[("job_id", ASCENDING), *_BY_PLACE]
+            ),
+            self._chunks.find_one({"job_id": job_id, "key": None}, {"_id": True}),
         )
-        if earliest is not None and "key" not in earliest:
-            return True
-        return await self._chunks.find_one({"job_id": job_id, "key": None}, {"_id": True}) is not None
+        return (earliest is not None and "key" not in earliest) or chunk is not None
 
     @dependency_errors()
     async def _chunk_page(self, wanted: Document) -> list[Document]:
@@ -320,8 +333,8 @@ class MongoStore:
         await self._deleted.update_one({"_id": job_id, "begun": begun}, {"$unset": {"open": ""}})
 
     @dependency_errors()
-    async def _page(self, wanted: Document, fields: Document, order: _Keys, index: _Keys) -> bytes:
-        """Return the next hosts, undecoded, large ones with the fields `_HEAD` only; none at the end."""
+    async def _page(self, wanted: Document, fields: Document, order: _Keys, index: _Keys) -> list[RawBSONDocument]:
+        """Return the next hosts, undecoded, large ones with the fields `_HEAD` only; fewer than `PAGE` at the end."""
         shown = {"$cond": [{"$lte": [{"$bsonSize": "$$ROOT"}, _LARGE_BYTES]}, "$$ROOT", _HEAD]}
         pipeline: list[Document] = [
             {"$match": wanted},
@@ -332,14 +345,9 @@ class MongoStore:
         ]
         # With a hint MongoDB does not try another index first, which reads as much again.
         hint = {"job_id": ASCENDING, **dict(index)}
-        cursor = self._hosts.aggregate_raw_batches(pipeline, hint=hint, batchSize=PAGE + 1)
-        try:
-            async for page in cursor:
-                first: bytes = page
-                return first
-            return b""
-        finally:
-            await cursor.close()
+        cursor = self._raw_hosts.aggregate(pipeline, hint=hint, batchSize=PAGE + 1)
+        page: list[RawBSONDocument] = await cursor.to_list(None)
+        return page
 
     @dependency_errors()
     async def _with_results_after(self, job_id: int, result_id: int) -> Document:
@@ -351,9 +359,9 @@ class MongoStore:
         ended = last["first_id"] + _rows(last) <= result_id + 1
         return {"first_id": {"$gt" if ended else "$gte": last["first_id"]}}
 
-    async def _read(self, page: bytes, fields: Document) -> AsyncIterator[Document]:
+    async def _read(self, page: Iterable[RawBSONDocument], fields: Document) -> AsyncIterator[Document]:
         """Yield the hosts of a page, each of the large ones fetched when it is read."""
-        for document in self._decode(page):
+        for document in map(self._decode, page):
             yield await self._whole(document["_id"], fields) if "large" in document else document
 
     @dependency_errors()
@@ -363,8 +371,8 @@ class MongoStore:
             raise NotFoundError("Job not found")
         return document
 
-    def _decode(self, page: bytes) -> Iterator[Document]:
-        return decode_iter(page, self._hosts.codec_options)
+    def _decode(self, document: RawBSONDocument) -> Document:
+        return decode(document.raw, self._hosts.codec_options)
 
 
 async def _delete(collection: mongo.Collection, job_id: int, limit: int) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from bson.raw_bson import RawBSONDocument
 
 from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place, fold
 from result_store.repository import PAGE, MongoStore
@@ -455,7 +456,7 @@ async def test_deletion_that_begins_again_is_not_ended(store: Store) -> None:
 
 async def test_results_of_a_job_deleted_while_they_are_read_end_in_an_error(store: Store) -> None:
     """A reader of a job that is deleted meanwhile gets no list that looks complete."""
-    await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(4))))
+    await store.add(hosts(*(host(f"127.9.8.{n}", 22) for n in range(PAGE))))
     reading = store.results(1, None)
     await anext(reading)
     await store.begin_deletions([1])
@@ -479,10 +480,10 @@ async def test_page_of_a_job_whose_erasure_has_begun_is_not_yielded(store: Store
 class ErasedMeanwhile(MongoStore):
     """Erases job 1 between the query of a page and that of its closed chunks."""
 
-    async def closed(self, chunk_ids: Collection[str]) -> dict[str, ClosedChunk]:
+    async def _closed_of(self, job_id: int, page: Iterable[RawBSONDocument]) -> dict[str, ClosedChunk]:
         await self.begin_deletions([1])
         await self.erase(1, 9)
-        return await super().closed(chunk_ids)
+        return await super()._closed_of(job_id, page)
 
 
 @pytest.mark.integration

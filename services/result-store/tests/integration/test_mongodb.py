@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from uuid import uuid4
 
 import pytest
 from bson import Int64
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo.monitoring import CommandFailedEvent, CommandListener, CommandStartedEvent, CommandSucceededEvent
 from pymongo.uri_parser import parse_uri
 
 from result_store.domain.results import ClosedChunk, Parts, fold
@@ -20,7 +21,7 @@ from scanfleet.contracts.messages import HostDetails, PortFound
 from scanfleet.contracts.messages.topics import SCAN_RESULTS, SCAN_STORED
 from scanfleet.errors import DependencyError
 from scanfleet.runtime import mongo
-from scanfleet.runtime.mongo import Database
+from scanfleet.runtime.mongo import Database, Document
 from scanfleet.scanning.outcomes import address_at
 from scanfleet.scanning.targets import parse_network
 from scanfleet_testing.bus import MemoryBus
@@ -37,6 +38,20 @@ async def database(mongodb: str) -> AsyncIterator[Database]:
     yield database
     await database.client.drop_database(database.name)
     database.client.close()
+
+
+class Commands(CommandListener):
+    """Names of the commands that a client sends, in order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def started(self, event: CommandStartedEvent) -> None:
+        self.names.append(event.command_name)
+
+    def succeeded(self, event: CommandSucceededEvent) -> None: ...
+
+    def failed(self, event: CommandFailedEvent) -> None: ...
 
 
 async def fill(store: MongoStore, count: int) -> None:
@@ -84,6 +99,19 @@ async def test_mark_that_an_operator_inserts_deletes_the_results(database: Datab
     assert sum(await store.erase(1, 9)) == 3
     await store.end_deletion(1, 1)
     assert (await store.open_deletions(9), await store.deleted([1])) == ({}, {1})
+
+
+@pytest.mark.parametrize("listed", ["results", "hosts"])
+async def test_list_of_n_pages_needs_two_round_trips_a_page(mongodb: str, database: Database, listed: str) -> None:
+    """A page is one operation, its closed chunks and the mark of a deletion are another; the last page ends the list."""
+    await fill(MongoStore(database), 2 * PAGE + 1)
+    monitor = Commands()
+    client: AsyncIOMotorClient[Document] = AsyncIOMotorClient(mongodb, event_listeners=[monitor], directConnection=True)
+    store = MongoStore(client.get_database(database.name))
+    reading = store.results(1, 7) if listed == "results" else store.hosts_by_address(1, 7, Parts.SUMMARY)
+    assert len([each async for each in reading]) == 2 * PAGE + 1
+    assert monitor.names == ["aggregate", "aggregate"] * 3
+    await asyncio.to_thread(client.close)
 
 
 @pytest.mark.parametrize("after", [None, 0])
@@ -196,8 +224,7 @@ async def test_results_pages_cost_the_same_from_first_to_last(database: Database
     assert rest == ids[-10:]
     reads = database["system.profile"].find({"ns": f"{database.name}.hosts"}).sort("ts", 1)
     read = [(each["op"], each["keysExamined"], each["docsExamined"]) async for each in reads]
-    operations = Counter(op for op, _, _ in read)
-    assert operations["getmore"] == operations["command"]  # the driver requests the only batch of a page separately
+    assert {op for op, _, _ in read} == {"command", "query"}  # no "getmore": each page is one operation
     assert max(documents for _, _, documents in read) <= PAGE + 1  # the last one of the page before
     assert max(keys for _, keys, _ in read) <= PAGE + 2
     assert sum(documents for _, _, documents in read) <= pages * (PAGE + 1) + PAGE
