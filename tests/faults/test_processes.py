@@ -16,8 +16,9 @@ import httpx2
 import pytest
 
 from local.wait import until
-from scanfleet.contracts.messages import ChunkClaimed, ChunkReleased, HostScanned, JobCreated, ScanChunk
+from scanfleet.contracts.messages import ChunkClaimed, ChunkReleased, HostScanned, JobCreated, JobDeleted, ScanChunk
 from scanfleet.contracts.messages.topics import (
+    SCAN_CHANGES,
     SCAN_COMMANDS,
     SCAN_EVENTS,
     SCAN_PROGRESS,
@@ -203,6 +204,8 @@ def test_service_killed_during_a_deletion_completes_it(
     assert user.http.get(f"/api/v1/task/{job_id}").status_code == 404
     (receipt,) = user.http.get("/api/v1/deletion").json()["deletions"]
     assert receipt["job_id"] == job_id
+    events = platform.topics.messages(SCAN_CHANGES, JobDeleted)
+    assert {each.record.key for each in events} >= {str(job_id).encode()}
     invariants.check()
 
 

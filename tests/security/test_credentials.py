@@ -38,7 +38,7 @@ MAY_WRITE: Final = {
     ORCHESTRATOR: {
         *("scan-replies", "scan-tasks", "scan-events", "scan-results", "scan-audit-job-orchestrator"),
         *("scan-commands-dlq", "scan-workers-dlq", "scan-progress-dlq", "scan-stored-dlq", "scan-events-dlq"),
-        *("scan-deletions", "scan-deletions-dlq"),
+        *("scan-deletions", "scan-deletions-dlq", "scan-changes"),
         *(f"scan-audit-{writer}-dlq" for writer in (*SERVICES, "operator")),
     },
     WORKER: {"scan-workers", "scan-progress", "scan-results", "scan-audit-scanner-worker"},

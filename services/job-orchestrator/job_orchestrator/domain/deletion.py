@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
-from typing import Final, Literal, get_args
+from typing import Final, get_args
 
 from pydantic import AwareDatetime, NonNegativeInt
 
 from job_orchestrator.domain.chain import ChainKeys
-from scanfleet.contracts.messages import DeleteResults
+from scanfleet.contracts.messages import DeleteResults, JobDeleted
+from scanfleet.contracts.messages.deletions import DeletionReason
 
-Reason = Literal["request", "retention"]
-REASONS: Final[tuple[Reason, ...]] = get_args(Reason)
+REASONS: Final[tuple[DeletionReason, ...]] = get_args(DeletionReason)
 
 LEAST_RECEIPT_DAYS: Final = 30  # longer than a command can be repeated or a record replayed: 7 and 14 days
 # No signature of an audit entry is valid for a request, and none of a request for an entry.
@@ -50,7 +50,7 @@ class Deletion:
     job_id: NonNegativeInt
     user_id: NonNegativeInt
     subnet_id: NonNegativeInt
-    reason: Reason
+    reason: DeletionReason
     requested_at: AwareDatetime
     requested_by: NonNegativeInt | None = None
     """The user who requested it; None for retention, and in receipts of older releases."""
@@ -68,6 +68,17 @@ def request(deletion: Deletion, keys: ChainKeys) -> DeleteResults:
         requested_at=deletion.requested_at,
     )
     return unsigned.model_copy(update={"signature": keys.sign(_KIND, _content(unsigned))})
+
+
+def announcement(deletion: Deletion) -> JobDeleted:
+    """Return the event for subscribers, the same each time that the deletion is completed."""
+    return JobDeleted(
+        job_id=deletion.job_id,
+        user_id=deletion.user_id,
+        subnet_id=deletion.subnet_id,
+        reason=deletion.reason,
+        requested_at=deletion.requested_at,
+    )
 
 
 def is_own(message: DeleteResults, keys: ChainKeys) -> bool:

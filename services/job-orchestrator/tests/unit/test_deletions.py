@@ -22,8 +22,8 @@ from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
 from scanfleet.clock import utc_now
-from scanfleet.contracts.messages import CommandAccepted, DeleteResults, StopChunk
-from scanfleet.contracts.messages.topics import SCAN_COMMANDS, SCAN_DELETIONS, SCAN_TASKS
+from scanfleet.contracts.messages import CommandAccepted, DeleteResults, JobDeleted, StopChunk
+from scanfleet.contracts.messages.topics import SCAN_CHANGES, SCAN_COMMANDS, SCAN_DELETIONS, SCAN_TASKS
 from scanfleet.errors import MessageError
 from scanfleet.runtime.bus import Record
 from scanfleet_testing.tokens import Issuer
@@ -326,6 +326,40 @@ async def test_request_to_a_partition_without_a_leader_delays_no_other_deletion(
     simulation.bus.broker.leaderless.clear()
     await simulation.wait(3, seconds=61)
     assert await chunks_of(simulation, 1) == 0
+
+
+@pytest.mark.proves("G24")
+async def test_subscribers_are_notified_once_nothing_is_left_of_a_job(simulation: Simulation) -> None:
+    """The event follows the last chunk; it has the owner, and the same id when a stored late chunk reopens the deletion."""
+    await completed(simulation)
+    simulation.results = None
+    await simulation.only.deletions.delete([1], "request", requested_by=7)
+    await simulation.wait(2)
+    assert simulation.bus.messages(SCAN_CHANGES) == []
+    simulation.results = ResultStore(simulation.bus)
+    await simulation.wait(3, seconds=61)
+    [receipt], _ = await simulation.store.deletions.page(7, [Stage.DONE], 0, 9)
+    event = JobDeleted(job_id=1, user_id=7, subnet_id=1, reason="request", requested_at=receipt.requested_at)
+    assert simulation.bus.messages(SCAN_CHANGES) == [event]
+    await simulation.store.deletions.advance([1], Stage.DONE, Stage.CHUNKS, receipt.requested_at)
+    await simulation.wait(2, seconds=61)
+    again = simulation.bus.messages(SCAN_CHANGES)
+    assert [each.event_id for each in again] == ["deleted-1", "deleted-1"]
+
+
+async def test_event_to_a_partition_without_a_leader_delays_no_other_deletion(simulation: Simulation) -> None:
+    """A deletion whose event is not acknowledged stays open, and its event is published again; others are completed meanwhile."""
+    for job_id in (1, 2):
+        await simulation.store.jobs.insert([change(scan_job(job_id), JobTrigger.CANCEL, THEN, settled=True)])
+    simulation.bus.broker.leaderless = {(SCAN_CHANGES.name, SCAN_CHANGES.partition_of("1"))}
+    await simulation.only.deletions.delete([1, 2], "request")
+    await simulation.wait(3)
+    done, _ = await simulation.store.deletions.page(7, [Stage.DONE], 0, 9)
+    assert [each.job_id for each in done] == [2]
+    simulation.bus.broker.leaderless.clear()
+    await simulation.wait(3, seconds=61)
+    assert (await simulation.store.deletions.page(7, [Stage.DONE], 0, 9))[1] == 2
+    assert {each.event_id for each in simulation.bus.messages(SCAN_CHANGES)} == {"deleted-1", "deleted-2"}
 
 
 async def test_chunks_are_deleted_in_bounded_steps(simulation: Simulation) -> None:

@@ -20,7 +20,7 @@ from scanfleet.contracts.messages.chunks import (
     instance_of,
 )
 from scanfleet.contracts.messages.commands import CancelJob, CommandAccepted, CommandRejected, CommandReply, SubmitJobs
-from scanfleet.contracts.messages.deletions import DeleteResults, ResultsDeleted
+from scanfleet.contracts.messages.deletions import DeleteResults, JobDeleted, ResultsDeleted
 from scanfleet.contracts.messages.jobs import (
     Job,
     JobCancelled,
@@ -57,6 +57,7 @@ __all__ = [
     "JobCancelled",
     "JobCompleted",
     "JobCreated",
+    "JobDeleted",
     "JobEvent",
     "JobFailed",
     "JobProgressed",

@@ -9,6 +9,8 @@ from pydantic import AwareDatetime, Field
 from scanfleet.contracts.messages.base import Message
 from scanfleet.contracts.messages.fields import Count, Id
 
+DeletionReason = Literal["request", "retention"]
+
 
 class _OfJob(Message):
     job_id: Id
@@ -21,7 +23,7 @@ class _OfJob(Message):
 class DeleteResults(_OfJob):
     """Delete all results of the job. The orchestrator repeats it until it receives ResultsDeleted."""
 
-    reason: Literal["request", "retention"] = "request"
+    reason: DeletionReason = "request"
     requested_by: Id | None = None
     """The user who requested it; null for retention, and if the sender is of release 0.1."""
 
@@ -40,3 +42,19 @@ class ResultsDeleted(_OfJob):
 
     rows: Count | None = None
     """Number of results that were deleted with them."""
+
+
+class JobDeleted(_OfJob):
+    """The job and its results are deleted: delete their copies. Older records of the job may be read after it."""
+
+    user_id: Id
+    """The owner of the job."""
+
+    subnet_id: Id
+    reason: DeletionReason
+    requested_at: AwareDatetime
+    """When it was accepted."""
+
+    @property
+    def event_id(self) -> str:
+        return f"deleted-{self.job_id}"

@@ -216,7 +216,7 @@ def _message(kind: type[Message]) -> dict[str, Any]:
 
 def _topic(topic: Topic) -> str:
     links = ", ".join(f"[{message.__name__}](#{message.__name__.lower()})" for message in topic.messages)
-    ends = f"{', '.join(topic.producers)} | {', '.join(topic.consumers)}"
+    ends = f"{', '.join(topic.producers)} | {', '.join(topic.consumers) or 'subscribers'}"
     hours = topic.retention // _HOUR
     kept = f"{hours // 24} d" if hours >= 24 else f"{hours} h"  # noqa: PLR2004 # hours of a day
     most = f"{topic.partitions} × {_size(topic.retention_bytes)}"

@@ -24,7 +24,7 @@ from scanfleet.contracts.messages.chunks import (
     WorkerReady,
 )
 from scanfleet.contracts.messages.commands import CancelJob, CommandAccepted, CommandRejected, CommandReply, SubmitJobs
-from scanfleet.contracts.messages.deletions import DeleteResults, ResultsDeleted
+from scanfleet.contracts.messages.deletions import DeleteResults, JobDeleted, ResultsDeleted
 from scanfleet.contracts.messages.jobs import (
     JobCancelled,
     JobCompleted,
@@ -185,6 +185,16 @@ SCAN_DELETIONS: Final[Topic[DeleteResults | ResultsDeleted]] = Topic(
     retention=timedelta(days=30),  # messages with ids only; an older backup restores deleted jobs
     retention_bytes=64 * MIB,
 )
+SCAN_CHANGES: Final[Topic[JobDeleted]] = Topic(
+    name="scan-changes",
+    key="job id",
+    messages=(JobDeleted,),
+    producers=(ORCHESTRATOR,),
+    consumers=(),
+    retention=timedelta(days=7),
+    public=True,
+    retention_bytes=32 * MIB,  # 1.5 million deletions
+)
 
 
 def _audit(
@@ -223,6 +233,7 @@ TOPICS: Final[tuple[Topic, ...]] = (
     SCAN_STORED,
     SCAN_EVENTS,
     SCAN_DELETIONS,
+    SCAN_CHANGES,
     *SCAN_AUDIT.values(),
     SCAN_AUDIT_OPERATOR,
 )

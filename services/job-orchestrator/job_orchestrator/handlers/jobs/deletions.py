@@ -1,4 +1,7 @@
-"""Delete ended jobs: first from every query, then, once no worker scans for them, their results, then their chunks."""
+"""Delete ended jobs: first from every query, then, once no worker scans for them, their results, then their chunks.
+
+An event for subscribers completes the deletion.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import structlog
 
 from job_orchestrator.domain.audit import own_entry
 from job_orchestrator.domain.chain import ChainKeys
-from job_orchestrator.domain.deletion import REASONS, Counts, Deletion, Reason, Stage, is_own, request
+from job_orchestrator.domain.deletion import REASONS, Counts, Deletion, Stage, announcement, is_own, request
 from job_orchestrator.domain.job import ScanJob
 from job_orchestrator.domain.ports import (
     AuditRepository,
@@ -26,9 +29,10 @@ from job_orchestrator.handlers.audit import record
 from job_orchestrator.handlers.jobs.outbox import Outbox
 from job_orchestrator.metrics import DELETED_CHUNKS, DELETED_JOBS, DELETIONS, RETENTION_HALTED
 from scanfleet.contracts.messages import DeleteResults, ResultsDeleted
-from scanfleet.contracts.messages.topics import SCAN_DELETIONS
+from scanfleet.contracts.messages.deletions import DeletionReason
+from scanfleet.contracts.messages.topics import SCAN_CHANGES, SCAN_DELETIONS
 from scanfleet.errors import MessageError
-from scanfleet.runtime.best_effort import try_publish
+from scanfleet.runtime.best_effort import best_effort, try_publish
 from scanfleet.runtime.bus import Publisher, Record
 from scanfleet.runtime.loop import Loop
 
@@ -36,6 +40,7 @@ _STEP_SECONDS: Final = 1.0  # interval of steps while deletions are due
 _LOOK_SECONDS: Final = 10.0  # interval of looks for deletions that another replica accepted and left, when it stopped
 _AT_ONCE: Final = 100  # maximum number of deletions per step
 _ASK_AGAIN: Final = timedelta(seconds=60)  # interval of repeated requests: deleting a large job may take this long
+_ANNOUNCE_AGAIN: Final = timedelta(seconds=60)  # interval of events that are not acknowledged
 _EXPIRE_SECONDS: Final = 600.0  # interval of walks over the ended jobs
 _LOOK: Final = 500  # number of ended jobs read per step of a walk; most of them may not be due
 _ROUNDS: Final = 20  # each lost race is a job whose outbox was emptied
@@ -48,7 +53,7 @@ class Deletions:
 
     Args:
         keys: sign these requests.
-        publisher: for requests to result-store.
+        publisher: for requests to result-store, and for subscribers.
         cancel_chunks: cancels some chunks of a job that are not final, with the reason; returns whether there were any.
         keep: age after the end at which jobs are deleted, unless their subnet has its own; None deletes none by age.
         per_second: maximum number of chunks that this replica deletes per second.
@@ -90,7 +95,9 @@ class Deletions:
         """End time and id of the last job that the previous step looked at, if there may be more."""
         self.loop = Loop("deletions", _LOOK_SECONDS, self.step, least=_STEP_SECONDS, vital=False)
 
-    async def delete(self, job_ids: Collection[int], reason: Reason, *, requested_by: int | None = None) -> set[int]:
+    async def delete(
+        self, job_ids: Collection[int], reason: DeletionReason, *, requested_by: int | None = None
+    ) -> set[int]:
         """Accept the deletion of those of these jobs that have ended; return their ids.
 
         From then on no response contains the jobs; their stored data is deleted step by step.
@@ -176,9 +183,24 @@ class Deletions:
             else:
                 await self._deletions.advance([each.job_id], Stage.CHUNKS, Stage.CHUNKS, now)
             left -= deleted
+        await self._complete(done, now)
+
+    async def _complete(self, done: Sequence[Deletion], now: datetime) -> None:
+        """Notify subscribers that nothing is left of these jobs, and complete the deletions that were acknowledged."""
+        answers = zip(done, await asyncio.gather(*map(self._announce, done)), strict=True)
+        acknowledged = [each for each, is_acknowledged in answers if is_acknowledged]
         for reason in REASONS:
-            ended = [each.job_id for each in done if each.reason == reason]
+            ended = [each.job_id for each in acknowledged if each.reason == reason]
             DELETED_JOBS.labels(reason).inc(await self._deletions.advance(ended, Stage.CHUNKS, Stage.DONE, None))
+        others = [each.job_id for each in done if each not in acknowledged]
+        await self._deletions.advance(others, Stage.CHUNKS, Stage.CHUNKS, now + _ANNOUNCE_AGAIN)
+
+    async def _announce(self, deletion: Deletion) -> bool:
+        """Return whether the bus has acknowledged the event; a partition without a leader delays no other deletion."""
+        async with best_effort(SCAN_CHANGES, 1, "the event is published again after a minute"):
+            await self._publisher.publish(SCAN_CHANGES, [announcement(deletion)])
+            return True
+        return False
 
     async def handle(self, records: Sequence[Record[DeleteResults | ResultsDeleted]]) -> None:
         deleted = {each.message.job_id: each.message for each in records if isinstance(each.message, ResultsDeleted)}
