@@ -23,8 +23,8 @@ from starlette.types import Receive, Scope, Send
 
 from api_gateway.settings import Settings
 from scanfleet.contracts import rest
+from scanfleet.contracts.messages.fields import is_id
 from scanfleet.errors import BadRequestError, Rule, TooManyRequestsError, UnavailableError
-from scanfleet.runtime.http.requests import is_id
 from scanfleet.security.auth import AuthenticatedRoute, Principal
 
 _WITH_BODY: Final = frozenset({"POST", "PUT"})

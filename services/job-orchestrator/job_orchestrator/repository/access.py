@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 from pymongo import IndexModel
@@ -11,11 +10,10 @@ from job_orchestrator.domain.access import MAX_REVOCATIONS, Revocation
 from job_orchestrator.repository import documents
 from job_orchestrator.repository.compare_and_set import RECEIPT
 from scanfleet.contracts import rest
+from scanfleet.contracts.messages.fields import is_id
 from scanfleet.runtime.mongo import Database, Document, Ids, advance_ids, dependency_errors, insert_missing
 
 _OWNED: Final = ("jobs", *(each.plural for each in rest.RESOURCES))
-
-_IS_ID: Final = re.compile(r"[1-9][0-9]{0,15}")
 
 INDEXES: Final = {
     "users": [IndexModel([("issuer", 1), ("subject", 1)], unique=True)],
@@ -62,7 +60,7 @@ class MongoAccess:
             claimed += [each.user_id or 0 for each in await self.revocations()]
             # Every command has an entry too. Subjects are texts, so that the highest one is not the last by their index.
             subjects = self._database["audit"].aggregate([{"$sort": {"subject": 1}}, {"$group": {"_id": "$subject"}}])
-            claimed += [int(each["_id"]) async for each in subjects if _IS_ID.fullmatch(each["_id"] or "")]
+            claimed += [int(each["_id"]) async for each in subjects if is_id(each["_id"] or "")]
             await advance_ids(self._database, ["users"], max(claimed))
 
     async def _highest(self, collection: str, field: str, wanted: Document) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 from typing import Annotated, Final
 
@@ -17,6 +18,8 @@ MAX_ERROR_CHARS: Final = 10_000  # of an error message for a caller
 MAX_ADDRESS_CHARS: Final = 45  # an IPv6 address with an embedded IPv4 address
 MAX_EVENT_ID_CHARS: Final = 200  # a chunk's id, a slash and an address are 110
 
+_POSITIVE: Final = re.compile(r"[1-9][0-9]{0,15}")
+
 Id = Annotated[int, Field(ge=0, le=MAX_ID)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Number = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
@@ -29,6 +32,11 @@ WorkerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
 Reason = Annotated[str, Field(max_length=MAX_REASON_CHARS)]
 Word = Annotated[str, Field(max_length=100)]
 """A name assigned by the platform: a rule, an operation, a request id."""
+
+
+def is_id(text: str) -> bool:
+    """Return whether the text is a positive id in canonical form."""
+    return _POSITIVE.fullmatch(text) is not None and int(text) <= MAX_ID
 
 
 def _canonical(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, Final, TypeVar, get_origin
@@ -11,16 +10,9 @@ from fastapi import Depends, Path, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from scanfleet.contracts.messages.fields import MAX_ID
+from scanfleet.contracts.messages.fields import MAX_ID, is_id
 
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-
-_DECIMAL: Final = re.compile(r"[1-9][0-9]{0,15}")
-
-
-def is_id(text: str) -> bool:
-    """Return whether the text is an id in canonical form."""
-    return _DECIMAL.fullmatch(text) is not None and int(text) <= MAX_ID
 
 
 def _decimal(text: str) -> str:

@@ -9,12 +9,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final
 
-from scanfleet.contracts.messages.fields import MAX_ID
+from scanfleet.contracts.messages.fields import MAX_ID, is_id
 from scanfleet.security.auth.principal import RefusedError
 
 MAX_SUBJECT_CHARS: Final = 255  # the limit of `sub` in OpenID Connect Core, section 2
 
-_USER_ID: Final = re.compile(r"[1-9][0-9]{0,15}")
 _MAX_TIME: Final = 2**53
 # These mark tokens that are not plain bearer access tokens: `cnf` binds a token to a key (RFC 7800), and `events`
 # belongs to logout tokens and security events (RFC 8417), which the same issuer signs for the same audience.
@@ -109,7 +108,7 @@ def user_id(claims: Mapping[str, Any], name: str) -> int:
     if value is None:
         raise RefusedError(name, "is missing")
     text = str(value) if type(value) is int and 0 < value <= MAX_ID else value
-    if not isinstance(text, str) or _USER_ID.fullmatch(text) is None or int(text) > MAX_ID:
+    if not isinstance(text, str) or not is_id(text):
         raise RefusedError(name, f"is not an integer from 1 to {MAX_ID}")
     return int(text)
 
