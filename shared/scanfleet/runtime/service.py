@@ -33,7 +33,6 @@ from scanfleet.runtime.startup import Startup
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-MAX_BODY_SECONDS: Final = 10.0  # timeout from the first byte of a body to its last: 50 kbit/s for the largest one
 HEALTH_PERIOD_SECONDS: Final = 1.0  # interval of checks of the loops; `/healthz` reports at once
 
 # FastAPI's own telemetry stays off: a provider or environment variable set elsewhere would enable it, and it exports
@@ -66,7 +65,6 @@ def create_app(
     refusals: RefusalLog,
     routers: Sequence[APIRouter] = (),
     public: bool = False,
-    max_body_seconds: float = MAX_BODY_SECONDS,
     **documents: Any,
 ) -> FastAPI:
     """Create the ASGI application of a service.
@@ -80,7 +78,6 @@ def create_app(
         routers: the service's own routes.
         public: the service is exposed to clients, so it assigns every request id itself. A service behind the gateway
             keeps the id that a trusted proxy, the gateway, sends.
-        max_body_seconds: timeout of a request body; a slower one is answered 408.
         documents: FastAPI's arguments that describe the API (`title`, `openapi_url`, ...). Without it no document is
             served.
     """
@@ -89,12 +86,7 @@ def create_app(
         **(_BASICS | {"title": name} | documents),
         lifespan=_watched(lifespan, settings),
         middleware=[
-            Middleware(
-                Outermost,
-                proxies=Proxies(settings.trusted_proxies),
-                public=public,
-                max_body_seconds=max_body_seconds,
-            ),
+            Middleware(Outermost, proxies=Proxies(settings.trusted_proxies), public=public),
             Middleware(StartupGate, startup=startup),
         ],
     )
@@ -116,7 +108,7 @@ def create_probes(app: FastAPI) -> FastAPI:
     """
     served = FastAPI(
         **_BASICS,
-        middleware=[Middleware(Outermost, proxies=Proxies(()), public=True, max_body_seconds=MAX_BODY_SECONDS)],
+        middleware=[Middleware(Outermost, proxies=Proxies(()), public=True)],
     )
     served.state = app.state
     served.include_router(probes.router)

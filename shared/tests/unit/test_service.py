@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scanfleet.contracts import queries
 from scanfleet.errors import ConflictError, DependencyError, MessageError, UnauthorizedError, UnavailableError
 from scanfleet.runtime import logging, tracing
+from scanfleet.runtime.http import middleware
 from scanfleet.runtime.http.requests import PathId, parsed
 from scanfleet.runtime.http.responses import AsciiJSON, ModelJSON
 from scanfleet.runtime.service import create_app, create_probes
@@ -363,9 +364,11 @@ async def test_body_above_the_limit_is_a_413(client: httpx2.AsyncClient) -> None
 
 
 @pytest.mark.proves("A16")
-async def test_body_that_arrives_too_slowly_is_a_408(client: httpx2.AsyncClient, app: FastAPI) -> None:
+async def test_body_that_arrives_too_slowly_is_a_408(
+    client: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A body that arrives too slowly is a 408 that closes the connection."""
-    app.user_middleware[0].kwargs["max_body_seconds"] = 0.02
+    monkeypatch.setattr(middleware, "MAX_BODY_SECONDS", 0.02)
 
     async def stalling() -> AsyncIterator[bytes]:
         yield b"x"

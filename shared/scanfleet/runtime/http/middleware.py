@@ -22,6 +22,8 @@ from scanfleet.runtime.http.requests import METHODS
 from scanfleet.runtime.http.responses import error_response
 from scanfleet.runtime.startup import Startup
 
+MAX_BODY_SECONDS: Final = 10.0  # timeout from the first byte of a body to its last: 50 kbit/s for the largest one
+
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Probed every few seconds, so their access lines are omitted.
 _QUIET: Final = frozenset({"/healthz", "/readyz", "/metrics", "/internal/ready", "/internal/revocations"})
@@ -55,11 +57,10 @@ def _too_large(most: int) -> HTTPException:
 class Outermost:
     """The outermost middleware: request ids, body limits, HEAD, metrics and unhandled errors."""
 
-    def __init__(self, app: ASGIApp, *, proxies: Proxies, public: bool, max_body_seconds: float) -> None:
+    def __init__(self, app: ASGIApp, *, proxies: Proxies, public: bool) -> None:
         self._app = app
         self._proxies = proxies
         self._public = public
-        self._max_body_seconds = max_body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -135,7 +136,7 @@ class Outermost:
                 return await receive()  # waits until the client disconnects
             if announced > most:
                 raise _too_large(most)
-            until = until or asyncio.get_running_loop().time() + self._max_body_seconds
+            until = until or asyncio.get_running_loop().time() + MAX_BODY_SECONDS
             try:
                 async with asyncio.timeout_at(until):
                     message = await receive()
