@@ -20,19 +20,18 @@ _OPERATIONS: Final = {"Read": 3, "Write": 4}
 _ALLOW: Final = 3
 
 
-async def create_acls(settings: KafkaSettings, *, limit_seconds: float = 60.0) -> None:
+async def create_acls(settings: KafkaSettings) -> None:
     """Create the ACLs of each service's user, which is named after the service. Idempotent; removes no ACL.
 
     Args:
         settings: broker, prefix (of topics, groups and users) and credentials of a user who may alter the cluster.
-        limit_seconds: timeout, including the start of a broker.
 
     Raises:
         DependencyError: no broker answered in time.
         RuntimeError: the broker refused; the message has the reason.
         OSError: a file that the settings name cannot be read.
     """
-    async with administering(settings, f"cannot create ACLs at {settings.kafka}", limit_seconds=limit_seconds) as admin:
+    async with administering(settings, f"cannot create ACLs at {settings.kafka}") as admin:
         for service in SERVICES:
             for acl in acls_of(service):
                 await _create(admin, acl, settings.topic_prefix)

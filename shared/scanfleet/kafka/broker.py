@@ -19,6 +19,7 @@ from scanfleet.runtime.tls import FileContext
 BACKOFF_MS: Final = 300  # retry backoff of a client: cheap while a broker is unavailable, and notices its recovery soon
 
 PROBE_MS: Final = 5_000  # timeout of one connection
+ADMIN_SECONDS: Final = 60.0  # timeout of an administrative command, including the start of a broker
 
 
 def access(settings: KafkaSettings) -> dict[str, Any]:
@@ -80,10 +81,8 @@ def depending(on: str) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def administering(
-    settings: KafkaSettings, cannot: str, *, limit_seconds: float
-) -> AsyncIterator[AIOKafkaAdminClient]:
-    """Yield a connected admin client; connecting, including the start of a broker, and the block have `limit_seconds` in total.
+async def administering(settings: KafkaSettings, cannot: str) -> AsyncIterator[AIOKafkaAdminClient]:
+    """Yield a connected admin client; connecting and the block have `ADMIN_SECONDS` in total.
 
     Raises:
         DependencyError: no broker answered in time; the message starts with `cannot`.
@@ -92,7 +91,7 @@ async def administering(
     admin = AIOKafkaAdminClient(**access(settings))
     try:
         with depending(cannot):
-            async with asyncio.timeout(limit_seconds):
+            async with asyncio.timeout(ADMIN_SECONDS):
                 await connect(admin.start)
                 yield admin
     finally:

@@ -60,24 +60,19 @@ def plans(settings: TopicSettings, topics: Iterable[Topic]) -> list[Plan]:
     return made
 
 
-async def create_topics(
-    settings: TopicSettings, topics: Iterable[Topic] = TOPICS, *, limit_seconds: float = 60.0
-) -> None:
+async def create_topics(settings: TopicSettings, topics: Iterable[Topic] = TOPICS) -> None:
     """Create missing topics and apply the settings to existing ones.
 
     Args:
         settings: broker, prefix and replication.
         topics: topics to create with their dead-letter topics.
-        limit_seconds: timeout, including the start of a broker.
 
     Raises:
         DependencyError: no broker answered in time.
         RuntimeError: the broker refused; the message has the reason.
         OSError: a file that the settings name cannot be read.
     """
-    async with administering(
-        settings, f"cannot create topics at {settings.kafka}", limit_seconds=limit_seconds
-    ) as admin:
+    async with administering(settings, f"cannot create topics at {settings.kafka}") as admin:
         await _create(admin, plans(settings, topics), settings.replication)
 
 

@@ -34,6 +34,7 @@ from scanfleet.contracts.messages.envelope import Outgoing, encode
 from scanfleet.contracts.messages.topics import SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus, sources
+from scanfleet.kafka import broker as broker_module
 from scanfleet.kafka.broker import access
 from scanfleet.kafka.bus import NO_LEADER, SEND_SECONDS
 from scanfleet.kafka.sources import Member
@@ -666,8 +667,9 @@ async def settings_of(bench: Bench, topic: str) -> dict[str, str]:
     return {name: value for name, value, *_ in found[4]}
 
 
-async def test_create_topics_without_a_broker_times_out() -> None:
+async def test_create_topics_without_a_broker_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Creating topics waits for a broker, with a timeout."""
     nowhere = TopicSettings(kafka=f"127.0.0.1:{ports.choose()}")
+    monkeypatch.setattr(broker_module, "ADMIN_SECONDS", 1)
     with pytest.raises(DependencyError, match="cannot create topics"):
-        await create_topics(nowhere, limit_seconds=1)
+        await create_topics(nowhere)
