@@ -91,13 +91,13 @@ def worst(letters: str) -> str:
     return next((each for each in WORST_FIRST if each in letters), letters[:1])
 
 
-def networks(first: str, outcomes: str, letter: Outcome = Outcome.BLANK) -> Iterator[IPv4Network | IPv6Network]:
-    """Return the addresses with the outcome `letter` as the fewest canonical networks, in order."""
+def networks(first: str, outcomes: str) -> Iterator[IPv4Network | IPv6Network]:
+    """Yield the blank addresses as the fewest canonical networks, in order."""
     base = ip_address(first)
-    index = outcomes.find(letter)
+    index = outcomes.find(Outcome.BLANK)
     while index >= 0:
         end = index
-        while end < len(outcomes) and outcomes[end] == letter:
+        while end < len(outcomes) and outcomes[end] == Outcome.BLANK:
             end += 1
         yield from summarize_address_range(base + index, base + (end - 1))
-        index = outcomes.find(letter, end)
+        index = outcomes.find(Outcome.BLANK, end)

@@ -21,7 +21,6 @@ from scanfleet.scanning.policy import (
     ADMITTED_SCRIPTS,
     BATCH_SECONDS,
     VERSION_SCRIPTS,
-    ExecutablePolicy,
     PolicyError,
     ScanPolicy,
     executable,
@@ -30,6 +29,7 @@ from scanfleet.scanning.policy import (
 from scanfleet.scanning.ports import PortSet
 from scanfleet.scanning.targets import Network, TargetRules
 
+_MAX_HOST_BYTES: Final = MAX_BYTES - 2 * MAX_EVENT_ID_CHARS  # leaves room for the id of the event
 REASON_CHARS: Final = 500  # maximum length of a failure reason, which becomes part of the job's `error`
 
 FROM_HOST: Final = frozenset(
@@ -197,13 +197,6 @@ def _judged(network: Network, refusal: Callable[[Network], str | None]) -> Itera
             yield from _judged(half, refusal)
 
 
-def _executable(chunk: ScanChunk, scripts: AbstractSet[str]) -> ExecutablePolicy:
-    try:
-        return executable(chunk.policy, scripts)
-    except PolicyError as error:
-        raise ScanError(f"this worker cannot execute the policy; change the policy: {error}") from error
-
-
 def scripts_of(policy: ScanPolicy) -> tuple[str, ...]:
     """Return the NSE scripts that nmap runs for a policy."""
     return tuple(sorted(VERSION_SCRIPTS.union(policy.scripts) if policy.service_detection else set(policy.scripts)))
@@ -239,7 +232,10 @@ def arguments(
     Raises:
         ScanError: the policy has values that this worker does not support, or a script that is not in `scripts`.
     """
-    policy = _executable(chunk, scripts)
+    try:
+        policy = executable(chunk.policy, scripts)
+    except PolicyError as error:
+        raise ScanError(f"this worker cannot execute the policy; change the policy: {error}") from error
     options = nmap_options(
         policy,
         ports,
@@ -283,10 +279,10 @@ def printable(text: str, *, keep: str = "") -> str:
     return _NO_TEXT.sub(escape, text)
 
 
-def fit(host: HostScanned, limit: int = MAX_BYTES - 2 * MAX_EVENT_ID_CHARS) -> HostScanned:
+def fit(host: HostScanned) -> HostScanned:
     """Return `host` trimmed to the size limit of a message: texts are dropped, ports are kept."""
     for field in _EXPENDABLE:
-        if len(host.model_dump_json(exclude_defaults=True).encode()) <= limit:
+        if len(host.model_dump_json(exclude_defaults=True).encode()) <= _MAX_HOST_BYTES:
             break
         host = host.model_copy(update={**_without(host, field), "trimmed": True})
     return host

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Final
 
@@ -58,10 +57,10 @@ class Worker:
         self._publisher = publisher
         self._denied = denied
         self._leaving = False
-        self._waiting: OrderedDict[FencingToken, ChunkScan] = OrderedDict()
+        self._waiting: dict[FencingToken, ChunkScan] = {}
         self._running: dict[FencingToken, ChunkScan] = {}
         self._busy = 0  # slots
-        self._seen: OrderedDict[str, int] = OrderedDict()  # the newest attempt by chunk id
+        self._seen: dict[str, int] = {}  # the newest attempt by chunk id, the oldest chunk first
         self._tasks: set[asyncio.Task[None]] = set()
         self._alive = True
         self._announcing = Loop("announce", READY_SECONDS, self._announce, least=LEAST_SECONDS)
@@ -113,12 +112,12 @@ class Worker:
 
     def _take(self, chunk: ScanChunk) -> None:
         # An older attempt may arrive late, from the producer of another orchestrator replica; it must not replace a newer one.
-        if chunk.attempt <= self._seen.get(chunk.chunk_id, 0):
+        seen = self._seen.pop(chunk.chunk_id, 0)
+        self._seen[chunk.chunk_id] = max(seen, chunk.attempt)
+        if chunk.attempt <= seen:
             return
-        self._seen[chunk.chunk_id] = chunk.attempt
-        self._seen.move_to_end(chunk.chunk_id)
         if len(self._seen) > SEEN:
-            self._seen.popitem(last=False)
+            del self._seen[next(iter(self._seen))]
         for older in [each for each in (*self._waiting, *self._running) if each.chunk_id == chunk.chunk_id]:
             self._end(older, f"superseded by attempt {chunk.attempt}")
         self._waiting[chunk.token] = ChunkScan(chunk, self._abilities, self._publisher, self._denied)

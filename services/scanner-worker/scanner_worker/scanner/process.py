@@ -414,7 +414,7 @@ def _services_table(help_output: bytes) -> datadir.ServiceTable | None:
 
 def _pause(arguments: Sequence[str], task: str) -> float:
     """Return the seconds by which a healthy nmap with these arguments may exceed the stall timeout in a phase."""
-    pause = 2 * max(delay for timing, delay in {"": 0.0, **_PROBE_DELAYS}.items() if timing in {"", *arguments})
+    pause = 2 * max((delay for timing, delay in _PROBE_DELAYS.items() if timing in arguments), default=0.0)
     if task in _COARSE_TASKS and "--host-timeout" in arguments:
         pause += float(arguments[arguments.index("--host-timeout") + 1].removesuffix("s"))
     return pause
