@@ -53,11 +53,6 @@ def merge(known: str, news: str) -> str:
     return "".join(old if old != Outcome.BLANK else new for old, new in zip(known, news, strict=True))
 
 
-def done(outcomes: str) -> int:
-    """Return the number of addresses with an outcome."""
-    return len(outcomes) - outcomes.count(Outcome.BLANK)
-
-
 def counts(outcomes: str) -> Counter[Outcome]:
     """Return the number of addresses by outcome."""
     return Counter({Outcome(letter): n for letter, n in Counter(outcomes).items()})
