@@ -22,6 +22,8 @@ from local.wait import listens
 from scanfleet.kafka.broker import access
 from scanfleet.runtime.settings import KafkaSettings
 
+UP_SECONDS = 120.0  # timeout of an answer: recovering a large log after a kill takes long
+
 PROPERTIES = """\
 process.roles=broker,controller
 node.id=1
@@ -113,21 +115,20 @@ def command(
     return [*_java(), "kafka.Kafka", str(properties)]
 
 
-def wait_until_up(bootstrap: str, limit_seconds: float = 120.0, *, settings: KafkaSettings | None = None) -> None:
+def wait_until_up(bootstrap: str, *, settings: KafkaSettings | None = None) -> None:
     """Wait until the broker answers a client.
 
     Args:
         bootstrap: `host:port`.
-        limit_seconds: timeout; recovering a large log after a kill takes long.
         settings: credentials for a secured broker.
 
     Raises:
         TimeoutError: it did not answer in time.
     """
-    deadline = time.monotonic() + limit_seconds
+    deadline = time.monotonic() + UP_SECONDS
     host, port = bootstrap.rsplit(":", 1)
     # A client logs errors if nothing listens, so check first.
-    listens(host, int(port), limit_seconds)
+    listens(host, int(port), UP_SECONDS)
     asyncio.run(_answers(settings or KafkaSettings(kafka=bootstrap), deadline))
 
 

@@ -20,6 +20,7 @@ from local.paths import TOOLS
 from local.wait import until
 
 REPLICA_SET = "scanfleet"
+READY_SECONDS = 60  # timeout of a primary
 # mongod's error codes
 UNAUTHORIZED = 13
 ALREADY_INITIALIZED = 23
@@ -74,15 +75,12 @@ def uri(address: str, user: str = "", database: str = "admin", credentials: Cred
     return f"mongodb://{user}:{credentials.password(user)}@{address}/?{tls}&authSource={database}"
 
 
-def make_ready(
-    address: str, member: str | None = None, limit_seconds: float = 60.0, credentials: Credentials | None = None
-) -> None:
+def make_ready(address: str, member: str | None = None, credentials: Credentials | None = None) -> None:
     """Initiate the replica set if necessary, update its address if it has changed, and wait for its primary.
 
     Args:
         address: address for this process, `host:port`.
         member: its own address of itself, if different (in a container).
-        limit_seconds: timeout.
         credentials: for a secured server; its administrator is created too.
 
     Raises:
@@ -91,8 +89,8 @@ def make_ready(
     member = member or address
     config = {"_id": REPLICA_SET, "members": [{"_id": 0, "host": member}]}
     if credentials is not None:
-        _make_admin(address, config, limit_seconds, credentials)
-    with _client(uri(address, ADMIN if credentials else "", credentials=credentials), limit_seconds) as client:
+        _make_admin(address, config, credentials)
+    with _client(uri(address, ADMIN if credentials else "", credentials=credentials)) as client:
         try:
             current = client.admin.command("replSetGetConfig")["config"]
         except OperationFailure as error:
@@ -103,7 +101,7 @@ def make_ready(
             if current["members"][0]["host"] != member:
                 client.admin.command("replSetReconfig", config | {"version": current["version"] + 1}, force=True)
         until(
-            lambda: bool(client.admin.command("hello")["isWritablePrimary"]), limit_seconds, f"a primary at {address}"
+            lambda: bool(client.admin.command("hello")["isWritablePrimary"]), READY_SECONDS, f"a primary at {address}"
         )
 
 
@@ -116,9 +114,9 @@ def make_users(address: str, credentials: Credentials, databases: Mapping[str, s
                 client[database].command("createUser", user, pwd=credentials.password(user), roles=roles)
 
 
-def _make_admin(address: str, config: Mapping[str, Any], limit_seconds: float, credentials: Credentials) -> None:
+def _make_admin(address: str, config: Mapping[str, Any], credentials: Credentials) -> None:
     """Initiate the replica set and create its first user, by the localhost exception."""
-    with _client(uri(address, credentials=credentials), limit_seconds) as client:
+    with _client(uri(address, credentials=credentials)) as client:
         with _unless(UNAUTHORIZED, ALREADY_INITIALIZED):
             client.admin.command("replSetInitiate", config)
 
@@ -130,11 +128,11 @@ def _make_admin(address: str, config: Mapping[str, Any], limit_seconds: float, c
                 return False
             return True
 
-        until(made, limit_seconds, f"a primary at {address}")
+        until(made, READY_SECONDS, f"a primary at {address}")
 
 
-def _client(uri: str, limit_seconds: float = 60.0) -> MongoClient[dict[str, Any]]:
-    return MongoClient(uri, serverSelectionTimeoutMS=int(limit_seconds * 1000))
+def _client(uri: str) -> MongoClient[dict[str, Any]]:
+    return MongoClient(uri, serverSelectionTimeoutMS=READY_SECONDS * 1_000)
 
 
 @contextmanager

@@ -63,11 +63,11 @@ class Config:
         self.environment = environment
 
     @classmethod
-    def of_user(cls, environment: Mapping[str, str] = os.environ) -> Config:
+    def of_user(cls) -> Config:
         """Load the configuration of the current user."""
         from platformdirs import user_config_path  # noqa: PLC0415 # not for --help
 
-        return cls(user_config_path("scanfleet"), environment)
+        return cls(user_config_path("scanfleet"))
 
     @property
     def current(self) -> str:
