@@ -298,8 +298,8 @@ class MongoStore:
         hosts = 0
         while hosts < limit and (some := await self._erase_hosts(job_id, min(_SLICE, limit - hosts))):
             hosts += some
-        chunks = await _delete(self._chunks, job_id, limit - hosts)
-        return Removed(hosts, chunks, await _delete(self._port_sets, job_id, limit - hosts - chunks))
+        chunks = await _delete(self._chunks, _ids_of(job_id), limit - hosts)
+        return Removed(hosts, chunks, await _delete(self._port_sets, _ids_of(job_id), limit - hosts - chunks))
 
     async def _erase_hosts(self, job_id: int, limit: int) -> int:
         """Count some hosts of the job in its mark, then delete them; return how many were deleted.
@@ -308,9 +308,9 @@ class MongoStore:
         """
         mark = await self._deleted.find_one({"_id": job_id}, {"slice": True}) or {}
         if counted := mark.get("slice"):
-            left = await self._hosts.delete_many({"_id": {"$gte": counted[0], "$lte": counted[1]}})
-            if left.deleted_count:
-                return left.deleted_count
+            left = await _delete(self._hosts, {"$gte": counted[0], "$lte": counted[1]}, limit)
+            if left:
+                return left
         page = await self._hosts.find({"_id": _ids_of(job_id)}, _SIZE).sort("_id", 1).limit(limit).to_list(None)
         if not page:
             return 0
@@ -375,12 +375,12 @@ class MongoStore:
         return decode(document.raw, self._hosts.codec_options)
 
 
-async def _delete(collection: mongo.Collection, job_id: int, limit: int) -> int:
-    """Delete up to so many documents of the job; return how many were deleted."""
+async def _delete(collection: mongo.Collection, ids: Document, limit: int) -> int:
+    """Delete up to so many documents whose ids meet the condition; return how many were deleted."""
     deleted = 0
     while deleted < limit:
-        ids = collection.find({"_id": _ids_of(job_id)}, {"_id": True}).limit(min(_SLICE, limit - deleted))
-        page = [document["_id"] async for document in ids]
+        found = collection.find({"_id": ids}, {"_id": True}).limit(min(_SLICE, limit - deleted))
+        page = [document["_id"] async for document in found]
         if not page:
             break
         await collection.delete_many({"_id": {"$in": page}})

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from bson.raw_bson import RawBSONDocument
 
-from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place, fold
+from result_store.domain.results import ClosedChunk, Erased, Host, Parts, Place, Removed, fold
 from result_store.repository import PAGE, MongoStore
 from result_store_testing import EPOCH, Log, MemoryStore, host
 from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScriptOutput
@@ -408,6 +408,7 @@ async def test_interrupted_erasure_counts_no_host_twice(database: mongo.Database
     await stores[0].begin_deletions([1])
     counted = {"slice": ["1-0/127.9.8.0", "1-0/127.9.8.19"], "hosts": 12, "rows": 12}  # 0, 1 and 10 to 19
     await database["deleted"].update_one({"_id": 1}, {"$set": counted})
+    assert await stores[0].erase(1, 5) == Removed(5, 0, 0)
 
     async def erase(store: MongoStore) -> None:
         while erased := sum(await store.erase(1, 20)):
