@@ -17,8 +17,6 @@ from typing import Annotated, Final
 
 from pydantic import BeforeValidator
 
-from scanfleet.scanning.outcomes import Outcome
-
 Network = IPv4Network | IPv6Network
 
 DEFAULT_MAX_ADDRESSES: Final = 65_536  # a /16: the largest private network in common use
@@ -193,13 +191,6 @@ class Target:
         if target.included == 0:
             raise ValueError(f"every address of {network} but its broadcast address is excluded")
         return target
-
-    def outcomes(self) -> str:
-        """Return the initial outcome map of the network: each address is excluded or blank."""
-        letters = bytearray(Outcome.BLANK.encode() * self.network.num_addresses)
-        for start, end in self.holes:
-            letters[start:end] = Outcome.EXCLUDED.encode() * (end - start)
-        return letters.decode()
 
 
 def _span(text: str) -> tuple[int, int, int]:

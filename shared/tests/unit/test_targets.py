@@ -449,15 +449,15 @@ def test_without_broadcast_of_the_only_address_is_refused() -> None:
 
 
 @given(st.data())
-def test_outcomes_mark_exactly_the_excluded_addresses(data: st.DataObject) -> None:
-    """An address is excluded in the map if and only if it is in an excluded network."""
+def test_holes_are_exactly_the_excluded_addresses(data: st.DataObject) -> None:
+    """The position of an address is in a hole if and only if the address is in an excluded network."""
     network = parse_network(data.draw(st.sampled_from(["10.0.0.0/26", "255.255.255.192/26", "2001:db8::40/122"])))
     pieces: list[Network] = list(network.subnets(new_prefix=network.max_prefixlen - data.draw(st.integers(0, 5))))
     exclude = data.draw(st.lists(st.sampled_from(pieces), unique=True, max_size=len(pieces) - 1))
     target = Target.parse(str(network), map(str, exclude))
-    letters = ["x" if any(address in inner for inner in exclude) else "." for address in network]
-    assert target.outcomes() == "".join(letters)
-    assert target.included == letters.count(".")
+    excluded = [position for position, each in enumerate(network) if any(each in inner for inner in exclude)]
+    assert [position for hole in target.holes for position in range(*hole)] == excluded
+    assert target.included == network.num_addresses - len(excluded)
 
 
 def test_digest_of_equal_rules_is_equal() -> None:

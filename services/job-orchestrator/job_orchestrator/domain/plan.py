@@ -120,7 +120,7 @@ def plan(policy: ScanPolicy, target: Target) -> Plan:
     ports = policy.port_set
     block, size = _chunk_size(policy, target.included)
     blocks = -(-ports.tcp_count // block) + -(-ports.udp_count // block)
-    slices = _cut_count(target, size)
+    slices = len(_Slices(target, size))
     return Plan(
         addresses=target.network.num_addresses,
         excluded=target.network.num_addresses - target.included,
@@ -148,9 +148,8 @@ def made_up_to(job: ScanJob, open_: int, lowest: int | None) -> int:
 
 def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
     """Yield the job's chunks from index `first` up to `end`, with their fixed ids."""
-    target = _target(job.cidr, job.exclude)
-    slices = _Slices(target, job.plan.chunk_addresses)
-    first_address = target.network.network_address
+    slices = _slices(job)
+    first_address = slices.first_address
     for index in range(first, end):
         if job.plan.blockwise:
             block, slice_ = divmod(index, len(slices))
@@ -187,7 +186,7 @@ def indexes(job: ScanJob, blocks: Iterable[int], first: int, end: int) -> list[t
     Returns:
         Half-open ranges, in order; they may contain other chunks between the requested ones.
     """
-    slices = _Slices(_target(job.cidr, job.exclude), job.plan.chunk_addresses)
+    slices = _slices(job)
     low, high = slices.before(first - job.plan.chunk_addresses + 1), slices.before(end)
     if not job.plan.blockwise:
         return [(low * job.plan.blocks, high * job.plan.blocks)]
@@ -252,9 +251,9 @@ def index_after(job: ScanJob, first: int, addresses: int) -> int:
 
 
 def _blanks_before(job: ScanJob, end: int) -> int:
-    sums = _sums(job.cidr, job.exclude, job.plan.chunk_addresses)
-    blocks, slices = divmod(end, len(sums) - 1)
-    return blocks * sums[-1] + sums[slices]
+    slices = _slices(job)
+    blocks, number = divmod(end, len(slices))
+    return blocks * slices.blanks_before(len(slices)) + slices.blanks_before(number)
 
 
 @lru_cache(maxsize=1_000)  # subnets of the same size that are scanned with the same policy
@@ -302,18 +301,28 @@ def _block(text: str, number: int, size: int) -> tuple[PortSet, str]:
     return ports, str(ports)
 
 
-@lru_cache(maxsize=256)  # jobs whose chunks are being created: a thousand excluded networks take 200 kB
-def _target(cidr: str, exclude: tuple[str, ...]) -> Target:
-    return Target.parse(cidr, exclude)
+def _slices(job: ScanJob) -> _Slices:
+    return _slices_of(job.cidr, job.exclude, job.plan.chunk_addresses)
+
+
+@lru_cache(maxsize=256)  # jobs whose chunks are being created or listed: a thousand excluded networks take 300 kB
+def _slices_of(cidr: str, exclude: tuple[str, ...], size: int) -> _Slices:
+    return _Slices(Target.parse(cidr, exclude), size)
 
 
 class _Slices:
-    """The runs that `_cut` yields, by their number, each without going through the addresses of the others."""
+    """The runs of `size` addresses, a power of two, that are not completely excluded, by their numbers.
+
+    Excluded networks are merged and runs are aligned, so a completely excluded run is a part of one of them. No operation goes
+    through the addresses.
+    """
 
     def __init__(self, target: Target, size: int) -> None:
+        self.first_address = target.network.network_address
         self._size = size
         self._addresses = target.network.num_addresses
         self._holes = target.holes
+        self._excluded = (0, *accumulate(end - start for start, end in target.holes))
         self._skips: list[int] = []
         """The numbers of the slices before which some are completely excluded, which have no number."""
         self._skipped = [0]
@@ -327,7 +336,7 @@ class _Slices:
 
     def __getitem__(self, number: int) -> tuple[int, str]:
         """Return the offset and outcome map."""
-        offset = (number + self._skipped[bisect_right(self._skips, number)]) * self._size
+        offset = self._offset(number)
         after = min(self._addresses, offset + self._size)
         letters = bytearray(Outcome.BLANK.encode() * (after - offset))
         hole = bisect_right(self._holes, offset, key=itemgetter(1))
@@ -339,26 +348,12 @@ class _Slices:
 
     def before(self, offset: int) -> int:
         """Return the number of slices that begin before this offset."""
-        return bisect_left(range(len(self)), offset, key=lambda number: self[number][0])
+        return bisect_left(range(len(self)), offset, key=self._offset)
 
+    def blanks_before(self, number: int) -> int:
+        """Return the number of addresses to scan in the slices before this one; with the number of slices, in all."""
+        offset = min(self._addresses, self._offset(number))
+        return offset - self._excluded[bisect_left(self._holes, offset, key=itemgetter(0))]
 
-@lru_cache(maxsize=64)  # jobs whose ledgers are read
-def _sums(cidr: str, exclude: tuple[str, ...], size: int) -> tuple[int, ...]:
-    """Return the number of addresses to scan before each slice, and in total."""
-    return (0, *accumulate(outcomes.count(Outcome.BLANK) for _, outcomes in _cut(_target(cidr, exclude), size)))
-
-
-def _cut(target: Target, size: int) -> Iterator[tuple[int, str]]:
-    """Yield the offset and outcome map of each run of addresses that is not completely excluded."""
-    whole = target.outcomes()
-    for offset in range(0, len(whole), size):
-        outcomes = whole[offset : offset + size]
-        if Outcome.BLANK in outcomes:
-            yield offset, outcomes
-
-
-def _cut_count(target: Target, size: int) -> int:
-    """Return the number of runs that `_cut` yields for a power of two, without going through the addresses."""
-    # Excluded networks are merged and slices are aligned, so a completely excluded slice is a part of one of them.
-    excluded = sum((end - start) // size for start, end in target.holes)
-    return -(-target.network.num_addresses // size) - excluded
+    def _offset(self, number: int) -> int:
+        return (number + self._skipped[bisect_right(self._skips, number)]) * self._size

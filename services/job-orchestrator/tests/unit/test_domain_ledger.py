@@ -34,7 +34,8 @@ def cut(*, exclude: tuple[str, ...] = (), ports: str = "22,80", size: int = 8) -
     of_job = job.policy.port_set
     blocks = -(-of_job.tcp_count // 8_192) + -(-of_job.udp_count // 8_192)
     job = replanned(job, chunk_addresses=size, chunk_ports=8_192, blocks=blocks)
-    slices = {address // size for address, code in enumerate(Target.parse(job.cidr, exclude).outcomes()) if code == "."}
+    excluded = {position for hole in Target.parse(job.cidr, exclude).holes for position in range(*hole)}
+    slices = {position // size for position in set(range(16)) - excluded}
     count = len(slices) * job.plan.blocks
     return replace(replanned(job, chunk_count=count), made=count)
 

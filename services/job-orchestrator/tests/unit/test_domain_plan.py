@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from ipaddress import IPv4Network, collapse_addresses, ip_address, ip_network
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import pytest
@@ -308,20 +308,30 @@ def test_rest_of_a_job_needs_raw_packets_once_its_tcp_ports_are_done() -> None:
     assert [plan.needs_raw(each) for each in done] == [False, True, True]
 
 
+def runs(target: Target, size: int) -> list[tuple[int, str]]:
+    """Return the offset and map of each run of addresses that is not completely excluded, by going through all addresses."""
+    excluded = {position for start, end in target.holes for position in range(start, end)}
+    letters = "".join("x" if position in excluded else "." for position in range(target.network.num_addresses))
+    cut = ((offset, letters[offset : offset + size]) for offset in range(0, len(letters), size))
+    return [(offset, outcomes) for offset, outcomes in cut if "." in outcomes]
+
+
 @given(
     st.integers(0, 10),
     st.lists(st.tuples(st.integers(0, 1_023), st.integers(0, 9)), max_size=6),
 )
 def test_slice_is_cut_from_its_number(size: int, excluded: list[tuple[int, int]]) -> None:
-    """Each slice has the offset and map that going through all addresses of the network finds, for any excluded networks."""
+    """Each slice has the offset, the map and the number of addresses before it that going through all addresses finds."""
     base = int(ip_address("127.9.0.0"))
     exclude = [IPv4Network((base + place, 32 - bits), strict=False) for place, bits in excluded]
     assume(sum(each.num_addresses for each in collapse_addresses(exclude)) < 1_024)
     target = Target.parse("127.9.0.0/22", map(str, exclude))
-    cut = list(plan._cut(target, 2**size))
+    cut = runs(target, 2**size)
     slices = plan._Slices(target, 2**size)
     assert len(slices) == len(cut)
     assert [slices[number] for number in range(len(cut))] == cut
+    blanks = [outcomes.count(Outcome.BLANK) for _, outcomes in cut]
+    assert [slices.blanks_before(number) for number in range(len(cut) + 1)] == [0, *accumulate(blanks)]
 
 
 @pytest.mark.proves("G20")
@@ -483,10 +493,10 @@ def test_job_is_shared_by_a_few_workers(cidr: str, ports: str, timing: int) -> N
 
 @settings(max_examples=60, deadline=None)
 @given(targets(st.integers(20, 32)), st.integers(0, 12))
-def test_cut_count_equals_the_slices_of_the_map(target: Target, power: int) -> None:
+def test_number_of_slices_equals_the_runs_of_addresses(target: Target, power: int) -> None:
     """The number of slices follows from the networks as it does from the outcome map, also for slices larger than the subnet."""
     merged = Target.parse(str(target.network), target.exclude)
-    assert plan._cut_count(merged, 2**power) == sum(1 for _ in plan._cut(merged, 2**power))
+    assert len(plan._Slices(merged, 2**power)) == len(runs(merged, 2**power))
 
 
 @settings(max_examples=60, deadline=None)
@@ -495,15 +505,14 @@ def test_slices_before_an_offset_are_those_that_begin_before_it(target: Target, 
     """The number of slices before an offset follows from the networks as it does from the outcome map."""
     merged = Target.parse(str(target.network), target.exclude)
     slices = plan._Slices(merged, 2**power)
-    assert slices.before(offset) == sum(begin < offset for begin, _ in plan._cut(merged, 2**power))
+    assert slices.before(offset) == sum(begin < offset for begin, _ in runs(merged, 2**power))
 
 
 def cheapest(work: Callable[[], Worked]) -> tuple[float, Worked]:
     """Run `work` three times without caches; return the least CPU seconds and the result. Other processes add to the rest."""
     seconds = []
     for _ in range(3):
-        plan._target.cache_clear()
-        plan._sums.cache_clear()
+        plan._slices_of.cache_clear()
         plan._block.cache_clear()
         began = time.process_time()
         worked = work()
