@@ -92,6 +92,54 @@ async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoSt
     assert min(ends[status] for status in (JobStatus.COMPLETED, JobStatus.CANCELLED)) > RACES // 10, ends
 
 
+@pytest.mark.proves("F38", "G24")
+@pytest.mark.parametrize("end", [JobStatus.COMPLETED, JobStatus.CANCELLED])
+async def test_delete_against_the_end_of_a_job_five_hundred_times(mongo_store: MongoStore, end: JobStatus) -> None:
+    """Deleted within five milliseconds of its end a job is deleted only after it, and its last event is published."""
+    simulation = Simulation(mongo_store, replicas=2)
+    await simulation.start()
+    simulation.worker.slots, simulation.results = MAX_SLOTS, None
+    await simulation.worker.announce()
+    await simulation.submit(*["127.9.8.0/30"] * RACES)
+    await simulation.settle()
+    scanned = {each.job_id: each for each in simulation.bus.messages(SCAN_RESULTS) if isinstance(each, ChunkScanned)}
+    assert len(scanned) == RACES
+    chance = random.Random(5)  # noqa: S311 # moments, not secrets
+    stores, commands = (simulation.replicas[0].handlers[topic] for topic in (SCAN_STORED, SCAN_COMMANDS))
+    deletions = simulation.replicas[1].deletions
+    lead = 0.0  # of the end; of the delete if it is negative
+    deleted: set[int] = set()
+
+    async def delete(job_id: int, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        deleted.update(await deletions.delete([job_id], "request"))
+
+    async def race(each: ChunkScanned) -> None:
+        nonlocal lead
+        stored = ChunkStored(job_id=each.job_id, chunk_id=each.chunk_id, outcomes=each.outcomes)
+        cancel = CancelJob(command_id=f"cancel-{each.job_id}", user_id=7, job_id=each.job_id)
+        moment = lead + chance.uniform(-MOMENT_SECONDS / 2, MOMENT_SECONDS / 2)
+        handler, message = (stores, stored) if end is JobStatus.COMPLETED else (commands, cancel)
+        await asyncio.gather(soon(handler, message, max(0.0, -moment)), delete(each.job_id, max(0.0, moment)))
+        lead += -STEP if each.job_id in deleted else STEP
+
+    left: Sequence[ChunkScanned] = list(scanned.values())
+    while left:
+        await asyncio.gather(*map(race, left[:AT_ONCE]))
+        left = left[AT_ONCE:]
+    await simulation.settle()
+    assert min(len(deleted), RACES - len(deleted)) > RACES // 10, len(deleted)
+
+    jobs = await mongo_store.jobs.get(scanned)
+    assert jobs.keys() == scanned.keys() - deleted
+    assert {job.status for job in jobs.values()} == {end}
+    assert await deletions.delete(jobs, "request") == jobs.keys()
+    last = {
+        event.job.id: event.job.status for event in simulation.bus.messages(SCAN_EVENTS) if isinstance(event, JobEvent)
+    }
+    assert last == dict.fromkeys(scanned, end)
+
+
 @pytest.mark.proves("F34", "G20")
 @pytest.mark.parametrize(
     ("cidr", "ports", "chunk_count"),
