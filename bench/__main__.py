@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from bench import capacity, command, control, fleet, http_client, platform, silent, xml_reader
+from bench import backlog, capacity, command, control, fleet, http_client, platform, silent, xml_reader
 from bench.figures import Figure, show
 
 Part = Callable[[], Iterable[Figure]]
@@ -16,6 +16,7 @@ Part = Callable[[], Iterable[Figure]]
 PARTS: Final[Mapping[str, Part]] = {
     "platform": platform.measure,
     "control": control.measure,
+    "backlog": backlog.measure,
     "capacity": capacity.measure,
     "fleet": fleet.measure,
     "silent": silent.measure,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from bench.__main__ import main
+from bench.__main__ import PARTS, main
+from bench.backlog import HEARTBEATS, heartbeat
 from bench.capacity import made
 from bench.figures import Figure
 from bench.fleet import assignments
 from bench.kit import Load
-from scanfleet.contracts.messages import HostScanned, ScanChunk
+from scanfleet.contracts.messages import ChunkProgressed, HostScanned, ScanChunk
 from scanfleet.scanning.outcomes import MAX_ADDRESSES
 from scanfleet.security.chunk_grants import Grants, Signer
 
@@ -34,6 +37,13 @@ def test_failed_part_keeps_all_other_figures(capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr()
     assert json.loads(printed.out.splitlines()[-1]) == {"early": 2.0, "good": 1.0}
     assert "TimeoutError: no answer" in printed.err
+
+
+def test_parts_are_those_of_the_operations_page() -> None:
+    """The page from which operators size a platform names every part."""
+    page = (Path(__file__).parents[3] / "docs/operations.md").read_text(encoding="utf-8")
+    table = page.partition("| part | measures |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(PARTS)
 
 
 def test_load_report_of_wrk_is_read() -> None:
@@ -71,3 +81,12 @@ def test_fleet_tasks_are_valid_and_for_each_worker_in_turn() -> None:
     read = [ScanChunk.model_validate_json(task.model_dump_json()) for task in made_]
     assert [task.worker_id for task in read] == [f"bench-{number}" for number in (0, 1, 2, 0, 1, 2)]
     assert len({task.grant.signature for task in read if task.grant}) == 6
+
+
+def test_backlog_heartbeats_report_further_addresses() -> None:
+    """Each heartbeat of a chunk is a record that the orchestrator could read, with one more address that is down."""
+    (task,) = assignments(1, 1, Signer(Ed25519PrivateKey.generate()))
+    read = [ChunkProgressed.model_validate_json(heartbeat(task, done).model_dump_json()) for done in range(HEARTBEATS)]
+    assert {each.token for each in read} == {task.token}
+    assert {len(each.outcomes) for each in read} == {len(task.outcomes)}
+    assert [each.outcomes.count("d") for each in read] == list(range(HEARTBEATS))
