@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """In parallel runs, keep the tests of a part in one process, and those of every other file."""
+    """Keep the tests of a part in one process in parallel runs, and those of every other file."""
 
     class Parts(LoadScopeScheduling):  # type: ignore[misc] # the plugin ships no types
         def _split_scope(self, nodeid: str) -> str:

@@ -61,7 +61,7 @@ async def hosts(stack: Stack) -> Sequence[Figure]:
 
 
 def last_page(stack: Stack) -> Figure:
-    """Median of the ratios of pairs, run in turn; no worker scans the job."""
+    """Return the median of the ratios of pairs, run in turn; no worker scans the job."""
     token = stack.token(7)
     user = Client(stack.url, token)
     job_id = user.scan("127.0.0.0/16", ports="8080")
@@ -95,7 +95,7 @@ async def store(publisher: KafkaBus, results: mongo.Database, signer: Signer, co
 
 
 def made(job_id: int, count: int, signer: Signer) -> Iterator[HostScanned]:
-    """Hosts of a job, each with one open port, in chunks of the largest size."""
+    """Return hosts of a job, each with one open port, in chunks of the largest size."""
     for index, start in enumerate(range(0, count, MAX_ADDRESSES)):
         addresses = [
             str(ip_address("127.0.0.0") + number) for number in range(start, min(start + MAX_ADDRESSES, count))
@@ -115,7 +115,7 @@ def made(job_id: int, count: int, signer: Signer) -> Iterator[HostScanned]:
 
 
 async def inserts(results: mongo.Database) -> float:
-    """Documents per second that one client inserts into MongoDB."""
+    """Measure the documents per second that one client inserts into MongoDB."""
     documents = [each async for each in results["hosts"].find(limit=HOSTS)]
     rates = []
     for name in ("bare1", "bare2", "bare3"):

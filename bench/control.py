@@ -63,7 +63,7 @@ def measure() -> Iterator[Figure]:
 
 
 def idle(stack: Stack, user: Client) -> Iterator[Figure]:
-    """POST of one job at a time, in hops of one Kafka record from producer to consumer."""
+    """Measure the POST of one job at a time, in hops of one Kafka record from producer to consumer."""
     subnet_id, policy_id = user.subnet("127.9.8.1/32"), user.policy(**ONE_PORT)
     hop = asyncio.run(hop_seconds(stack))
     times = []
@@ -77,7 +77,7 @@ def idle(stack: Stack, user: Client) -> Iterator[Figure]:
 
 
 async def hop_seconds(stack: Stack) -> float:
-    """The median time of a record from producer to consumer."""
+    """Measure the median time of a record from producer to consumer."""
     arrived = asyncio.Event()
 
     class Listener(Workers):
@@ -102,7 +102,7 @@ async def hop_seconds(stack: Stack) -> float:
 
 
 def accepted(stack: Stack, user: Client) -> Iterator[Figure]:
-    """Jobs posted singly, and the CPU time of a job that scans nothing, beside FastAPI with Celery and Redis.
+    """Measure jobs posted singly, and the CPU time of a job that scans nothing, beside FastAPI with Celery and Redis.
 
     Jobs are only accepted: no worker runs. They are compared with the tasks that Celery accepts and executes, and with those that
     it accepts while no worker runs. The CPU time is that of all processes, workers included, from an empty queue to an empty queue.
@@ -135,7 +135,7 @@ def accepted(stack: Stack, user: Client) -> Iterator[Figure]:
 
 
 async def scripted(stack: Stack, user: Client, work: Callable[[], Load]) -> tuple[Mapping[str, float], float, float]:
-    """CPU seconds by process, and documents read and written, of each job that `work` posts, until the last has ended."""
+    """Return CPU seconds by process, and documents read and written, of each job that `work` posts, until the last has ended."""
     async with scanning(stack) as workers:
         await ended(workers, lambda: user.unfinished() == 0)
         meter = Meter(pids(stack, OURS) | {"workers": os.getpid()})  # the workers are tasks of this process
@@ -149,7 +149,7 @@ async def scripted(stack: Stack, user: Client, work: Callable[[], Load]) -> tupl
 
 @asynccontextmanager
 async def scanning(stack: Stack) -> AsyncIterator[Workers]:
-    """Scripted workers that take tasks while the block runs."""
+    """Run scripted workers that take tasks while the block runs."""
     async with bus(stack) as publisher:
         workers = Workers(publisher)
         tail = publisher.tail(SCAN_TASKS, workers)
@@ -169,7 +169,7 @@ async def ended(workers: Workers, condition: Callable[[], bool], limit_seconds: 
 
 
 def celery(folder: Path, body: str) -> tuple[Load, float, float]:
-    """Requests that FastAPI puts on Celery's queue in Redis, which syncs each write.
+    """Measure requests that FastAPI puts on Celery's queue in Redis, which syncs each write.
 
     Returns:
         The load without a worker; the tasks that two workers execute per second of the same load, until the queue is empty; the
@@ -209,7 +209,7 @@ def celery(folder: Path, body: str) -> tuple[Load, float, float]:
 def running(
     commands: Mapping[str, Sequence[str]], environment: Mapping[str, str], folder: Path
 ) -> Iterator[Mapping[str, int]]:
-    """Processes for the length of the block; yields their pids."""
+    """Run processes for the length of the block, and yield their pids."""
     started: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, command in commands.items():
@@ -223,7 +223,7 @@ def running(
 
 
 def queries(stack: Stack, user: Client) -> Iterator[Figure]:
-    """The list of jobs beside the same query in one process, and beside an open route of the same gateway."""
+    """Measure the list of jobs beside the same query in one process, and beside an open route of the same gateway."""
     page = 20
     total = user.http.get("/api/v1/task", params={"page_size": page}).json()["total"]
     rate = load(f"{stack.url}/api/v1/task?page_size={page}", clients=8, seconds=SECONDS, token=stack.token(7)).rate
@@ -243,7 +243,7 @@ def queries(stack: Stack, user: Client) -> Iterator[Figure]:
 
 
 async def chunks(stack: Stack, user: Client) -> list[Figure]:
-    """CPU of orchestrator and MongoDB per chunk: of jobs of 64 chunks, of the start of one of 524,288, and of a whole large one."""
+    """Measure the CPU of orchestrator and MongoDB per chunk: jobs of 64, the start of one of 524,288, and a whole large one."""
     async with scanning(stack) as workers:
         policy_id = user.policy(**ALL_PORTS, timing=3)
         small = [user.subnet(cidr) for cidr in SMALL]
@@ -272,7 +272,7 @@ async def chunks(stack: Stack, user: Client) -> list[Figure]:
 
 
 def largest(stack: Stack, user: Client, calm: float) -> Iterator[Figure]:
-    """A pending /16 of all ports: its POST, its ledger, the health of the orchestrator meanwhile, and its cancel.
+    """Measure a pending /16 of all ports: its POST, its ledger, the health of the orchestrator meanwhile, and its cancel.
 
     Args:
         stack: without workers.

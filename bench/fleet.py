@@ -75,7 +75,7 @@ async def cores(stack: Stack, publisher: KafkaBus, chunks: Sequence[ScanChunk]) 
 
 
 def assignments(workers: int, count: int, signer: Signer) -> list[ScanChunk]:
-    """Chunks as the orchestrator dispatches them, to workers that do not exist."""
+    """Return chunks as the orchestrator dispatches them, to workers that do not exist."""
     policy = fill_in(Preset.STANDARD, {})
     scope = {"user_id": 7, "first_address": "127.0.0.0", "outcomes": Outcome.BLANK * ADDRESSES, "ports": policy.ports}
     made = []

@@ -102,11 +102,11 @@ class Meter:
         self._began = time.perf_counter()
 
     def wall(self) -> float:
-        """Seconds since the construction."""
+        """Return the seconds since the construction."""
         return time.perf_counter() - self._began
 
     def cpu(self) -> dict[str, float]:
-        """CPU seconds of each process since then."""
+        """Return the CPU seconds of each process since then."""
         after = self._seconds()
         return {name: after[name] - self._before[name] for name in after}
 
@@ -116,13 +116,13 @@ class Meter:
 
 
 def _family_seconds(pid: int, processes: Mapping[int, tuple[int, float]]) -> float:
-    """CPU seconds of a process and its living descendants."""
+    """Return the CPU seconds of a process and its living descendants."""
     children = (child for child, (parent, _) in processes.items() if parent == pid)
     return processes[pid][1] + sum(_family_seconds(child, processes) for child in children)
 
 
 def _processes() -> Iterator[tuple[int, tuple[int, float]]]:
-    """Each process of this machine with its parent and CPU seconds."""
+    """Return each process of this machine with its parent and CPU seconds."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
@@ -147,7 +147,7 @@ def pids(stack: Stack, names: Collection[str]) -> dict[str, int]:
 
 
 def cores(stack: Stack, names: Collection[str], seconds: float) -> float:
-    """The average number of cores that these processes use during the next seconds."""
+    """Measure the average number of cores that these processes use during the next seconds."""
     meter = Meter(pids(stack, names))
     time.sleep(seconds)
     return sum(meter.cpu().values()) / meter.wall()

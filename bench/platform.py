@@ -39,7 +39,7 @@ def measure() -> Iterator[Figure]:
 
 
 def scan_ratio(user: Client, ports: int) -> float:
-    """Median of the ratios of pairs, run in turn, so that a change of the machine's speed hits both."""
+    """Return the median of the ratios of pairs, run in turn, so that a change of the machine's speed hits both."""
     subnet_id, policy_id = user.subnet(SUBNET), user.policy(**QUICK | {"ports": f"top:{ports}"})
     plain = ["nmap", "-n", "-v", "-T4", "--top-ports", str(ports), SUBNET]
     for job in [user.submit([subnet_id], policy_id)[0] for _ in range(WARM_UP)]:
@@ -64,7 +64,7 @@ def follow(user: Client, job_id: int) -> None:
 
 
 def readable_p95_ms(user: Client) -> float:
-    """95th percentile; a result's `created_at` is the broker's timestamp of the host, and the broker is on this machine."""
+    """Return the 95th percentile; a result's `created_at` is the timestamp of its host by the broker, which is on this machine."""
     job_id = user.scan(SUBNET, **QUICK | {"ports": "8000-8100"})
     seen: dict[int, float] = {}
     while True:
@@ -78,7 +78,7 @@ def readable_p95_ms(user: Client) -> float:
 
 
 def jobs_ratios(user: Client) -> Iterator[Figure]:
-    """One-host jobs to completed, in one POST and posted singly, beside as many nmaps, four at a time."""
+    """Measure one-host jobs to completed, in one POST and posted singly, beside as many nmaps, four at a time."""
     policy_id = user.policy(**ONE_PORT)
     hosts = [f"127.9.7.{number}" for number in range(1, JOBS + 1)]
     subnet_ids = [user.subnet(f"{host}/32") for host in hosts]

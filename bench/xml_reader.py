@@ -57,7 +57,7 @@ TAIL = """<runstats><finished time="1" timestr="now" summary="done" elapsed="1" 
 
 
 def document(prefix_length: int) -> Iterator[bytes]:
-    """A sparse network as nmap writes it: of 16 addresses 12 are down, 3 have all ports closed, 1 has two open."""
+    """Return a sparse network as nmap writes it: of 16 addresses 12 are down, 3 have all ports closed, 1 has two open."""
     first = int(ip_address("10.0.0.0"))
     yield HEAD.encode()
     for index in range(1 << (32 - prefix_length)):
@@ -72,7 +72,7 @@ def document(prefix_length: int) -> Iterator[bytes]:
 
 
 def pieces(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in the pieces that a pipe delivers."""
+    """Yield the same bytes in the pieces that a pipe delivers."""
     held = bytearray()
     for part in parts:
         held += part
@@ -94,7 +94,7 @@ def read(parts: Iterator[bytes], *, views: bool) -> int:
 
 
 def peak_kb(prefix_length: int) -> int:
-    """Peak memory in kB of a process that reads such a document."""
+    """Return the peak memory in kB of a process that reads such a document."""
     output = subprocess.check_output([sys.executable, "-m", "bench.xml_reader", str(prefix_length)])  # this file
     return int(output)
 

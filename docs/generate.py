@@ -161,7 +161,7 @@ def openapi() -> str:
 
 
 def asyncapi() -> str:
-    """The public topics, for tools that read AsyncAPI."""
+    """Return the public topics, for tools that read AsyncAPI."""
     return json.dumps(export.asyncapi(), indent=1) + "\n"
 
 

@@ -96,7 +96,7 @@ class Authority:
         """Its own certificate, in PEM."""
 
     def issue(self, name: str, *extensions: x509.ExtensionType) -> tuple[str, str]:
-        """A new key and its certificate, in PEM."""
+        """Return a new key and its certificate, in PEM."""
         key = ec.generate_private_key(ec.SECP256R1())
         private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
         return private, self._sign(_name(name), key, *extensions)

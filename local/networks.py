@@ -95,11 +95,11 @@ class Network:
         self._stack.close()
 
     def command(self, *arguments: str) -> list[str]:
-        """The command that runs `arguments` on the scanning side."""
+        """Return the command that runs `arguments` on the scanning side."""
         return _inside(self._scanner, *arguments)
 
     def nmap(self, folder: Path) -> str:
-        """The path of a program in `folder` that is nmap on the scanning side: for SCANFLEET_NMAP."""
+        """Return the path of a program in `folder` that is nmap on the scanning side: for SCANFLEET_NMAP."""
         program = folder / f"nmap-{self._scanner}"
         # It has priority: it takes the delays of a busy machine for those of the network, and gives up earlier.
         program.write_text(f'#!/bin/sh\nexec nice -n -10 {" ".join(self.command(_path("nmap")))} "$@"\n')
@@ -138,7 +138,7 @@ class Network:
 
     @contextmanager
     def capture(self) -> Iterator[list[Packet]]:
-        """The packets that leave the scanning side, with the kernel's time stamps; complete when the block has ended."""
+        """Yield the packets that leave the scanning side, with the kernel's time stamps; complete when the block has ended."""
 
         def tap() -> socket.socket:
             found = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
@@ -166,7 +166,7 @@ class Network:
 
 
 def busiest_second(packets: Sequence[Packet]) -> int:
-    """The most packets of any window of one second."""
+    """Return the most packets of any window of one second."""
     times = sorted(packet.at for packet in packets)
     begin = most = 0
     for end, at in enumerate(times):
@@ -177,7 +177,7 @@ def busiest_second(packets: Sequence[Packet]) -> int:
 
 
 def ahead(packets: Sequence[Packet], rate: float) -> float:
-    """The most packets by which a program was ahead of a schedule of `rate` packets per second that begins with its first one.
+    """Return the most packets by which a program was ahead of a schedule of `rate` packets per second from its first on.
 
     nmap keeps to such a schedule: after the kernel did not run it for a moment, it catches up. So a busy machine changes the
     busiest second, but does not put nmap ahead of its schedule.
@@ -187,13 +187,13 @@ def ahead(packets: Sequence[Packet], rate: float) -> float:
 
 
 def most_at_once(groups: Collection[Sequence[Packet]]) -> int:
-    """The most groups of packets that are in progress at a time, from their first to their last packet."""
+    """Return the most groups of packets that are in progress at a time, from their first to their last packet."""
     edges = [edge for group in groups for edge in ((min(group).at, 1), (max(group).at, -1))]
     return max(accumulate(change for _, change in sorted(edges, key=lambda edge: (edge[0], -edge[1]))))
 
 
 def gaps(packets: Sequence[Packet]) -> list[float]:
-    """Seconds between each two successive packets to the same address."""
+    """Return the seconds between each two successive packets to the same address."""
     last: dict[str, float] = {}
     found = []
     for packet in sorted(packets, key=lambda packet: packet.at):
@@ -204,7 +204,7 @@ def gaps(packets: Sequence[Packet]) -> list[float]:
 
 
 def by_address(packets: Sequence[Packet]) -> Counter[str]:
-    """How many packets went to each address."""
+    """Return how many packets went to each address."""
     return Counter(packet.address for packet in packets)
 
 

@@ -11,7 +11,7 @@ OpenPorts = set[tuple[str, int]]
 
 
 def open_ports(*arguments: str) -> OpenPorts:
-    """Address and number of each TCP port that `nmap ARGUMENTS` finds open.
+    """Return address and number of each TCP port that `nmap ARGUMENTS` finds open.
 
     Raises:
         subprocess.CalledProcessError: nmap failed.

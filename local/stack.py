@@ -182,7 +182,7 @@ class Stack:
         return self.servers.mongodb_files
 
     def processes(self) -> list[Process]:
-        """The state of every process according to supervisord; empty when the stack is down."""
+        """Return the state of every process according to supervisord; empty when the stack is down."""
         return self._supervisor.processes() if self._supervisor.answers() else []
 
     def pid(self, name: str) -> int:

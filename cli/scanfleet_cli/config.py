@@ -296,5 +296,5 @@ def _parts(url: str) -> tuple[str, str | None, int | None, str, str]:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL is on this machine, so that it needs no TLS."""
+    """Return whether a URL is on this machine, so that it needs no TLS."""
     return urlsplit(url).hostname in _LOOPBACK

@@ -114,7 +114,7 @@ class Tokens:
     client_id: str | None = None
 
     def lasts(self, seconds: float = 0.0) -> bool:
-        """Whether the access token is valid for more than these seconds, as far as its end is known."""
+        """Return whether the access token is valid for more than these seconds, as far as its end is known."""
         return self.expires_at is None or time.time() < self.expires_at - seconds
 
     def renewed(self, answer: dict[str, Any]) -> Tokens:

@@ -198,7 +198,7 @@ def jwt(seconds: float) -> str:
 
 
 def counting(folder: Path, *tokens: str) -> list[str]:
-    """A command that prints the next of these tokens each time it runs, the last one again and again."""
+    """Return a command that prints the next of these tokens each time it runs, the last one again and again."""
     script = (
         "import pathlib, sys; runs = pathlib.Path(sys.argv[1]); number = len(runs.read_text()) if runs.exists() else 0; "
         "runs.write_text('x' * (number + 1)); print(sys.argv[2:][min(number, len(sys.argv) - 3)])"

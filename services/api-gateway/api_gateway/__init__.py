@@ -1,1 +1,1 @@
-"""The public REST API: checks tokens, publishes commands, proxies queries."""
+"""Serve the public REST API: check tokens, publish commands, forward queries."""

@@ -1,4 +1,4 @@
-"""Builds the gateway; `python -m scanfleet.runtime.server api-gateway` runs it."""
+"""Build the gateway; `python -m scanfleet.runtime.server api-gateway` runs it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def create_app(
     transport: httpx2.AsyncBaseTransport | None = None,
     issuer: httpx2.AsyncBaseTransport | None = None,
 ) -> FastAPI:
-    """The gateway.
+    """Create the gateway.
 
     Args:
         settings: from the environment unless given.

@@ -299,7 +299,7 @@ class Orchestrator(Upstream):
         return _parse(list[Revoked], await self._ask_for_itself("GET", "/internal/revocations"))
 
     async def expire(self, command_id: str, headers: Mapping[str, str]) -> CommandReply | None:
-        """See `api_gateway.handlers.commands.Arbiter`."""
+        """See `api_gateway.domain.ports.Arbiter`."""
         answer = await self.ask("POST", f"/internal/commands/{command_id}/expire", headers)
         match _parse(rest.Verdict, answer).root:
             case rest.Accepted(jobs=jobs):

@@ -142,7 +142,7 @@ class UserGrant(Limits):
         return f"of grant {self.name}"
 
     def is_for(self, user_id: int, roles: AbstractSet[str]) -> bool:
-        """Whether this caller may use the grant."""
+        """Return whether this caller may use the grant."""
         for_all = not self.users and not self.roles
         return for_all or user_id in self.users or not roles.isdisjoint(self.roles)
 

@@ -36,7 +36,7 @@ class _Target:
     """Monotonic time before the query was sent."""
 
     def stale(self, now: float) -> bool:
-        """Whether the process was too slow, or frozen, for this end to be current."""
+        """Return whether the process was too slow, or frozen, for this end to be current."""
         return now - self.asked > STALE_SECONDS
 
 

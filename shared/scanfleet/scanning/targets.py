@@ -130,7 +130,7 @@ class TargetRules:
 
 
 def covers(network: Network, allowed: Iterable[Network], nat64: Iterable[IPv6Network] = ()) -> bool:
-    """Whether `network` lies within `allowed`, several of which may cover it together, and so does all IPv4 that it embeds."""
+    """Return whether `network`, and all IPv4 that it embeds, lie within `allowed`, several of which may cover it together."""
     allowed = tuple(allowed)
     return all(_within_any(each, allowed) for each in (network, *_embedded(network, nat64)))
 
@@ -219,7 +219,7 @@ def _ipv4(address: int) -> str:
 
 
 def _ipv6(address: int) -> str:
-    """As `_ipv4`."""
+    """Return the address as `_ipv4` does."""
     text = inet_ntop(AF_INET6, address.to_bytes(16))
     return str(IPv6Address(address)) if "." in text else text  # the spelling of an embedded IPv4 address differs
 

@@ -128,7 +128,7 @@ def fill(credit: Credit, held: Iterable[Held], now: datetime) -> Credit:
 
 
 def has_room(credit: Credit) -> bool:
-    """Whether the worker has a free slot, or one soon: it releases a chunk that waits for a slot for `AHEAD_SECONDS`."""
+    """Return whether the worker has a free slot, or one soon: it releases a chunk that waits for a slot for `AHEAD_SECONDS`."""
     if credit.held < credit.slots:
         return True
     return credit.slots > 0 and credit.ahead_seconds < AHEAD_SECONDS and credit.free_in <= AHEAD_SECONDS
@@ -233,7 +233,7 @@ class Round:
         return found
 
     def _in_time(self, worker: Credit, candidate: Candidate) -> bool:
-        """Whether the worker has a free slot, or the chunk is short enough to be prefetched."""
+        """Return whether the worker has a free slot, or the chunk is short enough to be prefetched."""
         return (
             worker.held < worker.slots or worker.ahead_seconds + self._ahead_seconds(worker, candidate) <= AHEAD_SECONDS
         )
@@ -245,7 +245,7 @@ class Round:
         return candidate.estimate
 
     def _can_join(self, worker: Credit, candidate: Candidate) -> bool:
-        """Whether the worker can scan the chunk with an nmap that starts in this round, as far as the candidate shows.
+        """Return whether the worker can scan the chunk with an nmap that starts in this round, as far as the candidate shows.
 
         Chunks of one user with equal estimates and as many ports rarely differ in ports and policy.
         """

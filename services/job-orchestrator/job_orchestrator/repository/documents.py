@@ -188,7 +188,7 @@ def _totals(document: Document) -> Document:
 
 
 def write_deletion(deletion: Deletion) -> Document:
-    """Without any field by which jobs are found."""
+    """Write a receipt, which has no field by which jobs are found."""
     known = {name: getattr(deletion, name) for name in Deletion.__slots__ if name != "job_id"}
     return {
         "_id": deletion.job_id,

@@ -34,5 +34,5 @@ class Message(BaseModel):
 
     @classmethod
     def type_name(cls) -> str:
-        """`ce_type`, for example `scanfleet.JobCreated.v1`."""
+        """Return `ce_type`, for example `scanfleet.JobCreated.v1`."""
         return f"scanfleet.{cls.__name__}.v{cls.version}"

@@ -89,7 +89,7 @@ def encode(topic: Topic, message: Message, *, source: str, traceparent: str | No
 
 
 def _value(message: Message, named: Mapping[str, str], *, exclude_defaults: bool = False) -> bytes:
-    """The JSON of the message with the fields of `named` before its own."""
+    """Return the JSON of the message with the fields of `named` before its own."""
     text = message.model_dump_json(exclude_defaults=exclude_defaults).encode()
     return json.dumps(named, separators=(",", ":")).encode()[:-1] + b"," + text[1:] if named else text
 

@@ -93,7 +93,7 @@ class SubnetImportCheck(Answer):
 
 
 def _preset_decides() -> Any:
-    """Default of a field that `PolicyBody.scan` fills in; a factory, so that no default is documented."""
+    """Return the default of a field that `PolicyBody.scan` fills in; a factory, so that no default is documented."""
 
 
 class PolicyValues(Body):

@@ -452,7 +452,7 @@ _RESET: Final = struct.pack("ii", 1, 0)  # wait for unsent data: yes, 0 seconds
 
 
 def _accepted(transport: asyncio.Transport) -> bool:
-    """Whether the client may send requests: over TLS only the gateway, whose certificate the authority has signed."""
+    """Return whether the client may send requests: over TLS only the gateway, whose certificate the authority has signed."""
     if transport.get_extra_info("ssl_object") is None:
         return True
     return GATEWAY in names(transport.get_extra_info("peercert") or {})

@@ -61,7 +61,7 @@ class Sessions(Protocol):
     """Browser sessions: a token in a cookie, for requests that carry no `Authorization` header."""
 
     def token(self, request: Request) -> str | None:
-        """The token in the request's cookie; None if there is no cookie.
+        """Return the token in the request's cookie; None if there is no cookie.
 
         Raises:
             UnauthorizedError: the cookie is not valid, or another site may have made the request.
@@ -80,7 +80,7 @@ async def authenticate(request: Request) -> Principal:
 
 
 async def bearer_token(request: Request) -> str | None:
-    """The token in the `Authorization` header; None if there is none."""
+    """Return the token in the `Authorization` header; None if there is none."""
     credentials = await _bearer(request)
     return credentials.credentials if credentials else None
 

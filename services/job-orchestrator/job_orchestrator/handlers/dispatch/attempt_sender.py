@@ -96,7 +96,7 @@ class AttemptSender:
         """By partition of scan-tasks: the assignments that are not acknowledged yet."""
 
     def can_reach(self, worker_id: str) -> bool:
-        """Whether the partition of this worker's assignments has acknowledged the last ones."""
+        """Return whether the partition of this worker's assignments has acknowledged the last ones."""
         return SCAN_TASKS.partition_of(worker_id) not in self._sending
 
     def expect(self, candidate: Candidate) -> Candidate:
