@@ -120,7 +120,7 @@ def plan(policy: ScanPolicy, target: Target) -> Plan:
     ports = policy.port_set
     block, size = _chunk_size(policy, target.included)
     blocks = -(-ports.tcp_count // block) + -(-ports.udp_count // block)
-    slices = len(_Slices(target, size))
+    slices = _Slices(target, size).count
     return Plan(
         addresses=target.network.num_addresses,
         excluded=target.network.num_addresses - target.included,
@@ -152,7 +152,7 @@ def chunks(job: ScanJob, first: int, end: int) -> Iterator[Chunk]:
     first_address = slices.first_address
     for index in range(first, end):
         if job.plan.blockwise:
-            block, slice_ = divmod(index, len(slices))
+            block, slice_ = divmod(index, slices.count)
         else:
             slice_, block = divmod(index, job.plan.blocks)
         offset, outcomes = slices[slice_]
@@ -192,10 +192,10 @@ def indexes(job: ScanJob, blocks: Iterable[int], first: int, end: int) -> list[t
         return [(low * job.plan.blocks, high * job.plan.blocks)]
     ranges: list[tuple[int, int]] = []
     for block in sorted(blocks):
-        begin = block * len(slices) + low
+        begin = block * slices.count + low
         if ranges and ranges[-1][1] == begin:
             begin = ranges.pop()[0]
-        ranges.append((begin, block * len(slices) + high))
+        ranges.append((begin, block * slices.count + high))
     return ranges
 
 
@@ -252,8 +252,8 @@ def index_after(job: ScanJob, first: int, addresses: int) -> int:
 
 def _blanks_before(job: ScanJob, end: int) -> int:
     slices = _slices(job)
-    blocks, number = divmod(end, len(slices))
-    return blocks * slices.blanks_before(len(slices)) + slices.blanks_before(number)
+    blocks, number = divmod(end, slices.count)
+    return blocks * slices.blanks_before(slices.count) + slices.blanks_before(number)
 
 
 @lru_cache(maxsize=1_000)  # subnets of the same size that are scanned with the same policy
@@ -330,9 +330,8 @@ class _Slices:
             if end - start >= size:
                 self._skips.append(start // size - self._skipped[-1])
                 self._skipped.append(self._skipped[-1] + (end - start) // size)
-
-    def __len__(self) -> int:
-        return -(-self._addresses // self._size) - self._skipped[-1]
+        # Not the length of a container, which has 63 bits: ::/0 is estimated too.
+        self.count = -(-self._addresses // size) - self._skipped[-1]
 
     def __getitem__(self, number: int) -> tuple[int, str]:
         """Return the offset and outcome map."""
@@ -348,7 +347,7 @@ class _Slices:
 
     def before(self, offset: int) -> int:
         """Return the number of slices that begin before this offset."""
-        return bisect_left(range(len(self)), offset, key=self._offset)
+        return bisect_left(range(self.count), offset, key=self._offset)
 
     def blanks_before(self, number: int) -> int:
         """Return the number of addresses to scan in the slices before this one; with the number of slices, in all."""

@@ -328,7 +328,7 @@ def test_slice_is_cut_from_its_number(size: int, excluded: list[tuple[int, int]]
     target = Target.parse("127.9.0.0/22", map(str, exclude))
     cut = runs(target, 2**size)
     slices = plan._Slices(target, 2**size)
-    assert len(slices) == len(cut)
+    assert slices.count == len(cut)
     assert [slices[number] for number in range(len(cut))] == cut
     blanks = [outcomes.count(Outcome.BLANK) for _, outcomes in cut]
     assert [slices.blanks_before(number) for number in range(len(cut) + 1)] == [0, *accumulate(blanks)]
@@ -496,7 +496,7 @@ def test_job_is_shared_by_a_few_workers(cidr: str, ports: str, timing: int) -> N
 def test_number_of_slices_equals_the_runs_of_addresses(target: Target, power: int) -> None:
     """The number of slices follows from the networks as it does from the outcome map, also for slices larger than the subnet."""
     merged = Target.parse(str(target.network), target.exclude)
-    assert len(plan._Slices(merged, 2**power)) == len(runs(merged, 2**power))
+    assert plan._Slices(merged, 2**power).count == len(runs(merged, 2**power))
 
 
 @settings(max_examples=60, deadline=None)
