@@ -40,8 +40,9 @@ async def fan_out(stack: Stack) -> Sequence[Figure]:
         idle = await cores(stack, publisher, [])
         chunks = {workers: assignments(workers, rate * SECONDS, signer) for workers, rate in FLEETS.items()}
         alone = {workers: await cores(stack, publisher, chunks[workers]) for workers in FLEETS}
-        for _ in range(MORE):
-            reader = publisher.tail(SCAN_TASKS, Workers(publisher), wants=lambda _: False)
+        for number in range(MORE):
+            partition = number % SCAN_TASKS.partitions  # each worker reads the one of its id
+            reader = publisher.tail(SCAN_TASKS, Workers(publisher), wants=lambda _: False, partition=partition)
             await reader.start()
             readers.push_async_callback(reader.stop)
         for workers, rate in FLEETS.items():

@@ -130,8 +130,17 @@ class MemoryBus:
     def consume(self, topic: Topic[M], group: str, handler: Handler[M]) -> Consumer:
         return self._member(topic, group, handler, _Member(self.broker, topic, group))
 
-    def tail(self, topic: Topic[M], handler: Handler[M], *, wants: Callable[[str], bool] | None = None) -> Consumer:
-        return ConsumerLoop(topic, f"{self._source}-tail", handler, _Tail(self.broker, topic), None, wants=wants)
+    def tail(
+        self,
+        topic: Topic[M],
+        handler: Handler[M],
+        *,
+        wants: Callable[[str], bool] | None = None,
+        partition: int | None = None,
+    ) -> Consumer:
+        return ConsumerLoop(
+            topic, f"{self._source}-tail", handler, _Tail(self.broker, topic, partition), None, wants=wants
+        )
 
     def messages(self, topic: Topic[M]) -> list[M]:
         """Return all messages sent to `topic`, in order of arrival."""
@@ -150,16 +159,17 @@ class MemoryBus:
 
 
 class _Tail:
-    """A `scanfleet.runtime.source.Source` of every partition, from the end."""
+    """A `scanfleet.runtime.source.Source` of every partition, or of one, from the end."""
 
-    def __init__(self, broker: MemoryBroker, topic: Topic) -> None:
+    def __init__(self, broker: MemoryBroker, topic: Topic, partition: int | None = None) -> None:
         self._broker = broker
         self._topic = topic
+        self._numbers = range(topic.partitions) if partition is None else (partition,)
         self._positions: dict[int, int] = {}
 
     async def open(self, listener: Listener) -> None:
         self._broker.check()
-        self._positions = self._ends(range(self._topic.partitions))
+        self._positions = self._ends(self._numbers)
         await listener.assigned(set(self._positions))
 
     async def poll(self, seconds: float) -> Sequence[RawRecord]:

@@ -403,6 +403,20 @@ async def test_tail_of_some_keys_does_not_decode_other_records(backend: Backend)
     assert skipped() == before
 
 
+async def test_tail_of_a_partition_reads_no_other(backend: Backend) -> None:
+    """A reader of one partition gets its records only, and all of those that are published for one of its keys."""
+    bus, recorder = await backend.bus("one"), Recorder()
+    partition = SCAN_WORKERS.partition_of(SCAN_WORKERS.key_of(ready(7)))
+    sent = workers(40)
+    mine = [each for each in sent if SCAN_WORKERS.partition_of(SCAN_WORKERS.key_of(each)) == partition]
+    async with Running(bus.tail(SCAN_WORKERS, recorder, partition=partition)):
+        assert recorder.partitions == {partition}
+        await bus.publish(SCAN_WORKERS, [*sent, ready(7)])
+        await until(lambda: 7 in numbers(recorder))
+    assert numbers(recorder) == [*(each.slots for each in mine), 7]
+    assert len(mine) < len(sent)
+
+
 async def test_tail_receives_only_messages_after_its_start(backend: Backend) -> None:
     """Two tails both read every partition from its end; a restarted one starts at the end again."""
     bus, a, b, c = await backend.bus("one"), Recorder(), Recorder(), Recorder()

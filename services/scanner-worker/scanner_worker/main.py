@@ -50,7 +50,12 @@ def create_app() -> FastAPI:
             egress=str(settings.egress_address) if settings.egress_address else None,
         )
         worker = Worker(worker_id, abilities, nmap, bus, refusals.add_denied_chunk)
-        assignments = bus.tail(topics.SCAN_TASKS, worker, wants=lambda key: key == worker_id)
+        assignments = bus.tail(
+            topics.SCAN_TASKS,
+            worker,
+            wants=lambda key: key == worker_id,
+            partition=topics.SCAN_TASKS.partition_of(worker_id),
+        )
         startup: Startup = app.state.startup
         async with AsyncExitStack() as stack:
             stack.callback(_exit_with_0)

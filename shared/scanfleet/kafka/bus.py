@@ -173,13 +173,21 @@ class KafkaBus:
         )
         return self._member(topic, group, handler, source)
 
-    def tail(self, topic: Topic[M], handler: Handler[M], *, wants: Callable[[str], bool] | None = None) -> Consumer:
+    def tail(
+        self,
+        topic: Topic[M],
+        handler: Handler[M],
+        *,
+        wants: Callable[[str], bool] | None = None,
+        partition: int | None = None,
+    ) -> Consumer:
         source = Tail(
             topic,
             name=self._prefix + topic.name,
             client_id=f"{self._instance}-{topic.name}",
             access=self._access,
             end_offsets=self._end_offsets,
+            partition=partition,
         )
         return ConsumerLoop(topic, f"{self._source}-tail", handler, source, None, wants=wants)
 

@@ -41,12 +41,20 @@ MAX_POLL_MS: Final = (
 
 
 class Tail:
-    """A `scanfleet.runtime.source.Source`: every partition, from the end, no commits."""
+    """A `scanfleet.runtime.source.Source`: every partition, or one, from the end, no commits."""
 
     def __init__(
-        self, topic: Topic, *, name: str, client_id: str, access: Mapping[str, Any], end_offsets: EndOffsets
+        self,
+        topic: Topic,
+        *,
+        name: str,
+        client_id: str,
+        access: Mapping[str, Any],
+        end_offsets: EndOffsets,
+        partition: int | None = None,
     ) -> None:
         self._topic = topic
+        self._numbers = range(topic.partitions) if partition is None else (partition,)
         self._name = name
         self._client_id = client_id
         self._access = access
@@ -54,7 +62,7 @@ class Tail:
         self._consumer: AIOKafkaConsumer | None = None
 
     async def open(self, listener: Listener) -> None:
-        await listener.assigned(_numbers(await self._assign(range(self._topic.partitions), "latest")))
+        await listener.assigned(_numbers(await self._assign(self._numbers, "latest")))
 
     async def _assign(self, numbers: Iterable[int], reset: str) -> list[TopicPartition]:
         consumer = self._make(auto_offset_reset=reset)

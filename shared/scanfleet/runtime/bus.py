@@ -132,9 +132,16 @@ class Bus(Publisher, Protocol):
     def consume(self, topic: Topic[M], group: str, handler: Handler[M]) -> Consumer:
         """Return a member of `group`: it shares the topic's partitions, starts at the earliest record and commits."""
 
-    def tail(self, topic: Topic[M], handler: Handler[M], *, wants: Callable[[str], bool] | None = None) -> Consumer:
+    def tail(
+        self,
+        topic: Topic[M],
+        handler: Handler[M],
+        *,
+        wants: Callable[[str], bool] | None = None,
+        partition: int | None = None,
+    ) -> Consumer:
         """Return a reader of every partition without a group, from the end, without commits.
 
         It skips and counts records that it cannot handle, because other processes read the same records. With `wants` it
-        decodes and handles only the records for whose key it returns True.
+        decodes and handles only the records for whose key it returns True. With `partition` it reads only that one.
         """
