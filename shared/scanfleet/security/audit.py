@@ -33,7 +33,9 @@ WAITING: Final = 10_000  # entries kept while the bus is unavailable: a few mega
 
 _Kind = tuple[str, str, str, str]
 
-_lost = Metric("scanfleet_audit_lost", "Refusals that were written to this process's log but not to the audit log.")
+_lost = Metric(
+    "scanfleet_audit_lost_total", "Refusals that were written to this process's log but not to the audit log."
+)
 _log = structlog.stdlib.get_logger(__name__)
 
 
