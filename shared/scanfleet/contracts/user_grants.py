@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import IPv6Network
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -253,9 +253,9 @@ class UserGrants(_Part):
 
     def _of(self, name: str, user_id: int) -> Sequence[UserGrant]:
         if not name:
-            return [grant for grant in self.grants if grant.is_for(user_id, frozenset())]
+            return [grant for grant in self.grants if grant.is_for(user_id, set())]
         # The roles of the user are unknown here, so a grant with roles applies to every user of such a job.
-        return [grant for grant in self.grants if grant.name == name and (grant.roles or grant.is_for(user_id, _NONE))]
+        return [grant for grant in self.grants if grant.name == name and (grant.roles or grant.is_for(user_id, set()))]
 
     def _refusal(
         self, grant: UserGrant, network: Network, policy: ScanPolicy, nat64: Sequence[IPv6Network]
@@ -275,14 +275,11 @@ class UserGrants(_Part):
         return policy.model_copy(update={"max_rate": min(rates)})
 
 
-_NONE: Final[AbstractSet[str]] = frozenset()
-
-
 def _duration(left: timedelta | None) -> timedelta:
     return timedelta.max if left is None else left
 
 
-def _listed(texts: Any, separator: str = ", ") -> str:
-    listed: Collection[str] = list(texts)
+def _listed(texts: Iterable[str], separator: str = ", ") -> str:
+    listed = list(texts)
     more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
-    return (separator.join(list(listed)[:_NAMED]) or "none") + more
+    return (separator.join(listed[:_NAMED]) or "none") + more

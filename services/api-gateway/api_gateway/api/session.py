@@ -10,7 +10,6 @@ import json
 import time
 import zlib
 from http.cookies import SimpleCookie
-from pathlib import Path
 from typing import Any, Final, Self, cast
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -60,7 +59,7 @@ class Sessions:
             return None
         origin = str(settings.public_url).rstrip("/") if settings.public_url else None
         try:
-            return cls(_keys(settings.session_keys_file), origin)
+            return cls(settings.session_keys_file.read_text(encoding="ascii").split(), origin)
         except ValueError as error:
             raise ValueError(
                 f"{settings.session_keys_file} does not hold Fernet keys (32 bytes, URL-safe base64), one on a line"
@@ -178,10 +177,6 @@ def _sessions(request: Request) -> Sessions:
     if sessions is None:
         raise NotFoundError("browser sessions are disabled; an operator must set SCANFLEET_SESSION_KEYS_FILE")
     return sessions
-
-
-def _keys(file: Path) -> list[str]:
-    return file.read_text(encoding="ascii").split()
 
 
 def set_cookie(name: str, value: str, *, max_age: int, same_site: str = "Strict") -> str:

@@ -29,7 +29,7 @@ async def list_audit(
     if not caller.admin:
         raise ForbiddenError("The audit log is for administrators", rule=Rule.ROLE)
     asked = sorted(f"{name}={value}" for name, value in request.query_params.items() if name not in _PAGING)
-    await record.reading("?".join(("/api/v1/audit", *filter(None, ["&".join(asked)]))))
+    await record.reading("/api/v1/audit" + ("?" + "&".join(asked) if asked else ""))
     entries, total = await state.store.audit.page(
         query.skip,
         query.page_size,

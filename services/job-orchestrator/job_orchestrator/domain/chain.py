@@ -31,12 +31,8 @@ class ChainKeys:
         if not secrets or any(len(secret) < MIN_KEY_CHARS for secret in secrets):
             raise ValueError(f"the audit log needs a key with at least {MIN_KEY_CHARS} characters")
         self._secrets = {hashlib.sha256(secret.encode()).hexdigest()[:8]: secret.encode() for secret in secrets}
-        self._signs = next(iter(self._secrets))
-
-    @property
-    def key_id(self) -> str:
+        self.key_id = next(iter(self._secrets))
         """The id of the key that signs."""
-        return self._signs
 
     def sign(self, kind: str, content: Mapping[str, Any]) -> str:
         """Return the signature of `content` as a document of this kind, with the id of the key.
@@ -44,7 +40,7 @@ class ChainKeys:
         Raises:
             TypeError: the content has a value of a type that no signed document contains.
         """
-        return self._sign(self._signs, kind, content)
+        return self._sign(self.key_id, kind, content)
 
     def verify(self, kind: str, content: Mapping[str, Any], signature: object) -> bool:
         """Return whether `signature` is one of the keys' signature of exactly this content."""

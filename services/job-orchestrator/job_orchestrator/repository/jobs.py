@@ -140,7 +140,7 @@ class MongoJobs:
             wanted["created_at"] = {"$gte": since}
             wanted["sort_time"] = {"$gte": since}  # never before `created_at`; bounds the range of the index
         newest = self._jobs.find(wanted, documents.VIEW_FIELDS)
-        page = newest.sort([("sort_time", -1), ("_id", -1)]).skip(skip).limit(limit)
+        page = newest.sort(_NEWEST).skip(skip).limit(limit)
         jobs, total = await asyncio.gather(
             documents.read_all(documents.read_view, page, "jobs"), count(self._jobs, wanted)
         )

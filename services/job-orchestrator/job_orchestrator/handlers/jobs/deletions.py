@@ -305,8 +305,7 @@ class Deletions:
     async def _shortest(self) -> timedelta | None:
         """Return the shortest age at which jobs are deleted; None if none is deleted by age."""
         own = await self._retention.shortest()
-        ages = [*([self.keep] if self.keep else []), *([timedelta(days=own)] if own is not None else [])]
-        return min(ages, default=None)
+        return min(filter(None, (self.keep, timedelta(days=own or 0))), default=None)
 
     async def _due(self, now: datetime, shortest: timedelta | None) -> tuple[list[EndedJob], EndedJob | None]:
         """Return the next jobs to delete by age, and the job after which the walk continues; None at its end."""
