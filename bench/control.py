@@ -261,6 +261,7 @@ async def chunks(stack: Stack, user: Client) -> list[Figure]:
                 WHOLE_LIMIT_SECONDS,
             )
             costs.append(1_000 * sum(meter.cpu().values()) / len(workers.chunks))
+            rate = len(workers.chunks) / meter.wall()
             for job_id in jobs:
                 user.http.post(f"/api/v1/task/{job_id}/cancel")
     one, many, whole = costs
@@ -268,6 +269,7 @@ async def chunks(stack: Stack, user: Client) -> list[Figure]:
         Figure("chunk_cpu_ms", many, "CPU of orchestrator and MongoDB for a chunk of a /16 with all ports", at_most=3),
         Figure("chunk_growth", many / one, "the same / for a chunk of a job of 64", at_most=1.3),
         Figure("whole_growth", whole / one, "for a chunk of a whole job of 32,768 / of 64", at_most=1.3),
+        Figure("chunks_per_s", rate, "chunks of that job, with workers that report each at once"),
     ]
 
 
