@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import islice
-from typing import Annotated, Final, Protocol, TypeVar, cast
+from typing import Annotated, Final, Protocol, TypeVar
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from result_store.api.formats import JSON, NDJSON, Fields, negotiate, stream, write
 from result_store.api.queries import network_in, owner
+from result_store.api.state import StoreDep
 from result_store.api.turns import ItsTurn
-from result_store.domain.ports import Hosts
 from result_store.domain.results import Host, Parts
 from scanfleet.contracts import queries, rest
 from scanfleet.contracts.messages import HostDetails, HostScanned, PortFound, ScriptOutput
@@ -188,10 +188,6 @@ async def _selected(hosts: AsyncIterator[Host], selection: HostSelection) -> Asy
             yield ()
 
 
-async def _store(request: Request) -> Hosts:  # without async the framework would use a thread
-    return cast(Hosts, request.app.state.store)
-
-
 router = APIRouter(route_class=AuthenticatedRoute)
 
 
@@ -214,7 +210,7 @@ async def hosts(
     caller: Caller,
     request: Request,
     turn: ItsTurn,
-    store: Annotated[Hosts, Depends(_store)],
+    store: StoreDep,
     query: Annotated[queries.Hosts, parsed(queries.Hosts)],
 ) -> Response:
     """Stream the selected hosts of the task in order of their addresses, limited to those that the caller owns.

@@ -17,9 +17,9 @@ from datetime import datetime
 from functools import lru_cache, partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import zip_longest
-from typing import Annotated, Final, NamedTuple, cast
+from typing import Annotated, Final, NamedTuple
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Response
 
 from result_store.api.elements import attribute
 from result_store.api.formats import BEGIN_SECONDS, PIECE_BYTES, SILENT_SECONDS, Piece, stream
@@ -27,8 +27,8 @@ from result_store.api.host_xml import NO_NAMES, UNKNOWN, Reported, address, extr
 from result_store.api.hosts import UNSORTED, merged
 from result_store.api.port_xml import ports
 from result_store.api.queries import owner
+from result_store.api.state import StoreDep
 from result_store.api.turns import ItsTurn
-from result_store.domain.ports import Findings
 from result_store.domain.results import ClosedChunk, Host, Parts
 from scanfleet.contracts import queries
 from scanfleet.contracts.messages import JobStatus
@@ -304,10 +304,6 @@ async def _pieces(parts: AsyncIterator[str]) -> AsyncGenerator[Piece, None]:
     yield Piece("".join(held).encode("ascii"), last=True)
 
 
-async def _store(request: Request) -> Findings:  # without async the framework would use a thread
-    return cast(Findings, request.app.state.store)
-
-
 router = APIRouter(route_class=AuthenticatedRoute)
 
 
@@ -318,7 +314,7 @@ async def nmap_xml(
     job: ExportedJob,
     caller: Caller,
     turn: ItsTurn,
-    store: Annotated[Findings, Depends(_store)],
+    store: StoreDep,
     query: Annotated[queries.NmapXml, parsed(queries.NmapXml)],
 ) -> Response:
     """Stream the document of a job, which the gateway has read from the orchestrator, limited to the caller's own."""

@@ -7,14 +7,14 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import islice
-from typing import Annotated, Final, Self, cast
+from typing import Annotated, Final, Self
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from result_store.api.formats import Fields, negotiate, stream, write
 from result_store.api.queries import network_in, owner
+from result_store.api.state import StoreDep
 from result_store.api.turns import ItsTurn
-from result_store.domain.ports import Results
 from scanfleet.contracts import queries
 from scanfleet.contracts.rest import Result
 from scanfleet.runtime.http.requests import PathId, parsed
@@ -81,10 +81,6 @@ class ResultSelection:
             yield from results
 
 
-async def _store(request: Request) -> Results:  # without async the framework would use a thread
-    return cast(Results, request.app.state.store)
-
-
 router = APIRouter(route_class=AuthenticatedRoute)
 
 
@@ -95,7 +91,7 @@ async def results(
     caller: Caller,
     request: Request,
     turn: ItsTurn,
-    store: Annotated[Results, Depends(_store)],
+    store: StoreDep,
     query: Annotated[queries.Results, parsed(queries.Results)],
 ) -> Response:
     """Stream the selected results of the task in order of creation, limited to those that the caller owns.

@@ -111,7 +111,7 @@ class Hosts(Protocol):
         """
 
 
-class Findings(Hosts, Protocol):
+class Findings(Results, Hosts, Protocol):
     def chunks_by_address(self, job_id: int, user_id: int | None) -> AsyncIterator[ClosedChunk]:
         """Yield the job's closed chunks in order of their first addresses, those of one address in order of their numbers.
 
