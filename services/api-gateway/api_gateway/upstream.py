@@ -192,9 +192,7 @@ class Orchestrator(Upstream):
         """
         target = f"/internal/jobs/{job_id}/owner{'/hosts' if hosts else ''}"
         answer = await self.ask("GET", target, self.identity(request))
-        if answer.status_code == httpx2.codes.OK:
-            return None
-        return _error(answer)
+        return None if answer.status_code == httpx2.codes.OK else _error(answer)
 
     async def exported(self, request: Request, job_id: int) -> rest.ExportedJob | Response:
         """Return the facts of a finished job, or the error answer if the caller may not export its results.
@@ -216,15 +214,9 @@ class Orchestrator(Upstream):
             DependencyError: the orchestrator is unavailable.
         """
         answer = await self.ask("GET", f"/internal/jobs/{job_id}/latest", caller)
-        if answer.status_code != httpx2.codes.OK:
-            return _error(answer)
-        return _parse(Snapshot, answer)
+        return _parse(Snapshot, answer) if answer.status_code == httpx2.codes.OK else _error(answer)
 
-    async def latest_of(
-        self,
-        caller: Mapping[str, str],
-        query: queries.LatestJobs,
-    ) -> Snapshots | Response:
+    async def latest_of(self, caller: Mapping[str, str], query: queries.LatestJobs) -> Snapshots | Response:
         """Return a page of a user's current jobs, or the error answer if the caller may not watch them.
 
         Args:
@@ -236,9 +228,7 @@ class Orchestrator(Upstream):
         """
         target = f"/internal/jobs/latest?{urlencode(query.model_dump(mode='json', exclude_defaults=True))}"
         answer = await self.ask("GET", target, caller)
-        if answer.status_code != httpx2.codes.OK:
-            return _error(answer)
-        return _parse(Snapshots, answer)
+        return _parse(Snapshots, answer) if answer.status_code == httpx2.codes.OK else _error(answer)
 
     async def cancel(self, caller: Mapping[str, str], wanted: CancelJobs) -> CancelledPage:
         """Cancel a page of the caller's unfinished jobs that match.

@@ -406,9 +406,7 @@ def _services_table(help_output: bytes) -> datadir.ServiceTable | None:
     try:
         return datadir.ServiceTable.read(Path(os.fsdecode(folder[1])).parent) if folder else None
     except OSError as error:
-        _log.warning(
-            "services_unreadable", cause=str(error), next_step="none: each nmap reads its whole table, in 20 ms"
-        )
+        _log.warning("services_unreadable", cause=str(error), next_step="each nmap reads its whole table, in 20 ms")
         return None
 
 
