@@ -1,15 +1,4 @@
-"""The SDK: synchronous and asynchronous clients that send the calls of `scanfleet_cli.calls`.
-
-from scanfleet_cli import calls
-from scanfleet_cli.client import Client
-
-with Client("https://scanfleet.example.com", token) as client:
-job = client.send(calls.create_tasks([5], policy_id=3)).jobs[0]
-for task in client.watch(job.id):
-print(task.status.progress)
-for result in client.results(job.id):
-print(result.ip_address, result.port)
-"""
+"""The SDK: synchronous and asynchronous clients that send the calls of `scanfleet_cli.calls`; docs/cli.md has an example."""
 
 from __future__ import annotations
 
