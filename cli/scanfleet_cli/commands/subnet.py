@@ -100,15 +100,15 @@ def edit(
     """Change a subnet; existing jobs keep the previous values."""
     reply = session.client.ask(calls.read_subnet(resolve.subnet_id(session, which)))
     before = reply.json
-    exclude = [each for each in before["exclude"] if each not in map(resolve.canonical, remove_exclude)]
-    if len(exclude) + len(set(remove_exclude)) != len(before["exclude"]):
+    removed = set(map(resolve.canonical, remove_exclude))
+    if not removed <= set(before["exclude"]):
         raise CommandError(
             f"--remove-exclude: not an exclusion of this subnet, which has {', '.join(before['exclude']) or 'none'}"
         )
     fields = {
         "name": name or before["name"],
         "cidr": resolve.canonical(cidr or before["cidr"]),
-        "exclude": [*exclude, *add_exclude],
+        "exclude": [*(each for each in before["exclude"] if each not in removed), *add_exclude],
     }
     body = resolve.body(rest.SubnetBody, fields)
     after = changes.replaced(session, calls.replace_subnet(before["id"], body, reply.etag))

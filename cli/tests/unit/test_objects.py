@@ -42,6 +42,15 @@ def test_subnet_is_made_shown_changed_and_deleted(api: FakeApi, run: Any) -> Non
     assert run("subnet", "show", "web").code == 5
 
 
+def test_exclusion_in_two_notations_is_removed_once(api: FakeApi, run: Any) -> None:
+    """An address and its /32 are one exclusion; what is none of the subnet is refused."""
+    run("subnet", "create", "lab", "127.9.8.0/24", "--exclude", "127.9.8.5/32")
+    unknown = run("subnet", "edit", "lab", "--remove-exclude", "127.9.8.6")
+    assert (unknown.code, "not an exclusion of this subnet" in unknown.err) == (2, True)
+    assert run("subnet", "edit", "lab", "--remove-exclude", "127.9.8.5", "--remove-exclude", "127.9.8.5/32").code == 0
+    assert api.subnets[5]["exclude"] == []
+
+
 def test_subnet_that_is_listed_twice_is_not_ambiguous(api: FakeApi, run: Any) -> None:
     """A subnet that is created between two pages moves the others back, so that one of them is on both."""
     run("subnet", "create", "lab", "127.9.8.0/24")
