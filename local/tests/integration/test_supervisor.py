@@ -49,8 +49,8 @@ def is_gone(number: int) -> bool:
         return True
 
 
-def sleeper(name: str = "sleeper", **environment: str) -> Program:
-    return Program(name, [sys.executable, "-c", "import signal; signal.pause()"], environment, autostart=True)
+def sleeper(**environment: str) -> Program:
+    return Program("sleeper", [sys.executable, "-c", "import signal; signal.pause()"], environment, autostart=True)
 
 
 def test_killed_kafka_is_restarted_with_its_data(supervisor: Supervisor, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ _REPEAT: Final = {
 class Dtd:
     """The elements that a definition declares, with their children and attributes."""
 
-    def __init__(self, path: Path = PATH) -> None:
+    def __init__(self) -> None:
         self._children: dict[str, re.Pattern[str]] = {}
         self._with_text: set[str] = set()
         self._values: dict[str, dict[str, re.Pattern[str]]] = {}
@@ -31,7 +31,7 @@ class Dtd:
 
         def read(context: str, *_: object) -> int:
             inner = parser.ExternalEntityParserCreate(context)
-            inner.Parse(path.read_bytes(), True)
+            inner.Parse(PATH.read_bytes(), True)
             return 1
 
         parser = expat.ParserCreate()

@@ -158,13 +158,12 @@ class Served:
     def paused(self) -> list[BoundedProtocol]:
         return [each for each in self.protocols if each.flow.write_paused]
 
-    async def send_and_read_nothing(self, data: bytes, count: int, source: str = "127.0.0.1") -> None:
+    async def send_and_read_nothing(self, data: bytes, count: int) -> None:
         for _ in range(count):
             client = socket.socket()
             self.unread.append(client)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
             client.setblocking(False)
-            client.bind((source, 0))
             await asyncio.get_running_loop().sock_connect(client, self._address)
             await asyncio.get_running_loop().sock_sendall(client, data)
 

@@ -47,13 +47,13 @@ async def verifying(answer: object, **changed: Any) -> AsyncIterator[TokenVerifi
         yield verifier
 
 
-def sign(kind: str, algorithm: str = "", headers: dict[str, Any] | None = None, **changed: Any) -> str:
+def sign(kind: str, algorithm: str = "", **changed: Any) -> str:
     """A good token by the key of this kind."""
     return jwt.encode(
         Issuer().claims(**changed),
         PRIVATE_KEYS[kind],
         algorithm or ALGORITHMS[kind],
-        headers={"kid": "k"} | (headers or {}),
+        headers={"kid": "k"},
     )
 
 

@@ -154,9 +154,9 @@ async def refresh(gateway: Running, session: str) -> httpx2.Response:
     return answer
 
 
-def failed(answer: httpx2.Response, why: str, to: str = "/app/jobs/41") -> None:
+def failed(answer: httpx2.Response, why: str) -> None:
     """Assert that the sign-in has failed with a redirect to the path where it began."""
-    assert (answer.status_code, answer.headers["Location"]) == (303, f"{to}?sign_in={why}")
+    assert (answer.status_code, answer.headers["Location"]) == (303, f"/app/jobs/41?sign_in={why}")
     assert COOKIE not in cookies(answer)
     assert cookies(answer)[LOGIN_COOKIE] == ""
 

@@ -40,7 +40,7 @@ class Coverage:
         step: number of addresses of a letter: one, or those of a chunk, of which the letter is the worst.
     """
 
-    def __init__(self, job: ScanJob, first: int, addresses: int, blocks: Collection[int], step: int = 1) -> None:
+    def __init__(self, job: ScanJob, first: int, addresses: int, blocks: Collection[int], step: int) -> None:
         self._job = job
         self._network = job.cidr.partition("/")[0]
         self._first = first

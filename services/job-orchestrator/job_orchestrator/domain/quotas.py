@@ -110,7 +110,7 @@ class Quotas:
             )
         return total
 
-    def check_owned(self, kind: str, limit: int, owned: int, wanted: int = 1) -> None:
+    def check_owned(self, kind: str, limit: int, owned: int, wanted: int) -> None:
         """Check that a user who has `owned` subnets or policies may create `wanted` more.
 
         Raises:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 
-from job_orchestrator_testing.repository.data import Data, MemoryRepository
+from job_orchestrator_testing.repository.data import MemoryRepository
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry
 
 
 class MemoryAudit(MemoryRepository):
-    """An `AuditRepository`; `now` is the time of what it receives."""
-
-    def __init__(self, data: Data, now: Callable[[], datetime] = utc_now) -> None:
-        super().__init__(data)
-        self._now = now
+    """An `AuditRepository`."""
 
     async def add(self, entries: Sequence[AuditEntry]) -> None:
-        now = self._now()
+        now = utc_now()
         for entry in entries:
             id_ = f"{entry.service}/{entry.id}"
             kept = rest.AuditEntry(**entry.model_dump() | {"id": id_, "received_at": now})

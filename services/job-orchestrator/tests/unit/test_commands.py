@@ -34,8 +34,8 @@ from scanfleet_testing.bus import MemoryBus
 from scanfleet_testing.tracing import ids, recording
 
 
-async def jobs_of(simulation: Simulation, user_id: int = 7) -> list[int]:
-    jobs, _ = await simulation.store.jobs.page(user_id, set(), 0, 100)
+async def jobs_of(simulation: Simulation) -> list[int]:
+    jobs, _ = await simulation.store.jobs.page(7, set(), 0, 100)
     return sorted(job.id for job in jobs)
 
 

@@ -43,8 +43,8 @@ def answers(bus: MemoryBus) -> list[int]:
     return [each.job_id for each in bus.messages(SCAN_DELETIONS) if isinstance(each, ResultsDeleted)]
 
 
-def batch(count: int = 5) -> Sequence[Record[Scanned]]:
-    return Log().append(*(host(f"127.9.8.{n}", 22) for n in range(count)), scanned("a" * count))
+def batch() -> Sequence[Record[Scanned]]:
+    return Log().append(*(host(f"127.9.8.{n}", 22) for n in range(5)), scanned("aaaaa"))
 
 
 @pytest.mark.proves("G24")
