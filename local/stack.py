@@ -167,9 +167,11 @@ class Stack:
         """Restore MongoDB from a backup and start; Kafka is unchanged.
 
         Raises:
-            StackError: the stack has no MongoDB of its own, or did not start; call again.
+            StackError: the folder has no backup, or the stack no MongoDB of its own, or it did not start; call again.
         """
         files = self._mongodb_files
+        if not (folder / "WiredTiger").is_file():  # MongoDB writes it with the first data
+            raise StackError(f"{folder} has no backup of MongoDB")
         self.down()
         shutil.rmtree(files)
         shutil.copytree(folder, files)

@@ -1,4 +1,4 @@
-"""A whole stack of real processes, treated badly."""
+"""A whole stack of real processes, some of which fail."""
 
 from __future__ import annotations
 
