@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,12 +27,13 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError, MessageSizeTooLargeError
 from aiokafka.partitioner import DefaultPartitioner
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
 from local import kafka as native_kafka
 from local import ports
-from scanfleet.contracts.messages import WorkerReady
+from scanfleet.contracts.messages import JobDeleted, WorkerReady
 from scanfleet.contracts.messages.envelope import Outgoing, encode
-from scanfleet.contracts.messages.topics import SCAN_WORKERS
+from scanfleet.contracts.messages.topics import SCAN_CHANGES, SCAN_WORKERS
 from scanfleet.errors import DependencyError
 from scanfleet.kafka import KafkaBus, sources
 from scanfleet.kafka import broker as broker_module
@@ -39,6 +41,7 @@ from scanfleet.kafka.broker import access
 from scanfleet.kafka.bus import NO_LEADER, SEND_SECONDS
 from scanfleet.kafka.sources import Member
 from scanfleet.kafka.topics import DEAD_LETTER_BYTES, TopicSettings, create_topics
+from scanfleet.runtime.best_effort import try_publish
 from scanfleet.runtime.bus import Record
 from scanfleet.runtime.consumer import ConsumerLoop
 from scanfleet.runtime.source import BatchDroppedError
@@ -404,6 +407,19 @@ async def test_publish_permanently_refused_makes_the_bus_dead(bench: Bench) -> N
     await configure(bench, **{"max.message.bytes": "1000000"})
     with pytest.raises(DependencyError, match="restart the process"):
         await bus.publish(SCAN_WORKERS, workers([2]))
+
+
+async def test_publish_to_a_missing_topic_affects_no_other(bench: Bench) -> None:
+    """The bus names the topic, stays ready and publishes to other topics; once the topic exists it publishes to it too."""
+    bus = await bench.bus()
+    event = JobDeleted(job_id=1, user_id=7, subnet_id=1, reason="request", requested_at=datetime.now(UTC))
+    with capture_logs() as logs:
+        await try_publish(bus, SCAN_CHANGES, [event], "")
+    assert [each["error"] for each in logs] == ["no acknowledgement within 1 s; does scan-changes exist?"]
+    await bus.publish(SCAN_WORKERS, workers([1]))
+    assert (bus.alive, bus.ready) == (True, True)
+    await create_topics(bench.settings, [SCAN_CHANGES])
+    await bus.publish(SCAN_CHANGES, [event])
 
 
 async def configure(bench: Bench, **configs: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -22,8 +22,8 @@ from job_orchestrator_testing.api import app_of, state_of
 from job_orchestrator_testing.builders import THEN
 from job_orchestrator_testing.repository import MemoryChunks, MemoryDeletions, MemoryJobs
 from scanfleet.clock import utc_now
-from scanfleet.contracts.messages import CommandAccepted, DeleteResults, JobDeleted, StopChunk
-from scanfleet.contracts.messages.topics import SCAN_CHANGES, SCAN_COMMANDS, SCAN_DELETIONS, SCAN_TASKS
+from scanfleet.contracts.messages import CommandAccepted, DeleteResults, JobDeleted, Message, StopChunk
+from scanfleet.contracts.messages.topics import SCAN_CHANGES, SCAN_COMMANDS, SCAN_DELETIONS, SCAN_TASKS, Topic
 from scanfleet.errors import MessageError
 from scanfleet.runtime.bus import Record
 from scanfleet_testing.tokens import Issuer
@@ -360,6 +360,34 @@ async def test_event_to_a_partition_without_a_leader_delays_no_other_deletion(si
     await simulation.wait(3, seconds=61)
     assert (await simulation.store.deletions.page(7, [Stage.DONE], 0, 9))[1] == 2
     assert {each.event_id for each in simulation.bus.messages(SCAN_CHANGES)} == {"deleted-1", "deleted-2"}
+
+
+async def test_missing_topic_of_events_is_logged_once_per_partition(
+    simulation: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deletions whose events no broker acknowledges stay open; the log names the topic and the repair, in few lines."""
+    jobs = range(1, 51)
+    await simulation.store.jobs.insert(
+        [change(scan_job(job_id), JobTrigger.CANCEL, THEN, settled=True) for job_id in jobs]
+    )
+    await simulation.only.deletions.delete(jobs, "retention")
+    publish = simulation.bus.publish
+
+    async def wait_for_topic(topic: Topic, messages: Iterable[Message]) -> None:
+        await (asyncio.Event().wait() if topic is SCAN_CHANGES else publish(topic, messages))
+
+    monkeypatch.setattr(simulation.bus, "publish", wait_for_topic)
+    with capture_logs() as logs:
+        await simulation.wait(3)
+    failed = [each for each in logs if each["event"] == "publish_failed"]
+    assert sum(each["messages"] for each in failed) == len(jobs)
+    assert len(failed) <= SCAN_CHANGES.partitions
+    assert {each["error"] for each in failed} == {"no acknowledgement within 1 s; does scan-changes exist?"}
+    assert all("create-topics" in each["next_step"] for each in failed)
+    assert (await simulation.store.deletions.page(7, [Stage.CHUNKS], 0, 9))[1] == len(jobs)
+    monkeypatch.undo()
+    await simulation.wait(3, seconds=61)
+    assert (await simulation.store.deletions.page(7, [Stage.DONE], 0, 9))[1] == len(jobs)
 
 
 async def test_chunks_are_deleted_in_bounded_steps(simulation: Simulation) -> None:

@@ -6,6 +6,7 @@ An event for subscribers completes the deletion.
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Final
@@ -41,6 +42,10 @@ _LOOK_SECONDS: Final = 10.0  # interval of looks for deletions that another repl
 _AT_ONCE: Final = 100  # maximum number of deletions per step
 _ASK_AGAIN: Final = timedelta(seconds=60)  # interval of repeated requests: deleting a large job may take this long
 _ANNOUNCE_AGAIN: Final = timedelta(seconds=60)  # interval of events that are not acknowledged
+_ANNOUNCED_LATER: Final = (
+    "the events are published again after a minute; "
+    "if the topic or its ACL is missing, run python -m scanfleet.kafka create-topics and create-acls"
+)
 _EXPIRE_SECONDS: Final = 600.0  # interval of walks over the ended jobs
 _LOOK: Final = 500  # number of ended jobs read per step of a walk; most of them may not be due
 _ROUNDS: Final = 20  # each lost race is a job whose outbox was emptied
@@ -187,20 +192,23 @@ class Deletions:
 
     async def _complete(self, done: Sequence[Deletion], now: datetime) -> None:
         """Notify subscribers that nothing is left of these jobs, and complete the deletions that were acknowledged."""
-        answers = zip(done, await asyncio.gather(*map(self._announce, done)), strict=True)
-        acknowledged = [each for each, is_acknowledged in answers if is_acknowledged]
+        by_partition: defaultdict[int, list[Deletion]] = defaultdict(list)
+        for each in done:
+            by_partition[SCAN_CHANGES.partition_of(str(each.job_id))].append(each)
+        answers = await asyncio.gather(*map(self._announce, by_partition.values()))
+        acknowledged = [each for answer in answers for each in answer]
         for reason in REASONS:
             ended = [each.job_id for each in acknowledged if each.reason == reason]
             DELETED_JOBS.labels(reason).inc(await self._deletions.advance(ended, Stage.CHUNKS, Stage.DONE, None))
         others = [each.job_id for each in done if each not in acknowledged]
         await self._deletions.advance(others, Stage.CHUNKS, Stage.CHUNKS, now + _ANNOUNCE_AGAIN)
 
-    async def _announce(self, deletion: Deletion) -> bool:
-        """Return whether the bus has acknowledged the event; a partition without a leader delays no other deletion."""
-        async with best_effort(SCAN_CHANGES, 1, "the event is published again after a minute"):
-            await self._publisher.publish(SCAN_CHANGES, [announcement(deletion)])
-            return True
-        return False
+    async def _announce(self, deletions: Collection[Deletion]) -> Collection[Deletion]:
+        """Publish the events of one partition, which may have no leader; return the deletions that the bus has acknowledged."""
+        async with best_effort(SCAN_CHANGES, len(deletions), _ANNOUNCED_LATER):
+            await self._publisher.publish(SCAN_CHANGES, [announcement(each) for each in deletions])
+            return deletions
+        return ()
 
     async def handle(self, records: Sequence[Record[DeleteResults | ResultsDeleted]]) -> None:
         deleted = {each.message.job_id: each.message for each in records if isinstance(each.message, ResultsDeleted)}
