@@ -229,9 +229,9 @@ class WaitingJobs(Simulation):
         self.workers = []
         self.ids = range(1, count + 1)
 
-    async def begin(self) -> None:
+    async def begin(self, reason: str = "no_worker") -> None:
         await self.start()
-        jobs = [replace(scan_job(id_, made=1), waiting="no_worker", waiting_since=THEN) for id_ in self.ids]
+        jobs = [replace(scan_job(id_, made=1), waiting=reason, waiting_since=THEN) for id_ in self.ids]
         await self.store.jobs.insert([replace(job, outbox=()) for job in jobs])
         await self.store.chunks.insert(
             [chunk(id=f"{job.id}-0", job_id=job.id, partition=job.partition) for job in jobs]
@@ -337,6 +337,13 @@ async def test_sweep_publishes_why_an_unread_job_waits() -> None:
     await waiting.store.dispatch.seen_workers([Credit("w-1", "w", 4, raw=True, partition=0)])
     await waiting.passes(1)
     assert {job.waiting for job in (await waiting.store.jobs.get(waiting.ids)).values()} == {""}
+
+
+async def test_sweep_reads_a_new_waiting_job_once() -> None:
+    """The pass that checks a new job publishes why it waits without reading it again."""
+    waiting = WaitingJobs(6)
+    await waiting.begin("")
+    assert {job.waiting for job in (await waiting.store.jobs.get(waiting.ids)).values()} == {"no_worker"}
 
 
 async def test_lost_request_to_result_store_is_repeated(simulation: Simulation) -> None:

@@ -183,7 +183,7 @@ class Sweeper:
             jobs = {id_: job for id_, job, state in known if job and (job.status, job.waiting) == state}
             read = await self._reconciler.reconcile([id_ for id_ in page if id_ not in jobs])
             jobs |= self._unfinished(read.values())
-            await self._look_for_workers(jobs, live, held)
+            await self._look_for_workers(jobs, read, live, held)
             waits = ((id_, job) for id_, job in jobs.items() if job.status is JobStatus.PENDING)
             waiting |= islice(waits, _MAX_WAITING - len(waiting))
             after = max(page)
@@ -207,9 +207,20 @@ class Sweeper:
         return found
 
     async def _look_for_workers(
-        self, jobs: Mapping[int, _Unfinished], live: Collection[Credit], held: Collection[int]
+        self,
+        jobs: Mapping[int, _Unfinished],
+        read: Mapping[int, ScanJob],
+        live: Collection[Credit],
+        held: Collection[int],
     ) -> None:
-        """Report why jobs without a held chunk are waiting, and fail those that have waited too long."""
+        """Report why jobs without a held chunk are waiting, and fail those that have waited too long.
+
+        Args:
+            jobs: the unfinished jobs.
+            read: those that were just read.
+            live: the live workers.
+            held: jobs with held chunks.
+        """
         raw = any(worker.raw for worker in live)
         now = self._clock.now()
 
@@ -223,8 +234,9 @@ class Sweeper:
             return "no_raw_worker" if not raw and job.needs_raw else ""
 
         reasons = {id_: reason(id_, job) for id_, job in jobs.items()}
-        changed = await self._jobs.get([id_ for id_, why in reasons.items() if why != jobs[id_].waiting])
-        await self._reporter.publish_waiting((job, reasons[job.id]) for job in changed.values())
+        changed = [id_ for id_, why in reasons.items() if why != jobs[id_].waiting]
+        known = {**read, **await self._jobs.get([id_ for id_ in changed if id_ not in read])}
+        await self._reporter.publish_waiting((known[id_], reasons[id_]) for id_ in changed if id_ in known)
         late = [
             id_
             for id_, why in reasons.items()
