@@ -340,9 +340,10 @@ async def test_sweep_publishes_why_an_unread_job_waits() -> None:
 
 
 async def test_sweep_reads_a_new_waiting_job_once() -> None:
-    """The pass that checks a new job publishes why it waits without reading it again."""
+    """The pass that checks a new job publishes why it waits without reading it again; the next passes read it in turn."""
     waiting = WaitingJobs(6)
     await waiting.begin("")
+    assert await waiting.passes(6) == dict.fromkeys(waiting.ids, 1)
     assert {job.waiting for job in (await waiting.store.jobs.get(waiting.ids)).values()} == {"no_worker"}
 
 

@@ -100,8 +100,11 @@ class Reporter:
         await self._publish({id_: news for id_, news in seen.items() if id_ not in left})
         return left
 
-    async def publish_waiting(self, jobs: Iterable[tuple[ScanJob, str]]) -> None:
+    async def publish_waiting(self, jobs: Iterable[tuple[ScanJob, str]]) -> list[ScanJob]:
         """Store and publish why these jobs, as just read, are waiting; "" for those that no longer are.
+
+        Returns:
+            The jobs of which the reason is stored now.
 
         Raises:
             DependencyError: the next sweep does it.
@@ -115,7 +118,9 @@ class Reporter:
                 if each := wait(self._outbox.unsent(job), reason, now):
                     news[job.id] = each
         losers = await self._jobs.save([job for job, _ in news.values()])
-        await self._publish({id_: each for id_, each in news.items() if id_ not in losers})
+        stored = {id_: each for id_, each in news.items() if id_ not in losers}
+        await self._publish(stored)
+        return [job for job, _ in stored.values()]
 
     async def _observe(self, job: ScanJob) -> tuple[ScanJob, JobProgressed] | None:
         now = self._clock.now()

@@ -183,7 +183,7 @@ class Sweeper:
             jobs = {id_: job for id_, job, state in known if job and (job.status, job.waiting) == state}
             read = await self._reconciler.reconcile([id_ for id_ in page if id_ not in jobs])
             jobs |= self._unfinished(read.values())
-            await self._look_for_workers(jobs, read, live, held)
+            jobs |= await self._look_for_workers(jobs, read, live, held)
             waits = ((id_, job) for id_, job in jobs.items() if job.status is JobStatus.PENDING)
             waiting |= islice(waits, _MAX_WAITING - len(waiting))
             after = max(page)
@@ -212,7 +212,7 @@ class Sweeper:
         read: Mapping[int, ScanJob],
         live: Collection[Credit],
         held: Collection[int],
-    ) -> None:
+    ) -> Mapping[int, _Unfinished]:
         """Report why jobs without a held chunk are waiting, and fail those that have waited too long.
 
         Args:
@@ -220,6 +220,9 @@ class Sweeper:
             read: those that were just read.
             live: the live workers.
             held: jobs with held chunks.
+
+        Returns:
+            The jobs that wait for another reason now.
         """
         raw = any(worker.raw for worker in live)
         now = self._clock.now()
@@ -236,21 +239,21 @@ class Sweeper:
         reasons = {id_: reason(id_, job) for id_, job in jobs.items()}
         changed = [id_ for id_, why in reasons.items() if why != jobs[id_].waiting]
         known = {**read, **await self._jobs.get([id_ for id_ in changed if id_ not in read])}
-        await self._reporter.publish_waiting((known[id_], reasons[id_]) for id_ in changed if id_ in known)
+        stored = await self._reporter.publish_waiting((known[id_], reasons[id_]) for id_ in changed if id_ in known)
         late = [
             id_
             for id_, why in reasons.items()
             if why == jobs[id_].waiting == "no_raw_worker" and self._waited(jobs[id_], now) > self._raw_patience
         ]
         # A worker may have come since the sweep began, which takes long if there are many jobs.
-        if not late or any(worker.raw for worker in await self._dispatch.live_workers(LIVE)):
-            return
-        for id_ in late:
-            await self._reconciler.give_up(
-                id_,
-                f"no worker that may send raw packets was available for {self._raw_patience.total_seconds():.0f} s: "
-                "start one, or use a policy without SYN scans, UDP ports and OS detection",
-            )
+        if late and not any(worker.raw for worker in await self._dispatch.live_workers(LIVE)):
+            for id_ in late:
+                await self._reconciler.give_up(
+                    id_,
+                    f"no worker that may send raw packets was available for {self._raw_patience.total_seconds():.0f} s: "
+                    "start one, or use a policy without SYN scans, UDP ports and OS detection",
+                )
+        return self._unfinished(stored)
 
     def _waited(self, job: _Unfinished, now: datetime) -> timedelta:
         """Return for how long the job has been waiting since this process began and since a step of the clock.
