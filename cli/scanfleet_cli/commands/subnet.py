@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from scanfleet.contracts import rest
-from scanfleet_cli import calls, changes, coverage, imports, resolve
+from scanfleet_cli import calls, changes, imports, resolve
 from scanfleet_cli.completion import complete_subnet
 from scanfleet_cli.errors import CommandError, Exit, hint_of_refusal
 from scanfleet_cli.output import Format, Row, ago, column, count, printable
@@ -37,8 +37,7 @@ def create(session: Session, /, *, name: str, cidr: str, exclude: Sequence[str])
 def line(subnet: Row) -> str:
     """Format a subnet: `subnet 5 lab 127.9.8.0/24 (256 addresses, 128 excluded)`."""
     network = ip_network(subnet["cidr"])
-    inside = [each for each in map(ip_network, subnet["exclude"]) if each.version == network.version]
-    left_out = sum(each.num_addresses for each in coverage.merged(inside))
+    left_out = sum(ip_network(each).num_addresses for each in subnet["exclude"])  # the service has merged them
     excluded = f", {left_out:,} excluded" if left_out else ""
     addresses = count(network.num_addresses, "address", "addresses")
     return f"subnet {subnet['id']} {printable(subnet['name'])} {subnet['cidr']} ({addresses}{excluded})"
