@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -12,6 +13,7 @@ from tests.faults.invariants import Invariants
 from tests.faults.kit import Caller, Platform
 
 _P = TypeVar("_P", bound=Platform)
+_Q = TypeVar("_Q", bound=Platform)
 
 
 class Shared(Generic[_P]):
@@ -33,6 +35,14 @@ class Shared(Generic[_P]):
             self._lent = made, Invariants(made)
             made.up()
         return self._lent
+
+    @contextmanager
+    def replaced(self, make: Callable[[Path], _Q]) -> Iterator[Shared[_Q]]:
+        """Close the platform, which scans the same addresses, and provide one that `make` creates in its place."""
+        self.close()
+        other = Shared(self._session, self._folders, make)
+        yield other
+        other.close()
 
     def close(self) -> None:
         if self._lent is not None:

@@ -84,13 +84,9 @@ class Rolling(Platform):
 
 
 @pytest.fixture(scope="module")
-def rolling(
-    request: pytest.FixtureRequest, shared: Shared[Platform], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Shared[Rolling]]:
-    shared.close()  # it scans the same addresses
-    found = Shared(request.session, tmp_path_factory, Rolling)
-    yield found
-    found.close()
+def rolling(shared: Shared[Platform]) -> Iterator[Shared[Rolling]]:
+    with shared.replaced(Rolling) as found:
+        yield found
 
 
 def refused(platform: Platform) -> float:

@@ -38,13 +38,9 @@ class Fleet(Platform):
 
 
 @pytest.fixture
-def fleet(
-    request: pytest.FixtureRequest, shared: Shared[Platform], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Shared[Fleet]]:
-    shared.close()  # it scans the same addresses
-    found = Shared(request.session, tmp_path_factory, Fleet)
-    yield found
-    found.close()
+def fleet(shared: Shared[Platform]) -> Iterator[Shared[Fleet]]:
+    with shared.replaced(Fleet) as found:
+        yield found
 
 
 @pytest.mark.proves("F2", "F8", "F25", "G3", "G4", "G16", "G17")
