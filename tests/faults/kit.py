@@ -409,7 +409,7 @@ def assert_scanned_once(platform: Platform, jobs: Collection[int]) -> None:
     reports = Counter(
         (host.chunk_id, host.address) for host in hosts if isinstance(host, HostScanned) and host.job_id in jobs
     )
-    assert set(reports.values()) == {1}
+    assert set(reports.values()) == {1}, reports.most_common(5)
 
 
 def requeued(platform: Platform, chunk: Document) -> bool:
