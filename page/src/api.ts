@@ -180,8 +180,8 @@ export async function signOut(): Promise<void> {
   location.assign(logout_url ?? "/app/");
 }
 
-const FIRST_WAIT = 500; // ms
-const LONGEST_WAIT = 5_000;
+export const FIRST_WAIT = 500; // ms
+export const LONGEST_WAIT = 5_000;
 
 // Retry with backoff while the gateway is unreachable. The backoff resets only after 10 s without a failure, because responses
 // may be cut off again right after reconnecting.

@@ -1,11 +1,8 @@
 // Live states over one stream, which is opened again whenever it is cut.
 import { computed, effect, signal } from "@preact/signals";
-import { ended, isFinal, me, recovered, STATUSES, whoAmI, type TaskStatus } from "./api";
+import { ended, FIRST_WAIT, isFinal, LONGEST_WAIT, me, recovered, STATUSES, whoAmI, type TaskStatus } from "./api";
 
 export const live = signal<"off" | "on" | "lost">("off");
-
-const FIRST_WAIT = 500;
-const LONGEST_WAIT = 5_000;
 
 const visible = signal(document.visibilityState === "visible");
 document.addEventListener("visibilitychange", () => void (visible.value = document.visibilityState === "visible"));

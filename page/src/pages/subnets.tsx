@@ -88,7 +88,7 @@ export function Subnets() {
           }}
           close={() => void (deleting.value = undefined)}
         >
-          <p>“{visible(deleting.value.name)}” is forgotten. Its jobs and their results stay.</p>
+          <p>The jobs of “{visible(deleting.value.name)}” and their results are kept.</p>
         </Confirm>
       )}
     </>
