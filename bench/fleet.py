@@ -24,7 +24,7 @@ FLEETS: Final = {100: 50, 1_000: 500}
 """Assignments per second of so many workers, with 4 slots each and chunks of 8 s; an orchestrator dispatches 500 at most."""
 SECONDS: Final = 20  # of each load
 ROUNDS: Final = 10  # of dispatch in a second
-MORE: Final = 24  # further readers, for the cost of one to Kafka
+MORE: Final = 96  # further readers, for the cost of one to Kafka: as many of each partition
 ADDRESSES: Final = 64  # of a chunk
 
 
