@@ -129,7 +129,7 @@ def _plain_nmap(nmap: Sequence[str], port_list: str) -> tuple[list[Row], int]:
     argv = [*nmap, "-n", "-sT", "-sV", "--version-intensity", "7", "-T4", "-p", port_list, "-oX", "-", SUBNET]
     with console.status("comparing with plain nmap"):
         done = subprocess.run(argv, stdout=PIPE, check=True)
-    console.print(f"[bold]{' '.join(argv)}[/bold]")
+    console.print(f"[bold]{' '.join(argv)}[/bold]", soft_wrap=True)
     hosts = ET.fromstring(done.stdout).findall("host")  # noqa: S314 # output of the local nmap on local servers
     return sorted(row for host in hosts for row in _rows(host)), len(hosts)
 
