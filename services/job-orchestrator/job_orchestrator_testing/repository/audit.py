@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
-from job_orchestrator_testing.repository.data import MemoryRepository
+from job_orchestrator_testing.repository.data import Data, MemoryRepository
 from scanfleet.clock import utc_now
 from scanfleet.contracts import rest
 from scanfleet.contracts.messages import AuditEntry
 
 
 class MemoryAudit(MemoryRepository):
-    """An `AuditRepository`."""
+    """An `AuditRepository`; `now` is the time of what it receives."""
+
+    def __init__(self, data: Data, now: Callable[[], datetime] = utc_now) -> None:
+        super().__init__(data)
+        self._now = now
 
     async def add(self, entries: Sequence[AuditEntry]) -> None:
-        now = utc_now()
+        now = self._now()
         for entry in entries:
             id_ = f"{entry.service}/{entry.id}"
             kept = rest.AuditEntry(**entry.model_dump() | {"id": id_, "received_at": now})
