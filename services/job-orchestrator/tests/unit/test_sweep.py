@@ -658,14 +658,15 @@ class RejectingChunks(MemoryChunks):
 
 
 async def test_job_whose_chunks_cannot_be_stored_is_isolated() -> None:
-    """Of jobs that are processed together, only the one that causes the error gets no chunks and does not change."""
+    """Of jobs that are processed together, only the one that causes the error does not change, and all are returned as stored."""
     store = MemoryStore()
     store.chunks = RejectingChunks(store.data)
     simulation = Simulation(store)
     await simulation.start()
     await store.jobs.insert([replace(scan_job(id_, outbox=()), made=0) for id_ in (7, 8, 9)])
-    await simulation.only.reconciler.reconcile([7, 8, 9])
+    updated = await simulation.only.reconciler.reconcile([7, 8, 9])
     jobs = await store.jobs.get([7, 8, 9])
+    assert updated == jobs
     assert [jobs[id_].made > 0 for id_ in (7, 8, 9)] == [True, False, True]
     assert {each.job_id for each in (await store.chunks.get(["7-0", "8-0", "9-0"])).values()} == {7, 9}
 

@@ -128,6 +128,7 @@ class Reconciler:
                     left |= await self._store(steps, window)
                     steps, window = [], []
             left |= await self._store(steps, window)
+            updated |= {job.id: job for job in jobs.values() if self._faults.has(job)}
             known = {}  # chunks of jobs that lost a race may have changed
             jobs = await self._jobs.get(left) if left else {}
         raise DependencyError(f"jobs were changed by other replicas each time: {sorted(left)[:5]}")
