@@ -1392,14 +1392,15 @@ async def test_unreadable_jobs_are_left_out_counted_and_named(mongo_store: Mongo
 @pytest.mark.integration
 @pytest.mark.proves("G17")
 async def test_unreadable_receipts_do_not_delay_other_deletions(mongo_store: MongoStore, database: Database) -> None:
-    """Unreadable receipts that wait longest and fill a whole query are counted, named, and retried later."""
+    """Unreadable receipts, also for the event that completes a deletion, do not fill a query: they are named, and retried later."""
     jobs = [replace(change(scan_job(n), JobTrigger.CANCEL, THEN, settled=True), outbox=()) for n in range(1, 5)]
     await mongo_store.jobs.insert(jobs)
     for job in jobs:
         asked = THEN + timedelta(seconds=job.id)
         receipt = Deletion(job_id=job.id, user_id=7, subnet_id=1, reason="request", requested_at=asked)
         assert await mongo_store.deletions.begin(job, receipt)
-    await database["jobs"].update_many({"_id": {"$lt": 4}}, {"$set": {"deletion.reason": "unknown"}})
+    await database["jobs"].update_many({"_id": {"$lt": 3}}, {"$set": {"deletion.reason": "unknown"}})
+    await database["jobs"].update_one({"_id": 3}, {"$set": {"deletion.user_id": 2**60}})
     now = THEN + timedelta(minutes=1)
     before = UNREADABLE.labels("deletions")._value.get()
     with capture_logs() as logs:

@@ -12,6 +12,7 @@ from pydantic import AwareDatetime, NonNegativeInt
 from job_orchestrator.domain.chain import ChainKeys
 from scanfleet.contracts.messages import DeleteResults, JobDeleted
 from scanfleet.contracts.messages.deletions import DeletionReason
+from scanfleet.contracts.messages.fields import Id
 
 REASONS: Final[tuple[DeletionReason, ...]] = get_args(DeletionReason)
 
@@ -47,9 +48,9 @@ class Deletion:
     It replaces the job's document under the same id: no query for jobs finds it, and a late insert of the job fails.
     """
 
-    job_id: NonNegativeInt
-    user_id: NonNegativeInt
-    subnet_id: NonNegativeInt
+    job_id: Id
+    user_id: Id
+    subnet_id: Id
     reason: DeletionReason
     requested_at: AwareDatetime
     requested_by: NonNegativeInt | None = None
