@@ -41,13 +41,13 @@ async def database(mongodb: str) -> AsyncIterator[Database]:
 
 
 class Commands(CommandListener):
-    """Names of the commands that a client sends, in order."""
+    """Names and read concerns of the commands that a client sends, in order."""
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.sent: list[tuple[str, str | None]] = []
 
     def started(self, event: CommandStartedEvent) -> None:
-        self.names.append(event.command_name)
+        self.sent.append((event.command_name, event.command.get("readConcern", {}).get("level")))
 
     def succeeded(self, event: CommandSucceededEvent) -> None: ...
 
@@ -110,7 +110,7 @@ async def test_list_of_n_pages_needs_two_round_trips_a_page(mongodb: str, databa
     store = MongoStore(client.get_database(database.name))
     reading = store.results(1, 7) if listed == "results" else store.hosts_by_address(1, 7, Parts.SUMMARY)
     assert len([each async for each in reading]) == 2 * PAGE + 1
-    assert monitor.names == ["aggregate", "aggregate"] * 3
+    assert monitor.sent == [("aggregate", None), ("aggregate", "snapshot")] * 3
     await asyncio.to_thread(client.close)
 
 
