@@ -1,4 +1,4 @@
-"""The cost of the assignments of all other workers: for a worker, which reads and discards them, and for Kafka."""
+"""The cost of the assignments of all other workers: for a worker, which reads and discards a twelfth of them, and for Kafka."""
 
 from __future__ import annotations
 
@@ -60,8 +60,12 @@ async def fan_out(stack: Stack) -> Sequence[Figure]:
     size = len(record.key) + len(record.value) + sum(len(name) + len(value) for name, value in record.headers)
     return [
         *figures,
-        Figure("tasks_cpu_s", 1_000 * share / rate, "CPU of a worker for 1,000 assignments of others"),
-        Figure("task_bytes", size, "of the standard policy, sent to every worker"),
+        Figure(
+            "tasks_cpu_s",
+            1_000 * share / rate,
+            "CPU of a worker for 1,000 assignments of others, of which it reads a twelfth",
+        ),
+        Figure("task_bytes", size, "of the standard policy, sent to a twelfth of the workers"),
     ]
 
 

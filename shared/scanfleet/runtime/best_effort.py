@@ -51,5 +51,8 @@ async def best_effort(
         async with asyncio.timeout(seconds):
             yield
     except (DependencyError, TimeoutError) as error:
-        cause = str(error) or f"no acknowledgement within {seconds:.0f} s; does {topic.name} exist?"
+        cause = (
+            str(error)
+            or f"no acknowledgement within {seconds:.0f} s; is the broker available, and does {topic.name} exist?"
+        )
         _log.warning("publish_failed", topic=topic.name, messages=messages, error=cause, next_step=next_step)

@@ -146,7 +146,7 @@ async def _end_when_unhealthy(conditions: Probes) -> None:
 
 @contextmanager
 def on_sigterm(call: Callable[[], None]) -> Iterator[None]:
-    """Call `call` too on SIGTERM, before the server waits for responses in progress."""
+    """Run `call` on SIGTERM as well, before the server waits for responses in progress."""
     loop = asyncio.get_running_loop()
     server = signal.getsignal(signal.SIGTERM)
 

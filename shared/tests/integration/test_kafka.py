@@ -415,7 +415,9 @@ async def test_publish_to_a_missing_topic_affects_no_other(bench: Bench) -> None
     event = JobDeleted(job_id=1, user_id=7, subnet_id=1, reason="request", requested_at=datetime.now(UTC))
     with capture_logs() as logs:
         await try_publish(bus, SCAN_CHANGES, [event], "")
-    assert [each["error"] for each in logs] == ["no acknowledgement within 1 s; does scan-changes exist?"]
+    assert [each["error"] for each in logs] == [
+        "no acknowledgement within 1 s; is the broker available, and does scan-changes exist?"
+    ]
     await bus.publish(SCAN_WORKERS, workers([1]))
     assert (bus.alive, bus.ready) == (True, True)
     await create_topics(bench.settings, [SCAN_CHANGES])

@@ -92,7 +92,7 @@ async def test_cancel_against_completion_five_hundred_times(mongo_store: MongoSt
     assert min(ends[status] for status in (JobStatus.COMPLETED, JobStatus.CANCELLED)) > RACES // 10, ends
 
 
-@pytest.mark.proves("F38", "G24")
+@pytest.mark.proves("G24")
 @pytest.mark.parametrize("end", [JobStatus.COMPLETED, JobStatus.CANCELLED])
 async def test_delete_against_the_end_of_a_job_five_hundred_times(mongo_store: MongoStore, end: JobStatus) -> None:
     """Deleted within five milliseconds of its end a job is deleted only after it, and its last event is published."""

@@ -382,7 +382,9 @@ async def test_missing_topic_of_events_is_logged_once_per_partition(
     failed = [each for each in logs if each["event"] == "publish_failed"]
     assert sum(each["messages"] for each in failed) == len(jobs)
     assert len(failed) <= SCAN_CHANGES.partitions
-    assert {each["error"] for each in failed} == {"no acknowledgement within 1 s; does scan-changes exist?"}
+    assert {each["error"] for each in failed} == {
+        "no acknowledgement within 1 s; is the broker available, and does scan-changes exist?"
+    }
     assert all("create-topics" in each["next_step"] for each in failed)
     assert (await simulation.store.deletions.page(7, [Stage.CHUNKS], 0, 9))[1] == len(jobs)
     monkeypatch.undo()

@@ -45,7 +45,7 @@ class ResultsDeleted(_OfJob):
 
 
 class JobDeleted(_OfJob):
-    """The job and its results are deleted: delete their copies. Older records of the job may be read after it."""
+    """The job and its results are deleted: delete their copies. Records of the job may follow it, newer ones too: ignore them."""
 
     user_id: Id
     """The owner of the job."""

@@ -193,7 +193,7 @@ SCAN_CHANGES: Final[Topic[JobDeleted]] = Topic(
     consumers=(),
     retention=timedelta(days=7),
     public=True,
-    retention_bytes=32 * MIB,  # 1.5 million deletions
+    retention_bytes=32 * MIB,  # about a million deletions in all partitions
 )
 
 
